@@ -1,0 +1,115 @@
+// The contract of attention: what a method may choose (SparsityPolicy), what it writes (the block
+// index) and what is known about it afterwards (HeadReport). Every backend takes and fills these.
+//
+// Words: t token, h query head, g kv head, I query block, J key block. A sequence with Sq query and
+// Sk key tokens has prefix p = Sk - Sq; query t sits at absolute position p + t; blocks of queries
+// are aligned to absolute positions.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "kernels/tensor.h"
+
+namespace prefilld {
+
+enum class Method : uint8_t { kDense, kFlexPrefill, kJoint };
+constexpr const char* Name(Method method) {
+  return method == Method::kDense ? "dense" : method == Method::kFlexPrefill ? "flexprefill" : "joint";
+}
+
+// What a head was given; the values are those of reports and outputs.
+enum class Pattern : uint8_t { kDense = 0, kVerticalSlash = 1, kQueryAware = 2, kJoint = 3 };
+constexpr const char* Name(Pattern pattern) {
+  constexpr const char* kNames[] = {"dense", "vertical_slash", "query_aware", "joint"};
+  return kNames[static_cast<int>(pattern)];
+}
+
+struct SparsityPolicy {
+  Method method = Method::kJoint;
+  double gamma = 0.9;              // coverage, 0 < gamma < 1
+  double tau = 0.1;                // flexprefill: heads with JS distance below it are query-aware
+  int64_t min_budget_tokens = 0;   // flexprefill's published value is 1024 (kFlexPrefillMinBudget)
+  int64_t max_budget_tokens = std::numeric_limits<int64_t>::max();
+  int block_size = 128;            // 64 or 128
+  bool measure_captured_mass = true;
+  double min_captured_mass = 0;    // > 0: a head whose mean captured mass is below it runs dense
+
+  bool operator==(const SparsityPolicy&) const = default;
+};
+inline constexpr int64_t kFlexPrefillMinBudget = 1024;
+
+struct AttentionShape {
+  DType dtype = DType::kF32;
+  int q_heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  std::vector<int64_t> cu_seqlens_q;  // [sequences + 1], from 0
+  std::vector<int64_t> cu_seqlens_k;  // [sequences + 1], from 0
+
+  int sequences() const { return static_cast<int>(cu_seqlens_q.size()) - 1; }
+  int64_t total_q() const { return cu_seqlens_q.back(); }
+  int64_t total_k() const { return cu_seqlens_k.back(); }
+};
+
+// One sequence of a shape, in blocks.
+struct SequenceBlocks {
+  int64_t q_begin, k_begin;  // first row of this sequence in q, in k
+  int64_t sq, sk;            // tokens
+  int64_t prefix;            // sk - sq
+  int64_t first_q_block;     // absolute number of the first query block: prefix / block_size
+  int64_t q_blocks;          // ceil(sk / B) - first_q_block
+  int64_t k_blocks;          // ceil(sk / B)
+  int64_t row_begin;         // first row of this sequence in the block index
+
+  // Blocks a dense causal pass computes: row i (from 0) sees first_q_block + i + 1 of them.
+  int64_t causal_blocks() const {
+    return q_blocks * first_q_block + q_blocks * (q_blocks + 1) / 2;
+  }
+};
+std::vector<SequenceBlocks> SplitIntoBlocks(const AttentionShape& shape, int block_size);
+int64_t TotalRows(const std::vector<SequenceBlocks>& sequences);      // sum of q_blocks
+int64_t MaxKeyBlocks(const std::vector<SequenceBlocks>& sequences);   // max of k_blocks
+
+// For each (head, row of blocks) the ascending key blocks to read, relative to their sequence.
+// Rows of all sequences are concatenated. Entries at and beyond count are unspecified.
+struct BlockIndexView {
+  int32_t* count = nullptr;  // [q_heads, rows]
+  int32_t* index = nullptr;  // [q_heads, rows, stride]
+  int64_t rows = 0;
+  int64_t stride = 0;        // >= MaxKeyBlocks
+
+  int32_t& count_at(int64_t h, int64_t row) const { return count[h * rows + row]; }
+  int32_t* row_at(int64_t h, int64_t row) const { return index + (h * rows + row) * stride; }
+};
+
+// Why a head ran dense although its policy is sparse.
+enum class DenseReason : uint8_t { kNone, kShortPrompt, kMinCapturedMass, kBelowCrossover };
+constexpr const char* Name(DenseReason reason) {
+  constexpr const char* kNames[] = {"none", "short_prompt", "min_captured_mass", "below_crossover"};
+  return kNames[static_cast<int>(reason)];
+}
+
+struct HeadReport {
+  Pattern pattern = Pattern::kDense;
+  DenseReason dense_reason = DenseReason::kNone;
+  float density = 1;             // computed / causal blocks
+  float captured_mass = 1;       // mean over the sampled rows; meaningful when measured
+  float captured_mass_min = 1;   // minimum over the sampled rows
+};
+
+// One call of the three stages. All pointers are the caller's and outlive the stages.
+struct AttentionArgs {
+  AttentionShape shape;
+  SparsityPolicy policy;
+  double softmax_scale = 0;     // > 0
+  ConstHeadsView q;             // [total_q, q_heads, d]
+  ConstHeadsView k, v;          // [total_k, kv_heads, d]
+  HeadsView o;                  // [total_q, q_heads, d], the dtype of q
+  float* lse = nullptr;         // [q_heads, total_q] natural log, or null
+  BlockIndexView index;
+  HeadReport* report = nullptr; // [sequences, q_heads], never null
+};
+
+}  // namespace prefilld
