@@ -1,0 +1,100 @@
+// A job: one accepted request on its way through the server. The RPC thread makes it, the scheduler
+// runs it, the sink tells the RPC side what happened. Shared by both; each field says who writes
+// it.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "kernels/attention.h"
+#include "kernels/backend.h"
+
+namespace prefilld {
+
+class KvCache;
+class Transformer;
+
+enum class Phase { kQueue, kUpload, kEstimate, kSelect, kAttention, kLinear, kHandoff };
+inline constexpr std::array<const char*, 7> kPhaseNames = {
+    "queue", "upload", "estimate", "select", "attention", "linear", "handoff"};
+using PhaseSeconds = std::array<double, kPhaseNames.size()>;
+
+// Per layer and head what was computed; an Attend has one layer per sequence.
+struct JobReport {
+  int layers = 0;
+  int heads = 0;
+  std::vector<HeadReport> entries;  // [layers, heads]
+  bool captured_mass_measured = false;
+
+  double MeanDensity() const;
+  double MeanCapturedMass() const;  // 0 when not measured
+};
+
+// Told by the scheduler's thread; must not block. OnFinished comes exactly once, last, and after it
+// the job's results (outputs, phases, report) are read-only for everyone.
+class JobSink {
+ public:
+  virtual ~JobSink() = default;
+  virtual void OnLayerReady(int layer, double density, double captured_mass) = 0;
+  virtual void OnFinished(const absl::Status& status) = 0;
+};
+
+struct AttendWork {
+  AttentionShape shape;
+  double softmax_scale = 0;
+  bool return_lse = false;
+  bool return_block_index = false;
+  Buffer q, k, v;  // written by the RPC thread until Scheduler::UploadDone
+  // Outputs, allocated at admission (o) or by the engine (the rest).
+  Buffer o;                          // [total_q, q_heads, d]
+  std::vector<float> lse;            // [q_heads, total_q]
+  std::vector<int32_t> block_count;  // [q_heads, rows]
+  std::vector<int32_t> block_index;  // [q_heads, rows, max], -1 padding
+  int64_t rows = 0, max_blocks = 0;
+};
+
+struct PrefillWork {
+  Transformer* model = nullptr;
+  std::vector<uint32_t> token_ids;
+  std::shared_ptr<KvCache> cache;
+  bool return_logits = false;
+  std::vector<float> logits;  // [vocab_size], by the engine
+};
+
+struct Job {
+  // Set before admission, constant afterwards.
+  std::string request_id;
+  int priority = 0;  // higher first
+  absl::Time arrival = absl::Now();
+  absl::Time deadline = absl::InfiniteFuture();
+  SparsityPolicy policy;
+  bool method_unspecified = false;     // dense may be chosen where it is faster
+  std::unique_ptr<AttendWork> attend;  // exactly one of the two
+  std::unique_ptr<PrefillWork> prefill;
+  std::shared_ptr<JobSink> sink;
+
+  // Any thread: ask to stop; honoured between steps. Wake the scheduler with Scheduler::Cancel.
+  std::atomic<bool> cancelled{false};
+
+  // By Scheduler::Admit.
+  int queue_position = 0;
+  absl::Duration estimated_wait;
+
+  // By the scheduler's thread until OnFinished.
+  absl::Time started = absl::InfiniteFuture();
+  PhaseSeconds phases{};
+  JobReport report;
+  absl::Time uploaded = absl::InfiniteFuture();  // by Scheduler::UploadDone
+
+  int64_t tokens() const {
+    return attend ? attend->shape.total_q() : static_cast<int64_t>(prefill->token_ids.size());
+  }
+};
+
+}  // namespace prefilld

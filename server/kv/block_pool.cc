@@ -1,0 +1,70 @@
+#include "server/kv/block_pool.h"
+
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/errors.h"
+
+namespace prefilld {
+
+absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::Create(Device& device, size_t bytes,
+                                                             size_t block_bytes) {
+  const size_t total = block_bytes == 0 ? 0 : bytes / block_bytes;
+  if (total == 0 || total > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
+    return absl::InvalidArgumentError(absl::StrCat("KV memory of ", bytes, " bytes holds ", total,
+                                                   " blocks of ", block_bytes,
+                                                   " bytes; 1 to 2147483647 are allowed"));
+  }
+  auto arena = device.Allocate(total * block_bytes);
+  if (!arena.ok()) return arena.status();
+  return std::unique_ptr<BlockPool>(
+      new BlockPool(*std::move(arena), block_bytes, static_cast<int64_t>(total)));
+}
+
+BlockPool::BlockPool(Buffer arena, size_t block_bytes, int64_t total)
+    : arena_(std::move(arena)), block_bytes_(block_bytes), total_(total) {
+  free_.reserve(total);
+  for (int64_t block = total; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
+  counts_[static_cast<int>(BlockState::kFree)] = total;
+}
+
+absl::StatusOr<std::vector<int32_t>> BlockPool::Take(int64_t count) {
+  if (count > total_) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the KV cache needs ", count, " blocks, the server has ", total_,
+                     "; pull with retain = false or shorten the prompt"));
+  }
+  absl::MutexLock lock(&mutex_);
+  if (count > static_cast<int64_t>(free_.size())) {
+    return RetryLater(absl::StatusCode::kResourceExhausted, "kv_memory",
+                      absl::StrCat("the KV cache needs ", count, " blocks, ", free_.size(), " of ",
+                                   total_, " are free"),
+                      absl::Seconds(1));
+  }
+  std::vector<int32_t> blocks(free_.end() - count, free_.end());
+  free_.resize(free_.size() - count);
+  counts_[static_cast<int>(BlockState::kFree)] -= count;
+  counts_[static_cast<int>(BlockState::kComputing)] += count;
+  return blocks;
+}
+
+void BlockPool::GiveBack(const std::vector<int32_t>& blocks, BlockState from) {
+  absl::MutexLock lock(&mutex_);
+  free_.insert(free_.end(), blocks.begin(), blocks.end());
+  counts_[static_cast<int>(from)] -= static_cast<int64_t>(blocks.size());
+  counts_[static_cast<int>(BlockState::kFree)] += static_cast<int64_t>(blocks.size());
+}
+
+void BlockPool::Move(int64_t count, BlockState from, BlockState to) {
+  absl::MutexLock lock(&mutex_);
+  counts_[static_cast<int>(from)] -= count;
+  counts_[static_cast<int>(to)] += count;
+}
+
+std::array<int64_t, 4> BlockPool::CountByState() const {
+  absl::MutexLock lock(&mutex_);
+  return counts_;
+}
+
+}  // namespace prefilld

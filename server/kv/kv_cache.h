@@ -1,0 +1,153 @@
+// The KV cache of one prompt: the layers that the engine fills one after another and that pulls
+// read, possibly while later layers are computed. Owns its blocks and gives them back when it is
+// closed and nobody reads them any more. Thread-safe; nothing here blocks.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "kernels/tensor.h"
+#include "server/kv/block_pool.h"
+
+namespace prefilld {
+
+struct KvGeometry {
+  int layers = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  DType dtype = DType::kF32;
+  int64_t tokens = 0;
+
+  int64_t blocks_per_layer() const { return (tokens + kKvBlockTokens - 1) / kKvBlockTokens; }
+  size_t tile_bytes() const {
+    return static_cast<size_t>(kKvBlockTokens) * head_dim * SizeOf(dtype);
+  }
+  size_t block_bytes() const { return tile_bytes() * 2 * kv_heads; }
+  // Bytes of K (or V) of one layer in the Hugging Face form [kv_head, token, d].
+  uint64_t tensor_bytes() const {
+    return static_cast<uint64_t>(kv_heads) * tokens * head_dim * SizeOf(dtype);
+  }
+  uint64_t total_bytes() const { return tensor_bytes() * 2 * layers; }
+};
+
+class KvCache : public std::enable_shared_from_this<KvCache> {
+ public:
+  // A readable layer: its blocks stay as they are while a pin lives (gRPC slices hold one).
+  class Pin {
+   public:
+    ~Pin();
+    int layer() const { return layer_; }
+    const KvGeometry& geometry() const { return cache_->geometry(); }
+    // The [128][d] tile of block b; rows beyond the prompt are unspecified.
+    const std::byte* tile(int64_t b, int kv_head, bool value) const;
+
+   private:
+    friend class KvCache;
+    Pin(std::shared_ptr<KvCache> cache, int layer, const std::vector<int32_t>* blocks)
+        : cache_(std::move(cache)), layer_(layer), blocks_(blocks) {}
+    const std::shared_ptr<KvCache> cache_;
+    const int layer_;
+    const std::vector<int32_t>* const blocks_;
+  };
+  using Ready = std::function<void(absl::StatusOr<std::shared_ptr<const Pin>>)>;
+
+  // One running pull. While it lives the cache is not freed, even after Close. `abort` is called
+  // (any thread, at most once) when the cache is closed and the pull has made no progress for too
+  // long; it may come while the Transfer is being destroyed, so it must own what it touches.
+  class Transfer {
+   public:
+    ~Transfer();
+    const std::shared_ptr<KvCache>& cache() const { return cache_; }
+    void Progress();
+
+   private:
+    friend class KvCache;
+    explicit Transfer(std::shared_ptr<KvCache> cache) : cache_(std::move(cache)) {}
+    const std::shared_ptr<KvCache> cache_;
+    absl::Time progress_ = absl::Now();  // guarded by the cache
+    std::function<void()> abort_;        // guarded by the cache
+  };
+
+  // retain: takes the blocks of every layer at once. Otherwise those of min(2, layers) layers, used
+  // in turn: layer L + 2 waits until layer L is delivered. RESOURCE_EXHAUSTED as BlockPool::Take.
+  static absl::StatusOr<std::shared_ptr<KvCache>> Create(BlockPool& pool,
+                                                         const KvGeometry& geometry, bool retain);
+  ~KvCache();
+
+  const KvGeometry& geometry() const { return geometry_; }
+  bool retain() const { return retain_; }
+
+  // --- the engine ---
+  // False: the layer's blocks still hold an undelivered one; `on_slot_free` runs when to ask again.
+  bool CanCompute(int layer) const;
+  void SetOnSlotFree(std::function<void()> on_slot_free);
+  std::byte* ComputeTile(int layer, int64_t b, int kv_head, bool value);
+  void Commit(int layer);       // readable from now on; wakes those who wait for it
+  void Fail(absl::Status why);  // no further layer will come; committed ones stay readable
+
+  // --- pulls ---
+  // FAILED_PRECONDITION when closed.
+  absl::StatusOr<std::unique_ptr<Transfer>> Open(std::function<void()> abort);
+  // Calls `ready` exactly once, inline or later from the engine's thread, with a pin, or with the
+  // reason why this layer will never be readable.
+  void WhenReady(int layer, Ready ready);
+  void Delivered(int layer);  // retain = false: frees it once its pins are gone
+
+  // --- leases ---
+  void Close(absl::Status why);  // no new pull; blocks are freed after the running ones
+  int running_transfers() const;
+  bool computing() const;  // layers are still to come and the engine is not waiting for us
+  bool complete() const;   // every layer was committed
+  absl::Time last_progress() const;          // of the computation or of any pull
+  void AbortStalled(absl::Time idle_since);  // once closed: ends pulls without progress since then
+
+ private:
+  // The blocks of one layer at a time.
+  struct Slot {
+    std::vector<int32_t> blocks;
+    BlockState state = BlockState::kComputing;
+    int pins = 0;
+  };
+  enum class LayerState : uint8_t { kPending, kReady, kDelivered };
+
+  KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain);
+  const Slot& SlotOf(int layer) const ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return slots_[static_cast<size_t>(layer) % slots_.size()];
+  }
+  Slot& SlotOf(int layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return slots_[static_cast<size_t>(layer) % slots_.size()];
+  }
+  bool CanComputeLocked(int layer) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  bool finished() const ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return committed_ == geometry_.layers || !failed_.ok();
+  }
+  void SetState(Slot& slot, BlockState state) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::shared_ptr<const Pin> PinLocked(int layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Unpin(int layer);
+  void Leave(Transfer* transfer);
+  void FreeIfQuiet() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  BlockPool& pool_;
+  const KvGeometry geometry_;
+  const bool retain_;
+  mutable absl::Mutex mutex_;
+  std::vector<Slot> slots_ ABSL_GUARDED_BY(mutex_);
+  std::vector<LayerState> layers_ ABSL_GUARDED_BY(mutex_);
+  int committed_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool freed_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status failed_ ABSL_GUARDED_BY(mutex_);
+  absl::Status closed_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::pair<int, Ready>> waiting_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Transfer*> transfers_ ABSL_GUARDED_BY(mutex_);
+  std::function<void()> on_slot_free_ ABSL_GUARDED_BY(mutex_);
+  absl::Time progress_ ABSL_GUARDED_BY(mutex_) = absl::Now();
+};
+
+}  // namespace prefilld

@@ -1,0 +1,155 @@
+#include "server/kv/lease_table.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/errors.h"
+
+namespace prefilld {
+
+LeaseTable::LeaseTable(Events events) : events_(std::move(events)), thread_([this] { Expire(); }) {}
+
+LeaseTable::~LeaseTable() {
+  {
+    absl::MutexLock lock(&mutex_);
+    stop_ = true;
+    changed_ = true;
+  }
+  thread_.join();
+}
+
+absl::StatusOr<LeaseInfo> LeaseTable::Grant(absl::string_view name, std::shared_ptr<KvCache> cache,
+                                            absl::Duration ttl, std::function<void()> abandon) {
+  absl::MutexLock lock(&mutex_);
+  if (entries_.find(name) != entries_.end()) {
+    return absl::AlreadyExistsError(absl::StrCat("lease '", name, "' still lives"));
+  }
+  Entry entry{{std::string(name), next_generation_++, ttl},
+              std::move(cache),
+              std::move(abandon),
+              absl::Now()};
+  const LeaseInfo info = entry.info;
+  entries_.emplace(info.name, std::move(entry));
+  changed_ = true;
+  return info;
+}
+
+absl::StatusOr<LeaseTable::Entries::const_iterator> LeaseTable::FindLocked(
+    absl::string_view name, uint64_t generation) const {
+  auto found = entries_.find(name);
+  if (found == entries_.end()) return ResourceNotFound("lease", name);
+  if (found->second.info.generation != generation) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("lease '", name, "' has generation ", found->second.info.generation,
+                     ", not the generation ", generation, " that was asked for"));
+  }
+  return found;
+}
+
+absl::StatusOr<std::shared_ptr<KvCache>> LeaseTable::Find(absl::string_view name,
+                                                          uint64_t generation) const {
+  absl::MutexLock lock(&mutex_);
+  auto found = FindLocked(name, generation);
+  if (!found.ok()) return found.status();
+  return (*found)->second.cache;
+}
+
+absl::StatusOr<LeaseInfo> LeaseTable::Renew(absl::string_view name, uint64_t generation,
+                                            absl::Duration ttl) {
+  absl::MutexLock lock(&mutex_);
+  auto found = FindLocked(name, generation);
+  if (!found.ok()) return found.status();
+  Entry& entry = entries_.find(name)->second;
+  if (ttl > absl::ZeroDuration()) entry.info.ttl = ttl;
+  entry.renewed = absl::Now();
+  changed_ = true;
+  return entry.info;
+}
+
+absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generation, LeaseEnd why) {
+  Entry entry;
+  {
+    absl::MutexLock lock(&mutex_);
+    auto found = FindLocked(name, generation);
+    if (!found.ok()) return found.status();
+    entry = std::move(entries_.extract(*found).mapped());
+  }
+  const std::shared_ptr<KvCache> cache = entry.cache;
+  End(std::move(entry), why);
+  return cache->running_transfers();
+}
+
+void LeaseTable::ReleaseAll(LeaseEnd why) {
+  Entries all;
+  {
+    absl::MutexLock lock(&mutex_);
+    all.swap(entries_);
+  }
+  for (auto& [name, entry] : all) End(std::move(entry), why);
+}
+
+// New pulls stop at once; the cache frees its blocks when the running ones have ended.
+void LeaseTable::End(Entry entry, LeaseEnd why) {
+  const char* verb = why == LeaseEnd::kExpired ? "expired" : "was released";
+  entry.cache->Close(
+      absl::FailedPreconditionError(absl::StrCat("lease '", entry.info.name, "' ", verb)));
+  if (!entry.cache->complete() && entry.abandon) entry.abandon();
+  if (events_.ended) events_.ended(entry.info, why);
+  if (entry.cache->running_transfers() > 0) {
+    absl::MutexLock lock(&mutex_);
+    closing_.emplace_back(std::move(entry.cache), entry.info.ttl);
+    changed_ = true;
+  }
+}
+
+int64_t LeaseTable::active() const {
+  absl::MutexLock lock(&mutex_);
+  return static_cast<int64_t>(entries_.size());
+}
+
+bool LeaseTable::WaitEmpty(absl::Time deadline) {
+  absl::MutexLock lock(&mutex_);
+  const auto empty = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return entries_.empty(); };
+  return mutex_.AwaitWithDeadline(absl::Condition(&empty), deadline);
+}
+
+void LeaseTable::Expire() {
+  mutex_.Lock();
+  while (!stop_) {
+    changed_ = false;
+    const absl::Time now = absl::Now();
+    absl::Time next = absl::InfiniteFuture();
+    std::vector<Entry> expired;
+    for (auto it = entries_.begin(); it != entries_.end();) {
+      const Entry& entry = it->second;
+      // While the engine works on it a lease does not age; it will have its whole ttl afterwards.
+      const absl::Time used =
+          entry.cache->computing() ? now : std::max(entry.renewed, entry.cache->last_progress());
+      if (used + entry.info.ttl > now) {
+        next = std::min(next, used + entry.info.ttl);
+        ++it;
+      } else {
+        expired.push_back(std::move(it->second));
+        it = entries_.erase(it);
+      }
+    }
+    // Caches whose lease has ended while somebody reads them: a reader that stalls is cut off.
+    std::vector<std::pair<std::shared_ptr<KvCache>, absl::Duration>> closing;
+    for (const auto& [cache, ttl] : closing_) {
+      if (cache->running_transfers() == 0) continue;
+      closing.emplace_back(cache, ttl);
+      next = std::min(next, now + ttl);
+    }
+    closing_ = closing;
+    mutex_.Unlock();
+    for (Entry& entry : expired) End(std::move(entry), LeaseEnd::kExpired);
+    for (const auto& [cache, ttl] : closing) cache->AbortStalled(now - ttl);
+    closing.clear();
+    mutex_.Lock();
+    mutex_.AwaitWithDeadline(absl::Condition(&changed_), next);
+  }
+  mutex_.Unlock();
+}
+
+}  // namespace prefilld
