@@ -64,9 +64,10 @@ class Ops {
   // out = silu(gate) * up, elementwise over count values. out may be gate.
   virtual absl::Status SwiGlu(const float* gate, const float* up, int64_t count, float* out,
                               Stream stream) = 0;
-  // dst[i] = round-to-nearest-even(src[i]) in dtype.
-  virtual absl::Status Convert(const float* src, int64_t count, DType dtype, void* dst,
-                               Stream stream) = 0;
+  // dst[rows, width] contiguous = round-to-nearest-even of src[rows, width] whose rows lie src_stride
+  // elements apart. Runs on the calling thread: callers split the work.
+  virtual absl::Status Convert(const float* src, int64_t src_stride, int64_t rows, int64_t width,
+                               DType dtype, void* dst, Stream stream) = 0;
 };
 
 }  // namespace prefilld
