@@ -1,0 +1,97 @@
+// Every metric of the server, in one struct: names, label sets and buckets are here and nowhere
+// else. Owned by the server; whoever knows a fact calls the method or the metric named after it.
+// All label sets are closed and exist from the start, so that a zero is seen as zero. Thread-safe;
+// no call blocks for longer than a map look-up.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "kernels/attention.h"
+#include "prometheus/counter.h"
+#include "prometheus/family.h"
+#include "prometheus/gauge.h"
+#include "prometheus/histogram.h"
+#include "prometheus/registry.h"
+#include "server/job.h"
+#include "server/kv/block_pool.h"
+
+namespace prefilld {
+
+// The model label of requests that bring their own tensors.
+inline constexpr char kAttendModel[] = "attend";
+
+struct Metrics {
+ private:
+  std::shared_ptr<prometheus::Registry> registry_;  // before everything that registers with it
+
+ public:
+  Metrics();
+
+  // Makes the series of a model exist. Before serving.
+  void AddModel(const std::string& model);
+
+  // --- rpc ---
+  // method: an RPC's name ("Attend"); code: a gRPC code's name ("OK"). Once per call, at its end.
+  void Request(const std::string& method, const std::string& code, double seconds);
+  // An Attend or a Prefill that got no place; the label is FactsOf(why).reason or follows its code.
+  void Rejected(const absl::Status& why);
+  void HandoffFailed(const std::string& reason);  // one of kHandoffFailures
+
+  // --- engine and scheduler ---
+  void ObservePhase(Phase phase, double seconds);
+  void HeadDensity(const std::string& model, Pattern pattern, double density);
+  void LayerDensity(const std::string& model, int layer, double density);  // mean over its heads
+  void CapturedMass(const std::string& model, double mass);                // of one head
+  void DenseFallback(DenseReason reason, int64_t heads = 1);
+
+  prometheus::Gauge& running;                  // jobs
+  prometheus::Gauge& waiting;                  // jobs
+  prometheus::Gauge& queue_tokens;             // of waiting jobs
+  prometheus::Gauge& upload_bytes_inflight;    // admitted and not arrived; by rpc
+  prometheus::Histogram& prompt_tokens;        // of every admitted Prefill; by rpc
+  prometheus::Counter& tokens_total;           // query tokens of finished jobs; by the scheduler
+  prometheus::Histogram& time_to_first_layer;  // seconds from a Prefill's arrival; by the scheduler
+
+  // --- hand-off and leases ---
+  prometheus::Counter& handoff_bytes;       // payload bytes sent by PullKv
+  prometheus::Histogram& handoff_duration;  // seconds of a finished PullKv
+  prometheus::Counter& leases_expired;
+  prometheus::Gauge& leases_active;                    // set by on_scrape
+  void SetKvBlocks(BlockState state, int64_t blocks);  // by on_scrape
+
+  prometheus::Gauge& ready;  // 1 while the server takes new work
+
+  // Runs before every collection, to set what is only looked at then. Set before serving.
+  std::function<void(Metrics&)> on_scrape;
+  std::vector<prometheus::MetricFamily> Collect();
+
+  static constexpr const char* kHandoffFailures[] = {
+      "cancelled",    // the caller went away
+      "deadline",     // the call's deadline passed
+      "stalled",      // no progress after the lease had ended
+      "refused",      // no such lease, layer or layout
+      "computation",  // a layer will never come
+  };
+
+ private:
+  template <typename T>
+  using Family = prometheus::Family<T>;
+
+  Family<prometheus::Counter>& requests_;
+  Family<prometheus::Histogram>& request_duration_;
+  Family<prometheus::Counter>& rejected_;
+  Family<prometheus::Histogram>& phase_duration_;
+  Family<prometheus::Histogram>& head_density_;
+  Family<prometheus::Gauge>& layer_density_;
+  Family<prometheus::Histogram>& captured_mass_;
+  Family<prometheus::Counter>& dense_fallback_;
+  Family<prometheus::Gauge>& kv_blocks_;
+  Family<prometheus::Counter>& handoff_failures_;
+};
+
+}  // namespace prefilld
