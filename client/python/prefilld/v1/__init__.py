@@ -1,0 +1,1 @@
+"""The contract, generated from proto/prefilld/v1 by generate.py."""
