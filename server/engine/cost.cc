@@ -9,7 +9,8 @@ namespace {
 // FLOPs of dense causal attention of one sequence: QK and PV over the visible keys.
 double AttentionFlops(int q_heads, int head_dim, int64_t sq, int64_t sk) {
   const double prefix = static_cast<double>(sk - sq);
-  const double visible = static_cast<double>(sq) * prefix + 0.5 * static_cast<double>(sq) * (sq + 1.0);
+  const double visible =
+      static_cast<double>(sq) * prefix + 0.5 * static_cast<double>(sq) * (sq + 1.0);
   return 4.0 * q_heads * head_dim * visible;
 }
 
@@ -46,7 +47,8 @@ double CostModel::LinearSeconds(int64_t tokens, int64_t layer_weights) const {
 
 bool CostModel::SparseIsFaster(int q_heads, int head_dim, int64_t sq, int64_t sk) const {
   const double density = PredictedDensity((sk + 127) / 128);
-  return SelectSeconds(q_heads, head_dim, sk) + AttentionSeconds(q_heads, head_dim, sq, sk, density) <
+  return SelectSeconds(q_heads, head_dim, sk) +
+             AttentionSeconds(q_heads, head_dim, sq, sk, density) <
          AttentionSeconds(q_heads, head_dim, sq, sk, 1);
 }
 
@@ -60,7 +62,8 @@ void CostModel::ObserveSelect(int q_heads, int head_dim, int64_t sk, double seco
 }
 
 void CostModel::ObserveLinear(int64_t tokens, int64_t layer_weights, double seconds) {
-  Follow(linear_flops_, 2.0 * static_cast<double>(tokens) * static_cast<double>(layer_weights) / seconds);
+  Follow(linear_flops_,
+         2.0 * static_cast<double>(tokens) * static_cast<double>(layer_weights) / seconds);
 }
 
 void CostModel::ObserveDensity(int64_t k_blocks, double density) {

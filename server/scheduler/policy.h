@@ -9,20 +9,21 @@
 
 namespace prefilld {
 
-// One thing the engine could do: the next layer of a batch in progress, or the start of a waiting job.
+// One thing the engine could do: the next layer of a batch in progress, or the start of a waiting
+// job.
 struct StepView {
   absl::Time arrival;
-  absl::Time last_run;           // of its last step, or arrival
-  absl::Time deadline;           // infinite when there is none
-  absl::Duration remaining;      // predicted work until it is done
+  absl::Time last_run;       // of its last step, or arrival
+  absl::Time deadline;       // infinite when there is none
+  absl::Duration remaining;  // predicted work until it is done
   int priority = 0;
-  bool runnable = true;          // uploaded, and with room for its next layer
+  bool runnable = true;  // uploaded, and with room for its next layer
 };
 
-// Order: what has been passed over for longer than `passed_over_max` first (longest first), then least
-// slack (deadline - now - remaining) among those with a deadline that is in danger, then higher
-// priority, then less remaining work, so that a short prompt does not wait for a long one, then
-// arrival. Empty when nothing is runnable.
+// Order: what has been passed over for longer than `passed_over_max` first (longest first), then
+// least slack (deadline - now - remaining) among those with a deadline that is in danger, then
+// higher priority, then less remaining work, so that a short prompt does not wait for a long one,
+// then arrival. Empty when nothing is runnable.
 std::optional<size_t> PickNext(const std::vector<StepView>& views, absl::Time now,
                                absl::Duration passed_over_max);
 

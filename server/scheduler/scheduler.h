@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -17,18 +16,19 @@
 #include "absl/time/time.h"
 #include "server/engine/engine.h"
 #include "server/job.h"
+#include "server/metrics.h"
+#include "server/scheduler/policy.h"
 
 namespace prefilld {
 
 struct SchedulerOptions {
-  int waiting_jobs_max = 256;            // jobs; more means a longer worst wait before a refusal
-  int64_t waiting_tokens_max = 4 << 20;  // tokens over all waiting jobs
-  uint64_t attend_bytes_max =
-      0;  // bytes of tensors of all Attend jobs in the server; set by config
-  int64_t batch_tokens_max = 4096;  // tokens of short prompts that share a batch
-  int active_batches_max = 4;       // batches in progress; each holds its residual stream
-  absl::Duration passed_over_max =
-      absl::Seconds(10);  // after this wait a step goes first, whatever its slack
+  int waiting_jobs_max = 256;                     // more means a longer worst wait before a refusal
+  int64_t waiting_tokens_max = 4 << 20;           // tokens over all waiting jobs
+  uint64_t attend_bytes_max = uint64_t{4} << 30;  // tensors of all Attend jobs in the server
+  int64_t batch_tokens_max = 4096;                // tokens of short prompts that share a batch
+  int active_batches_max = 4;  // batches in progress; each holds its residual stream
+  // A step that waited for this long goes first, whatever the others' slack or priority.
+  absl::Duration passed_over_max = absl::Seconds(10);
 };
 
 class Scheduler {
@@ -37,10 +37,11 @@ class Scheduler {
   ~Scheduler();  // cancels what is left and joins
 
   // Takes a share of the job on OK only: then the sink hears OnFinished exactly once. An Attend job
-  // is not run before UploadDone. Refuses when full, draining, late, or when the deadline cannot be
-  // met.
+  // is not run before UploadDone. UNAVAILABLE when draining, DEADLINE_EXCEEDED when late,
+  // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts).
   absl::Status Admit(const std::shared_ptr<Job>& job);
   void UploadDone(const std::shared_ptr<Job>& job);
+  // Ends the job with `why` before its next step. Harmless when it has ended.
   void Cancel(const std::shared_ptr<Job>& job,
               absl::Status why = absl::CancelledError("cancelled"));
 
@@ -50,32 +51,53 @@ class Scheduler {
   bool Stalled(absl::Duration limit) const;
 
  private:
+  enum class What { kAdmit, kUploaded, kCancel };
+  struct Message {
+    What what;
+    std::shared_ptr<Job> job;
+    absl::Status why;
+  };
   struct Waiting {
     std::shared_ptr<Job> job;
-    bool ready;
+    bool ready;  // every tensor has arrived
+  };
+  struct Active {
+    std::unique_ptr<Batch> batch;
+    absl::Time last_run;
   };
 
+  // The thread and what only it touches.
   void Loop();
-  void DropDead(absl::Time now, std::vector<std::pair<std::shared_ptr<Job>, absl::Status>>* dead)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void RunOneStep();
-  void Finish(const std::shared_ptr<Job>& job, const absl::Status& status);
-  void UpdateGauges() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Receive(std::vector<Message> inbox);
+  void DropLate(absl::Time now);
+  absl::Time NextDeadline() const;
+  bool RunOneStep();  // false: nothing could run
+  std::vector<StepView> Views() const;
+  void StartBatch(size_t first);
+  void Advance(size_t active);
+  void RunAttend(size_t waiting);
+  std::shared_ptr<Job> TakeWaiting(size_t index);
+  void End(const std::shared_ptr<Job>& job, const absl::Status& status);
+  bool EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status);
+  void PublishLoad();
+  void Wake();
 
   Engine& engine_;
   Metrics& metrics_;
   const SchedulerOptions options_;
+  std::vector<Waiting> waiting_;
+  std::vector<Active> active_;
+
   mutable absl::Mutex mutex_;
-  std::deque<Waiting> waiting_ ABSL_GUARDED_BY(mutex_);
-  std::vector<std::unique_ptr<Batch>> active_ ABSL_GUARDED_BY(mutex_);
-  std::vector<std::pair<std::shared_ptr<Job>, absl::Status>> cancels_ ABSL_GUARDED_BY(mutex_);
-  uint64_t attend_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
-  int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
-  int running_jobs_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::vector<Message> inbox_ ABSL_GUARDED_BY(mutex_);
+  bool wake_ ABSL_GUARDED_BY(mutex_) = false;  // the thread must look again
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
-  bool wake_ ABSL_GUARDED_BY(mutex_) = false;
+  int jobs_ ABSL_GUARDED_BY(mutex_) = 0;          // admitted and not ended
+  int waiting_jobs_ ABSL_GUARDED_BY(mutex_) = 0;  // admitted and not started
+  int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t attend_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
   absl::Time step_started_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
   std::thread thread_;
 };

@@ -1,0 +1,70 @@
+// The engine: owns the device and runs one step at a time on it, a layer of a batch of prompts or
+// one Attend; measures phases, density and captured mass while it does. The scheduler's thread
+// alone calls it (Cost may be asked by any thread); every call blocks for the length of the step.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/backend.h"
+#include "server/engine/cost.h"
+#include "server/job.h"
+#include "server/metrics.h"
+#include "server/model/transformer.h"
+
+namespace prefilld {
+
+// Prompts of one model and one policy that go through the layers together, ragged.
+struct Batch {
+  std::vector<std::shared_ptr<Job>> jobs;  // sequence s of `prompts` is jobs[s]
+  PrefillBatch prompts;
+  Transformer* model = nullptr;
+  SparsityPolicy policy;
+  DenseReason dense_reason = DenseReason::kNone;  // set when dense replaced an unspecified method
+  int next_layer = 0;
+  PhaseSeconds phases{};  // of the steps so far; every job of the batch waited for all of it
+
+  bool done() const { return next_layer == model->info().layers; }
+};
+
+class Engine {
+ public:
+  Engine(Backend& backend, Metrics& metrics);
+  // Times small calls to learn this device's rates; less than a second.
+  absl::Status Calibrate();
+
+  // Seconds the rest of a job will take, by the cost model, when `layers_done` are behind it.
+  // Thread: any.
+  double PredictSeconds(const Job& job, int layers_done = 0) const;
+
+  // Embeds the prompts; the batch owns its residual stream from now on.
+  absl::StatusOr<std::unique_ptr<Batch>> Begin(std::vector<std::shared_ptr<Job>> jobs);
+  // Computes next_layer and commits its K and V to each job's cache. Every cache CanCompute it.
+  absl::Status RunLayer(Batch& batch);
+  // After the last layer: the logits of the jobs that asked for them.
+  absl::Status Finish(Batch& batch);
+  // Takes a job out of a batch, so that the others go on without its rows.
+  void Remove(Batch& batch, size_t job);
+
+  absl::Status RunAttend(Job& job);
+
+ private:
+  absl::Status RunStages(AttentionArgs& args, PhaseSeconds& phases, DenseReason dense_reason);
+  void Observe(const AttentionArgs& args, const PhaseSeconds& phases);
+  SparsityPolicy Decide(const Job& job, const AttentionShape& shape, DenseReason* reason) const;
+  absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
+  absl::Status StoreKv(Batch& batch, int layer);
+  static void TakePhases(const Batch& batch, Job& job);
+  static void CopyIndex(const BlockIndexView& index, int heads, AttendWork& work);
+
+  Backend& backend_;
+  Metrics& metrics_;
+  CostModel cost_;
+  Buffer scratch_;  // q, k, v, o of one layer, F32; grows to the largest batch seen
+  LayerScratch layer_{};
+  std::vector<int32_t> index_count_, index_;
+};
+
+}  // namespace prefilld

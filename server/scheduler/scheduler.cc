@@ -1,0 +1,363 @@
+#include "server/scheduler/scheduler.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/errors.h"
+#include "server/kv/kv_cache.h"
+
+namespace prefilld {
+namespace {
+
+// A deadline is called infeasible only when the job's own predicted work exceeds what is left by
+// this factor: the cost model may be off, a wrong refusal is worse than a late answer.
+constexpr double kInfeasibleFactor = 1.5;
+
+// Bytes of the tensors an Attend holds in host memory.
+uint64_t AttendBytes(const Job& job) {
+  if (!job.attend) return 0;
+  const AttentionShape& shape = job.attend->shape;
+  const uint64_t q = static_cast<uint64_t>(shape.total_q()) * shape.q_heads;
+  const uint64_t kv = static_cast<uint64_t>(shape.total_k()) * shape.kv_heads;
+  return (2 * q + 2 * kv) * shape.head_dim * SizeOf(shape.dtype);
+}
+
+void StartClock(Job& job, absl::Time now) {
+  job.started = now;
+  const absl::Time ready = job.attend ? std::min(job.uploaded, now) : job.arrival;
+  job.phases[static_cast<size_t>(Phase::kQueue)] = absl::ToDoubleSeconds(now - ready);
+  job.phases[static_cast<size_t>(Phase::kUpload)] = absl::ToDoubleSeconds(ready - job.arrival);
+}
+
+bool MayShareBatch(const Job& a, const Job& b) {
+  return b.prefill && a.prefill->model == b.prefill->model && a.policy == b.policy &&
+         a.method_unspecified == b.method_unspecified && a.prefill->cache->retain() &&
+         b.prefill->cache->retain();  // a batch never waits for one job's consumer
+}
+
+}  // namespace
+
+Scheduler::Scheduler(Engine& engine, Metrics& metrics, SchedulerOptions options)
+    : engine_(engine), metrics_(metrics), options_(options), thread_([this] { Loop(); }) {}
+
+Scheduler::~Scheduler() {
+  {
+    absl::MutexLock lock(&mutex_);
+    stop_ = wake_ = true;
+  }
+  thread_.join();
+}
+
+absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
+  const absl::Time now = absl::Now();
+  const double seconds = engine_.PredictSeconds(*job);
+  const uint64_t bytes = AttendBytes(*job);
+  absl::MutexLock lock(&mutex_);
+  const absl::Duration wait =
+      std::clamp(absl::Seconds(backlog_seconds_), absl::Milliseconds(100), absl::Seconds(60));
+  if (draining_ || stop_) {
+    return RetryLater(absl::StatusCode::kUnavailable, "draining", "the server is shutting down",
+                      absl::Seconds(1));
+  }
+  if (job->deadline <= now) return absl::DeadlineExceededError("the deadline has passed already");
+  if (now + absl::Seconds(seconds / kInfeasibleFactor) > job->deadline) {
+    return DeadlineInfeasible(
+        absl::StrCat("the work takes about ", absl::FormatDuration(absl::Seconds(seconds)),
+                     ", the deadline is in ", absl::FormatDuration(job->deadline - now)));
+  }
+  if (waiting_jobs_ >= options_.waiting_jobs_max) {
+    return RetryLater(
+        absl::StatusCode::kResourceExhausted, "queue_full",
+        absl::StrCat(waiting_jobs_, " jobs wait, the limit is ", options_.waiting_jobs_max), wait);
+  }
+  if (waiting_jobs_ > 0 && waiting_tokens_ + job->tokens() > options_.waiting_tokens_max) {
+    return RetryLater(absl::StatusCode::kResourceExhausted, "queue_full",
+                      absl::StrCat(waiting_tokens_, " tokens wait, this job has ", job->tokens(),
+                                   ", the limit is ", options_.waiting_tokens_max),
+                      wait);
+  }
+  if (attend_bytes_ + bytes > options_.attend_bytes_max) {
+    return RetryLater(absl::StatusCode::kResourceExhausted, "attend_memory",
+                      absl::StrCat("this Attend holds ", bytes, " bytes, ", attend_bytes_, " of ",
+                                   options_.attend_bytes_max, " are taken"),
+                      wait);
+  }
+  job->queue_position = jobs_;
+  job->estimated_wait = absl::Seconds(backlog_seconds_);
+  ++jobs_;
+  ++waiting_jobs_;
+  waiting_tokens_ += job->tokens();
+  attend_bytes_ += bytes;
+  backlog_seconds_ += seconds;
+  metrics_.waiting.Set(waiting_jobs_);
+  metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
+  if (job->prefill) job->prefill->cache->SetOnSlotFree([this] { Wake(); });
+  inbox_.push_back({What::kAdmit, job, absl::OkStatus()});
+  wake_ = true;
+  return absl::OkStatus();
+}
+
+void Scheduler::UploadDone(const std::shared_ptr<Job>& job) {
+  absl::MutexLock lock(&mutex_);
+  job->uploaded = absl::Now();
+  inbox_.push_back({What::kUploaded, job, absl::OkStatus()});
+  wake_ = true;
+}
+
+void Scheduler::Cancel(const std::shared_ptr<Job>& job, absl::Status why) {
+  job->cancelled = true;
+  absl::MutexLock lock(&mutex_);
+  if (stop_) return;
+  inbox_.push_back({What::kCancel, job, std::move(why)});
+  wake_ = true;
+}
+
+void Scheduler::Wake() {
+  absl::MutexLock lock(&mutex_);
+  wake_ = true;
+}
+
+void Scheduler::Drain() {
+  absl::MutexLock lock(&mutex_);
+  draining_ = true;
+}
+
+bool Scheduler::WaitIdle(absl::Time deadline) {
+  absl::MutexLock lock(&mutex_);
+  const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return jobs_ == 0; };
+  return mutex_.AwaitWithDeadline(absl::Condition(&idle), deadline);
+}
+
+bool Scheduler::Stalled(absl::Duration limit) const {
+  absl::MutexLock lock(&mutex_);
+  return absl::Now() - step_started_ > limit;
+}
+
+void Scheduler::Loop() {
+  for (;;) {
+    std::vector<Message> inbox;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (stop_) break;
+      wake_ = false;
+      inbox.swap(inbox_);
+    }
+    Receive(std::move(inbox));
+    DropLate(absl::Now());
+    const bool ran = RunOneStep();
+    PublishLoad();
+    if (ran) continue;
+    const absl::Time deadline = NextDeadline();
+    absl::MutexLock lock(&mutex_);
+    mutex_.AwaitWithDeadline(absl::Condition(&wake_), deadline);
+  }
+  std::vector<Message> inbox;
+  {
+    absl::MutexLock lock(&mutex_);
+    inbox.swap(inbox_);
+  }
+  Receive(std::move(inbox));
+  const absl::Status why = absl::UnavailableError("the server has stopped");
+  while (!waiting_.empty()) EndWherever(std::shared_ptr<Job>(waiting_.back().job), why);
+  while (!active_.empty())
+    EndWherever(std::shared_ptr<Job>(active_.back().batch->jobs.back()), why);
+}
+
+void Scheduler::Receive(std::vector<Message> inbox) {
+  for (Message& message : inbox) {
+    switch (message.what) {
+      case What::kAdmit:
+        waiting_.push_back({message.job, message.job->prefill != nullptr});
+        break;
+      case What::kUploaded:
+        for (Waiting& waiting : waiting_) {
+          if (waiting.job == message.job) waiting.ready = true;
+        }
+        break;
+      case What::kCancel:
+        EndWherever(message.job, message.why);
+        break;
+    }
+  }
+}
+
+void Scheduler::DropLate(absl::Time now) {
+  std::vector<std::shared_ptr<Job>> late;
+  for (const Waiting& waiting : waiting_) {
+    if (waiting.job->deadline <= now) late.push_back(waiting.job);
+  }
+  for (const Active& active : active_) {
+    for (const auto& job : active.batch->jobs) {
+      if (job->deadline <= now) late.push_back(job);
+    }
+  }
+  for (const auto& job : late) {
+    EndWherever(job, absl::DeadlineExceededError("the deadline passed before the work was done"));
+  }
+}
+
+// Only an idle loop waits for it: while steps run, deadlines are looked at between them.
+absl::Time Scheduler::NextDeadline() const {
+  absl::Time next = absl::InfiniteFuture();
+  for (const Waiting& waiting : waiting_) next = std::min(next, waiting.job->deadline);
+  for (const Active& active : active_) {
+    for (const auto& job : active.batch->jobs) next = std::min(next, job->deadline);
+  }
+  return next;
+}
+
+// First the batches in progress, then the waiting jobs.
+std::vector<StepView> Scheduler::Views() const {
+  std::vector<StepView> views;
+  for (const Active& active : active_) {
+    const Batch& batch = *active.batch;
+    StepView view;
+    view.arrival = absl::InfiniteFuture();
+    view.deadline = absl::InfiniteFuture();
+    view.last_run = active.last_run;
+    view.priority = batch.jobs[0]->priority;
+    for (const auto& job : batch.jobs) {
+      view.arrival = std::min(view.arrival, job->arrival);
+      view.deadline = std::min(view.deadline, job->deadline);
+      view.priority = std::max(view.priority, job->priority);
+      view.remaining += absl::Seconds(engine_.PredictSeconds(*job, batch.next_layer));
+      view.runnable &= job->prefill->cache->CanCompute(batch.next_layer);
+    }
+    views.push_back(view);
+  }
+  const bool may_start_batch = static_cast<int>(active_.size()) < options_.active_batches_max;
+  for (const Waiting& waiting : waiting_) {
+    const Job& job = *waiting.job;
+    views.push_back({.arrival = job.arrival,
+                     .last_run = job.arrival,
+                     .deadline = job.deadline,
+                     .remaining = absl::Seconds(engine_.PredictSeconds(job)),
+                     .priority = job.priority,
+                     .runnable = waiting.ready && (job.attend || may_start_batch)});
+  }
+  return views;
+}
+
+bool Scheduler::RunOneStep() {
+  const auto next = PickNext(Views(), absl::Now(), options_.passed_over_max);
+  if (!next) return false;
+  {
+    absl::MutexLock lock(&mutex_);
+    step_started_ = absl::Now();
+  }
+  if (*next < active_.size()) {
+    Advance(*next);
+  } else if (waiting_[*next - active_.size()].job->attend) {
+    RunAttend(*next - active_.size());
+  } else {
+    StartBatch(*next - active_.size());
+  }
+  absl::MutexLock lock(&mutex_);
+  step_started_ = absl::InfiniteFuture();
+  return true;
+}
+
+// The chosen job, and the short ones that may come along while the token budget lasts.
+void Scheduler::StartBatch(size_t first) {
+  std::vector<std::shared_ptr<Job>> jobs = {TakeWaiting(first)};
+  int64_t tokens = jobs[0]->tokens();
+  for (size_t i = 0; i < waiting_.size();) {
+    const Job& other = *waiting_[i].job;
+    if (waiting_[i].ready && MayShareBatch(*jobs[0], other) &&
+        tokens + other.tokens() <= options_.batch_tokens_max) {
+      tokens += other.tokens();
+      jobs.push_back(TakeWaiting(i));
+    } else {
+      ++i;
+    }
+  }
+  auto batch = engine_.Begin(jobs);
+  if (!batch.ok()) {
+    for (const auto& job : jobs) End(job, batch.status());
+    return;
+  }
+  active_.push_back({*std::move(batch), absl::Now()});
+  Advance(active_.size() - 1);
+}
+
+void Scheduler::Advance(size_t index) {
+  Batch& batch = *active_[index].batch;
+  absl::Status status = engine_.RunLayer(batch);
+  active_[index].last_run = absl::Now();
+  if (status.ok() && !batch.done()) return;
+  if (status.ok()) status = engine_.Finish(batch);
+  const std::unique_ptr<Batch> finished = std::move(active_[index].batch);
+  active_.erase(active_.begin() + static_cast<std::ptrdiff_t>(index));
+  for (const auto& job : finished->jobs) End(job, status);
+}
+
+void Scheduler::RunAttend(size_t index) {
+  const std::shared_ptr<Job> job = TakeWaiting(index);
+  End(job, engine_.RunAttend(*job));
+}
+
+std::shared_ptr<Job> Scheduler::TakeWaiting(size_t index) {
+  std::shared_ptr<Job> job = std::move(waiting_[index].job);
+  waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(index));
+  StartClock(*job, absl::Now());
+  absl::MutexLock lock(&mutex_);
+  --waiting_jobs_;
+  waiting_tokens_ -= job->tokens();
+  metrics_.waiting.Set(waiting_jobs_);
+  metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
+  metrics_.running.Increment();
+  return job;
+}
+
+// A started job leaves the server.
+void Scheduler::End(const std::shared_ptr<Job>& job, const absl::Status& status) {
+  metrics_.running.Decrement();
+  if (status.ok()) metrics_.tokens_total.Increment(static_cast<double>(job->tokens()));
+  if (job->prefill) {
+    job->prefill->cache->SetOnSlotFree(nullptr);
+    if (!status.ok()) job->prefill->cache->Fail(status);
+  }
+  for (size_t phase = 0; phase < job->phases.size(); ++phase) {
+    if (job->phases[phase] > 0) metrics_.ObservePhase(static_cast<Phase>(phase), job->phases[phase]);
+  }
+  job->sink->OnFinished(status);
+  absl::MutexLock lock(&mutex_);
+  --jobs_;
+  attend_bytes_ -= AttendBytes(*job);
+}
+
+bool Scheduler::EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status) {
+  for (size_t i = 0; i < waiting_.size(); ++i) {
+    if (waiting_[i].job != job) continue;
+    End(TakeWaiting(i), status);
+    return true;
+  }
+  for (size_t i = 0; i < active_.size(); ++i) {
+    Batch& batch = *active_[i].batch;
+    const auto found = std::find(batch.jobs.begin(), batch.jobs.end(), job);
+    if (found == batch.jobs.end()) continue;
+    if (batch.jobs.size() > 1) {
+      engine_.Remove(batch, static_cast<size_t>(found - batch.jobs.begin()));
+    } else {
+      active_.erase(active_.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    End(job, status);
+    return true;
+  }
+  return false;
+}
+
+void Scheduler::PublishLoad() {
+  double seconds = 0;
+  for (const Active& active : active_) {
+    for (const auto& job : active.batch->jobs) {
+      seconds += engine_.PredictSeconds(*job, active.batch->next_layer);
+    }
+  }
+  for (const Waiting& waiting : waiting_) seconds += engine_.PredictSeconds(*waiting.job);
+  absl::MutexLock lock(&mutex_);
+  backlog_seconds_ = seconds;
+}
+
+}  // namespace prefilld
