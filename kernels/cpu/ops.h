@@ -8,6 +8,11 @@
 
 namespace prefilld::cpu {
 
-std::unique_ptr<Ops> CreateOps(int threads);
+// What becomes of BF16 weights. kNative multiplies bf16 x bf16 into F32, and is refused by
+// PrepareLinear where the CPU cannot; kWiden keeps a copy in F32.
+enum class BF16Weights { kBestForCpu, kWiden };
+
+// The threads of a call are an OpenMP team; oneDNN uses the same.
+std::unique_ptr<Ops> CreateOps(int threads, BF16Weights bf16 = BF16Weights::kBestForCpu);
 
 }  // namespace prefilld::cpu

@@ -1,0 +1,27 @@
+// Inverse frequencies of rotary position embedding, computed in F32 step by step as transformers
+// does, so that positions in the tens of thousands still turn by the same angle.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace prefilld {
+
+enum class RopeScaling : uint8_t { kNone, kLinear, kLlama3 };
+constexpr const char* Name(RopeScaling scaling) {
+  constexpr const char* kNames[] = {"none", "linear", "llama3"};
+  return kNames[static_cast<int>(scaling)];
+}
+
+struct RopeConfig {
+  double theta = 10000;
+  RopeScaling scaling = RopeScaling::kNone;
+  double factor = 1;                                 // linear, llama3
+  double low_freq_factor = 1, high_freq_factor = 4;  // llama3
+  int64_t original_max_positions = 8192;             // llama3
+};
+
+// [head_dim / 2]
+std::vector<float> InverseFrequencies(const RopeConfig& rope, int head_dim);
+
+}  // namespace prefilld
