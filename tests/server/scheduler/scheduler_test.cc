@@ -1,0 +1,214 @@
+#include "server/scheduler/scheduler.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "absl/synchronization/notification.h"
+#include "server/errors.h"
+
+namespace prefilld {
+namespace {
+
+// The CPU backend with a gate in stage 3: an Attend stays on the device until the test opens it.
+class GatedBackend : public Backend {
+ public:
+  std::string_view name() const override { return "gated"; }
+  Device& device() override { return cpu_->device(); }
+  Ops& ops() override { return cpu_->ops(); }
+  absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
+    return cpu_->Supports(shape, policy);
+  }
+  absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override {
+    return cpu_->EstimatePattern(args, stream);
+  }
+  absl::Status SelectBlocks(const AttentionArgs& args, Stream stream) override {
+    return cpu_->SelectBlocks(args, stream);
+  }
+  absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) override {
+    return cpu_->MeasureCapturedMass(args, stream);
+  }
+  absl::Status Attend(const AttentionArgs& args, Stream stream) override {
+    absl::MutexLock lock(&mutex_);
+    ++entered_;
+    mutex_.Await(absl::Condition(&open_));
+    if (!fault_.ok()) return fault_;
+    return cpu_->Attend(args, stream);
+  }
+
+  void Open(absl::Status fault = absl::OkStatus()) {
+    absl::MutexLock lock(&mutex_);
+    fault_ = std::move(fault);
+    open_ = true;
+  }
+  void AwaitEntered() {
+    absl::MutexLock lock(&mutex_);
+    const auto entered = [this] { return entered_ > 0; };
+    mutex_.Await(absl::Condition(&entered));
+  }
+
+ private:
+  std::unique_ptr<Backend> cpu_ = *CreateBackend("cpu", 1);
+  absl::Mutex mutex_;
+  int entered_ = 0;
+  bool open_ = false;
+  absl::Status fault_;
+};
+
+class Recorder : public JobSink {
+ public:
+  void OnLayerReady(int, double, double) override {}
+  void OnFinished(const absl::Status& status) override {
+    ASSERT_FALSE(finished_.HasBeenNotified()) << "OnFinished came twice";
+    status_ = status;
+    finished_.Notify();
+  }
+  absl::Status Wait() {
+    return finished_.WaitForNotificationWithTimeout(absl::Seconds(20))
+               ? status_
+               : absl::UnknownError("OnFinished did not come");
+  }
+  bool finished() const { return finished_.HasBeenNotified(); }
+
+ private:
+  absl::Notification finished_;
+  absl::Status status_;
+};
+
+class SchedulerTest : public testing::Test {
+ protected:
+  std::shared_ptr<Job> NewAttend(int64_t tokens = 64) {
+    auto job = std::make_shared<Job>();
+    job->request_id = "r";
+    job->policy.method = Method::kDense;
+    job->policy.measure_captured_mass = false;
+    job->attend = std::make_unique<AttendWork>();
+    job->attend->shape = {DType::kF32, 1, 1, 64, {0, tokens}, {0, tokens}};
+    job->attend->softmax_scale = 0.125;
+    for (Buffer* buffer : {&job->attend->q, &job->attend->k, &job->attend->v, &job->attend->o}) {
+      *buffer = *backend_.device().Allocate(tokens * 64 * sizeof(float));
+    }
+    job->sink = std::make_shared<Recorder>();
+    return job;
+  }
+  static Recorder& SinkOf(const std::shared_ptr<Job>& job) {
+    return static_cast<Recorder&>(*job->sink);
+  }
+
+  GatedBackend backend_;
+  Metrics metrics_;
+  Engine engine_{backend_, metrics_};
+};
+
+TEST_F(SchedulerTest, AnAttendRunsOnlyAfterItsUpload) {
+  Scheduler scheduler(engine_, metrics_, {});
+  backend_.Open();
+  auto job = NewAttend();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  EXPECT_FALSE(scheduler.WaitIdle(absl::Now() + absl::Milliseconds(100)));
+  scheduler.UploadDone(job);
+  EXPECT_TRUE(SinkOf(job).Wait().ok());
+  EXPECT_TRUE(scheduler.WaitIdle(absl::Now() + absl::Seconds(10)));
+  EXPECT_GT(job->phases[static_cast<int>(Phase::kAttention)], 0);
+}
+
+TEST_F(SchedulerTest, RejectsWhenFullAndTakesAgainWhenNot) {
+  Scheduler scheduler(engine_, metrics_, {.waiting_jobs_max = 1});
+  auto running = NewAttend();
+  ASSERT_TRUE(scheduler.Admit(running).ok());
+  scheduler.UploadDone(running);
+  backend_.AwaitEntered();
+  auto waiting = NewAttend();
+  ASSERT_TRUE(scheduler.Admit(waiting).ok());
+  EXPECT_EQ(waiting->queue_position, 1);
+  auto refused = scheduler.Admit(NewAttend());
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(FactsOf(refused).reason, "queue_full");
+  EXPECT_TRUE(FactsOf(refused).retry_after.has_value());
+  backend_.Open();
+  scheduler.UploadDone(waiting);
+  EXPECT_TRUE(SinkOf(waiting).Wait().ok());
+  EXPECT_TRUE(scheduler.Admit(NewAttend()).ok());
+}
+
+TEST_F(SchedulerTest, RejectsMoreAttendBytesThanAllowed) {
+  Scheduler scheduler(engine_, metrics_, {.attend_bytes_max = 100000});
+  auto first = NewAttend();  // 64 tokens x 64 x 4 tensors x 4 bytes = 65536
+  ASSERT_TRUE(scheduler.Admit(first).ok());
+  EXPECT_EQ(FactsOf(scheduler.Admit(NewAttend())).reason, "attend_memory");
+  scheduler.Cancel(first);
+  EXPECT_EQ(SinkOf(first).Wait().code(), absl::StatusCode::kCancelled);
+  EXPECT_TRUE(scheduler.WaitIdle(absl::Now() + absl::Seconds(10)));
+  EXPECT_TRUE(scheduler.Admit(NewAttend()).ok());
+}
+
+TEST_F(SchedulerTest, ADeadlineThatPassesInTheQueueEndsTheJob) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = NewAttend();
+  job->deadline = absl::Now() + absl::Milliseconds(100);
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  EXPECT_EQ(SinkOf(job).Wait().code(), absl::StatusCode::kDeadlineExceeded);
+}
+
+TEST_F(SchedulerTest, RefusesADeadlineThatIsPastOrCannotBeMet) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto late = NewAttend();
+  late->deadline = absl::Now() - absl::Seconds(1);
+  EXPECT_EQ(scheduler.Admit(late).code(), absl::StatusCode::kDeadlineExceeded);
+  auto hopeless = NewAttend();
+  hopeless->attend->shape.cu_seqlens_q = hopeless->attend->shape.cu_seqlens_k = {0, 1 << 17};
+  hopeless->deadline = absl::Now() + absl::Milliseconds(1);
+  const absl::Status refused = scheduler.Admit(hopeless);
+  EXPECT_EQ(FactsOf(refused).reason, "DEADLINE_INFEASIBLE") << refused;
+  EXPECT_FALSE(FactsOf(refused).retry_after.has_value());
+}
+
+TEST_F(SchedulerTest, DrainingRefusesNewWorkAndFinishesOld) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = NewAttend();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  scheduler.Drain();
+  EXPECT_EQ(scheduler.Admit(NewAttend()).code(), absl::StatusCode::kUnavailable);
+  backend_.Open();
+  scheduler.UploadDone(job);
+  EXPECT_TRUE(SinkOf(job).Wait().ok());
+}
+
+TEST_F(SchedulerTest, ADeviceErrorReachesTheJobAndTheNextOneRuns) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = NewAttend();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  backend_.Open(absl::InternalError("fault"));
+  scheduler.UploadDone(job);
+  EXPECT_EQ(SinkOf(job).Wait().code(), absl::StatusCode::kInternal);
+  backend_.Open();
+  auto next = NewAttend();
+  ASSERT_TRUE(scheduler.Admit(next).ok());
+  scheduler.UploadDone(next);
+  EXPECT_TRUE(SinkOf(next).Wait().ok());
+}
+
+TEST_F(SchedulerTest, AStepWithoutProgressIsNoticed) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = NewAttend();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1)));
+  scheduler.UploadDone(job);
+  backend_.AwaitEntered();
+  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1)));
+  EXPECT_TRUE(scheduler.Stalled(absl::ZeroDuration()));
+  backend_.Open();
+  EXPECT_TRUE(SinkOf(job).Wait().ok());
+}
+
+TEST_F(SchedulerTest, StoppingEndsWhatIsLeft) {
+  auto job = NewAttend();
+  {
+    Scheduler scheduler(engine_, metrics_, {});
+    ASSERT_TRUE(scheduler.Admit(job).ok());
+  }
+  EXPECT_EQ(SinkOf(job).Wait().code(), absl::StatusCode::kUnavailable);
+}
+
+}  // namespace
+}  // namespace prefilld
