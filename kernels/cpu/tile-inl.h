@@ -1,6 +1,7 @@
 // The vector loops behind tile.h, for kernels that inline them: loads that widen, exponentials, and
 // the one register-blocked matrix product. Included once per instruction set (Highway).
 #include <cstdint>
+#include <limits>
 
 #include "hwy/highway.h"
 #include "kernels/tensor.h"
@@ -22,48 +23,69 @@ template <class D>
 HWY_INLINE hn::Vec<D> LoadWide(D d, const float* from) {
   return hn::LoadU(d, from);
 }
-template <class D, typename Half>
-HWY_INLINE hn::Vec<D> LoadWide(D d, const Half* from) {
-  const hn::Rebind<Half, D> half;
-  const hn::Rebind<uint16_t, D> bits;  // the F16 and BF16 of Highway have no loads of their own
-  return hn::PromoteTo(d,
-                       hn::BitCast(half, hn::LoadU(bits, reinterpret_cast<const uint16_t*>(from))));
+template <class D>
+HWY_INLINE hn::Vec<D> LoadWide(D d, const hwy::bfloat16_t* from) {
+  const hn::Rebind<uint16_t, D> bits;
+  const hn::RebindToUnsigned<D> wide;
+  const auto loaded = hn::LoadU(bits, reinterpret_cast<const uint16_t*>(from));
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(wide, loaded)));
+}
+template <class D>
+HWY_INLINE hn::Vec<D> LoadWide(D d, const hwy::float16_t* from) {
+  const hn::Rebind<uint16_t, D> bits;
+  const hn::Rebind<hwy::float16_t, D> half;
+  const auto loaded = hn::LoadU(bits, reinterpret_cast<const uint16_t*>(from));
+  const auto wide = hn::PromoteTo(d, hn::BitCast(half, loaded));
+  // Instruction sets without a conversion take infinity and NaN for 65536 and more, which no F16
+  // is.
+  const auto special = hn::Or(wide, hn::Set(d, std::numeric_limits<float>::infinity()));
+  return hn::IfThenElse(hn::Ge(hn::Abs(wide), hn::Set(d, 65536.0f)), special, wide);
 }
 
-// exp(x) within 1.2e-7 of itself and exactly 1 at 0; 0 below -87, exp(88) above 88, NaN at NaN.
+// x to the nearest integer k, as k and as 2^k, for -126 <= x <= 127. Adding 1.5 * 2^23 leaves no
+// bits below 1, and the low bits of the sum are k: plus the exponent's bias they shift into its
+// place.
+template <class D>
+struct PowerOfTwo {
+  hn::Vec<D> k, power;
+
+  HWY_INLINE PowerOfTwo(D d, hn::Vec<D> x) {
+    const hn::RebindToUnsigned<D> du;
+    const auto shift = hn::Set(d, 12582912.0f + 127.0f);
+    const auto shifted = hn::Add(x, shift);
+    k = hn::Sub(shifted, shift);
+    power = hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(du, shifted)));
+  }
+};
+
+// exp(x) within 2e-7 of itself and exactly 1 at 0; 0 below -87, NaN at NaN. For x <= 88.
 // x = k ln 2 + r; e^r = 1 + r + r^2 P(r), P fitted for the least relative error (3e-9).
 template <class D>
 HWY_INLINE hn::Vec<D> Exp(D d, hn::Vec<D> x) {
-  const hn::RebindToSigned<D> di;
-  const auto clamped = hn::Min(hn::Set(d, 88.0f), x);
-  const auto k = hn::NearestInt(hn::Mul(clamped, hn::Set(d, 1.44269504f)));
-  const auto kf = hn::ConvertTo(d, k);
-  auto r = hn::NegMulAdd(kf, hn::Set(d, 0.693359375f), clamped);  // ln 2 in two parts, the first
-  r = hn::NegMulAdd(kf, hn::Set(d, -2.12194440e-4f), r);          // exact for every k
+  const PowerOfTwo<D> two(d, hn::Mul(x, hn::Set(d, 1.44269504f)));
+  auto r = hn::NegMulAdd(two.k, hn::Set(d, 0.693359375f), x);  // ln 2 in two parts: the product
+  r = hn::NegMulAdd(two.k, hn::Set(d, -2.12194440e-4f), r);    // with the first is exact
   auto p = hn::Set(d, 0.00138146f);
   p = hn::MulAdd(p, r, hn::Set(d, 0.00836872f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.04166839f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.16666521f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.49999993f));
   p = hn::Add(hn::MulAdd(hn::Mul(r, r), p, r), hn::Set(d, 1.0f));
-  const auto scaled = hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(k)));
-  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -87.0f)), scaled);
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -87.0f)), hn::Mul(p, two.power));
 }
 
-// 2^x within 2e-7 of itself and exactly 1 at 0; 0 below -126. For x <= 0, as softmax has them.
+// 2^x within 2e-7 of itself and exactly 1 at 0; 0 below -126, NaN at NaN. For x <= 0.
 template <class D>
 HWY_INLINE hn::Vec<D> Exp2(D d, hn::Vec<D> x) {
-  const hn::RebindToSigned<D> di;
-  const auto k = hn::NearestInt(x);
-  const auto r = hn::Sub(x, hn::ConvertTo(d, k));
+  const PowerOfTwo<D> two(d, x);
+  const auto r = hn::Sub(x, two.k);
   auto p = hn::Set(d, 0.00132647f);
   p = hn::MulAdd(p, r, hn::Set(d, 0.00967151f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.05550734f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.24022242f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.69314698f));
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
-  const auto scaled = hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(k)));
-  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0f)), scaled);
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0f)), hn::Mul(p, two.power));
 }
 
 // c[rows, cols] (+)= a[rows, depth] b[depth, cols], row-major with strides in elements.
@@ -146,6 +168,11 @@ HWY_INLINE void MatMul(const MatMulArgs& args) {
   int col = 0;
   for (; col + kTileVectors * lanes <= args.cols; col += kTileVectors * lanes) {
     MultiplyColumns<kAccumulate, kTileVectors>(args, col);
+  }
+  if constexpr (kTileVectors > 2) {
+    for (; col + 2 * lanes <= args.cols; col += 2 * lanes) {
+      MultiplyColumns<kAccumulate, 2>(args, col);
+    }
   }
   for (; col < args.cols; col += lanes) MultiplyColumns<kAccumulate, 1>(args, col);
 }

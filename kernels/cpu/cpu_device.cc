@@ -1,0 +1,40 @@
+#include "kernels/cpu/cpu_device.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/tile.h"
+
+namespace prefilld::cpu {
+namespace {
+
+std::string CpuModel() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    const size_t colon = line.find(": ");
+    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) {
+      return line.substr(colon + 2);
+    }
+  }
+  return "CPU";
+}
+
+}  // namespace
+
+absl::StatusOr<Buffer> AllocatePages(size_t bytes) {
+  if (bytes == 0) return Buffer();
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cannot allocate ", bytes, " bytes: ", std::strerror(errno)));
+  }
+  return Buffer(data, bytes, [](void* mapped, size_t size) { munmap(mapped, size); });
+}
+
+CpuDevice::CpuDevice() : name_(absl::StrCat(CpuModel(), " (", InstructionSet(), ")")) {}
+
+}  // namespace prefilld::cpu
