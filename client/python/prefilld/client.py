@@ -1,0 +1,215 @@
+"""PrefillClient: the way in."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+
+from .attend import AttendCall, AttendResult
+from .errors import PrefilldError, Retry, RetryPolicy
+from .prefill import Prefill
+from .pull import KvPull, Lease
+from .sparsity import Policy, SparsityReport, policy_message
+from .tensors import data_type
+from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_service_pb2,
+                 model_service_pb2_grpc, prefill_service_pb2, prefill_service_pb2_grpc)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Progress = Callable[[float, str], None]
+
+SHORT_CALL_S = 10.0    # deadline of calls that only ask or tell
+LONG_CALL_S = 3600.0   # deadline of calls that compute or move tensors, unless one is given
+
+_CHANNEL_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """live: the process answers. ready: it also accepts work."""
+
+    live: bool
+    ready: bool
+
+
+def _no_progress(fraction: float, phase: str) -> None:
+    pass
+
+
+class PrefillClient:
+    """A connection to one prefilld. Safe to share between threads; close it, or use `with`.
+
+    Every call has a deadline (`timeout`, seconds, over all attempts) and raises PrefilldError.
+    Calls are tried again, with back-off, on UNAVAILABLE, and on RESOURCE_EXHAUSTED when the server
+    says that it helps, always with the same request_id, so that nothing is computed twice.
+
+    `progress(fraction, phase)` is called from the library's threads: keep it quick. Each phase
+    ("queue", "upload", "compute", "download" of attend; "queue", "compute", "pull" of prefill)
+    counts from 0 to 1; compute and pull of a prefill overlap.
+    """
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None,
+                 retry: RetryPolicy = RetryPolicy()):
+        """target: HOST:PORT. credentials: for TLS; without them the connection is in the clear."""
+        self._channel = (
+            grpc.insecure_channel(target, options=_CHANNEL_OPTIONS) if credentials is None
+            else grpc.secure_channel(target, credentials, options=_CHANNEL_OPTIONS))
+        self._policy = retry
+        self._prefill = prefill_service_pb2_grpc.PrefillServiceStub(self._channel)
+        self._handoff = kv_handoff_service_pb2_grpc.KvHandoffServiceStub(self._channel)
+        self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        self._check_health = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=lambda name: b"\x0a" + bytes([len(name)]) + name.encode(),
+            response_deserializer=lambda reply: reply == b"\x08\x01")  # status: SERVING
+
+    def __enter__(self) -> PrefillClient:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; running calls end with CANCELLED."""
+        self._channel.close()
+
+    def attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, dtype: str | None = None,
+               softmax_scale: float | None = None, cu_seqlens_q: Sequence[int] | None = None,
+               cu_seqlens_k: Sequence[int] | None = None, priority: int = 0,
+               return_lse: bool = False, return_block_index: bool = False,
+               request_id: str | None = None, timeout: float | None = None,
+               progress: Progress | None = None, **policy: Unpack[Policy]) -> AttendResult:
+        """Attention over the caller's tensors, causal, queries at the end of the keys.
+
+        q: [total_q, q_heads, head_dim]; k, v: [total_k, kv_heads, head_dim]. All float32, float16
+            or bfloat16: as an ml_dtypes array, or as uint16 together with dtype="bf16".
+        softmax_scale: default 1 / sqrt(head_dim).
+        cu_seqlens_q, cu_seqlens_k: [sequences + 1], from 0, where several sequences lie one after
+            the other.
+        policy: what may be skipped, see Policy.
+        """
+        header = prefill_service_pb2.AttendHeader(
+            request_id=request_id or str(uuid.uuid4()), sparsity=policy_message(policy),
+            softmax_scale=softmax_scale, cu_seqlens_q=_integers(cu_seqlens_q),
+            cu_seqlens_k=_integers(cu_seqlens_k), priority=priority, return_lse=return_lse,
+            return_block_index=return_block_index)
+        call = AttendCall(header, {"q": q, "k": k, "v": v}, dtype, progress or _no_progress)
+        return call.run(self._prefill, self._retry(timeout))
+
+    def prefill(self, model: str, token_ids: Sequence[int] | np.ndarray, *, retain: bool = True,
+                kv_dtype: str | None = None, widen: bool = True, lease_ttl: float | None = None,
+                return_logits: bool = False, priority: int = 0, request_id: str | None = None,
+                timeout: float | None = None, progress: Progress | None = None,
+                **policy: Unpack[Policy]) -> Prefill:
+        """Runs a prompt through a model; returns once it is admitted. See Prefill.
+
+        token_ids: at least one, each below the model's vocab_size.
+        retain: keep the whole cache on the server until it is released or expires. False: a layer
+            is freed once it is pulled, so that a cache larger than the server's memory can pass.
+        kv_dtype: "f32", "f16" or "bf16"; default: the cache's own type.
+        widen: numpy has no bfloat16, so K and V of that type become float32; False leaves the
+            bits, as uint16.
+        lease_ttl: seconds; default and limit are the server's.
+        timeout: of the computation and of the pull, together.
+        """
+        wanted = 0 if kv_dtype is None else data_type(kv_dtype)
+        request = prefill_service_pb2.PrefillRequest(
+            request_id=request_id or str(uuid.uuid4()), model=model,
+            token_ids=_integers(token_ids), sparsity=policy_message(policy), priority=priority,
+            return_logits=return_logits)
+        request.destination.retain = retain
+        request.destination.layout.data_type = wanted
+        if lease_ttl is not None:
+            request.destination.lease_ttl.FromNanoseconds(int(lease_ttl * 1e9))
+        report = progress or _no_progress
+        retry = self._retry(timeout)
+        info = self.model(model)
+
+        def pull(lease: Lease) -> KvPull:
+            return KvPull(self._handoff, lease, info, wanted, widen, self._retry(retry.remaining()),
+                          report)
+
+        return Prefill(self._prefill, request, info, retry, report, pull, self.renew, self.release)
+
+    def pull(self, lease: Lease, model: str, *, kv_dtype: str | None = None, widen: bool = True,
+             timeout: float | None = None, progress: Progress | None = None) -> KvPull:
+        """Pulls a cache that somebody else had computed. Iterate the answer for its Layers, then
+        `release` the lease."""
+        wanted = 0 if kv_dtype is None else data_type(kv_dtype)
+        return KvPull(self._handoff, lease, self.model(model), wanted, widen, self._retry(timeout),
+                      progress or _no_progress)
+
+    def renew(self, lease: Lease, ttl: float | None = None) -> Lease:
+        """Starts the lease's TTL anew. ttl: seconds; default: the lease's own."""
+        request = kv_handoff_service_pb2.RenewLeaseRequest(
+            lease=lease.name, generation=lease.generation)
+        if ttl is not None:
+            request.ttl.FromNanoseconds(int(ttl * 1e9))
+        renewed = Lease.from_message(self._ask(self._handoff.RenewLease, request))
+        return dataclasses.replace(lease, ttl=renewed.ttl)
+
+    def release(self, lease: Lease, consumed: bool = True) -> None:
+        """Ends the lease. consumed=False: abandoned; stops a computation that still runs."""
+        self._ask(self._handoff.ReleaseLease, kv_handoff_service_pb2.ReleaseLeaseRequest(
+            lease=lease.name, generation=lease.generation,
+            reason=(kv_handoff_service_pb2.RELEASE_REASON_CONSUMED if consumed
+                    else kv_handoff_service_pb2.RELEASE_REASON_ABANDONED)))
+
+    def health(self) -> Health:
+        """Asks once; an unreachable server is neither live nor ready."""
+        def serving(service: str) -> bool:
+            try:
+                return self._check_health(service, timeout=SHORT_CALL_S)
+            except grpc.RpcError:
+                return False
+        return Health(live=serving(""), ready=serving("prefilld.v1.PrefillService"))
+
+    def models(self) -> list[model_service_pb2.Model]:
+        """What the server has loaded."""
+        request = model_service_pb2.ListModelsRequest()
+        return list(self._ask(self._models.ListModels, request).models)
+
+    def model(self, name: str) -> model_service_pb2.Model:
+        """One of models(). NOT_FOUND when it is not loaded."""
+        return self._ask(self._models.GetModel, model_service_pb2.GetModelRequest(name=name))
+
+    def sparsity_report(self, request_id: str) -> SparsityReport:
+        """Of one of the server's last finished requests."""
+        return SparsityReport.from_message(self._ask(
+            self._prefill.GetSparsityReport,
+            prefill_service_pb2.GetSparsityReportRequest(request_id=request_id)))
+
+    def negotiate(self, model: str = "", *, fingerprint: str = "",
+                  kv_dtype: str | None = None) -> kv_handoff_service_pb2.NegotiateResponse:
+        """Transport, layout, fingerprint and limits the server would use. FAILED_PRECONDITION when
+        it cannot serve `kv_dtype`, or has another model than `fingerprint` under that name."""
+        request = kv_handoff_service_pb2.NegotiateRequest(model=model, fingerprint=fingerprint)
+        if kv_dtype is not None:
+            request.layout.data_type = data_type(kv_dtype)
+        return self._ask(self._handoff.Negotiate, request)
+
+    def _retry(self, timeout: float | None) -> Retry:
+        return Retry(self._policy, LONG_CALL_S if timeout is None else timeout)
+
+    def _ask(self, method: Callable[..., Any], request: Any) -> Any:
+        """A short unary call, with retries."""
+        retry = Retry(self._policy, SHORT_CALL_S)
+        while True:
+            try:
+                return method(request, timeout=retry.remaining())
+            except grpc.RpcError as error:
+                retry.after(PrefilldError.from_rpc(error))
+
+
+def _integers(values: Sequence[int] | np.ndarray | None) -> list[int]:
+    """numpy integers are not what protobuf takes."""
+    return [] if values is None else np.asarray(values).tolist()

@@ -1,0 +1,157 @@
+"""Pulling a leased KV cache, layer by layer, through broken connections."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+
+import grpc
+import numpy as np
+
+from .errors import PrefilldError, Retry
+from .tensors import NUMPY_TYPES, Assembly, data_loss, widen_bf16
+from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_service_pb2,
+                 tensor_pb2)
+
+Progress = Callable[[float, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """A claim on a KV cache. All that another process needs to pull it, besides the server's
+    address and the model's name: hand it over as JSON with dataclasses.asdict."""
+
+    name: str
+    generation: int
+    boot_id: str
+    layers: int
+    tokens: int
+    ttl: float   # seconds, from the moment the server answered
+
+    @classmethod
+    def from_message(cls, message: kv_handoff_service_pb2.Lease) -> Lease:
+        return cls(name=message.name, generation=message.generation, boot_id=message.boot_id,
+                   layers=message.layers, tokens=message.tokens,
+                   ttl=message.ttl.ToTimedelta().total_seconds())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a cache. K is stored after RoPE."""
+
+    index: int
+    k: np.ndarray   # [kv_heads, tokens, head_dim]
+    v: np.ndarray   # [kv_heads, tokens, head_dim]
+    density: float | None = None         # of its attention, mean over heads; None: not known here
+    captured_mass: float | None = None   # mean over heads; None: not known here, or not measured
+
+
+class KvPull:
+    """Iterate it, once: yields Layer after Layer as the server has them. Breaks of the connection
+    and damaged chunks are retried from the last good byte. One thread iterates; `cancel` may come
+    from any. The lease is renewed meanwhile, but neither taken nor released here."""
+
+    def __init__(self, stub: kv_handoff_service_pb2_grpc.KvHandoffServiceStub, lease: Lease,
+                 model: model_service_pb2.Model, data_type: tensor_pb2.DataType, widen: bool,
+                 retry: Retry, progress: Progress):
+        """data_type: what to ask for, 0 for the cache's own. widen: bfloat16 becomes float32,
+        else it stays uint16."""
+        self._stub = stub
+        self._lease = lease
+        self._shape = (model.kv_heads, lease.tokens, model.head_dim)
+        self._asked = data_type
+        self._data_type = data_type or model.data_type
+        self._widen = widen and self._data_type == tensor_pb2.DATA_TYPE_BF16
+        self._retry = retry
+        self._progress = progress
+        self._call: grpc.Call | None = None
+        self._cancelled = False
+        self.layers_done = 0
+
+    @property
+    def complete(self) -> bool:
+        """Every layer was yielded."""
+        return self.layers_done == self._lease.layers
+
+    def cancel(self) -> None:
+        """Ends the iteration with CANCELLED."""
+        self._cancelled = True
+        self._retry.cancel()
+        if self._call is not None:
+            self._call.cancel()
+
+    def __iter__(self) -> Iterator[Layer]:
+        assembly = self._next_layer()
+        with _renewed(self._stub, self._lease):
+            while not self.complete:
+                try:
+                    self._call = self._open(assembly)
+                    if self._cancelled:
+                        self._call.cancel()
+                    for chunk in self._call:
+                        assembly.accept(chunk)
+                        self._retry.progressed()
+                        self._progress(
+                            (self.layers_done + assembly.fraction) / self._lease.layers, "pull")
+                        if assembly.done:
+                            layer = self._layer()
+                            self.layers_done += 1
+                            if not self.complete:
+                                assembly = self._next_layer()
+                            yield layer
+                            if self.complete:
+                                break
+                    else:
+                        raise data_loss(f"the pull ended after {self.layers_done} of "
+                                        f"{self._lease.layers} layers")
+                except grpc.RpcError as error:
+                    failure = PrefilldError.from_rpc(error)
+                    self._retry.after(
+                        failure, resumable=failure.code is grpc.StatusCode.DATA_LOSS)
+                except PrefilldError as failure:  # a damaged chunk: the good ones are kept
+                    self._retry.after(failure, resumable=True)
+                finally:
+                    if self._call is not None:
+                        self._call.cancel()
+
+    def _open(self, at: Assembly) -> grpc.Call:
+        return self._stub.PullKv(kv_handoff_service_pb2.PullKvRequest(
+            lease=self._lease.name, generation=self._lease.generation,
+            boot_id=self._lease.boot_id, first_layer=self.layers_done,
+            layout=kv_handoff_service_pb2.KvLayout(data_type=self._asked),
+            resume_tensor_index=at.index, resume_byte_offset=at.offset,
+        ), timeout=self._retry.remaining())
+
+    def _next_layer(self) -> Assembly:
+        kind = NUMPY_TYPES[self._data_type]
+        self._arrays = (np.empty(self._shape, kind), np.empty(self._shape, kind))
+        return Assembly(self._arrays, layer=self.layers_done)
+
+    def _layer(self) -> Layer:
+        k, v = map(widen_bf16, self._arrays) if self._widen else self._arrays
+        return Layer(index=self.layers_done, k=k, v=v)
+
+
+@contextlib.contextmanager
+def _renewed(stub: kv_handoff_service_pb2_grpc.KvHandoffServiceStub,
+             lease: Lease) -> Iterator[None]:
+    """Renews the lease three times a TTL while the block runs. A failure is left for the pull to
+    find: it has the better error."""
+    stop = threading.Event()
+
+    def renew() -> None:
+        request = kv_handoff_service_pb2.RenewLeaseRequest(
+            lease=lease.name, generation=lease.generation)
+        while not stop.wait(lease.ttl / 3):
+            with contextlib.suppress(grpc.RpcError):
+                stub.RenewLease(request, timeout=lease.ttl / 3)
+
+    thread = threading.Thread(target=renew, name="prefilld-renew", daemon=True)
+    if lease.ttl > 0:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()

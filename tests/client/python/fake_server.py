@@ -1,0 +1,253 @@
+"""A prefilld made of plain Python that misbehaves on request.
+
+Each RPC takes the next entry of its list in `faults`, if there is one, and does as that says;
+otherwise it answers well. Attend returns q as o. The cache of a prompt is made of the numbers that
+`expected_layer` computes.
+"""
+
+import collections
+import threading
+from concurrent import futures
+
+import google_crc32c
+import grpc
+import numpy as np
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from prefilld.v1 import (kv_handoff_service_pb2 as kv, kv_handoff_service_pb2_grpc,
+                         model_service_pb2, model_service_pb2_grpc, prefill_service_pb2 as pb,
+                         prefill_service_pb2_grpc, sparsity_pb2, tensor_pb2)
+
+LAYERS, KV_HEADS, HEAD_DIM, VOCAB = 3, 2, 4, 11
+CHUNK = 40  # bytes: several chunks a tensor
+MODEL = "tiny"
+
+
+def expected_layer(index, tokens):
+    """K and V of a layer of the fake's cache, [kv_heads, tokens, head_dim]."""
+    k = np.arange(KV_HEADS * tokens * HEAD_DIM, dtype=np.float32).reshape(KV_HEADS, tokens, -1)
+    return k + 1000 * index, -k - 1000 * index
+
+
+class Abort:
+    """A fault: end the call with this status, after `after` chunks where chunks are sent."""
+
+    def __init__(self, code, *details, after=0):
+        self.code, self.details, self.after = code, details, after
+
+    def raise_in(self, context):
+        status = status_pb2.Status(code=self.code.value[0], message="as scripted")
+        for detail in self.details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        context.set_trailing_metadata(
+            (("grpc-status-details-bin", status.SerializeToString()),) if self.details else ())
+        context.abort(self.code, "as scripted")
+
+
+class Tamper:
+    """A fault: pass every chunk that is sent through `change(number, chunk)`; None drops it."""
+
+    def __init__(self, change):
+        self.change = change
+
+
+class Hang:
+    """A fault: send nothing more until the call is over."""
+
+
+def retry_info(seconds):
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromMilliseconds(int(seconds * 1000))
+    return info
+
+
+def chunks_of(array, index, layer=0, offset=0):
+    data = np.ascontiguousarray(array).tobytes()
+    for at in range(offset, len(data), CHUNK):
+        piece = data[at:at + CHUNK]
+        yield tensor_pb2.TensorChunk(
+            tensor_index=index, layer=layer, byte_offset=at, crc32c=google_crc32c.value(piece),
+            last=at + len(piece) == len(data), data=piece)
+
+
+class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
+                 kv_handoff_service_pb2_grpc.KvHandoffServiceServicer,
+                 model_service_pb2_grpc.ModelServiceServicer):
+
+    def __init__(self):
+        self.faults = collections.defaultdict(list)  # RPC name -> what the next calls do
+        self.calls = collections.defaultdict(list)   # RPC name -> requests as they came
+        self.data_type = tensor_pb2.DATA_TYPE_F32    # of the cache
+        self.ttl_s = 60.0
+        self.layer_gate = None                       # a semaphore: one permit per layer
+        self.bytes_before_admission = 0
+        self.renewed = threading.Semaphore(0)        # one permit per renewal
+        self._server = grpc.server(futures.ThreadPoolExecutor(8))
+        prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)
+        kv_handoff_service_pb2_grpc.add_KvHandoffServiceServicer_to_server(self, self._server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
+        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def stop(self):
+        self._server.stop(0).wait()
+
+    # --- PrefillService
+
+    def Attend(self, requests, context):
+        header = next(requests).header
+        self.calls["Attend"].append(header)
+        fault = self._start("Attend", context)
+        arrived = threading.Event()
+        parts = [[] for _ in header.tensors]
+        total = sum(4 * int(np.prod(spec.shape)) for spec in header.tensors)
+
+        def receive():
+            done = 0
+            for request in requests:
+                arrived.set()
+                parts[request.chunk.tensor_index].append(request.chunk)
+                done += len(request.chunk.data)
+                if done == total:
+                    return
+
+        reader = threading.Thread(target=receive, daemon=True)
+        reader.start()
+        self.bytes_before_admission += arrived.wait(0.05)
+        yield pb.AttendResponse(admission=pb.Admission(request_id=header.request_id))
+        reader.join(timeout=10)
+        for chunks in parts:
+            assert all(google_crc32c.value(c.data) == c.crc32c for c in chunks)
+            assert len(chunks[0].data) <= 1 << 20
+        self.uploaded = [b"".join(c.data for c in chunks) for chunks in parts]
+
+        spec = header.tensors[0]
+        o = np.frombuffer(self.uploaded[0], "<f4" if len(self.uploaded[0]) == 4 * np.prod(
+            spec.shape) else "<u2").reshape(tuple(spec.shape))
+        yield pb.AttendResponse(outputs=pb.OutputSpecs(tensors=[tensor_pb2.TensorSpec(
+            name="o", data_type=spec.data_type, shape=spec.shape)]))
+        for chunk in self._send(chunks_of(o, 0), fault, context):
+            yield pb.AttendResponse(chunk=chunk)
+        yield pb.AttendResponse(summary=self._summary(header.request_id, o.shape[0], 1))
+
+    def Prefill(self, request, context):
+        self.calls["Prefill"].append(request)
+        fault = self._start("Prefill", context)
+        tokens = len(request.token_ids)
+        yield pb.PrefillEvent(admission=pb.Admission(
+            request_id=request.request_id, lease=self._lease(request.request_id, tokens)))
+        if isinstance(fault, Hang):
+            self._hang(context)
+        for layer in range(LAYERS):
+            if isinstance(fault, Abort) and layer == fault.after:
+                fault.raise_in(context)
+            yield pb.PrefillEvent(layer_ready=pb.LayerReady(
+                layer=layer, density=0.25 * (layer + 1), captured_mass=0.9))
+        if request.return_logits:
+            yield pb.PrefillEvent(logits=pb.Logits(
+                vocab_size=VOCAB, f32=np.arange(VOCAB, dtype="<f4").tobytes()))
+        yield pb.PrefillEvent(kv_ready=self._lease(request.request_id, tokens))
+        yield pb.PrefillEvent(summary=self._summary(request.request_id, tokens, LAYERS))
+
+    def GetSparsityReport(self, request, context):
+        self._start("GetSparsityReport", context)
+        return self._summary(request.request_id, 1, LAYERS).sparsity
+
+    # --- KvHandoffService
+
+    def PullKv(self, request, context):
+        self.calls["PullKv"].append(request)
+        fault = self._start("PullKv", context)
+        tokens = int(request.lease.split("/")[1])
+
+        def chunks():
+            for layer in range(request.first_layer, LAYERS):
+                if self.layer_gate is not None:
+                    self.layer_gate.acquire()
+                first = layer == request.first_layer
+                for index, array in enumerate(expected_layer(layer, tokens)):
+                    if first and index < request.resume_tensor_index:
+                        continue
+                    resumed = first and index == request.resume_tensor_index
+                    yield from chunks_of(self._as_stored(array), index, layer,
+                                         request.resume_byte_offset if resumed else 0)
+
+        yield from self._send(chunks(), fault, context)
+
+    def RenewLease(self, request, context):
+        self.renewed.release()
+        self._start("RenewLease", context)
+        return self._lease(*request.lease.split("/"))
+
+    def ReleaseLease(self, request, context):
+        self.calls["ReleaseLease"].append(request)
+        self._start("ReleaseLease", context)
+        return kv.ReleaseLeaseResponse()
+
+    def Negotiate(self, request, context):
+        self._start("Negotiate", context)
+        return kv.NegotiateResponse(transport=kv.TRANSPORT_GRPC, fingerprint="f" * 64)
+
+    # --- ModelService
+
+    def GetModel(self, request, context):
+        if request.name != MODEL:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.name}")
+        return self._model()
+
+    def ListModels(self, request, context):
+        self._start("ListModels", context)
+        return model_service_pb2.ListModelsResponse(models=[self._model()])
+
+    # --- parts
+
+    def _start(self, rpc, context):
+        """The fault of this call; raised here when it comes before the first answer."""
+        fault = self.faults[rpc].pop(0) if self.faults[rpc] else None
+        if isinstance(fault, Abort) and fault.after == 0:
+            fault.raise_in(context)
+        return fault
+
+    def _send(self, chunks, fault, context):
+        for number, chunk in enumerate(chunks):
+            if isinstance(fault, Abort) and number == fault.after:
+                fault.raise_in(context)
+            if isinstance(fault, Hang):
+                self._hang(context)
+            if isinstance(fault, Tamper):
+                chunk = fault.change(number, chunk)
+            if chunk is not None:
+                yield chunk
+
+    def _hang(self, context):
+        over = threading.Event()
+        context.add_callback(over.set)
+        over.wait(10)
+
+    def _as_stored(self, array):
+        if self.data_type == tensor_pb2.DATA_TYPE_BF16:
+            return (array.view(np.uint32) >> 16).astype("<u2")
+        return array.astype("<f2" if self.data_type == tensor_pb2.DATA_TYPE_F16 else "<f4")
+
+    def _lease(self, request_id, tokens):
+        ttl = duration_pb2.Duration()
+        ttl.FromMilliseconds(int(self.ttl_s * 1000))
+        return kv.Lease(name=f"{request_id.split('/')[0]}/{tokens}", generation=7, boot_id="boot",
+                        layers=LAYERS, tokens=int(tokens), ttl=ttl)
+
+    def _model(self):
+        return model_service_pb2.Model(name=MODEL, layers=LAYERS, kv_heads=KV_HEADS,
+                                       head_dim=HEAD_DIM, data_type=self.data_type)
+
+    def _summary(self, request_id, tokens, layers):
+        heads = 2
+        half = np.full((layers, heads), 32768, "<u2").tobytes()
+        summary = pb.Summary(request_id=request_id, tokens=tokens, sparsity=(
+            sparsity_pb2.SparsityReport(
+                mean_density=0.5, layers=layers, heads=heads, density_u16=half,
+                pattern_u8=bytes([3] * layers * heads), captured_mass_u16=half,
+                captured_mass_min_u16=half, mean_captured_mass=0.9, captured_mass_measured=True)))
+        summary.attention.FromMilliseconds(1500)
+        return summary
