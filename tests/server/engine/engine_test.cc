@@ -1,0 +1,153 @@
+#include "server/engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "server/kv/kv_cache.h"
+
+namespace prefilld {
+namespace {
+
+class SilentSink : public JobSink {
+ public:
+  void OnLayerReady(int layer, double density, double) override {
+    layers.push_back(layer);
+    densities.push_back(density);
+  }
+  void OnFinished(const absl::Status&) override {}
+  std::vector<int> layers;
+  std::vector<double> densities;
+};
+
+class EngineTest : public testing::Test {
+ protected:
+  std::shared_ptr<Job> NewAttend(int64_t tokens, SparsityPolicy policy) {
+    auto job = std::make_shared<Job>();
+    job->policy = policy;
+    job->attend = std::make_unique<AttendWork>();
+    AttendWork& work = *job->attend;
+    work.shape = {DType::kF32, 2, 1, 64, {0, tokens}, {0, tokens}};
+    work.softmax_scale = 0.125;
+    work.q = *backend_->device().Allocate(tokens * 128 * sizeof(float));
+    work.k = *backend_->device().Allocate(tokens * 64 * sizeof(float));
+    work.v = *backend_->device().Allocate(tokens * 64 * sizeof(float));
+    work.o = *backend_->device().Allocate(tokens * 128 * sizeof(float));
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < tokens * 128; ++i) work.q.as<float>()[i] = normal(random);
+    for (int64_t i = 0; i < tokens * 64; ++i) work.k.as<float>()[i] = normal(random);
+    for (int64_t i = 0; i < tokens * 64; ++i) work.v.as<float>()[i] = normal(random);
+    return job;
+  }
+
+  std::unique_ptr<Backend> backend_ = *CreateBackend("cpu", 2);
+  Metrics metrics_;
+  Engine engine_{*backend_, metrics_};
+};
+
+TEST_F(EngineTest, CalibratesToPlausibleRates) {
+  ASSERT_TRUE(engine_.Calibrate().ok());
+  auto job = NewAttend(1024, {.method = Method::kDense, .measure_captured_mass = false});
+  const double predicted = engine_.PredictSeconds(*job);
+  EXPECT_GT(predicted, 1e-6);
+  EXPECT_LT(predicted, 10);
+}
+
+TEST_F(EngineTest, AttendReturnsWhatWasAskedFor) {
+  auto job = NewAttend(1000, {.method = Method::kJoint});
+  job->attend->return_lse = job->attend->return_block_index = true;
+  ASSERT_TRUE(engine_.RunAttend(*job).ok());
+  const AttendWork& work = *job->attend;
+  EXPECT_EQ(work.lse.size(), 2000u);
+  EXPECT_EQ(work.rows, 8);
+  EXPECT_EQ(work.block_count.size(), 16u);
+  EXPECT_EQ(work.block_index.size(), static_cast<size_t>(16 * work.max_blocks));
+  for (int row = 0; row < 16; ++row) {
+    for (int64_t i = 0; i < work.max_blocks; ++i) {
+      const int32_t block = work.block_index[row * work.max_blocks + i];
+      if (i < work.block_count[row]) {
+        EXPECT_GE(block, 0);
+      } else {
+        EXPECT_EQ(block, -1);
+      }
+    }
+  }
+  EXPECT_TRUE(job->report.captured_mass_measured);
+  EXPECT_EQ(job->report.entries.size(), 2u);
+  EXPECT_EQ(job->report.entries[0].pattern, Pattern::kJoint);
+}
+
+TEST_F(EngineTest, AnOpenMethodRunsDenseWhereThatIsFasterAndSaysSo) {
+  auto job = NewAttend(128, {.method = Method::kJoint});
+  job->method_unspecified = true;
+  ASSERT_TRUE(engine_.RunAttend(*job).ok());
+  EXPECT_EQ(job->report.entries[0].pattern, Pattern::kDense);
+  EXPECT_EQ(job->report.entries[0].dense_reason, DenseReason::kBelowCrossover);
+  EXPECT_FALSE(job->report.captured_mass_measured);
+}
+
+TEST_F(EngineTest, ANamedMethodAlwaysRuns) {
+  auto job = NewAttend(128, {.method = Method::kJoint});
+  ASSERT_TRUE(engine_.RunAttend(*job).ok());
+  EXPECT_EQ(job->report.entries[0].pattern, Pattern::kJoint);
+}
+
+TEST_F(EngineTest, HeadsBelowTheMinimumMassRunDense) {
+  auto job = NewAttend(2000, {.method = Method::kJoint, .gamma = 0.3, .min_captured_mass = 0.999});
+  ASSERT_TRUE(engine_.RunAttend(*job).ok());
+  for (const HeadReport& head : job->report.entries) {
+    EXPECT_EQ(head.pattern, Pattern::kDense);
+    EXPECT_EQ(head.dense_reason, DenseReason::kMinCapturedMass);
+    EXPECT_EQ(head.density, 1);
+  }
+}
+
+// Two prompts in one ragged batch, one of them taken out half way: the other's K, V and logits are
+// those of a run alone.
+TEST_F(EngineTest, ABatchGivesEachPromptWhatItGetsAlone) {
+  auto model = Transformer::Load("m", PREFILLD_FIXTURES "/models/base", *backend_);
+  ASSERT_TRUE(model.ok()) << model.status();
+  const ModelInfo& info = (*model)->info();
+  auto pool = *BlockPool::Create(backend_->device(), size_t{64} << 20, 128 * 1024);
+  const auto prompt = [&](int64_t tokens, int salt) {
+    auto job = std::make_shared<Job>();
+    job->policy.method = Method::kJoint;
+    job->prefill = std::make_unique<PrefillWork>();
+    job->prefill->model = model->get();
+    job->prefill->return_logits = true;
+    for (int64_t t = 0; t < tokens; ++t) {
+      job->prefill->token_ids.push_back(static_cast<uint32_t>((t * 31 + salt) % info.vocab_size));
+    }
+    job->prefill->cache = *KvCache::Create(
+        *pool, {info.layers, info.kv_heads, info.head_dim, info.dtype, tokens}, true);
+    job->sink = std::make_shared<SilentSink>();
+    return job;
+  };
+  auto alone = prompt(200, 5), together = prompt(200, 5), leaving = prompt(150, 9);
+  auto single = *engine_.Begin({alone});
+  while (!single->done()) ASSERT_TRUE(engine_.RunLayer(*single).ok());
+  ASSERT_TRUE(engine_.Finish(*single).ok());
+
+  auto batch = *engine_.Begin({leaving, together});
+  ASSERT_TRUE(engine_.RunLayer(*batch).ok());
+  engine_.Remove(*batch, 0);
+  leaving->prefill->cache->Fail(absl::CancelledError("test"));
+  while (!batch->done()) ASSERT_TRUE(engine_.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine_.Finish(*batch).ok());
+
+  ASSERT_EQ(alone->prefill->logits.size(), static_cast<size_t>(info.vocab_size));
+  double difference = 0, norm = 0;
+  for (int i = 0; i < info.vocab_size; ++i) {
+    difference += std::pow(alone->prefill->logits[i] - together->prefill->logits[i], 2);
+    norm += std::pow(alone->prefill->logits[i], 2);
+  }
+  EXPECT_LT(std::sqrt(difference / norm), 1e-5);
+  EXPECT_EQ(static_cast<SilentSink&>(*together->sink).layers.size(),
+            static_cast<size_t>(info.layers));
+  EXPECT_EQ(static_cast<SilentSink&>(*leaving->sink).layers.size(), 1u);
+}
+
+}  // namespace
+}  // namespace prefilld
