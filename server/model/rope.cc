@@ -12,7 +12,6 @@ float ScaleAsLlama3(float frequency, const RopeConfig& rope) {
   const float factor = static_cast<float>(rope.factor);
   const float original = static_cast<float>(rope.original_max_positions);
   const float low = static_cast<float>(rope.low_freq_factor);
-  const float high = static_cast<float>(rope.high_freq_factor);
   const float longest_kept =
       static_cast<float>(rope.original_max_positions / rope.high_freq_factor);
   const float shortest_stretched =

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -92,8 +93,16 @@ class Transformer {
 
   Transformer(ModelConfig config, SafeTensors tensors, Backend& backend)
       : config_(std::move(config)), tensors_(std::move(tensors)), backend_(backend) {}
-  absl::Status LoadWeights();
+  absl::Status LoadWeights(const std::string& directory);
   absl::Status AllocateTiles();
+
+  // normed_ = the norm of `tokens` rows of the residual, from `begin`.
+  absl::Status Normalize(const std::vector<float>& weight, const PrefillBatch& batch, int64_t begin,
+                         int64_t tokens, Stream stream);
+  // Contiguous rows: y[tokens, out] (+)= x[tokens, in] W^T + bias.
+  absl::Status Multiply(const Linear& linear, const float* x, float* y, int64_t tokens,
+                        bool accumulate, Stream stream);
+  absl::Status Rotate(float* x, int heads, const int32_t* positions, int64_t tokens, Stream stream);
 
   ModelConfig config_;
   SafeTensors tensors_;  // the mapping that prepared weights may point into

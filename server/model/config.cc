@@ -1,0 +1,331 @@
+#include "server/model/config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+
+namespace prefilld {
+namespace {
+
+using nlohmann::json;
+
+// What config.json may hold, besides the keys that ConfigReader reads. Keys without an effect on a
+// prefill: tokens, sampling, training, and what older versions of transformers wrote into every
+// file.
+constexpr std::string_view kHarmlessKeys[] = {
+    "architectures",
+    "attention_dropout",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_llama_config",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "typical_p",
+    "unsloth_version",
+    "use_cache",
+};
+
+// Keys that would change the mathematics, with the one value at which they do not.
+struct NeutralKey {
+  std::string_view key;
+  std::string_view value;  // JSON
+};
+constexpr NeutralKey kNeutralKeys[] = {
+    {"add_cross_attention", "false"},
+    {"attn_logit_softcapping", "null"},
+    {"chunk_size_feed_forward", "0"},
+    {"cross_attention_hidden_size", "null"},
+    {"final_logit_softcapping", "null"},
+    {"hidden_act", "\"silu\""},
+    {"is_encoder_decoder", "false"},
+    {"num_local_experts", "null"},
+    {"partial_rotary_factor", "1.0"},
+    {"pretraining_tp", "1"},
+    {"pruned_heads", "{}"},
+    {"quantization_config", "null"},
+    {"rope_interleaved", "false"},
+    {"sliding_window", "null"},
+    {"tie_encoder_decoder", "false"},
+    {"use_bfloat16", "false"},
+    {"use_sliding_window", "false"},
+};
+
+constexpr int kMaxSize = 1 << 20;  // of a side of any tensor; the largest vocabularies have 2^18
+constexpr int64_t kMaxPositions = int64_t{1} << 24;  // positions are exact in F32 up to here
+constexpr int kMaxLayers = 1024;
+constexpr int kMaxHeadDim = 256;
+constexpr size_t kMaxShownBytes = 80;  // of a value in an error message
+
+std::string Show(const json& value) {
+  std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
+  if (text.size() > kMaxShownBytes) text = text.substr(0, kMaxShownBytes) + "...";
+  return text;
+}
+
+// Reads keys of one JSON object. The first failure is kept and later reads return defaults, so that
+// a caller checks once.
+class ObjectReader {
+ public:
+  ObjectReader(const json& object, std::string where) : object_(object), where_(std::move(where)) {}
+
+  // Null counts as absent.
+  const json* Find(std::string_view key) {
+    read_.push_back(key);
+    const auto it = object_.find(std::string(key));
+    return it == object_.end() || it->is_null() ? nullptr : &*it;
+  }
+
+  int64_t Integer(std::string_view key, int64_t min, int64_t max,
+                  std::optional<int64_t> absent = std::nullopt) {
+    const json* value = Find(key);
+    if (value == nullptr) {
+      if (!absent.has_value()) Fail(key, "is missing");
+      return absent.value_or(min);
+    }
+    // An unsigned value beyond int64_t turns negative here, and is refused like any other.
+    const bool in_range =
+        value->is_number_integer() && value->get<int64_t>() >= min && value->get<int64_t>() <= max;
+    if (!in_range) {
+      Fail(key, absl::StrCat("is ", Show(*value), ", not an integer from ", min, " to ", max));
+      return min;
+    }
+    return value->get<int64_t>();
+  }
+
+  // Finite and greater than zero.
+  double Positive(std::string_view key, std::optional<double> absent = std::nullopt) {
+    const json* value = Find(key);
+    if (value == nullptr) {
+      if (!absent.has_value()) Fail(key, "is missing");
+      return absent.value_or(1);
+    }
+    const double number = value->is_number() ? value->get<double>() : 0;
+    if (!std::isfinite(number) || number <= 0) {
+      Fail(key, absl::StrCat("is ", Show(*value), ", not a positive number"));
+      return 1;
+    }
+    return number;
+  }
+
+  bool Bool(std::string_view key, bool absent) {
+    const json* value = Find(key);
+    if (value == nullptr) return absent;
+    if (!value->is_boolean()) Fail(key, absl::StrCat("is ", Show(*value), ", not true or false"));
+    return value->is_boolean() && value->get<bool>();
+  }
+
+  std::string String(std::string_view key, std::string_view absent) {
+    const json* value = Find(key);
+    if (value == nullptr) return std::string(absent);
+    if (!value->is_string()) {
+      Fail(key, absl::StrCat("is ", Show(*value), ", not a string"));
+      return std::string(absent);
+    }
+    return value->get<std::string>();
+  }
+
+  void Fail(std::string_view key, std::string_view problem) {
+    if (!status_.ok()) return;
+    status_ =
+        absl::InvalidArgumentError(where_ + " " + std::string(key) + " " + std::string(problem));
+  }
+
+  bool WasRead(std::string_view key) const {
+    return std::find(read_.begin(), read_.end(), key) != read_.end();
+  }
+  const absl::Status& status() const { return status_; }
+
+ private:
+  const json& object_;
+  const std::string where_;
+  std::vector<std::string_view> read_;
+  absl::Status status_;
+};
+
+std::optional<DType> ReadDType(ObjectReader& reader) {
+  const std::string_view key = reader.Find("dtype") != nullptr ? "dtype" : "torch_dtype";
+  reader.Find("torch_dtype");
+  const std::string name = reader.String(key, "");
+  if (name.empty()) return std::nullopt;
+  if (name == "float32") return DType::kF32;
+  if (name == "bfloat16") return DType::kBF16;
+  if (name == "float16") return DType::kF16;
+  reader.Fail(key, "'" + name + "' is not supported (float32, bfloat16, float16)");
+  return std::nullopt;
+}
+
+// rope_scaling as transformers 4 writes it, or rope_parameters of transformers 5, where theta is
+// inside.
+absl::Status ReadRope(ObjectReader& reader, const std::string& source, RopeConfig* rope) {
+  rope->theta = reader.Positive("rope_theta", rope->theta);
+  const json* old_form = reader.Find("rope_scaling");
+  const json* new_form = reader.Find("rope_parameters");
+  const std::string key = new_form != nullptr ? "rope_parameters" : "rope_scaling";
+  const json* object = new_form != nullptr ? new_form : old_form;
+  if (object == nullptr) return absl::OkStatus();
+  if (new_form != nullptr && old_form != nullptr) {
+    return absl::InvalidArgumentError(source + ": both rope_scaling and rope_parameters are given");
+  }
+  if (!object->is_object()) {
+    return absl::InvalidArgumentError(source + ": " + key + " is " + Show(*object) +
+                                      ", not an object");
+  }
+  ObjectReader fields(*object, source + ": " + key);
+  const std::string old_type = fields.String("type", "default");
+  const std::string type = fields.String("rope_type", old_type);
+  rope->theta = fields.Positive("rope_theta", rope->theta);
+  if (type == "linear") {
+    rope->scaling = RopeScaling::kLinear;
+    rope->factor = fields.Positive("factor");
+  } else if (type == "llama3") {
+    rope->scaling = RopeScaling::kLlama3;
+    rope->factor = fields.Positive("factor");
+    rope->low_freq_factor = fields.Positive("low_freq_factor");
+    rope->high_freq_factor = fields.Positive("high_freq_factor");
+    rope->original_max_positions =
+        fields.Integer("original_max_position_embeddings", 1, kMaxPositions);
+    if (rope->low_freq_factor >= rope->high_freq_factor) {
+      fields.Fail("low_freq_factor", "is not below high_freq_factor");
+    }
+  } else if (type != "default") {
+    fields.Fail("rope_type", "'" + type + "' is not supported (default, linear, llama3)");
+  }
+  for (const auto& [name, value] : object->items()) {
+    const bool full_rotation = name == "partial_rotary_factor" && value == 1.0;
+    if (!fields.WasRead(name) && !full_rotation) {
+      fields.Fail(name, "= " + Show(value) + " is not supported with type '" + type + "'");
+    }
+  }
+  return fields.status();
+}
+
+absl::Status CheckOtherKeys(const json& config, const ObjectReader& reader,
+                            const std::string& source) {
+  for (const auto& [key, value] : config.items()) {
+    if (reader.WasRead(key)) continue;
+    if (std::find(std::begin(kHarmlessKeys), std::end(kHarmlessKeys), key) !=
+        std::end(kHarmlessKeys)) {
+      continue;
+    }
+    const auto* neutral = std::find_if(std::begin(kNeutralKeys), std::end(kNeutralKeys),
+                                       [&](const NeutralKey& k) { return k.key == key; });
+    if (neutral != std::end(kNeutralKeys)) {
+      if (value.is_null() || value == json::parse(neutral->value)) continue;
+      return absl::InvalidArgumentError(source + ": " + key + " = " + Show(value) +
+                                        " is not supported, only " + std::string(neutral->value));
+    }
+    return absl::InvalidArgumentError(source + ": " + key + " = " + Show(value) +
+                                      " is not a key this server knows; it may change the results");
+  }
+  return absl::OkStatus();
+}
+
+void CheckLayerTypes(ObjectReader& reader) {
+  const json* types = reader.Find("layer_types");
+  if (types == nullptr) return;
+  const bool all_full = types->is_array() && std::all_of(types->begin(), types->end(), [](auto& t) {
+                          return t == "full_attention";
+                        });
+  if (!all_full) reader.Fail("layer_types", "has other values than full_attention");
+}
+
+}  // namespace
+
+absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_view source_name) {
+  const std::string source(source_name);
+  const json config = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!config.is_object()) return absl::InvalidArgumentError(source + ": not a JSON object");
+
+  ModelConfig out;
+  ObjectReader reader(config, source + ":");
+  out.model_type = reader.String("model_type", "");
+  if (out.model_type != "llama") {
+    return absl::InvalidArgumentError(source + ": model_type '" +
+                                      out.model_type.substr(0, kMaxShownBytes) +
+                                      "' is not supported (llama)");
+  }
+  out.model_id = reader.String("_name_or_path", "");
+  out.revision = reader.String("_commit_hash", "");
+  out.vocab_size = reader.Integer("vocab_size", 1, kMaxSize);
+  out.hidden_size = reader.Integer("hidden_size", 1, kMaxSize);
+  out.intermediate_size = reader.Integer("intermediate_size", 1, kMaxSize);
+  out.layers = reader.Integer("num_hidden_layers", 1, kMaxLayers);
+  out.q_heads = reader.Integer("num_attention_heads", 1, kMaxSize);
+  out.kv_heads = reader.Integer("num_key_value_heads", 1, out.q_heads, out.q_heads);
+  const int64_t default_head_dim = std::max(1, out.hidden_size / out.q_heads);
+  out.head_dim = reader.Integer("head_dim", 1, kMaxHeadDim, default_head_dim);
+  out.max_positions = reader.Integer("max_position_embeddings", 1, kMaxPositions);
+  out.rms_norm_eps = static_cast<float>(reader.Positive("rms_norm_eps", 1e-6));
+  out.tie_word_embeddings = reader.Bool("tie_word_embeddings", false);
+  out.attention_bias = reader.Bool("attention_bias", false);
+  out.mlp_bias = reader.Bool("mlp_bias", false);
+  out.dtype = ReadDType(reader);
+  CheckLayerTypes(reader);
+  if (out.q_heads % out.kv_heads != 0) {
+    reader.Fail(
+        "num_key_value_heads",
+        absl::StrCat("= ", out.kv_heads, " does not divide num_attention_heads = ", out.q_heads));
+  }
+  if (out.head_dim > kMaxHeadDim || out.head_dim % 2 != 0) {
+    reader.Fail("head_dim",
+                absl::StrCat("= ", out.head_dim, " is not even and at most ", kMaxHeadDim));
+  }
+  if (int64_t{out.q_heads} * out.head_dim > kMaxSize) {
+    reader.Fail("num_attention_heads", absl::StrCat("* head_dim = ", out.q_heads, " * ",
+                                                    out.head_dim, " is above ", kMaxSize));
+  }
+  const absl::Status rope = ReadRope(reader, source, &out.rope);
+  if (!reader.status().ok()) return reader.status();
+  if (!rope.ok()) return rope;
+  const absl::Status others = CheckOtherKeys(config, reader, source);
+  if (!others.ok()) return others;
+  return out;
+}
+
+}  // namespace prefilld

@@ -1,0 +1,49 @@
+#include "server/model/fingerprint.h"
+
+#include <isa-l/crc.h>
+#include <openssl/evp.h>
+
+#include <algorithm>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+
+namespace prefilld {
+namespace {
+
+uint32_t Crc32c(const std::byte* data, size_t bytes) {
+  constexpr size_t kPiece = size_t{1} << 30;  // crc32_iscsi takes its length as an int
+  uint32_t crc = ~uint32_t{0};
+  for (size_t done = 0; done < bytes; done += kPiece) {
+    auto* piece = reinterpret_cast<unsigned char*>(const_cast<std::byte*>(data + done));
+    crc = crc32_iscsi(piece, static_cast<int>(std::min(kPiece, bytes - done)), crc);
+  }
+  return ~crc;
+}
+
+std::string Sha256Hex(const std::string& text) {
+  unsigned char digest[EVP_MAX_MD_SIZE];
+  unsigned int bytes = 0;
+  EVP_Digest(text.data(), text.size(), digest, &bytes, EVP_sha256(), nullptr);
+  return absl::BytesToHexString(absl::string_view(reinterpret_cast<char*>(digest), bytes));
+}
+
+}  // namespace
+
+std::string Fingerprint(const ModelConfig& config, DType dtype, const SafeTensors& tensors) {
+  const RopeConfig& rope = config.rope;
+  std::string text = absl::StrFormat(
+      "id %s\nrevision %s\nlayers %d kv_heads %d head_dim %d dtype %s\n"
+      "rope %.17g %s %.17g %.17g %.17g %d\n",
+      absl::CEscape(config.model_id), absl::CEscape(config.revision), config.layers,
+      config.kv_heads, config.head_dim, Name(dtype), rope.theta, Name(rope.scaling), rope.factor,
+      rope.low_freq_factor, rope.high_freq_factor, rope.original_max_positions);
+  for (const auto& [name, tensor] : tensors.tensors()) {
+    absl::StrAppendFormat(&text, "%s %s [%s] %08x\n", absl::CEscape(name), tensor.dtype,
+                          absl::StrJoin(tensor.shape, ","), Crc32c(tensor.data, tensor.bytes));
+  }
+  return Sha256Hex(text);
+}
+
+}  // namespace prefilld
