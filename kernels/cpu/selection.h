@@ -2,15 +2,18 @@
 // block of queries reads. Results do not depend on the number of threads.
 #pragma once
 
+#include <memory>
+
 #include "absl/status/status.h"
 #include "kernels/attention.h"
 
 namespace prefilld::cpu {
 
-// Keeps the maps of stage 1 for stage 2; one per backend, reused from call to call.
+// Keeps the maps of stage 1 for stage 2; one per backend, reused from call to call. UNIMPLEMENTED
+// where flexprefill is asked for with Sq != Sk.
 class Selection {
  public:
-  explicit Selection(int threads);
+  explicit Selection(int threads);  // >= 1
   ~Selection();
 
   absl::Status Estimate(const AttentionArgs& args);             // Backend::EstimatePattern
@@ -19,7 +22,7 @@ class Selection {
 
  private:
   struct Maps;
-  Maps* maps_;
+  std::unique_ptr<Maps> maps_;
   int threads_;
 };
 

@@ -1,0 +1,43 @@
+// One query head of one sequence, as the modules of selection see it: where its rows of q and k lie
+// and where its rows of blocks go. Cheap to copy; points into AttentionArgs.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kernels/cpu/tile.h"
+
+namespace prefilld::cpu {
+
+struct Head {
+  Head(const AttentionArgs& args, const SequenceBlocks& blocks_in, int h);
+
+  // dst[rows, d] F32, unscaled. Queries and keys count from the begin of the sequence.
+  void WidenQueries(int64_t begin, int64_t rows, float* dst) const;
+  void WidenKeys(int64_t begin, int64_t rows, float* dst) const;
+  // Keys [begin, begin + keys) as a tile, kTileKeys columns.
+  void PackKeys(int64_t begin, int keys, float* tile) const;
+
+  // Writes the row of absolute query block I: the J <= I where keep[J] is set. Returns their
+  // number.
+  int64_t WriteRow(int64_t I, const std::vector<uint8_t>& keep) const;
+  // Every causal block in every row. Returns their number.
+  int64_t WriteCausal() const;
+
+  SequenceBlocks blocks;
+  int64_t block_size;
+  double softmax_scale;
+  int d;
+
+ private:
+  DType dtype_;
+  const char* q_;  // this head, first row of this sequence
+  const char* k_;
+  int64_t q_stride_, k_stride_;  // elements
+  int32_t* count_;               // [q_blocks]
+  int32_t* index_;               // [q_blocks, index_stride_]
+  int64_t index_stride_;
+};
+
+}  // namespace prefilld::cpu
