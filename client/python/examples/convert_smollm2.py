@@ -17,6 +17,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
+from progress import Progress
+
 CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 # GGUF's name of a layer's weight -> Hugging Face's.
@@ -134,12 +136,14 @@ def convert(source: pathlib.Path, out: pathlib.Path) -> None:
     config = convert_config(meta)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
-    for tensor in reader.tensors:
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        for kind, count in heads.items():
-            if f".{kind}." in tensor.name:
-                weight = unpermute(weight, count)
-        tensors[hf_name(tensor.name)] = np.ascontiguousarray(weight)
+    with Progress("convert the model") as bar:
+        for done, tensor in enumerate(reader.tensors):
+            bar.update(done / len(reader.tensors), tensor.name)
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+            for kind, count in heads.items():
+                if f".{kind}." in tensor.name:
+                    weight = unpermute(weight, count)
+            tensors[hf_name(tensor.name)] = np.ascontiguousarray(weight, dtype=np.float32)
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

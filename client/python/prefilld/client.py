@@ -121,7 +121,7 @@ class PrefillClient:
         lease_ttl: seconds; default and limit are the server's.
         timeout: of the computation and of the pull, together.
         """
-        wanted = 0 if kv_dtype is None else data_type(kv_dtype)
+        wanted = data_type(kv_dtype)
         request = prefill_service_pb2.PrefillRequest(
             request_id=request_id or str(uuid.uuid4()), model=model,
             token_ids=_integers(token_ids), sparsity=policy_message(policy), priority=priority,
@@ -144,7 +144,7 @@ class PrefillClient:
              timeout: float | None = None, progress: Progress | None = None) -> KvPull:
         """Pulls a cache that somebody else had computed. Iterate the answer for its Layers, then
         `release` the lease."""
-        wanted = 0 if kv_dtype is None else data_type(kv_dtype)
+        wanted = data_type(kv_dtype)
         return KvPull(self._handoff, lease, self.model(model), wanted, widen, self._retry(timeout),
                       progress or _no_progress)
 
@@ -192,9 +192,9 @@ class PrefillClient:
                   kv_dtype: str | None = None) -> kv_handoff_service_pb2.NegotiateResponse:
         """Transport, layout, fingerprint and limits the server would use. FAILED_PRECONDITION when
         it cannot serve `kv_dtype`, or has another model than `fingerprint` under that name."""
-        request = kv_handoff_service_pb2.NegotiateRequest(model=model, fingerprint=fingerprint)
-        if kv_dtype is not None:
-            request.layout.data_type = data_type(kv_dtype)
+        request = kv_handoff_service_pb2.NegotiateRequest(
+            model=model, fingerprint=fingerprint,
+            layout=kv_handoff_service_pb2.KvLayout(data_type=data_type(kv_dtype)))
         return self._ask(self._handoff.Negotiate, request)
 
     def _retry(self, timeout: float | None) -> Retry:

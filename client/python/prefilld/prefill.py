@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -47,7 +48,7 @@ class Prefill:
         self._logits: np.ndarray | None = None
         self._summary: Summary | None = None
         self._error: PrefilldError | None = None
-        self._call: grpc.Call | None = None
+        self._call: Any = None  # grpc's own, which has no public type
         self._pull: KvPull | None = None
         self._owned = True  # the lease is ours to release
 

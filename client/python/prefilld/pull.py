@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -66,7 +67,7 @@ class KvPull:
         self._widen = widen and self._data_type == tensor_pb2.DATA_TYPE_BF16
         self._retry = retry
         self._progress = progress
-        self._call: grpc.Call | None = None
+        self._call: Any = None  # grpc's own, which has no public type
         self._cancelled = False
         self.layers_done = 0
 
@@ -116,7 +117,7 @@ class KvPull:
                     if self._call is not None:
                         self._call.cancel()
 
-    def _open(self, at: Assembly) -> grpc.Call:
+    def _open(self, at: Assembly) -> Any:
         return self._stub.PullKv(kv_handoff_service_pb2.PullKvRequest(
             lease=self._lease.name, generation=self._lease.generation,
             boot_id=self._lease.boot_id, first_layer=self.layers_done,

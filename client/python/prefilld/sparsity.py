@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -40,7 +40,8 @@ def policy_message(policy: Policy) -> sparsity_pb2.SparsityPolicy:
     unknown = sorted(set(policy) - Policy.__annotations__.keys())
     if unknown:
         raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}")
-    fields = {key: value for key, value in policy.items() if value is not None}
+    fields: dict[str, Any] = {
+        key: value for key, value in policy.items() if value is not None}
     for key, names in (("method", METHODS), ("report_level", REPORT_LEVELS)):
         if key in fields:
             if fields[key] not in names:

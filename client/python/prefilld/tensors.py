@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import google_crc32c
 import grpc
@@ -14,18 +15,20 @@ from .v1 import tensor_pb2
 CHUNK_BYTES = 1 << 20  # the contract's largest
 
 # The names that arguments use, and numpy's type for the bytes (numpy has no bfloat16).
-DTYPES = {
+DTYPES: dict[str, tuple[tensor_pb2.DataType, np.dtype[Any]]] = {
     "f32": (tensor_pb2.DATA_TYPE_F32, np.dtype("<f4")),
     "bf16": (tensor_pb2.DATA_TYPE_BF16, np.dtype("<u2")),
     "f16": (tensor_pb2.DATA_TYPE_F16, np.dtype("<f2")),
     "i32": (tensor_pb2.DATA_TYPE_I32, np.dtype("<i4")),
     "u8": (tensor_pb2.DATA_TYPE_U8, np.dtype("u1")),
 }
-NUMPY_TYPES = dict(DTYPES.values())
+NUMPY_TYPES: dict[int, np.dtype[Any]] = dict(DTYPES.values())
 
 
-def data_type(name: str) -> tensor_pb2.DataType:
-    """The wire's type of "f32", "bf16" or "f16"."""
+def data_type(name: str | None) -> tensor_pb2.DataType:
+    """The wire's type of "f32", "bf16" or "f16"; unspecified for None."""
+    if name is None:
+        return tensor_pb2.DATA_TYPE_UNSPECIFIED
     if name not in ("f32", "bf16", "f16"):
         raise invalid(f"dtype {name!r} is not one of f32, bf16, f16")
     return DTYPES[name][0]
@@ -60,7 +63,7 @@ def wire_bytes(array: np.ndarray, name: str) -> memoryview:
     """The array's elements, little-endian and row-major, without a copy where they are so already.
     """
     raw = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-    return memoryview(np.ascontiguousarray(raw, dtype=DTYPES[name][1])).cast("B")
+    return np.ascontiguousarray(raw, DTYPES[name][1]).data.cast("B")
 
 
 def widen_bf16(raw: np.ndarray) -> np.ndarray:
@@ -84,7 +87,7 @@ class Assembly:
 
     def __init__(self, arrays: Sequence[np.ndarray], layer: int = 0):
         """arrays: C-contiguous, filled in place. layer: the one that every chunk must name."""
-        self._targets = [memoryview(array).cast("B") for array in arrays]
+        self._targets = [array.data.cast("B") for array in arrays]
         self._layer = layer
         self.index = 0    # the tensor that comes next
         self.offset = 0   # bytes of it that are here

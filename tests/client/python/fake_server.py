@@ -19,7 +19,7 @@ from prefilld.v1 import (kv_handoff_service_pb2 as kv, kv_handoff_service_pb2_gr
                          prefill_service_pb2_grpc, sparsity_pb2, tensor_pb2)
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCAB = 3, 2, 4, 11
-CHUNK = 40  # bytes: several chunks a tensor
+CHUNK = 40  # bytes at least: several chunks a tensor
 MODEL = "tiny"
 
 
@@ -65,8 +65,9 @@ def retry_info(seconds):
 
 def chunks_of(array, index, layer=0, offset=0):
     data = np.ascontiguousarray(array).tobytes()
-    for at in range(offset, len(data), CHUNK):
-        piece = data[at:at + CHUNK]
+    size = max(CHUNK, len(data) // 100)  # a large one in no more than 100
+    for at in range(offset, len(data), size):
+        piece = data[at:at + size]
         yield tensor_pb2.TensorChunk(
             tensor_index=index, layer=layer, byte_offset=at, crc32c=google_crc32c.value(piece),
             last=at + len(piece) == len(data), data=piece)

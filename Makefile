@@ -1,0 +1,74 @@
+# The commands of this repository; `make help` lists them. Everything they make is under build/.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+JOBS := $(shell nproc)
+PYTHON := build/venv/bin/python
+BENCH_PYTHON := build/bench-venv/bin/python
+MODEL := build/models/SmolLM2-135M-Instruct
+
+.PHONY: help
+help:  ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+.PHONY: demo
+demo: programs build/venv/.complete $(MODEL)  ## a real prompt, prefilled, handed over and decoded
+	@$(PYTHON) client/python/examples/demo.py --build=build
+
+.PHONY: build
+build: configured  ## everything in C++, tests included
+	@cmake --build build -j$(JOBS)
+
+.PHONY: test
+test: build build/venv/.complete  ## unit tests, then end-to-end tests
+	@ctest --test-dir build --output-on-failure -L unit
+	@ctest --test-dir build --output-on-failure -L e2e
+
+.PHONY: test-sanitized
+test-sanitized: packages  ## unit tests under the address and undefined-behaviour sanitizers
+	@cmake --preset dev
+	@cmake --build --preset dev -j$(JOBS)
+	@ctest --preset dev
+
+.PHONY: bench
+bench: build build/bench-venv/.complete $(MODEL)  ## quality and speed, beside transformers
+	@$(BENCH_PYTHON) tests/bench/run.py
+
+.PHONY: format
+format:  ## clang-format what we wrote
+	@git ls-files '*.cc' '*.h' | xargs clang-format -i
+
+.PHONY: clean
+clean:  ## remove build/
+	@rm -rf build
+
+# What the demo runs: not the tests.
+.PHONY: programs
+programs: configured
+	@cmake --build build -j$(JOBS) --target prefilld prefillctl
+
+.PHONY: configured
+configured: packages
+	@test -f build/build.ninja || cmake --preset release
+
+.PHONY: packages
+packages:
+	@deploy/install-packages.sh
+
+build/venv/.complete: client/python/requirements.txt client/python/pyproject.toml | packages
+	@python3 -m venv build/venv
+	@$(PYTHON) -m pip install --no-deps -r client/python/requirements.txt
+	@$(PYTHON) -m pip install --no-deps --no-build-isolation -e client/python
+	@touch $@
+
+build/bench-venv/.complete: tests/bench/requirements.txt client/python/pyproject.toml | packages
+	@python3 -m venv build/bench-venv
+	@$(BENCH_PYTHON) -m pip install -r tests/bench/requirements.txt
+	@$(BENCH_PYTHON) -m pip install --no-deps -e client/python
+	@touch $@
+
+# The directory appears when it is complete.
+$(MODEL): | build/venv/.complete
+	@$(PYTHON) client/python/examples/convert_smollm2.py $@
