@@ -116,6 +116,12 @@ absl::StatusOr<DType> CheckpointDType(const ModelConfig& config, const SafeTenso
       ": neither config.json nor model.embed_tokens.weight gives a dtype of F32, BF16, F16"));
 }
 
+// Elements of one layer's linear maps.
+int64_t LinearWeights(const ModelConfig& c) {
+  const int64_t heads = 2 * (int64_t{c.q_heads} + c.kv_heads);
+  return c.hidden_size * (heads * c.head_dim + int64_t{3} * c.intermediate_size);
+}
+
 absl::Status CheckBatch(const PrefillBatch& batch, const ModelInfo& info) {
   const std::vector<int64_t>& ends = batch.cu_seqlens;
   if (ends.size() < 2 || ends.front() != 0 || ends.back() != batch.tokens()) {
@@ -182,6 +188,7 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const std::string
                   .hidden_size = c.hidden_size,
                   .vocab_size = c.vocab_size,
                   .max_positions = c.max_positions,
+                  .layer_weights = LinearWeights(c),
                   .dtype = *dtype,
                   .rope_theta = c.rope.theta,
                   .rope_scaling = Name(c.rope.scaling)};
