@@ -196,7 +196,7 @@ std::optional<DType> ReadDType(ObjectReader& reader) {
   if (name == "float32") return DType::kF32;
   if (name == "bfloat16") return DType::kBF16;
   if (name == "float16") return DType::kF16;
-  reader.Fail(key, "'" + name + "' is not supported (float32, bfloat16, float16)");
+  reader.Fail(key, "= " + Show(name) + " is not supported (float32, bfloat16, float16)");
   return std::nullopt;
 }
 
@@ -234,12 +234,13 @@ absl::Status ReadRope(ObjectReader& reader, const std::string& source, RopeConfi
       fields.Fail("low_freq_factor", "is not below high_freq_factor");
     }
   } else if (type != "default") {
-    fields.Fail("rope_type", "'" + type + "' is not supported (default, linear, llama3)");
+    fields.Fail("rope_type", "= " + Show(type) + " is not supported (default, linear, llama3)");
   }
   for (const auto& [name, value] : object->items()) {
     const bool full_rotation = name == "partial_rotary_factor" && value == 1.0;
     if (!fields.WasRead(name) && !full_rotation) {
-      fields.Fail(name, "= " + Show(value) + " is not supported with type '" + type + "'");
+      fields.Fail(Show(name),
+                  "= " + Show(value) + " is not supported with rope_type " + Show(type));
     }
   }
   return fields.status();
@@ -260,7 +261,7 @@ absl::Status CheckOtherKeys(const json& config, const ObjectReader& reader,
       return absl::InvalidArgumentError(source + ": " + key + " = " + Show(value) +
                                         " is not supported, only " + std::string(neutral->value));
     }
-    return absl::InvalidArgumentError(source + ": " + key + " = " + Show(value) +
+    return absl::InvalidArgumentError(source + ": " + Show(key) + ": " + Show(value) +
                                       " is not a key this server knows; it may change the results");
   }
   return absl::OkStatus();
@@ -286,9 +287,8 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
   ObjectReader reader(config, source + ":");
   out.model_type = reader.String("model_type", "");
   if (out.model_type != "llama") {
-    return absl::InvalidArgumentError(source + ": model_type '" +
-                                      out.model_type.substr(0, kMaxShownBytes) +
-                                      "' is not supported (llama)");
+    return absl::InvalidArgumentError(source + ": model_type = " + Show(out.model_type) +
+                                      " is not supported (llama)");
   }
   out.model_id = reader.String("_name_or_path", "");
   out.revision = reader.String("_commit_hash", "");

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "absl/status/status.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 
 namespace prefilld {
@@ -44,9 +45,12 @@ absl::Status Invalid(const std::string& file, const std::string& problem) {
   return absl::InvalidArgumentError(file + ": " + problem);
 }
 
-std::string TensorName(const std::string& name) {
-  return "tensor '" + name.substr(0, kMaxShownBytes) + "'";
+// What a file says may be long and hold anything; an error is one line.
+std::string Quote(const std::string& text) {
+  return "'" + absl::CHexEscape(text.substr(0, kMaxShownBytes)) + "'";
 }
+
+std::string TensorName(const std::string& name) { return "tensor " + Quote(name); }
 
 struct MappedFile {
   std::shared_ptr<const void> owner;
@@ -101,7 +105,7 @@ absl::StatusOr<SafeTensor> ParseTensor(const json& fields, const std::string& wh
   tensor.dtype = fields["dtype"].get<std::string>();
   const uint64_t element = ElementBytes(tensor.dtype);
   if (element == 0) {
-    return problem("has the unknown dtype '" + tensor.dtype.substr(0, kMaxShownBytes) + "'");
+    return problem("has the unknown dtype " + Quote(tensor.dtype));
   }
   if (fields["shape"].size() > kMaxRank) {
     return problem(absl::StrCat("has ", fields["shape"].size(), " dimensions; at most ", kMaxRank,
@@ -204,8 +208,8 @@ absl::StatusOr<std::map<std::string, std::string>> ParseIndex(const std::string&
     // Only files of this directory: a path could lead anywhere.
     if (shard.empty() || shard.front() == '.' || shard.find('/') != std::string::npos ||
         shard.find('\0') != std::string::npos) {
-      return Invalid(path, TensorName(name) + " is in '" + shard.substr(0, kMaxShownBytes) +
-                               "', which is not a plain file name");
+      return Invalid(
+          path, TensorName(name) + " is in " + Quote(shard) + ", which is not a plain file name");
     }
     shard_of.emplace(name, shard);
   }

@@ -6,6 +6,7 @@
 #include <set>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "server/model/fingerprint.h"
@@ -80,7 +81,8 @@ class WeightReader {
     for (const auto& [name, tensor] : tensors_.tensors()) {
       if (!status_.ok()) break;
       if (taken_.count(name) == 0 && !std::string_view(name).ends_with(kIgnoredSuffix)) {
-        Fail(absl::StrCat("tensor '", name, "' is not one that config.json accounts for"));
+        Fail(absl::StrCat("tensor '", absl::CHexEscape(name),
+                          "' is not one that config.json accounts for"));
       }
     }
     return status_;
