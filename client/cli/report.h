@@ -1,0 +1,29 @@
+// How a finished request is shown: what was computed, where the time went, what moved.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <ostream>
+#include <string>
+
+#include "prefilld/v1/prefill_service.pb.h"
+
+namespace prefilld::cli {
+
+struct RequestReport {
+  v1::Summary summary;
+  std::string transport;
+  double total_seconds = 0;            // as the client saw it
+  std::optional<double> ttft_seconds;  // start to kv_ready
+};
+
+// density, captured_mass (null when not measured), dense_fallback_heads, reasons.
+nlohmann::ordered_json SparsityFields(const v1::SparsityReport& sparsity);
+
+// One JSON object on one line when `json`, else a few lines for people.
+void PrintReport(const RequestReport& report, bool json, std::ostream& out);
+
+// One line. Text that is no UTF-8 is spelt with replacements.
+void PrintJson(const nlohmann::ordered_json& object, std::ostream& out);
+
+}  // namespace prefilld::cli
