@@ -116,7 +116,9 @@ void RotateTokens(const RopeArgs& args, int64_t begin, int64_t end) {
 void MultiplySilu(const float* gate, const float* up, int64_t count, float* out) {
   ForEach(count, [=](auto d, int64_t i) HWY_ATTR {
     const auto g = hn::LoadU(d, gate + i);
-    const auto silu = hn::Div(g, hn::Add(hn::Set(d, 1.0f), Exp(d, hn::Neg(g))));
+    // Exp ends at 88, where silu is 0 but for 1e-36.
+    const auto e = Exp(d, hn::Min(hn::Set(d, 88.0f), hn::Neg(g)));
+    const auto silu = hn::Div(g, hn::Add(hn::Set(d, 1.0f), e));
     hn::StoreU(hn::Mul(silu, hn::LoadU(d, up + i)), d, out + i);
   });
 }
