@@ -1,0 +1,127 @@
+"""SIGTERM, and what a server does with work and leases while it drains."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import grpc
+import pytest
+
+from e2e import harness, prefilling
+from e2e.harness import refused
+from e2e.test_observability import check_health
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.fixture
+def own_server(start_server, tiny):
+    with start_server("--kv_memory=64MiB", models=[("tiny", tiny.directory)]) as server:
+        yield server
+
+
+def ended(server, code=0):
+    assert server.wait() == code
+    server.channel.close()
+
+
+@pytest.fixture
+def mortal(start_server, tiny):
+    """A server that the test itself ends."""
+    server = start_server("--kv_memory=64MiB", models=[("tiny", tiny.directory)])
+    yield server
+    server.channel.close()
+    if server.process.poll() is None:
+        server.process.kill()
+        server.process.wait()
+        pytest.fail("still running")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_server_ends_within_two_seconds(mortal, number):
+    started = time.monotonic()
+    mortal.process.send_signal(number)
+    ended(mortal)
+    assert time.monotonic() - started < 2
+
+
+def test_draining_finishes_what_runs_and_refuses_what_is_new(mortal, tiny):
+    tokens = 7000
+    call = prefilling.start(mortal, tiny.tokens(tokens))
+    pull = prefilling.open_pull(mortal, call.admission.lease)
+    harness.eventually(lambda: mortal.metric("prefilld_requests_running") == 1)
+    mortal.process.send_signal(signal.SIGTERM)
+    harness.eventually(lambda: mortal.metric("prefilld_ready") == 0, timeout=2)
+    assert check_health(mortal, "prefilld.v1.PrefillService") == 2
+    assert check_health(mortal, "") == 1
+    with refused(UNAVAILABLE) as failure:
+        prefilling.start(mortal, [1, 2, 3])
+    assert failure[0].retry_after > 0
+    assert mortal.process.poll() is None, "it did not wait for its work"
+    call.finish()
+    data = prefilling.collect(prefilling.checked(pull))
+    assert sum(len(x) for layer in data.values() for x in layer) == tiny.kv_bytes(tokens)
+    again = prefilling.pull(mortal, call.ready)  # the lease is kept until it is consumed
+    assert again == data
+    prefilling.release(mortal, call.ready)
+    ended(mortal)
+
+
+def test_a_lease_that_nobody_consumes_ends_the_drain_when_it_expires(mortal, tiny):
+    prefilling.start(mortal, tiny.tokens(100), lease_ttl=1).finish()
+    mortal.process.send_signal(signal.SIGTERM)
+    ended(mortal)
+
+
+def test_the_drain_timeout_bounds_the_wait(start_server, tiny):
+    server = start_server("--kv_memory=64MiB", "--drain_timeout=1s",
+                          models=[("tiny", tiny.directory)])
+    prefilling.start(server, tiny.tokens(100), lease_ttl=60).finish()
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    ended(server)
+    assert time.monotonic() - started < 4
+
+
+def test_connections_that_say_nothing_do_not_hold_the_server(own_server):
+    host, port = own_server.target.split(":")
+    http_host, http_port = own_server.http.split(":")
+    quiet = [socket.create_connection((host, int(port))) for _ in range(5)]
+    quiet += [socket.create_connection((http_host, int(http_port))) for _ in range(3)]
+    quiet[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
+    with prefilling.prefilled(own_server, [1, 2, 3]) as done:
+        assert done.summary
+    for connection in quiet:
+        connection.close()
+
+
+KILLED_CLIENT = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from e2e import harness, prefilling
+import grpc
+class Server: pass
+server = Server()
+channel = grpc.insecure_channel(sys.argv[3])
+server.prefill = harness.prefill_service_pb2_grpc.PrefillServiceStub(channel)
+server.handoff = harness.kv_handoff_service_pb2_grpc.KvHandoffServiceStub(channel)
+call = prefilling.start(server, [i % 300 for i in range(5000)], lease_ttl=1)
+stream = prefilling.open_pull(server, call.admission.lease)
+next(iter(stream))
+print("pulling", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_client_killed_in_the_middle_of_its_pull_leaves_nothing(own_server):
+    free = own_server.footprint()
+    client = subprocess.Popen(
+        [sys.executable, "-c", KILLED_CLIENT, str(harness.ROOT / "tests"),
+         str(harness.ROOT / "client/python"), own_server.target],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert client.stdout.readline() == b"pulling\n"
+    client.kill()
+    client.wait()
+    harness.eventually(lambda: own_server.footprint() == free, timeout=15)

@@ -1,0 +1,178 @@
+"""Bounds, deadlines and order: who runs when, and who is told to come back."""
+
+import contextlib
+import threading
+
+import grpc
+import pytest
+
+from e2e import attending, harness, prefilling
+from e2e.harness import refused
+from prefilld.v1 import kv_handoff_service_pb2 as kv
+
+RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Busy:
+    """A long dense Attend that occupies the engine; its upload is already over."""
+
+    def __init__(self, server, tokens=10000, q_heads=8):
+        arrays = attending.small(tokens=tokens, q_heads=q_heads, kv_heads=1)
+        self.call = attending.Call(server.prefill)
+        self.call.admit(attending.header(*arrays))
+        for chunk in attending.chunks(arrays):
+            self.call.send(chunk)
+        self.call.half_close()
+        harness.eventually(lambda: server.metric("prefilld_requests_running") >= 1)
+
+    def wait(self):
+        for _ in self.call.stream:
+            pass
+
+
+@contextlib.contextmanager
+def waiting_uploads(server, count):
+    """Admitted Attends whose tensors do not come; cancelled afterwards."""
+    calls = []
+    try:
+        for _ in range(count):
+            call = attending.Call(server.prefill)
+            calls.append(call)
+            call.admit(attending.header(*attending.small(tokens=1)))
+        yield calls
+    finally:
+        for call in calls:
+            call.cancel()
+
+
+def test_a_full_queue_is_refused_at_once_with_a_hint(server):
+    most = server.handoff.Negotiate(kv.NegotiateRequest()).limits.max_waiting_jobs
+    rejected = server.metric("prefilld_requests_rejected_total")
+    with waiting_uploads(server, most):
+        assert server.metric("prefilld_requests_waiting") == most
+        with refused(RESOURCE_EXHAUSTED) as failure:
+            attending.Call(server.prefill).admit(attending.header(*attending.small(tokens=1)))
+        assert failure[0].retry_after > 0 and failure[0].reason is None
+        with refused(RESOURCE_EXHAUSTED):
+            prefilling.start(server, [1, 2, 3])
+    assert server.metric("prefilld_requests_rejected_total") == rejected + 2
+    harness.eventually(lambda: server.metric("prefilld_requests_waiting") == 0)
+    with prefilling.prefilled(server, [1, 2, 3]) as done:
+        assert done.summary
+
+
+def test_an_upload_that_does_not_come_keeps_nobody_waiting(server):
+    with waiting_uploads(server, 3):
+        attending.attend(server.prefill, *attending.small(tokens=100), timeout=5)
+
+
+def test_the_queue_position_and_wait_are_told(server):
+    busy = Busy(server)
+    call = attending.Call(server.prefill)
+    admission = call.admit(attending.header(*attending.small(tokens=64)))
+    assert admission.queue_position >= 1
+    assert admission.estimated_wait.ToNanoseconds() > 0
+    call.cancel()
+    busy.wait()
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_admission(server):
+    head = attending.header(*attending.small(tokens=1))
+    for tensor, heads in zip(head.tensors, (8, 1, 1)):
+        tensor.shape[:] = [200_000, heads, 128]
+    call = attending.Call(server.prefill, timeout=8)
+    call.send(head)
+    with refused(RESOURCE_EXHAUSTED) as failure:
+        call.receive()
+    assert failure[0].reason == "DEADLINE_INFEASIBLE" and failure[0].retry_after is None
+    call.half_close()
+
+
+def test_a_deadline_in_the_past(server, tiny):
+    for timeout in (0, -1):
+        with refused(DEADLINE_EXCEEDED):
+            prefilling.start(server, tiny.tokens(100), timeout=timeout)
+        with refused(DEADLINE_EXCEEDED):
+            attending.Call(server.prefill, timeout=timeout).receive()
+
+
+def test_a_deadline_that_passes_while_waiting(server, tiny):
+    busy = Busy(server)
+    with refused({DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED}):
+        prefilling.start(server, tiny.tokens(50), timeout=.15).finish()
+    busy.wait()
+
+
+def test_a_deadline_that_passes_during_the_upload(server):
+    call = attending.Call(server.prefill, timeout=.3)
+    call.admit(attending.header(*attending.small(tokens=100)))
+    with refused(DEADLINE_EXCEEDED):
+        call.receive()
+    call.half_close()
+
+
+def finishing_order(server, requests):
+    """Names in the order in which their jobs finish, all submitted while the engine is busy."""
+    busy = Busy(server)
+    finished, threads = [], []
+    for name, fields in requests:
+        call = prefilling.start(server, **fields)
+
+        def run(name=name, call=call):
+            call.finish()
+            finished.append(name)
+            prefilling.release(server, call.ready)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+    busy.wait()
+    for thread in threads:
+        thread.join()
+    return finished
+
+
+def test_higher_priority_runs_first(server, tiny):
+    # Too long to share a batch with one another.
+    order = finishing_order(server, [
+        ("low", dict(token_ids=tiny.tokens(4000), priority=-10)),
+        ("high", dict(token_ids=tiny.tokens(4000), priority=10))])
+    assert order == ["high", "low"]
+
+
+def test_the_least_slack_runs_first(server, tiny):
+    order = finishing_order(server, [
+        ("no deadline", dict(token_ids=tiny.tokens(4000), timeout=None)),
+        ("deadline", dict(token_ids=tiny.tokens(4000), timeout=30))])
+    assert order == ["deadline", "no deadline"]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(server, tiny):
+    long = prefilling.start(server, tiny.tokens(9000))
+    harness.eventually(lambda: server.metric("prefilld_requests_running") >= 1)
+    with prefilling.prefilled(server, tiny.tokens(20), priority=1) as done:
+        assert done.summary
+        assert server.metric("prefilld_requests_running") == 1, "the long prompt is over already"
+    prefilling.release(server, long.admission.lease, kv.RELEASE_REASON_ABANDONED)
+    with refused({grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED}):
+        long.finish()
+
+
+@pytest.mark.parametrize("stage", ["before the upload", "during the upload", "in the queue",
+                                   "running"])
+def test_cancelling_an_attend(server, stage):
+    busy = Busy(server) if stage == "in the queue" else None
+    if stage == "running":
+        Busy(server).call.cancel()
+    else:
+        arrays = attending.small(tokens=2000)
+        call = attending.Call(server.prefill)
+        call.admit(attending.header(*arrays))
+        parts = attending.chunks(arrays, size=1 << 16)
+        for chunk in {"before the upload": [], "during the upload": parts[:5]}.get(stage, parts):
+            call.send(chunk)
+        call.cancel()
+    if busy:
+        busy.wait()
+    harness.eventually(lambda: server.metric("prefilld_requests_running") == 0)
+    assert server.metric("prefilld_requests_waiting") == 0

@@ -1,0 +1,280 @@
+"""What keeps a server from starting: one clear line on stderr, exit status 1, nothing on stdout."""
+
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+
+import pytest
+
+from e2e import checkpoints, harness, safetensors_file
+
+
+def start_fails(*flags, words=(), listen="127.0.0.1:0", http="127.0.0.1:0"):
+    done = subprocess.run([str(harness.PREFILLD), f"--listen={listen}", f"--http={http}",
+                           "--backend=cpu", *flags],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+
+
+@pytest.mark.parametrize("flag,words", [
+    ("--no_such_flag", ["no_such_flag"]),
+    ("--kv_memory=lots", ["kv_memory", "lots"]),
+    ("--kv_memory=-1GiB", ["kv_memory"]),
+    ("--kv_memory=99999999999999999999GiB", ["kv_memory"]),
+    ("--backend=tpu", ["tpu"]),
+    ("--listen=nowhere", ["nowhere"]),
+    ("--listen=127.0.0.1:99999", ["99999"]),
+    ("--http=127.0.0.1:-2", ["-2"]),
+    ("--model=justaname", ["justaname"]),
+    ("--model=a=/no/such/directory", ["/no/such/directory"]),
+    ("--config=/no/such/file", ["/no/such/file"]),
+])
+def test_bad_flags(flag, words):
+    # The last of two equal options counts, or two of them are an error; either way it is refused.
+    listen = None if flag.startswith("--listen") else "127.0.0.1:0"
+    http = None if flag.startswith("--http") else "127.0.0.1:0"
+    command = [str(harness.PREFILLD), flag]
+    command += [f"--listen={listen}"] if listen else []
+    command += [f"--http={http}"] if http else []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_two_models_of_one_name(tiny):
+    start_fails(f"--model=a={tiny.directory}", f"--model=a={tiny.directory}", words=["a"])
+
+
+@pytest.mark.parametrize("which", ["listen", "http"])
+def test_port_in_use(which):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        start_fails(**{which: f"127.0.0.1:{port}"}, words=[port])
+
+
+def test_two_servers_on_one_port(start_server):
+    with start_server() as server:
+        start_fails(listen=server.target, words=[server.target.split(":")[1]])
+
+
+def test_too_little_memory(tiny):
+    start_fails("--kv_memory=1KiB", f"--model=a={tiny.directory}", words=["kv_memory"])
+    start_fails("--kv_memory=900TiB", f"--model=a={tiny.directory}", words=["kv_memory"])
+
+
+# --- model directories ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path):
+    return checkpoints.Checkpoint.create(tmp_path / "model", num_hidden_layers=1)
+
+
+def refuses(model, *words):
+    start_fails(f"--model=m={model.directory}", words=words)
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"model_type": "mamba"}, ["mamba"]),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn"]),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["dynamic"]),
+    ({"rope_scaling": {"rope_type": "banana", "factor": 4.0}}, ["banana"]),
+    ({"sliding_window": 128}, ["sliding_window"]),
+    ({"num_local_experts": 8}, ["num_local_experts"]),
+    ({"hidden_act": "gelu"}, ["gelu"]),
+    ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    ({"head_dim": 80}, ["80"]),
+    ({"num_attention_heads": 3}, ["num_attention_heads"]),
+    ({"num_key_value_heads": 3}, ["num_key_value_heads"]),
+    ({"num_attention_heads": 0}, ["num_attention_heads"]),
+    ({"num_hidden_layers": -1}, ["num_hidden_layers"]),
+    ({"num_hidden_layers": 2}, ["model.layers.1."]),
+    ({"hidden_size": 2**40}, ["hidden_size"]),
+    ({"hidden_size": "big"}, ["hidden_size"]),
+    ({"hidden_size": 128}, ["128"]),
+    ({"vocab_size": 321}, ["embed_tokens"]),
+    ({"rms_norm_eps": "tiny"}, ["rms_norm_eps"]),
+    ({"rms_norm_eps": -1}, ["rms_norm_eps"]),
+    ({"rope_theta": 0}, ["rope_theta"]),
+    ({"tie_word_embeddings": False}, ["lm_head.weight"]),
+    ({"attention_bias": True}, ["bias"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+], ids=str)
+def test_a_config_that_would_change_the_mathematics_is_refused_by_name(model, changes, words):
+    checkpoints.write_config(model.directory, model.config | changes)
+    refuses(model, *words)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": 3}', "\x00\xff"])
+def test_a_broken_config_file(model, text):
+    (model.directory / "config.json").write_text(text)
+    refuses(model, "config.json")
+
+
+def test_missing_files(model):
+    (model.directory / "model.safetensors").unlink()
+    refuses(model, "safetensors")
+    (model.directory / "config.json").unlink()
+    refuses(model, "config.json")
+
+
+def rewrite(model, change):
+    weights = dict(model.weights)
+    change(weights)
+    safetensors_file.save(model.directory / "model.safetensors", weights)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_missing_tensor(model):
+    rewrite(model, lambda w: w.pop(Q))
+    refuses(model, Q)
+
+
+def test_wrong_shape(model):
+    rewrite(model, lambda w: w.__setitem__(Q, w[Q][:-1]))
+    refuses(model, Q)
+
+
+def test_wrong_dtype(model):
+    rewrite(model, lambda w: w.__setitem__(Q, w[Q].astype("int32")))
+    refuses(model, Q)
+
+
+def test_an_unknown_tensor_is_not_ignored(model):
+    rewrite(model, lambda w: w.__setitem__("model.layers.0.self_attn.q_norm.weight", w[Q][0]))
+    refuses(model, "q_norm")
+
+
+HEADER_DAMAGE = {
+    "empty file": lambda raw: b"",
+    "seven bytes": lambda raw: raw[:7],
+    "header longer than the file": lambda raw: struct.pack("<Q", len(raw)) + raw[8:],
+    "header of 2^63": lambda raw: struct.pack("<Q", 2**63) + raw[8:],
+    "header of 2^64-8": lambda raw: struct.pack("<Q", 2**64 - 8) + raw[8:],
+    "header of zero": lambda raw: struct.pack("<Q", 0) + raw[8:],
+    "header cut": lambda raw: raw[:40],
+    "data cut": lambda raw: raw[:-1],
+    "half the data": lambda raw: raw[:len(raw) // 2],
+    "no JSON": lambda raw: raw[:8] + b"!" + raw[9:],
+}
+
+
+@pytest.mark.parametrize("case", HEADER_DAMAGE)
+def test_a_damaged_file(model, case):
+    path = model.directory / "model.safetensors"
+    path.write_bytes(HEADER_DAMAGE[case](path.read_bytes()))
+    refuses(model, "model.safetensors")
+
+
+def entry_damage(entry):
+    return {
+        "offsets backwards": {"data_offsets": entry["data_offsets"][::-1]},
+        "offsets past the end": {"data_offsets": [0, 2**60]},
+        "offsets negative": {"data_offsets": [-8, entry["data_offsets"][1]]},
+        "offset missing": {"data_offsets": [0]},
+        "offsets too short for the shape": {"data_offsets": [0, 4]},
+        "shape overflows": {"shape": [2**32, 2**32]},
+        "negative shape": {"shape": [-256, -256]},
+        "shape is text": {"shape": "wide"},
+        "unknown dtype": {"dtype": "Q4_1"},
+        "dtype is a number": {"dtype": 3},
+    }
+
+
+@pytest.mark.parametrize("case", entry_damage({"data_offsets": [0, 0]}))
+def test_a_damaged_entry(model, case):
+    path = model.directory / "model.safetensors"
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + length])
+    header[Q] |= entry_damage(header[Q])[case]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length:])
+    refuses(model, "model.safetensors")
+
+
+def shard(model, index):
+    """The model as two shards with this index file (a function of its weight map)."""
+    names = sorted(model.weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in parts.items():
+        safetensors_file.save(model.directory / file, {n: model.weights[n] for n in members})
+    (model.directory / "model.safetensors").unlink()
+    weight_map = {n: file for file, members in parts.items() for n in members}
+    (model.directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index(weight_map)}))
+
+
+def test_shards_are_read(model, start_server):
+    shard(model, lambda m: m)
+    with start_server("--kv_memory=16MiB", models=[("m", model.directory)]):
+        pass
+
+
+@pytest.mark.parametrize("index,word", [
+    (lambda m: {k: v for k, v in m.items() if k != Q}, "q_proj"),
+    (lambda m: m | {Q: "c.safetensors"}, "c.safetensors"),
+    (lambda m: m | {Q: "../a.safetensors"}, "../a.safetensors"),
+    (lambda m: m | {Q: "/etc/passwd"}, "/etc/passwd"),
+    (lambda m: m | {Q: ({v for v in m.values()} - {m[Q]}).pop()}, "q_proj"),
+    (lambda m: "nothing", "index"),
+], ids=["tensor missing", "file missing", "outside", "absolute", "other file", "no map"])
+def test_a_broken_index_of_shards(model, index, word):
+    shard(model, index)
+    refuses(model, word)
+
+
+# --- what a good start looks like -----------------------------------------------------------------
+
+
+def test_the_announced_ports_answer(start_server):
+    with start_server() as server:
+        assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d+", server.target)
+        assert server.get("/metrics")[0] == 200
+        harness.prefillctl(server, "health")
+
+
+def test_a_configuration_file_sets_flags(tmp_path, tiny):
+    config = tmp_path / "prefilld.toml"
+    config.write_text(f'listen="127.0.0.1:0"\nhttp="127.0.0.1:0"\nbackend="cpu"\n'
+                      f'kv_memory="16MiB"\nmodel=["tiny={tiny.directory}"]\n')
+    process = subprocess.Popen([str(harness.PREFILLD), f"--config={config}"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert process.stdout.readline().startswith("listening on 127.0.0.1:")
+        assert process.stdout.readline().startswith("http on 127.0.0.1:")
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_nothing_but_loopback_is_listened_on(shared_server):
+    """Every listening TCP socket of the process is bound to 127.0.0.1."""
+    inodes = set()
+    for fd in os.listdir(f"/proc/{shared_server.process.pid}/fd"):
+        try:
+            link = os.readlink(f"/proc/{shared_server.process.pid}/fd/{fd}")
+        except FileNotFoundError:
+            continue
+        inodes |= set(re.findall(r"socket:\[(\d+)\]", link))
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in open(f"/proc/{shared_server.process.pid}/net/{table}").readlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                listening.append(fields[1].split(":")[0])
+    assert listening and set(listening) == {"0100007F"}
