@@ -8,14 +8,17 @@ namespace {
 
 constexpr int64_t kColumns = 256;  // logits of one pass: with the keys' they stay in the L1 cache
 
-// logits[x] = sum_c queries[c] keys[c][x].
+// logits[x] = sum_c queries[c] keys[c][x]. Four channels a pass: the logits are loaded and stored a
+// quarter as often, and each is still summed in the order of channels. d is a multiple of four.
 void Multiply(const double* queries, const double* keys, int64_t stride, int d, int64_t columns,
               double* logits) {
   std::fill(logits, logits + columns, 0.0);
-  for (int c = 0; c < d; ++c) {
-    const double q = queries[c];
-    const double* k = keys + c * stride;
-    for (int64_t x = 0; x < columns; ++x) logits[x] += q * k[x];
+  for (int c = 0; c < d; c += 4) {
+    const double q0 = queries[c], q1 = queries[c + 1], q2 = queries[c + 2], q3 = queries[c + 3];
+    const double *k0 = keys + c * stride, *k1 = k0 + stride, *k2 = k1 + stride, *k3 = k2 + stride;
+    for (int64_t x = 0; x < columns; ++x) {
+      logits[x] = (((logits[x] + q0 * k0[x]) + q1 * k1[x]) + q2 * k2[x]) + q3 * k3[x];
+    }
   }
 }
 

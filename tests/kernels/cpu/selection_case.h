@@ -16,9 +16,16 @@
 
 namespace prefilld::cpu {
 
-enum class Family { kRandom, kSink, kBand, kNeedle, kZero };
-inline constexpr Family kFamilies[] = {Family::kRandom, Family::kSink, Family::kBand,
-                                       Family::kNeedle, Family::kZero};
+enum class Family { kRandom, kFaint, kSink, kBand, kNeedle, kZero };
+inline constexpr Family kFamilies[] = {Family::kRandom, Family::kFaint,  Family::kSink,
+                                       Family::kBand,   Family::kNeedle, Family::kZero};
+inline constexpr int64_t kLengths[] = {1, 127, 128, 129, 300, 1000, 2049, 4097};
+
+inline std::string Describe(Family family, int64_t length, DType dtype, double gamma) {
+  constexpr const char* kNames[] = {"random", "faint", "sink", "band", "needle", "zero"};
+  return std::string(kNames[static_cast<int>(family)]) + " S=" + std::to_string(length) + " " +
+         Name(dtype) + " gamma=" + std::to_string(gamma);
+}
 
 struct CaseOptions {
   Family family = Family::kRandom;
@@ -91,7 +98,8 @@ class Case {
     if (options_.family == Family::kZero) return;
     std::mt19937 rng(options_.seed);
     std::normal_distribution<float> normal;
-    const float noise = options_.family == Family::kBand ? 0.2f : 1.0f;
+    const bool quiet = options_.family == Family::kBand || options_.family == Family::kFaint;
+    const float noise = quiet ? 0.2f : 1.0f;
     for (auto* x : {&q_, &k_}) {
       for (float& value : *x) value = noise * normal(rng);
     }
@@ -99,8 +107,9 @@ class Case {
     for (int s = 0; s < shape_.sequences(); ++s) FillSequence(s, &rng);
   }
 
-  // Sink: the first four keys answer a direction that all queries share. Needle: sixteen random
-  // keys do. Band: key t - delta answers query t, by rotary phases.
+  // Faint: random with logits near zero, which pooled attention predicts well. Sink: the first four
+  // keys answer a direction that all queries share. Needle: sixteen random keys do. Band: key t -
+  // delta answers query t, by rotary phases.
   void FillSequence(int s, std::mt19937* rng) {
     const int64_t q0 = shape_.cu_seqlens_q[s], k0 = shape_.cu_seqlens_k[s];
     const int64_t sq = shape_.cu_seqlens_q[s + 1] - q0, sk = shape_.cu_seqlens_k[s + 1] - k0;
@@ -123,7 +132,7 @@ class Case {
       }
       return;
     }
-    if (options_.family == Family::kRandom) return;
+    if (options_.family == Family::kRandom || options_.family == Family::kFaint) return;
     for (int64_t t = 0; t < sq; ++t) {
       for (int h = 0; h < shape_.q_heads; ++h) Q(q0 + t, h)[3] += 4;
     }
@@ -165,7 +174,9 @@ inline Selected Select(Case* input, const SparsityPolicy& policy, int threads = 
   Selection selection(threads);
   EXPECT_TRUE(selection.Estimate(args).ok());
   EXPECT_TRUE(selection.Select(args).ok());
-  if (policy.measure_captured_mass) EXPECT_TRUE(selection.MeasureCapturedMass(args).ok());
+  if (policy.measure_captured_mass) {
+    EXPECT_TRUE(selection.MeasureCapturedMass(args).ok());
+  }
   return Copy(args);
 }
 
