@@ -6,6 +6,7 @@
 
 #include "prometheus/metric_family.h"
 #include "server/errors.h"
+#include "server/version.h"
 
 namespace prefilld {
 namespace {
@@ -148,7 +149,7 @@ Metrics::Metrics()
       .Add({{"transport", kTransport}})
       .Set(1);
   Gauges(*registry_, "prefilld_build_info", "The version that runs")
-      .Add({{"version", PREFILLD_VERSION}})
+      .Add({{"version", kVersion}})
       .Set(1);
 }
 

@@ -1,0 +1,201 @@
+#include "server/config.h"
+
+#include <arpa/inet.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstring>
+#include <iostream>
+#include <map>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "server/version.h"
+
+namespace prefilld {
+namespace {
+
+constexpr uint64_t kGiB = uint64_t{1} << 30;
+constexpr size_t kModelNameBytesMax = 128;
+
+uint64_t MachineMemory() {
+  return static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) *
+         static_cast<uint64_t>(sysconf(_SC_PAGE_SIZE));
+}
+
+// "30s", "1m30s", as absl::ParseDuration reads them.
+void AddDuration(CLI::App& app, const char* flag, absl::Duration* value, const char* help) {
+  app.add_option_function<std::string>(
+         flag,
+         [flag, value](const std::string& text) {
+           if (!absl::ParseDuration(text, value) || *value <= absl::ZeroDuration()) {
+             throw CLI::ValidationError(flag, "'" + text + "' is no duration such as 30s or 2m");
+           }
+         },
+         help)
+      ->type_name("DURATION")
+      ->default_str(absl::FormatDuration(*value));
+}
+
+// "8GiB", "512MiB", "1000000".
+void AddSize(CLI::App& app, const char* flag, uint64_t* value, const char* help) {
+  app.add_option(flag, *value, help)
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
+      ->type_name("SIZE");
+}
+
+void AddEndpoint(CLI::App& app, const char* flag, Endpoint* value, const char* help) {
+  app.add_option_function<std::string>(
+         flag,
+         [flag, value](const std::string& text) {
+           auto endpoint = ParseEndpoint(text);
+           if (!endpoint.ok()) {
+             throw CLI::ValidationError(flag, std::string(endpoint.status().message()));
+           }
+           *value = *endpoint;
+         },
+         help)
+      ->type_name("HOST:PORT")
+      ->default_str(value->ToString());
+}
+
+absl::Status AddModels(const std::vector<std::string>& texts, std::vector<ModelSource>* models) {
+  std::map<std::string, bool> names;
+  for (const std::string& text : texts) {
+    const size_t equals = text.find('=');
+    if (equals == std::string::npos || equals == 0 || equals + 1 == text.size()) {
+      return absl::InvalidArgumentError(absl::StrCat("--model: '", text, "' is not NAME=DIR"));
+    }
+    ModelSource model{text.substr(0, equals), text.substr(equals + 1)};
+    if (model.name.size() > kModelNameBytesMax) {
+      return absl::InvalidArgumentError(absl::StrCat("--model: the name has ", model.name.size(),
+                                                     " bytes, the limit is ", kModelNameBytesMax));
+    }
+    if (!names.emplace(model.name, true).second) {
+      return absl::InvalidArgumentError(absl::StrCat("--model: two models '", model.name, "'"));
+    }
+    models->push_back(std::move(model));
+  }
+  return absl::OkStatus();
+}
+
+// Open to the network only when somebody said so.
+absl::Status CheckExposure(const Config& config, bool insecure_listen) {
+  const bool tls = !config.tls_cert.empty();
+  if (tls != !config.tls_key.empty()) {
+    return absl::InvalidArgumentError("--tls_cert and --tls_key are needed together");
+  }
+  if (!tls && !config.tls_client_ca.empty()) {
+    return absl::InvalidArgumentError("--tls_client_ca needs --tls_cert and --tls_key");
+  }
+  if (insecure_listen) return absl::OkStatus();
+  if (!tls && !config.listen.loopback()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--listen=", config.listen.ToString(),
+                     " is open to the network: give --tls_cert and --tls_key, or allow it with "
+                     "--insecure_listen"));
+  }
+  if (!config.http.loopback()) {
+    return absl::InvalidArgumentError(absl::StrCat("--http=", config.http.ToString(),
+                                                   " is open to the network: allow it with "
+                                                   "--insecure_listen"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+bool Endpoint::loopback() const {
+  if (host == "localhost") return true;
+  in_addr v4;
+  if (inet_pton(AF_INET, host.c_str(), &v4) == 1) return ntohl(v4.s_addr) >> 24 == 127;
+  in6_addr v6;
+  return inet_pton(AF_INET6, host.c_str(), &v6) == 1 && IN6_IS_ADDR_LOOPBACK(&v6);
+}
+
+std::string Endpoint::ToString() const {
+  return host.find(':') == std::string::npos ? absl::StrCat(host, ":", port)
+                                             : absl::StrCat("[", host, "]:", port);
+}
+
+absl::StatusOr<Endpoint> ParseEndpoint(const std::string& text) {
+  const size_t colon = text.rfind(':');
+  Endpoint endpoint;
+  const bool digits = colon != std::string::npos && colon + 1 < text.size() &&
+                      text.find_first_not_of("0123456789", colon + 1) == std::string::npos;
+  if (!digits || !absl::SimpleAtoi(text.substr(colon + 1), &endpoint.port) ||
+      endpoint.port > 65535) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", text, "' is not HOST:PORT with a port from 0 to 65535"));
+  }
+  endpoint.host = text.substr(0, colon);
+  const bool bracketed = absl::StartsWith(endpoint.host, "[") && absl::EndsWith(endpoint.host, "]");
+  if (bracketed) endpoint.host = endpoint.host.substr(1, endpoint.host.size() - 2);
+  if (endpoint.host.empty() || (!bracketed && absl::StrContains(endpoint.host, ":"))) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", text, "' is not HOST:PORT; an IPv6 address needs brackets"));
+  }
+  return endpoint;
+}
+
+absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
+  ParsedConfig parsed;
+  Config& config = parsed.config;
+  std::vector<std::string> models;
+  bool insecure_listen = false;
+
+  CLI::App app("prefilld: sparse prefill as a service");
+  app.set_version_flag("--version", kVersion);
+  app.set_config("--config", "", "Reads the flags below from a TOML or INI file");
+  AddEndpoint(app, "--listen", &config.listen, "gRPC address; port 0 picks one");
+  AddEndpoint(app, "--http", &config.http, "Address of /metrics and /debug/sparsity");
+  app.add_flag("--insecure_listen", insecure_listen, "Allow addresses beyond loopback without TLS");
+  app.add_option("--backend", config.backend, "auto, cpu or cuda");
+  app.add_option("--threads", config.threads, "CPU threads; 0: all processors")
+      ->check(CLI::Range(0, 4096));
+  app.add_option("--model", models, "NAME=DIR of a Hugging Face model; repeatable")
+      ->type_name("NAME=DIR");
+  AddSize(app, "--kv_memory", &config.kv_memory,
+          "Memory of all KV caches; default: half of the machine's, at most 8GiB");
+  AddSize(app, "--attend_memory", &config.attend_memory,
+          "Memory of the tensors of all Attend calls; default: a quarter, at most 4GiB");
+  app.add_option("--max_prompt_tokens", config.prompt_tokens_max, "Tokens of one prompt")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
+  app.add_option("--max_waiting_jobs", config.waiting_jobs_max, "Jobs that may wait")
+      ->check(CLI::Range(1, 1 << 20));
+  AddDuration(app, "--lease_ttl", &config.lease_ttl, "Default life of an unused lease");
+  AddDuration(app, "--max_lease_ttl", &config.lease_ttl_max, "The longest a caller may ask for");
+  AddDuration(app, "--upload_timeout", &config.upload_timeout,
+              "An Attend whose peer moves no chunk for this long is given up");
+  AddDuration(app, "--drain_timeout", &config.drain_timeout,
+              "How long SIGTERM waits for work and leases");
+  AddDuration(app, "--stall_timeout", &config.stall_timeout,
+              "A step that runs for longer makes the server unhealthy");
+  app.add_option("--tls_cert", config.tls_cert, "PEM certificate chain: serve TLS");
+  app.add_option("--tls_key", config.tls_key, "PEM private key");
+  app.add_option("--tls_client_ca", config.tls_client_ca, "PEM CA that clients must be signed by");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& success) {  // --help, --version
+    app.exit(success, std::cout, std::cerr);
+    parsed.exit = true;
+    return parsed;
+  } catch (const CLI::ParseError& error) {
+    return absl::InvalidArgumentError(error.what());
+  }
+  if (absl::Status status = AddModels(models, &config.models); !status.ok()) return status;
+  if (absl::Status status = CheckExposure(config, insecure_listen); !status.ok()) return status;
+  if (config.lease_ttl > config.lease_ttl_max) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--lease_ttl ", absl::FormatDuration(config.lease_ttl),
+                     " is over --max_lease_ttl ", absl::FormatDuration(config.lease_ttl_max)));
+  }
+  if (config.kv_memory == 0) config.kv_memory = std::min(8 * kGiB, MachineMemory() / 2);
+  if (config.attend_memory == 0) config.attend_memory = std::min(4 * kGiB, MachineMemory() / 4);
+  return parsed;
+}
+
+}  // namespace prefilld

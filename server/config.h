@@ -1,0 +1,59 @@
+// What an operator can set: the command line, or the same names in a file (--config, TOML or INI).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+
+namespace prefilld {
+
+struct Endpoint {
+  std::string host;  // as given, without brackets
+  int port = 0;      // 0: the system picks one
+
+  bool loopback() const;
+  std::string ToString() const;  // host:port, [host]:port
+};
+// INVALID_ARGUMENT when `text` is not HOST:PORT or [IPV6]:PORT.
+absl::StatusOr<Endpoint> ParseEndpoint(const std::string& text);
+
+struct ModelSource {
+  std::string name;
+  std::string directory;  // Hugging Face: config.json and safetensors
+};
+
+struct Config {
+  Endpoint listen{"127.0.0.1", 50051};
+  Endpoint http{"127.0.0.1", 9464};
+  std::string backend = "auto";
+  int threads = 0;  // of the CPU backend; 0: all processors
+  std::vector<ModelSource> models;
+
+  // Bytes. Touched as they are used; 0: what half (kv) or a quarter (attend) of the machine's
+  // memory allows, at most 8 and 4 GiB.
+  uint64_t kv_memory = 0;
+  uint64_t attend_memory = 0;
+
+  int64_t prompt_tokens_max = 131072;
+  int waiting_jobs_max = 256;
+  absl::Duration lease_ttl = absl::Minutes(1);
+  absl::Duration lease_ttl_max = absl::Minutes(10);
+  absl::Duration upload_timeout = absl::Seconds(30);
+  absl::Duration drain_timeout = absl::Seconds(30);
+  absl::Duration stall_timeout = absl::Minutes(30);  // of one step, then the server is not healthy
+
+  // PEM files. cert and key: TLS; client_ca too: only clients with a certificate of that CA.
+  std::string tls_cert, tls_key, tls_client_ca;
+};
+
+struct ParsedConfig {
+  bool exit = false;  // --help or --version was answered
+  Config config;
+};
+// Errors are one line that names the flag.
+absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv);
+
+}  // namespace prefilld

@@ -1,0 +1,58 @@
+// prefilld: flags -> Config -> Server::Start -> wait for SIGTERM or SIGINT -> drain -> exit 0.
+#include <signal.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <memory>
+#include <thread>
+
+#include "server/config.h"
+#include "server/log.h"
+#include "server/server.h"
+
+namespace prefilld {
+namespace {
+
+int Fail(const absl::Status& status) {
+  std::fprintf(stderr, "prefilld: %s\n", std::string(status.message()).c_str());
+  return 1;
+}
+
+int Run(int argc, char** argv) {
+  auto parsed = ParseConfig(argc, argv);
+  if (!parsed.ok()) return Fail(parsed.status());
+  if (parsed->exit) return 0;
+
+  // Before the first thread, so that every thread inherits it and only sigwait sees the signals.
+  sigset_t stop;
+  sigemptyset(&stop);
+  sigaddset(&stop, SIGTERM);
+  sigaddset(&stop, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &stop, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+
+  auto server = Server::Start(parsed->config);
+  if (!server.ok()) return Fail(server.status());
+  std::printf("listening on %s\nhttp on %s\n", (*server)->grpc_endpoint().ToString().c_str(),
+              (*server)->http_endpoint().ToString().c_str());
+  std::fflush(stdout);
+
+  int signal_number = 0;
+  sigwait(&stop, &signal_number);
+  // A second signal does not wait for anybody.
+  std::thread([stop] {
+    int again = 0;
+    sigwait(&stop, &again);
+    Log(Level::kWarning, "killed", {{"signal", again}});
+    _exit(1);
+  }).detach();
+  (*server)->Drain();
+  server->reset();
+  Log(Level::kInfo, "stopped");
+  return 0;
+}
+
+}  // namespace
+}  // namespace prefilld
+
+int main(int argc, char** argv) { return prefilld::Run(argc, argv); }

@@ -1,0 +1,100 @@
+#include "server/rpc/attend_outputs.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "proto/wire/chunk.h"
+#include "server/rpc/messages.h"
+
+namespace prefilld {
+namespace {
+
+v1::TensorSpec Spec(const char* name, v1::DataType type, std::initializer_list<int64_t> shape) {
+  v1::TensorSpec spec;
+  spec.set_name(name);
+  spec.set_data_type(type);
+  for (int64_t dim : shape) spec.add_shape(dim);
+  return spec;
+}
+
+uint64_t BytesOf(const v1::TensorSpec& spec) {
+  uint64_t bytes = spec.data_type() == v1::DATA_TYPE_U8 ? 1
+                   : spec.data_type() == v1::DATA_TYPE_F32 || spec.data_type() == v1::DATA_TYPE_I32
+                       ? 4
+                       : 2;
+  for (int64_t dim : spec.shape()) bytes *= static_cast<uint64_t>(dim);
+  return bytes;
+}
+
+std::vector<v1::TensorSpec> Specs(const Job& job, bool ragged, int64_t rows, int64_t max_blocks) {
+  const AttendWork& work = *job.attend;
+  const AttentionShape& shape = work.shape;
+  const int64_t heads = shape.q_heads;
+  std::vector<v1::TensorSpec> specs = {
+      Spec("o", ProtoOf(shape.dtype), {shape.total_q(), heads, shape.head_dim})};
+  if (work.return_lse) specs.push_back(Spec("lse", v1::DATA_TYPE_F32, {heads, shape.total_q()}));
+  if (!work.return_block_index) return specs;
+  specs.push_back(Spec("block_count", v1::DATA_TYPE_I32, {heads, rows}));
+  specs.push_back(Spec("block_index", v1::DATA_TYPE_I32, {heads, rows, max_blocks}));
+  for (auto [name, type] :
+       {std::pair("pattern", v1::DATA_TYPE_U8), std::pair("captured_mass", v1::DATA_TYPE_F32)}) {
+    specs.push_back(ragged ? Spec(name, type, {shape.sequences(), heads})
+                           : Spec(name, type, {heads}));
+  }
+  return specs;
+}
+
+}  // namespace
+
+std::vector<v1::TensorSpec> AnnouncedOutputs(const Job& job, bool ragged) {
+  const auto sequences = SplitIntoBlocks(job.attend->shape, job.policy.block_size);
+  return Specs(job, ragged, TotalRows(sequences), MaxKeyBlocks(sequences));
+}
+
+AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged) {
+  auto held = std::make_shared<Held>();
+  for (const HeadReport& entry : job->report.entries) {
+    held->pattern.push_back(static_cast<uint8_t>(entry.pattern));
+    held->captured_mass.push_back(entry.captured_mass);
+  }
+  const AttendWork& work = *job->attend;
+  for (v1::TensorSpec& spec : Specs(*job, ragged, work.rows, work.max_blocks)) {
+    const std::string& name = spec.name();
+    const void* data = name == "o"             ? work.o.data()
+                       : name == "lse"         ? work.lse.data()
+                       : name == "block_count" ? work.block_count.data()
+                       : name == "block_index" ? work.block_index.data()
+                       : name == "pattern"     ? static_cast<const void*>(held->pattern.data())
+                                               : held->captured_mass.data();
+    const uint64_t bytes = BytesOf(spec);
+    total_ += bytes;
+    tensors_.push_back({std::move(spec), static_cast<const char*>(data), bytes});
+  }
+  held->job = std::move(job);
+  held_ = std::move(held);
+}
+
+v1::OutputSpecs AttendOutputs::specs() const {
+  v1::OutputSpecs specs;
+  for (const Tensor& tensor : tensors_) *specs.add_tensors() = tensor.spec;
+  return specs;
+}
+
+grpc::ByteBuffer AttendOutputs::NextChunk() {
+  const Tensor& tensor = tensors_[current_];
+  const size_t bytes = std::min<uint64_t>(kMaxChunkBytes, tensor.bytes - offset_);
+  const char* data = tensor.data + offset_;
+  ChunkHeader header;
+  header.tensor_index = static_cast<uint32_t>(current_);
+  header.byte_offset = offset_;
+  header.crc32c = Crc32c(0, data, bytes);
+  header.last = offset_ + bytes == tensor.bytes;
+  offset_ += bytes;
+  if (header.last) {
+    ++current_;
+    offset_ = 0;
+  }
+  return EncodeChunk(header, {SliceOf(data, bytes, held_)}, kAttendChunk);
+}
+
+}  // namespace prefilld

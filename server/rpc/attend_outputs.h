@@ -1,0 +1,52 @@
+// The tensors that an Attend answers with, and their chunks. The bytes stay where the engine wrote
+// them: slices refer to the job, which lives until gRPC has let go of the last of them.
+#pragma once
+
+#include <grpcpp/support/byte_buffer.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "prefilld/v1/prefill_service.pb.h"
+#include "prefilld/v1/tensor.pb.h"
+#include "server/job.h"
+
+namespace prefilld {
+
+// The specs of the outputs of an admitted job: exact, but for block_index, whose last dimension is
+// its upper bound. `ragged`: cu_seqlens were given, pattern and captured_mass are per sequence.
+std::vector<v1::TensorSpec> AnnouncedOutputs(const Job& job, bool ragged);
+
+class AttendOutputs {
+ public:
+  // job: finished with OK.
+  AttendOutputs(std::shared_ptr<const Job> job, bool ragged);
+
+  v1::OutputSpecs specs() const;
+  uint64_t total_bytes() const { return total_; }
+  bool done() const { return current_ == tensors_.size(); }
+  // The next AttendResponse with a chunk. Not after done().
+  grpc::ByteBuffer NextChunk();
+
+ private:
+  struct Tensor {
+    v1::TensorSpec spec;
+    const char* data;
+    uint64_t bytes;
+  };
+  // What no job field holds as it is sent; shared with the slices.
+  struct Held {
+    std::shared_ptr<const Job> job;
+    std::vector<uint8_t> pattern;      // [sequences, q_heads]
+    std::vector<float> captured_mass;  // [sequences, q_heads]
+  };
+
+  std::shared_ptr<const Held> held_;
+  std::vector<Tensor> tensors_;
+  uint64_t total_ = 0;
+  size_t current_ = 0;
+  uint64_t offset_ = 0;
+};
+
+}  // namespace prefilld

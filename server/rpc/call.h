@@ -1,0 +1,60 @@
+// What all calls have in common: they are counted once, at their end, and their deadline is read
+// from the call.
+#pragma once
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "server/metrics.h"
+#include "server/rpc/status.h"
+
+namespace prefilld {
+
+// One call from its arrival to its end. Not thread-safe.
+class CallRecord {
+ public:
+  CallRecord(Metrics& metrics, const char* method) : metrics_(metrics), method_(method) {}
+
+  absl::Duration age() const { return absl::Now() - begin_; }
+  // Counts the call and returns what to finish it with. Once.
+  grpc::Status End(const absl::Status& status) {
+    grpc::Status wire = ToGrpcStatus(status);
+    metrics_.Request(method_, CodeName(wire.error_code()), absl::ToDoubleSeconds(age()));
+    return wire;
+  }
+
+ private:
+  Metrics& metrics_;
+  const char* const method_;
+  const absl::Time begin_ = absl::Now();
+};
+
+// Infinite when the caller set none.
+inline absl::Time DeadlineOf(const grpc::ServerContextBase& context) {
+  const auto deadline = context.deadline();
+  return deadline == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture()
+                                                                  : absl::FromChrono(deadline);
+}
+
+// Why gRPC cancelled a call: its deadline, or the caller went away.
+inline absl::Status WhyCancelled(absl::Time deadline) {
+  if (absl::Now() >= deadline) return absl::DeadlineExceededError("the call's deadline passed");
+  return absl::CancelledError("the caller went away");
+}
+
+// A call that is answered at once by `handler`, which returns an absl::Status.
+template <typename Handler>
+grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, Metrics& metrics,
+                                 const char* method, Handler&& handler) {
+  CallRecord record(metrics, method);
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(record.End(std::forward<Handler>(handler)()));
+  return reactor;
+}
+
+}  // namespace prefilld

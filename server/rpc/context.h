@@ -1,0 +1,41 @@
+// What every RPC works on. Owned by the server, outlives every call; the parts are thread-safe.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "absl/time/time.h"
+#include "kernels/backend.h"
+#include "server/kv/block_pool.h"
+#include "server/kv/lease_table.h"
+#include "server/metrics.h"
+#include "server/model/transformer.h"
+#include "server/reports.h"
+#include "server/rpc/live_ids.h"
+#include "server/rpc/prefill_registry.h"
+#include "server/rpc/validate.h"
+#include "server/scheduler/scheduler.h"
+
+namespace prefilld {
+
+using Models = std::map<std::string, std::unique_ptr<Transformer>>;  // by name, set at start
+
+struct RpcContext {
+  Backend& backend;
+  const Models& models;
+  BlockPool* pool;  // null when there is no model
+  LeaseTable& leases;
+  Scheduler& scheduler;
+  PrefillRegistry& prefills;
+  LiveIds& attends;
+  ReportTable& reports;
+  Metrics& metrics;
+  RequestLimits limits;
+  int waiting_jobs_max = 0;
+  // An Attend whose peer moves no chunk for this long, in either direction, is given up.
+  absl::Duration upload_timeout = absl::Seconds(30);
+  std::string boot_id;
+};
+
+}  // namespace prefilld

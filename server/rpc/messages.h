@@ -1,0 +1,31 @@
+// What the server knows, written into proto: the way back of validate.h. Functions only; any
+// thread.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "absl/time/time.h"
+#include "google/protobuf/duration.pb.h"
+#include "prefilld/v1/kv_handoff_service.pb.h"
+#include "prefilld/v1/model_service.pb.h"
+#include "prefilld/v1/prefill_service.pb.h"
+#include "server/job.h"
+#include "server/kv/lease_table.h"
+#include "server/model/transformer.h"
+
+namespace prefilld {
+
+std::optional<DType> DTypeOf(v1::DataType type);  // empty when no attention runs in it
+v1::DataType ProtoOf(DType dtype);
+std::string DataTypeName(int type);  // "BF16", or the number of an unknown one
+
+google::protobuf::Duration ProtoOf(absl::Duration duration);
+v1::SparsityReport ProtoOf(const JobReport& report);
+v1::Summary SummaryOf(const Job& job, uint64_t bytes_in, uint64_t bytes_out);
+v1::Lease ProtoOf(const LeaseInfo& lease, const KvGeometry& geometry, const std::string& boot_id);
+// The layout that is served: Hugging Face, in `dtype`.
+v1::KvLayout LayoutOf(const ModelInfo& info, DType dtype);
+v1::Model ProtoOf(const ModelInfo& info, int64_t prompt_tokens_max);
+
+}  // namespace prefilld

@@ -1,0 +1,104 @@
+#include "server/rpc/prefill_reactor.h"
+
+#include <utility>
+
+#include "server/errors.h"
+#include "server/log.h"
+#include "server/rpc/validate.h"
+
+namespace prefilld {
+
+PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context,
+                                      const v1::PrefillRequest& request) {
+  std::shared_ptr<PrefillReactor> reactor(new PrefillReactor(rpc, context));
+  auto stream = reactor->Admit(request);
+  absl::MutexLock lock(&reactor->mutex_);
+  reactor->self_ = reactor;
+  if (!stream.ok()) {
+    rpc.metrics.Rejected(stream.status());
+    Log(Level::kWarning, "prefill_refused",
+        {{"request_id", request.request_id()}, {"message", stream.status().ToString()}});
+    reactor->End(stream.status());
+  } else if (*stream == nullptr) {
+    reactor->End(absl::OkStatus());
+  } else {
+    reactor->stream_ = *std::move(stream);
+    reactor->stream_->Attach(reactor);
+    reactor->WriteNext();
+  }
+  return reactor.get();
+}
+
+PrefillReactor::PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
+    : rpc_(rpc), deadline_(DeadlineOf(*context)), record_(rpc.metrics, "Prefill") {}
+
+absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
+    const v1::PrefillRequest& request) {
+  const auto model = rpc_.models.find(request.model());
+  if (model == rpc_.models.end()) return ResourceNotFound("model", request.model().substr(0, 128));
+  const ModelInfo& info = model->second->info();
+  auto valid = ValidatePrefill(request, info, rpc_.limits);
+  if (!valid.ok()) return valid.status();
+  const int64_t tokens = request.token_ids_size();
+  const AttentionShape shape{DType::kF32,   info.q_heads, info.kv_heads,
+                             info.head_dim, {0, tokens},  {0, tokens}};
+  absl::Status status = rpc_.backend.Supports(shape, valid->job->policy);
+  if (!status.ok()) return status;
+  if (request.validate_only()) return std::shared_ptr<PrefillStream>();
+
+  valid->job->deadline = deadline_;
+  valid->job->prefill->model = model->second.get();
+  const std::string request_id = valid->job->request_id;
+  const std::string content = request.SerializeAsString();
+  return rpc_.prefills.FindOrStart(
+      request_id, content, [&] { return PrefillStream::Start(rpc_, *std::move(valid), content); });
+}
+
+void PrefillReactor::OnEvents() {
+  absl::MutexLock lock(&mutex_);
+  if (!writing_ && !ended_) WriteNext();
+}
+
+void PrefillReactor::WriteNext() {
+  absl::Status end;
+  bool ended = false;
+  if (const v1::PrefillEvent* event = stream_->Get(next_, &end, &ended)) {
+    writing_ = true;
+    ++next_;
+    StartWrite(event);
+  } else if (ended) {
+    End(end);
+  }
+}
+
+void PrefillReactor::OnWriteDone(bool ok) {
+  absl::MutexLock lock(&mutex_);
+  writing_ = false;
+  if (ended_) return;
+  if (!ok) return End(WhyCancelled(deadline_));
+  WriteNext();
+}
+
+void PrefillReactor::OnCancel() {
+  absl::MutexLock lock(&mutex_);
+  End(WhyCancelled(deadline_));
+}
+
+void PrefillReactor::End(const absl::Status& status) {
+  if (ended_) return;
+  ended_ = true;
+  Finish(record_.End(status));
+}
+
+void PrefillReactor::OnDone() {
+  std::shared_ptr<PrefillReactor> self;
+  std::shared_ptr<PrefillStream> stream;
+  {
+    absl::MutexLock lock(&mutex_);
+    self.swap(self_);
+    stream.swap(stream_);
+  }
+  if (stream) stream->Detach(this);
+}
+
+}  // namespace prefilld

@@ -1,0 +1,49 @@
+// One Prefill call: reads a PrefillStream's events to its caller, from the first on. Shared by gRPC
+// (until OnDone) and the stream.
+#pragma once
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <memory>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "prefilld/v1/prefill_service.pb.h"
+#include "server/rpc/call.h"
+#include "server/rpc/context.h"
+#include "server/rpc/prefill_stream.h"
+
+namespace prefilld {
+
+class PrefillReactor final : public grpc::ServerWriteReactor<v1::PrefillEvent>,
+                             public PrefillStream::Reader,
+                             public std::enable_shared_from_this<PrefillReactor> {
+ public:
+  static PrefillReactor* Start(RpcContext& rpc, grpc::CallbackServerContext* context,
+                               const v1::PrefillRequest& request);
+
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+  void OnEvents() override;
+
+ private:
+  PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
+  // Null when the request only had to be checked.
+  absl::StatusOr<std::shared_ptr<PrefillStream>> Admit(const v1::PrefillRequest& request);
+  void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  RpcContext& rpc_;
+  const absl::Time deadline_;
+  absl::Mutex mutex_;
+  std::shared_ptr<PrefillReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
+  std::shared_ptr<PrefillStream> stream_ ABSL_GUARDED_BY(mutex_);
+  CallRecord record_ ABSL_GUARDED_BY(mutex_);
+  size_t next_ ABSL_GUARDED_BY(mutex_) = 0;  // event to write
+  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;  // Finish was called
+};
+
+}  // namespace prefilld

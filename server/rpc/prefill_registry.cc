@@ -1,0 +1,32 @@
+#include "server/rpc/prefill_registry.h"
+
+#include "absl/strings/str_cat.h"
+#include "server/errors.h"
+#include "server/rpc/prefill_stream.h"
+
+namespace prefilld {
+
+absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillRegistry::FindOrStart(
+    const std::string& request_id, const std::string& content, const Start& start) {
+  absl::MutexLock lock(&mutex_);
+  const auto found = streams_.find(request_id);
+  if (found != streams_.end()) {
+    if (found->second->content() == content) return found->second;
+    return InvalidField("request_id", absl::StrCat("'", request_id,
+                                                   "' lives and was asked for with other content"));
+  }
+  auto stream = start();
+  if (stream.ok()) streams_.emplace(request_id, *stream);
+  return stream;
+}
+
+void PrefillRegistry::Remove(absl::string_view request_id, uint64_t generation) {
+  std::shared_ptr<PrefillStream> gone;  // dropped after the lock
+  absl::MutexLock lock(&mutex_);
+  const auto found = streams_.find(std::string_view(request_id.data(), request_id.size()));
+  if (found == streams_.end() || found->second->generation() != generation) return;
+  gone = std::move(found->second);
+  streams_.erase(found);
+}
+
+}  // namespace prefilld

@@ -1,0 +1,37 @@
+// The prompts whose leases live, by request_id: the same id with the same content attaches to the
+// same work. Thread-safe.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
+
+namespace prefilld {
+
+class PrefillStream;
+
+class PrefillRegistry {
+ public:
+  using Start = std::function<absl::StatusOr<std::shared_ptr<PrefillStream>>()>;
+
+  // The living stream of `request_id`, or the one that `start` makes. INVALID_ARGUMENT when the
+  // living one has other content. One call of `start` at a time.
+  absl::StatusOr<std::shared_ptr<PrefillStream>> FindOrStart(const std::string& request_id,
+                                                             const std::string& content,
+                                                             const Start& start);
+  // The lease has ended: the id is free for another run.
+  void Remove(absl::string_view request_id, uint64_t generation);
+
+ private:
+  absl::Mutex mutex_;
+  std::map<std::string, std::shared_ptr<PrefillStream>, std::less<>> streams_
+      ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace prefilld

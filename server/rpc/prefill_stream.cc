@@ -1,0 +1,167 @@
+#include "server/rpc/prefill_stream.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "server/errors.h"
+#include "server/kv/kv_cache.h"
+#include "server/log.h"
+#include "server/rpc/context.h"
+#include "server/rpc/messages.h"
+#include "server/rpc/status.h"
+
+namespace prefilld {
+
+absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(RpcContext& rpc,
+                                                                    ValidPrefill valid,
+                                                                    std::string content) {
+  const std::shared_ptr<Job> job = std::move(valid.job);
+  const ModelInfo& info = job->prefill->model->info();
+  auto cache = KvCache::Create(
+      *rpc.pool, {info.layers, info.kv_heads, info.head_dim, info.dtype, job->tokens()},
+      valid.retain);
+  if (!cache.ok()) return cache.status();
+  job->prefill->cache = *cache;
+
+  std::shared_ptr<PrefillStream> stream(new PrefillStream(rpc, job, std::move(content)));
+  job->sink = stream;
+  // The engine's events wait behind this lock, so that the admission is the first.
+  absl::MutexLock lock(&stream->mutex_);
+  absl::Status status = rpc.scheduler.Admit(job);
+  if (status.ok()) {
+    auto lease = rpc.leases.Grant(job->request_id, *cache, valid.lease_ttl,
+                                  [&rpc, job] { rpc.scheduler.Cancel(job); });
+    if (lease.ok()) {
+      stream->lease_ = *std::move(lease);
+    } else {
+      status = lease.status();
+      rpc.scheduler.Cancel(job, status);  // OnFinished lets go of the job
+    }
+  } else {
+    stream->job_.reset();
+  }
+  if (!status.ok()) {
+    (*cache)->Close(status);
+    return status;
+  }
+
+  v1::Admission& admission = *stream->events_.emplace_back().mutable_admission();
+  admission.set_request_id(job->request_id);
+  admission.set_queue_position(static_cast<uint32_t>(job->queue_position));
+  *admission.mutable_estimated_wait() = ProtoOf(job->estimated_wait);
+  *admission.mutable_lease() = ProtoOf(stream->lease_, (*cache)->geometry(), rpc.boot_id);
+  admission.set_fingerprint(info.fingerprint);
+  rpc.metrics.prompt_tokens.Observe(static_cast<double>(job->tokens()));
+  Log(Level::kInfo, "prefill_admitted",
+      {{"request_id", job->request_id},
+       {"model", info.name},
+       {"method", Name(job->policy.method)},
+       {"tokens", job->tokens()},
+       {"retain", valid.retain},
+       {"generation", stream->lease_.generation}});
+  return stream;
+}
+
+PrefillStream::PrefillStream(RpcContext& rpc, std::shared_ptr<Job> job, std::string content)
+    : rpc_(rpc), content_(std::move(content)), request_id_(job->request_id), job_(std::move(job)) {}
+
+uint64_t PrefillStream::generation() const {
+  absl::MutexLock lock(&mutex_);
+  return lease_.generation;
+}
+
+void PrefillStream::Attach(const std::shared_ptr<Reader>& reader) {
+  absl::MutexLock lock(&mutex_);
+  readers_.push_back(reader);
+}
+
+void PrefillStream::Detach(const Reader* reader) {
+  std::shared_ptr<Reader> gone;
+  LeaseInfo abandoned;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto found = std::find_if(readers_.begin(), readers_.end(),
+                                    [&](const auto& r) { return r.get() == reader; });
+    if (found == readers_.end()) return;
+    gone = std::move(*found);
+    readers_.erase(found);
+    if (!readers_.empty() || ended_) return;
+    abandoned = lease_;
+  }
+  // Nobody waits for this any more: the lease's end cancels the work. It may have ended already.
+  (void)rpc_.leases.Release(abandoned.name, abandoned.generation, LeaseEnd::kAbandoned);
+}
+
+const v1::PrefillEvent* PrefillStream::Get(size_t index, absl::Status* end, bool* ended) const {
+  absl::MutexLock lock(&mutex_);
+  if (index < events_.size()) return &events_[index];
+  *ended = ended_;
+  *end = end_;
+  return nullptr;
+}
+
+void PrefillStream::OnLayerReady(int layer, double density, double captured_mass) {
+  {
+    absl::MutexLock lock(&mutex_);
+    v1::LayerReady& ready = *events_.emplace_back().mutable_layer_ready();
+    ready.set_layer(static_cast<uint32_t>(layer));
+    ready.set_density(density);
+    ready.set_captured_mass(captured_mass);
+  }
+  WakeReaders();
+}
+
+void PrefillStream::OnFinished(const absl::Status& status) {
+  std::shared_ptr<Job> job;
+  LeaseInfo lease;
+  {
+    absl::MutexLock lock(&mutex_);
+    job.swap(job_);
+    lease = lease_;
+    if (status.ok()) AppendResults(*job);
+    ended_ = true;
+    end_ = status;
+  }
+  const ModelInfo& info = job->prefill->model->info();
+  if (status.ok()) {
+    rpc_.reports.Add({job->request_id, info.name, job->policy.method, job->policy.gamma,
+                      job->tokens(), job->report});
+  } else {
+    // Layers without their successors are of no use to anybody. The lease may have ended already.
+    (void)rpc_.leases.Release(lease.name, lease.generation, LeaseEnd::kAbandoned);
+  }
+  Log(status.ok() ? Level::kInfo : Level::kWarning, "prefill_finished",
+      {{"request_id", job->request_id},
+       {"model", info.name},
+       {"code", CodeName(static_cast<grpc::StatusCode>(status.code()))},
+       {"message", std::string(status.message())},
+       {"tokens", job->tokens()},
+       {"seconds", absl::ToDoubleSeconds(absl::Now() - job->arrival)},
+       {"density", status.ok() ? job->report.MeanDensity() : 0},
+       {"captured_mass", status.ok() ? job->report.MeanCapturedMass() : 0}});
+  WakeReaders();
+}
+
+void PrefillStream::AppendResults(const Job& job) {
+  const PrefillWork& work = *job.prefill;
+  if (work.return_logits) {
+    v1::Logits& logits = *events_.emplace_back().mutable_logits();
+    logits.set_vocab_size(static_cast<uint32_t>(work.logits.size()));
+    logits.set_f32(work.logits.data(), work.logits.size() * sizeof(float));
+  }
+  const KvGeometry& geometry = work.cache->geometry();
+  *events_.emplace_back().mutable_kv_ready() = ProtoOf(lease_, geometry, rpc_.boot_id);
+  *events_.emplace_back().mutable_summary() =
+      SummaryOf(job, work.token_ids.size() * sizeof(uint32_t), geometry.total_bytes());
+}
+
+void PrefillStream::WakeReaders() {
+  std::vector<std::shared_ptr<Reader>> readers;
+  {
+    absl::MutexLock lock(&mutex_);
+    readers = readers_;
+  }
+  for (const auto& reader : readers) reader->OnEvents();
+}
+
+}  // namespace prefilld

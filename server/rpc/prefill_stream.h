@@ -1,0 +1,69 @@
+// What happened to one prompt, as events that any number of callers read from the start: the
+// history that makes a request_id idempotent. It is the job's sink, lives in the registry until its
+// lease ends, and ends the lease when the computation fails or its last reader leaves too early.
+// Thread-safe; never blocks.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "prefilld/v1/prefill_service.pb.h"
+#include "server/job.h"
+#include "server/kv/lease_table.h"
+
+namespace prefilld {
+
+struct RpcContext;
+struct ValidPrefill;
+
+class PrefillStream final : public JobSink, public std::enable_shared_from_this<PrefillStream> {
+ public:
+  class Reader {
+   public:
+    virtual ~Reader() = default;
+    virtual void OnEvents() = 0;  // more can be read; any thread
+  };
+
+  // Takes blocks, a place in the queue and a lease, all or none. `content` is compared with that of
+  // later requests of the same id.
+  static absl::StatusOr<std::shared_ptr<PrefillStream>> Start(RpcContext& rpc, ValidPrefill valid,
+                                                              std::string content);
+
+  const std::string& content() const { return content_; }
+  const std::string& request_id() const { return request_id_; }
+  uint64_t generation() const;
+
+  void Attach(const std::shared_ptr<Reader>& reader);
+  void Detach(const Reader* reader);
+
+  // Event `index`, which stays where it is while the stream lives; or null when it has not
+  // happened yet, or never will: then *end says how the stream ended.
+  const v1::PrefillEvent* Get(size_t index, absl::Status* end, bool* ended) const;
+
+  void OnLayerReady(int layer, double density, double captured_mass) override;
+  void OnFinished(const absl::Status& status) override;
+
+ private:
+  PrefillStream(RpcContext& rpc, std::shared_ptr<Job> job, std::string content);
+  void WakeReaders() ABSL_LOCKS_EXCLUDED(mutex_);
+  void AppendResults(const Job& job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  RpcContext& rpc_;
+  const std::string content_;
+  const std::string request_id_;
+  mutable absl::Mutex mutex_;
+  std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // until OnFinished
+  LeaseInfo lease_ ABSL_GUARDED_BY(mutex_);
+  std::deque<v1::PrefillEvent> events_ ABSL_GUARDED_BY(mutex_);
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status end_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::shared_ptr<Reader>> readers_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace prefilld

@@ -1,0 +1,230 @@
+#include "server/rpc/pull_reactor.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "prefilld/v1/kv_handoff_service.pb.h"
+#include "proto/wire/chunk.h"
+#include "server/errors.h"
+#include "server/kv/layout.h"
+#include "server/log.h"
+
+namespace prefilld {
+
+PullReactor* PullReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context,
+                                const grpc::ByteBuffer& request) {
+  std::shared_ptr<PullReactor> reactor(new PullReactor(rpc, context));
+  const absl::Status status = reactor->Open(request);
+  int ask = -1;
+  {
+    absl::MutexLock lock(&reactor->mutex_);
+    reactor->self_ = reactor;
+    if (status.ok()) {
+      ask = reactor->Advance();
+    } else {
+      reactor->End(status, "refused");
+    }
+  }
+  if (ask >= 0) reactor->AskForLayer(ask);
+  return reactor.get();
+}
+
+PullReactor::PullReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
+    : rpc_(rpc),
+      context_(context),
+      deadline_(DeadlineOf(*context)),
+      record_(rpc.metrics, "PullKv") {}
+
+absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
+  v1::PullKvRequest request;
+  if (!ParseMessage(&buffer, &request)) {
+    return InvalidField("request", "the message is no PullKvRequest");
+  }
+  absl::MutexLock lock(&mutex_);
+  lease_ = request.lease();
+  if (!request.boot_id().empty() && request.boot_id() != rpc_.boot_id) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the lease is of boot_id ", request.boot_id().substr(0, 64),
+                     ", this server's is ", rpc_.boot_id, ": leases do not survive a restart"));
+  }
+  auto cache = rpc_.leases.Find(request.lease(), request.generation());
+  if (!cache.ok()) return cache.status();
+  auto range = ValidatePull(request, (*cache)->geometry());
+  if (!range.ok()) return range.status();
+  auto transfer = (*cache)->Open([weak = weak_from_this()] {
+    const auto self = weak.lock();
+    if (!self) return;
+    // The peer takes nothing: only a reset ends the call. OnCancel does the rest.
+    absl::MutexLock abort_lock(&self->mutex_);
+    if (!self->self_) return;
+    self->aborted_ = true;
+    self->context_->TryCancel();
+  });
+  if (!transfer.ok()) return transfer.status();
+  cache_ = *std::move(cache);
+  transfer_ = *std::move(transfer);
+  range_ = *range;
+  layer_ = range_.first_layer;
+  tensor_ = range_.tensor;
+  offset_ = range_.byte_offset;
+  tensor_bytes_ = HfTensorBytes(cache_->geometry(), range_.dtype);
+  if (offset_ == tensor_bytes_) {  // resumed at a tensor's end: that is the next one's start
+    offset_ = 0;
+    if (++tensor_ == 2) {
+      tensor_ = 0;
+      ++layer_;
+    }
+  }
+  return absl::OkStatus();
+}
+
+void PullReactor::AskForLayer(int layer) {
+  std::shared_ptr<KvCache> cache;
+  {
+    absl::MutexLock lock(&mutex_);
+    cache = cache_;
+  }
+  if (!cache) return;  // done meanwhile
+  cache->WhenReady(layer, [self = shared_from_this()](auto pin) { self->OnLayer(std::move(pin)); });
+}
+
+void PullReactor::OnLayer(absl::StatusOr<std::shared_ptr<const KvCache::Pin>> pin) {
+  int ask = -1;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (ended_) return;
+    if (!pin.ok()) {
+      const bool refused = absl::IsFailedPrecondition(pin.status());
+      return End(pin.status(), refused ? "refused" : "computation");
+    }
+    pin_ = *std::move(pin);
+    ask = Advance();
+  }
+  if (ask >= 0) AskForLayer(ask);
+}
+
+int PullReactor::Advance() {
+  int ask = -1;
+  while (!ended_) {
+    if (!next_ && layer_ < range_.end_layer) {
+      if (pin_) {
+        next_ = Encode();
+      } else if (!asked_) {
+        asked_ = true;
+        ask = layer_;
+      }
+    }
+    if (writing_) break;
+    if (next_) {
+      write_ = *std::exchange(next_, std::nullopt);
+      writing_ = true;
+      StartWrite(&write_.message);
+      continue;  // make the next one ready
+    }
+    if (layer_ >= range_.end_layer) End(absl::OkStatus(), nullptr);
+    break;
+  }
+  return ask;
+}
+
+PullReactor::Chunk PullReactor::Encode() {
+  const size_t bytes = std::min<uint64_t>(range_.chunk_bytes, tensor_bytes_ - offset_);
+  const bool value = tensor_ == 1;
+  ChunkHeader header;
+  header.tensor_index = static_cast<uint32_t>(tensor_);
+  header.layer = static_cast<uint32_t>(layer_);
+  header.byte_offset = offset_;
+  header.last = offset_ + bytes == tensor_bytes_;
+  std::vector<grpc::Slice> payload;
+  if (range_.dtype == cache_->geometry().dtype) {
+    for (const ByteSpan& span : HfSpans(*pin_, value, offset_, bytes)) {
+      header.crc32c = Crc32c(header.crc32c, span.data, span.bytes);
+      payload.push_back(SliceOf(span.data, span.bytes, pin_));
+    }
+  } else {
+    const std::shared_ptr<std::byte[]> converted(new std::byte[bytes]);
+    ConvertHf(*pin_, value, range_.dtype, offset_, bytes, converted.get());
+    header.crc32c = Crc32c(0, converted.get(), bytes);
+    payload.push_back(SliceOf(converted.get(), bytes, converted));
+  }
+  Chunk chunk;
+  chunk.message = EncodeChunk(header, payload, kBareChunk);
+  chunk.payload_bytes = bytes;
+  offset_ += bytes;
+  if (!header.last) return chunk;
+  offset_ = 0;
+  if (++tensor_ < 2) return chunk;
+  chunk.ends_layer = layer_++;
+  tensor_ = 0;
+  pin_.reset();  // the slices hold it now
+  asked_ = false;
+  return chunk;
+}
+
+void PullReactor::OnWriteDone(bool ok) {
+  std::shared_ptr<KvCache> cache;
+  int delivered = -1, ask = -1;
+  {
+    absl::MutexLock lock(&mutex_);
+    writing_ = false;
+    if (ended_) return;
+    if (!ok) return End(WhyCancelled(deadline_), "cancelled");
+    bytes_ += write_.payload_bytes;
+    rpc_.metrics.handoff_bytes.Increment(static_cast<double>(write_.payload_bytes));
+    transfer_->Progress();
+    delivered = write_.ends_layer;
+    cache = cache_;
+    write_ = Chunk();
+    ask = Advance();
+  }
+  if (delivered >= 0) cache->Delivered(delivered);
+  if (ask >= 0) AskForLayer(ask);
+}
+
+void PullReactor::OnCancel() {
+  absl::MutexLock lock(&mutex_);
+  if (aborted_) {
+    return End(absl::AbortedError("the lease has ended and the pull made no progress"), "stalled");
+  }
+  const absl::Status why = WhyCancelled(deadline_);
+  End(why, absl::IsDeadlineExceeded(why) ? "deadline" : "cancelled");
+}
+
+void PullReactor::End(const absl::Status& status, const char* failure) {
+  if (ended_) return;
+  ended_ = true;
+  const absl::Duration seconds = record_.age();
+  if (status.ok()) {
+    rpc_.metrics.handoff_duration.Observe(absl::ToDoubleSeconds(seconds));
+  } else {
+    rpc_.metrics.HandoffFailed(failure);
+  }
+  const grpc::Status wire = record_.End(status);
+  Log(status.ok() ? Level::kInfo : Level::kWarning, "pull_finished",
+      {{"request_id", lease_},
+       {"code", CodeName(wire.error_code())},
+       {"message", wire.error_message()},
+       {"bytes", bytes_},
+       {"seconds", absl::ToDoubleSeconds(seconds)}});
+  Finish(wire);
+}
+
+// Lets go of the cache outside the lock: its callbacks may come back to us.
+void PullReactor::OnDone() {
+  std::shared_ptr<PullReactor> self;
+  std::shared_ptr<KvCache> cache;
+  std::unique_ptr<KvCache::Transfer> transfer;
+  std::shared_ptr<const KvCache::Pin> pin;
+  std::optional<Chunk> next;
+  Chunk write;
+  absl::MutexLock lock(&mutex_);
+  self.swap(self_);
+  cache.swap(cache_);
+  transfer.swap(transfer_);
+  pin.swap(pin_);
+  next.swap(next_);
+  std::swap(write, write_);
+}
+
+}  // namespace prefilld

@@ -1,0 +1,81 @@
+// One PullKv call: the chunks of a cache's layers, each as soon as it is computed. Payload slices
+// point into the pinned blocks and hold the pin, so bytes are copied by nobody before the socket,
+// and blocks are free when the last slice is. While one chunk is written the next is made ready.
+//
+// Shared by gRPC (until OnDone) and by what waits for a layer. Waits through KvCache::WhenReady,
+// never on a gRPC thread.
+#pragma once
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/byte_buffer.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "server/kv/kv_cache.h"
+#include "server/rpc/call.h"
+#include "server/rpc/context.h"
+#include "server/rpc/validate.h"
+
+namespace prefilld {
+
+class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
+                          public std::enable_shared_from_this<PullReactor> {
+ public:
+  // request: a serialised PullKvRequest.
+  static PullReactor* Start(RpcContext& rpc, grpc::CallbackServerContext* context,
+                            const grpc::ByteBuffer& request);
+
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+
+ private:
+  struct Chunk {
+    grpc::ByteBuffer message;
+    size_t payload_bytes = 0;
+    int ends_layer = -1;  // the layer whose last chunk this is
+  };
+
+  PullReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
+  absl::Status Open(grpc::ByteBuffer request) ABSL_LOCKS_EXCLUDED(mutex_);
+  void AskForLayer(int layer) ABSL_LOCKS_EXCLUDED(mutex_);
+  void OnLayer(absl::StatusOr<std::shared_ptr<const KvCache::Pin>> pin);
+  // Makes the next chunk and starts the next write, as far as both are possible. Returns the layer
+  // to ask for, or -1.
+  int Advance() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Chunk Encode() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void End(const absl::Status& status, const char* failure) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  RpcContext& rpc_;
+  grpc::CallbackServerContext* const context_;
+  const absl::Time deadline_;
+  absl::Mutex mutex_;
+  std::shared_ptr<PullReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
+  CallRecord record_ ABSL_GUARDED_BY(mutex_);
+  std::string lease_ ABSL_GUARDED_BY(mutex_);
+  ValidPull range_ ABSL_GUARDED_BY(mutex_);
+  uint64_t tensor_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::shared_ptr<KvCache> cache_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<KvCache::Transfer> transfer_ ABSL_GUARDED_BY(mutex_);  // until OnDone
+
+  // Where the next chunk starts.
+  int layer_ ABSL_GUARDED_BY(mutex_) = 0;
+  int tensor_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t offset_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::shared_ptr<const KvCache::Pin> pin_ ABSL_GUARDED_BY(mutex_);  // of layer_
+  bool asked_ ABSL_GUARDED_BY(mutex_) = false;                       // for layer_
+
+  std::optional<Chunk> next_ ABSL_GUARDED_BY(mutex_);
+  Chunk write_ ABSL_GUARDED_BY(mutex_);  // of the outstanding write
+  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;  // Finish was called
+  bool aborted_ ABSL_GUARDED_BY(mutex_) = false;
+  uint64_t bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace prefilld

@@ -1,0 +1,75 @@
+// Where proto ends: requests become jobs here, after every check that needs nothing but the
+// request, the limits and the model. A refusal is INVALID_ARGUMENT naming the field, the value and
+// the limit, or UNIMPLEMENTED naming what exists. Pure functions; any thread.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "google/protobuf/duration.pb.h"
+#include "prefilld/v1/kv_handoff_service.pb.h"
+#include "prefilld/v1/prefill_service.pb.h"
+#include "server/job.h"
+#include "server/kv/kv_cache.h"
+#include "server/model/transformer.h"
+
+namespace prefilld {
+
+struct RequestLimits {
+  int64_t prompt_tokens_max = 131072;             // tokens of one Prefill
+  uint64_t attend_bytes_max = uint64_t{4} << 30;  // q, k, v, outputs and block index of one Attend
+  absl::Duration lease_ttl = absl::Minutes(1);    // when the request names none
+  absl::Duration lease_ttl_max = absl::Minutes(10);
+};
+inline constexpr int kSequencesMax = 1024;  // of one Attend
+
+// The prompt limit of a model on this server.
+int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits);
+
+struct ValidAttend {
+  std::shared_ptr<Job> job;  // without buffers and sink
+  std::array<int, 3> roles;  // of the announced tensors, in their order: 0 q, 1 k, 2 v
+  bool ragged = false;       // cu_seqlens were given
+};
+absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
+                                           const RequestLimits& limits);
+
+struct ValidPrefill {
+  std::shared_ptr<Job> job;  // without model, cache and sink
+  bool retain = true;
+  absl::Duration lease_ttl;
+};
+absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
+                                             const ModelInfo& info, const RequestLimits& limits);
+
+// The caller's id, or a new one when it has none.
+absl::StatusOr<std::string> ValidateRequestId(const std::string& id);
+std::string NewId();
+
+// FAILED_PRECONDITION for a layout that is legal but not served. Returns the dtype to send.
+absl::StatusOr<DType> ValidateLayout(const v1::KvLayout& layout, const std::string& field,
+                                     int kv_heads, int head_dim, DType cache_dtype);
+absl::Status ValidateTransport(v1::Transport transport, const std::string& field);
+// `absent` when the message is; else > 0 and at most limits.lease_ttl_max.
+absl::StatusOr<absl::Duration> ValidateLeaseTtl(bool present, const google::protobuf::Duration& ttl,
+                                                const std::string& field,
+                                                const RequestLimits& limits, absl::Duration absent);
+
+// The part of a cache that a PullKv asks for.
+struct ValidPull {
+  int first_layer = 0;
+  int end_layer = 0;
+  int tensor = 0;            // 0 K, 1 V; where to start within first_layer
+  uint64_t byte_offset = 0;  // within that tensor
+  size_t chunk_bytes = 0;
+  DType dtype = DType::kF32;
+};
+absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request,
+                                       const KvGeometry& geometry);
+
+}  // namespace prefilld

@@ -1,0 +1,123 @@
+#include "server/rpc/validate_policy.h"
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "server/errors.h"
+
+namespace prefilld {
+namespace {
+
+constexpr uint32_t kBudgetTokensMax = 1u << 30;
+
+absl::StatusOr<Method> MethodOf(v1::Method method) {
+  switch (method) {
+    case v1::METHOD_UNSPECIFIED:
+    case v1::METHOD_JOINT:
+      return Method::kJoint;
+    case v1::METHOD_DENSE:
+      return Method::kDense;
+    case v1::METHOD_FLEXPREFILL:
+      return Method::kFlexPrefill;
+    default:
+      break;
+  }
+  if (!v1::Method_IsValid(method)) {
+    return InvalidField("sparsity.method", absl::StrCat("unknown method ", method));
+  }
+  return absl::UnimplementedError(absl::StrCat(
+      "method ", v1::Method_Name(method),
+      " is not served yet; served are METHOD_DENSE, METHOD_FLEXPREFILL, METHOD_JOINT"));
+}
+
+absl::Status Unserved(const char* field, const char* why) {
+  return absl::UnimplementedError(absl::StrCat("sparsity.", field, " is not served yet: ", why));
+}
+
+}  // namespace
+
+absl::StatusOr<ValidPolicy> ValidatePolicy(const v1::SparsityPolicy& proto) {
+  if (proto.head_overrides_size() > 0) {
+    return Unserved("head_overrides", "one policy holds for all heads");
+  }
+  if (proto.has_alpha()) return Unserved("alpha", "only METHOD_FLASHPREFILL uses it");
+  if (proto.mean_correction()) {
+    return Unserved("mean_correction", "only METHOD_FLASHPREFILL uses it");
+  }
+
+  ValidPolicy valid;
+  SparsityPolicy& policy = valid.policy;
+  auto method = MethodOf(proto.method());
+  if (!method.ok()) return method.status();
+  policy.method = *method;
+  valid.method_unspecified = proto.method() == v1::METHOD_UNSPECIFIED;
+
+  // Comparisons are written so that NaN fails them.
+  if (proto.has_gamma()) {
+    if (!(proto.gamma() > 0 && proto.gamma() < 1)) {
+      return InvalidField("sparsity.gamma",
+                          absl::StrCat(proto.gamma(),
+                                       " is not above 0 and below 1; to keep every block, "
+                                       "use method dense"));
+    }
+    policy.gamma = proto.gamma();
+  }
+  if (proto.has_tau()) {
+    if (!(proto.tau() >= 0 && proto.tau() <= 1)) {
+      return InvalidField("sparsity.tau", absl::StrCat(proto.tau(), " is not from 0 to 1"));
+    }
+    policy.tau = proto.tau();
+  }
+  if (proto.has_min_captured_mass()) {
+    if (!(proto.min_captured_mass() >= 0 && proto.min_captured_mass() <= 1)) {
+      return InvalidField("sparsity.min_captured_mass",
+                          absl::StrCat(proto.min_captured_mass(), " is not from 0 to 1"));
+    }
+    policy.min_captured_mass = proto.min_captured_mass();
+  }
+  if (proto.has_block_size()) {
+    if (proto.block_size() != 64 && proto.block_size() != 128) {
+      return InvalidField("sparsity.block_size",
+                          absl::StrCat(proto.block_size(), " is neither 64 nor 128"));
+    }
+    policy.block_size = static_cast<int>(proto.block_size());
+  }
+  if (proto.has_max_budget_tokens()) {
+    if (proto.max_budget_tokens() < 1 || proto.max_budget_tokens() > kBudgetTokensMax) {
+      return InvalidField(
+          "sparsity.max_budget_tokens",
+          absl::StrCat(proto.max_budget_tokens(), " is not from 1 to ", kBudgetTokensMax));
+    }
+    policy.max_budget_tokens = proto.max_budget_tokens();
+  }
+  if (proto.min_budget_tokens() > kBudgetTokensMax) {
+    return InvalidField("sparsity.min_budget_tokens",
+                        absl::StrCat(proto.min_budget_tokens(), " is over ", kBudgetTokensMax));
+  }
+  if (proto.has_min_budget_tokens() && proto.min_budget_tokens() > policy.max_budget_tokens) {
+    return InvalidField("sparsity.min_budget_tokens",
+                        absl::StrCat(proto.min_budget_tokens(), " is over max_budget_tokens ",
+                                     policy.max_budget_tokens));
+  }
+  policy.min_budget_tokens = proto.has_min_budget_tokens()           ? proto.min_budget_tokens()
+                             : policy.method == Method::kFlexPrefill ? kFlexPrefillMinBudget
+                                                                     : 0;
+  switch (proto.report_level()) {
+    case v1::REPORT_LEVEL_UNSPECIFIED:
+      policy.measure_captured_mass = policy.method == Method::kJoint;
+      break;
+    case v1::REPORT_LEVEL_DENSITY:
+      policy.measure_captured_mass = false;
+      break;
+    case v1::REPORT_LEVEL_CAPTURED_MASS:
+      policy.measure_captured_mass = true;
+      break;
+    default:
+      return InvalidField("sparsity.report_level",
+                          absl::StrCat("unknown level ", proto.report_level()));
+  }
+  return valid;
+}
+
+}  // namespace prefilld

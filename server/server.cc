@@ -1,0 +1,217 @@
+#include "server/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/server_builder.h>
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/wire/chunk.h"
+#include "server/log.h"
+#include "server/version.h"
+
+namespace prefilld {
+namespace {
+
+constexpr char kReadyService[] = "prefilld.v1.PrefillService";
+constexpr absl::Duration kWatchInterval = absl::Seconds(1);
+constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
+constexpr int kKeepaliveTimeoutMs = 20'000;
+constexpr int kStreamsPerConnectionMax = 1024;
+
+absl::StatusOr<std::string> ReadFile(const std::string& path, const char* flag) {
+  std::ifstream file(path, std::ios::binary);
+  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  if (!file || text.empty()) {
+    return absl::NotFoundError(absl::StrCat(flag, ": cannot read '", path, "'"));
+  }
+  return text;
+}
+
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const Config& config) {
+  if (config.tls_cert.empty()) return grpc::InsecureServerCredentials();
+  auto cert = ReadFile(config.tls_cert, "--tls_cert");
+  if (!cert.ok()) return cert.status();
+  auto key = ReadFile(config.tls_key, "--tls_key");
+  if (!key.ok()) return key.status();
+  grpc::SslServerCredentialsOptions options;
+  options.pem_key_cert_pairs.push_back({*std::move(key), *std::move(cert)});
+  if (!config.tls_client_ca.empty()) {
+    auto ca = ReadFile(config.tls_client_ca, "--tls_client_ca");
+    if (!ca.ok()) return ca.status();
+    options.pem_root_certs = *std::move(ca);
+    options.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
+  }
+  return grpc::SslServerCredentials(options);
+}
+
+absl::Status Explain(const char* what, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
+  std::unique_ptr<Server> server(new Server(config));
+  auto backend = CreateBackend(config.backend, config.threads);
+  if (!backend.ok()) return Explain("--backend", backend.status());
+  server->backend_ = *std::move(backend);
+  if (absl::Status status = server->LoadModels(); !status.ok()) return status;
+
+  server->leases_ = std::make_unique<LeaseTable>(
+      LeaseTable::Events{.ended = [s = server.get()](const LeaseInfo& lease, LeaseEnd why) {
+        constexpr const char* kWhy[] = {"consumed", "abandoned", "expired"};
+        if (why == LeaseEnd::kExpired) s->metrics_.leases_expired.Increment();
+        Log(Level::kInfo, "lease_ended",
+            {{"request_id", lease.name},
+             {"generation", lease.generation},
+             {"reason", kWhy[static_cast<int>(why)]}});
+        s->prefills_.Remove(lease.name, lease.generation);
+      }});
+  server->engine_ = std::make_unique<Engine>(*server->backend_, server->metrics_);
+  if (absl::Status status = server->engine_->Calibrate(); !status.ok()) {
+    return Explain("calibration", status);
+  }
+  SchedulerOptions options;
+  options.waiting_jobs_max = config.waiting_jobs_max;
+  options.attend_bytes_max = config.attend_memory;
+  server->scheduler_ = std::make_unique<Scheduler>(*server->engine_, server->metrics_, options);
+
+  server->metrics_.on_scrape = [s = server.get()](Metrics& metrics) {
+    metrics.leases_active.Set(static_cast<double>(s->leases_->active()));
+    if (!s->pool_) return;
+    const auto counts = s->pool_->CountByState();
+    for (size_t i = 0; i < counts.size(); ++i) {
+      metrics.SetKvBlocks(static_cast<BlockState>(i), counts[i]);
+    }
+  };
+  auto http = HttpServer::Start(config.http, server->metrics_, server->reports_);
+  if (!http.ok()) return Explain("--http", http.status());
+  server->http_ = *std::move(http);
+  if (absl::Status status = server->StartGrpc(); !status.ok()) return status;
+  server->watch_ = std::thread([s = server.get()] { s->Watch(); });
+  Log(Level::kInfo, "serving",
+      {{"version", kVersion},
+       {"listen", server->grpc_endpoint_.ToString()},
+       {"http", server->http_->endpoint().ToString()},
+       {"backend", std::string(server->backend_->name())},
+       {"device", std::string(server->backend_->device().name())},
+       {"models", server->models_.size()},
+       {"kv_blocks", server->pool_ ? server->pool_->total() : 0}});
+  return server;
+}
+
+Server::Server(Config config) : config_(std::move(config)) {}
+
+absl::Status Server::LoadModels() {
+  size_t block_bytes = 0;
+  for (const ModelSource& source : config_.models) {
+    auto model = Transformer::Load(source.name, source.directory, *backend_);
+    if (!model.ok()) {
+      return Explain(absl::StrCat("--model=", source.name).c_str(), model.status());
+    }
+    const ModelInfo& info = (*model)->info();
+    block_bytes = std::max(
+        block_bytes,
+        KvGeometry{info.layers, info.kv_heads, info.head_dim, info.dtype, 1}.block_bytes());
+    metrics_.AddModel(source.name);
+    models_.emplace(source.name, *std::move(model));
+  }
+  if (models_.empty()) return absl::OkStatus();
+  auto pool = BlockPool::Create(backend_->device(), config_.kv_memory, block_bytes);
+  if (!pool.ok()) return Explain("--kv_memory", pool.status());
+  pool_ = *std::move(pool);
+  return absl::OkStatus();
+}
+
+absl::Status Server::StartGrpc() {
+  rpc_.reset(new RpcContext{.backend = *backend_,
+                            .models = models_,
+                            .pool = pool_.get(),
+                            .leases = *leases_,
+                            .scheduler = *scheduler_,
+                            .prefills = prefills_,
+                            .attends = attends_,
+                            .reports = reports_,
+                            .metrics = metrics_,
+                            .limits = {.prompt_tokens_max = config_.prompt_tokens_max,
+                                       .attend_bytes_max = config_.attend_memory,
+                                       .lease_ttl = config_.lease_ttl,
+                                       .lease_ttl_max = config_.lease_ttl_max},
+                            .waiting_jobs_max = config_.waiting_jobs_max,
+                            .upload_timeout = config_.upload_timeout,
+                            .boot_id = NewId()});
+  prefill_service_ = std::make_unique<PrefillServiceImpl>(*rpc_);
+  handoff_service_ = std::make_unique<KvHandoffServiceImpl>(*rpc_);
+  model_service_ = std::make_unique<ModelServiceImpl>(*rpc_);
+
+  auto credentials = Credentials(config_);
+  if (!credentials.ok()) return credentials.status();
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort(config_.listen.ToString(), *credentials, &port);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsPerConnectionMax);
+  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  builder.RegisterService(prefill_service_.get());
+  builder.RegisterService(handoff_service_.get());
+  builder.RegisterService(model_service_.get());
+  grpc_ = builder.BuildAndStart();
+  if (!grpc_ || port == 0) {
+    return absl::UnavailableError(absl::StrCat(
+        "--listen: cannot listen on ", config_.listen.ToString(), ": is the port in use",
+        config_.tls_cert.empty() ? "?"
+                                 : ", or the TLS key "
+                                   "or certificate broken?"));
+  }
+  grpc_endpoint_ = config_.listen;
+  grpc_endpoint_.port = port;
+  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, true);
+  metrics_.ready.Set(1);
+  return absl::OkStatus();
+}
+
+// Running with no progress is not healthy: orchestrators restart what is not live.
+void Server::Watch() {
+  bool healthy = true;
+  while (!stopping_.WaitForNotificationWithTimeout(kWatchInterval)) {
+    const bool stalled = scheduler_->Stalled(config_.stall_timeout);
+    if (stalled != healthy) continue;
+    healthy = !stalled;
+    grpc_->GetHealthCheckService()->SetServingStatus("", healthy);
+    Log(healthy ? Level::kInfo : Level::kError, healthy ? "step_recovered" : "step_stalled");
+  }
+}
+
+void Server::Drain() {
+  const absl::Time deadline = absl::Now() + config_.drain_timeout;
+  Log(Level::kInfo, "draining", {{"leases", leases_->active()}});
+  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
+  metrics_.ready.Set(0);
+  scheduler_->Drain();
+  const bool idle = scheduler_->WaitIdle(deadline);
+  const bool consumed = leases_->WaitEmpty(deadline);
+  // What still sends its last bytes may do so until the deadline.
+  grpc_->Shutdown(absl::ToChronoTime(deadline));
+  Log(idle && consumed ? Level::kInfo : Level::kWarning, "drained",
+      {{"idle", idle}, {"leases_consumed", consumed}});
+}
+
+Server::~Server() {
+  stopping_.Notify();
+  if (watch_.joinable()) watch_.join();
+  if (grpc_) grpc_->Shutdown(absl::ToChronoTime(absl::Now()));
+  http_.reset();
+  if (leases_) leases_->ReleaseAll(LeaseEnd::kAbandoned);
+  scheduler_.reset();  // its sinks reach into what is above it
+}
+
+}  // namespace prefilld

@@ -1,0 +1,62 @@
+// The server: every part of the process, built once, in order, and taken down in the opposite one.
+#pragma once
+
+#include <grpcpp/server.h>
+
+#include <memory>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
+#include "server/config.h"
+#include "server/http.h"
+#include "server/rpc/context.h"
+#include "server/rpc/services.h"
+
+namespace prefilld {
+
+class Server {
+ public:
+  // Serves when it returns. Errors are one line for the operator.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config);
+  ~Server();
+
+  const Endpoint& grpc_endpoint() const { return grpc_endpoint_; }  // with the real port
+  const Endpoint& http_endpoint() const { return http_->endpoint(); }
+
+  // Not ready from now on; finishes what runs and waits until leases are consumed or expired, all
+  // within the drain timeout; then cuts off what is left. Blocks; once.
+  void Drain();
+
+ private:
+  explicit Server(Config config);
+  absl::Status LoadModels();
+  absl::Status StartGrpc();
+  void Watch();
+
+  const Config config_;
+  // In the order they are built; each may use those above it.
+  Metrics metrics_;
+  ReportTable reports_;
+  LiveIds attends_;
+  PrefillRegistry prefills_;
+  std::unique_ptr<Backend> backend_;
+  Models models_;
+  std::unique_ptr<BlockPool> pool_;  // null without models
+  std::unique_ptr<LeaseTable> leases_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<RpcContext> rpc_;
+  std::unique_ptr<PrefillServiceImpl> prefill_service_;
+  std::unique_ptr<KvHandoffServiceImpl> handoff_service_;
+  std::unique_ptr<ModelServiceImpl> model_service_;
+  std::unique_ptr<HttpServer> http_;
+  std::unique_ptr<grpc::Server> grpc_;
+  Endpoint grpc_endpoint_;
+  absl::Notification stopping_;
+  std::thread watch_;
+};
+
+}  // namespace prefilld

@@ -1,0 +1,5 @@
+#include "server/version.h"
+
+namespace prefilld {
+const char* const kVersion = PREFILLD_VERSION;
+}
