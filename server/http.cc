@@ -1,13 +1,19 @@
 #include "server/http.h"
 
 #include <CivetServer.h>
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
+#include "absl/time/time.h"
 #include "prometheus/text_serializer.h"
 
 namespace prefilld {
@@ -89,11 +95,21 @@ class SparsityHandler : public CivetHandler {
   const ReportTable& reports_;
 };
 
-// civetweb's own complaints, for our one line.
-int KeepMessage(const mg_connection* connection, const char* message) {
-  auto* kept = static_cast<std::string*>(mg_get_user_context_data(connection));
-  if (kept != nullptr && kept->empty()) *kept = message;
-  return 1;  // handled: nothing goes to stderr
+// civetweb complains in its own format; a failed start is told by our one line.
+int DropMessage(const mg_connection*, const char*) { return 1; }
+
+// Connects and hangs up.
+void Knock(const Endpoint& endpoint) {
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  const std::string port = std::to_string(endpoint.port);
+  if (getaddrinfo(endpoint.host.c_str(), port.c_str(), &hints, &found) != 0) return;
+  const int fd = socket(found->ai_family, found->ai_socktype, found->ai_protocol);
+  if (fd >= 0) {
+    (void)!connect(fd, found->ai_addr, found->ai_addrlen);
+    close(fd);
+  }
+  freeaddrinfo(found);
 }
 
 }  // namespace
@@ -107,14 +123,26 @@ struct HttpServer::Parts {
 
 HttpServer::HttpServer(Endpoint endpoint, std::unique_ptr<Parts> parts)
     : endpoint_(std::move(endpoint)), parts_(std::move(parts)) {}
-HttpServer::~HttpServer() = default;
+
+// civetweb's acceptor sees that it shall stop when it wakes, which is every 2 s or at a connection.
+HttpServer::~HttpServer() {
+  absl::Notification stopped;
+  std::thread stopper([&] {
+    parts_->civet.reset();
+    stopped.Notify();
+  });
+  do {
+    Knock(endpoint_);
+  } while (!stopped.WaitForNotificationWithTimeout(absl::Milliseconds(10)));
+  stopper.join();
+}
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Endpoint& listen,
                                                               Metrics& metrics,
                                                               const ReportTable& reports) {
   auto parts = std::make_unique<Parts>(metrics, reports);
   CivetCallbacks callbacks;
-  callbacks.log_message = KeepMessage;
+  callbacks.log_message = DropMessage;
   const std::vector<std::string> options = {
       "listening_ports",
       listen.host == "localhost" ? absl::StrCat("127.0.0.1:", listen.port) : listen.ToString(),

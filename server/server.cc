@@ -1,5 +1,6 @@
 #include "server/server.h"
 
+#include <grpc/support/log.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server_builder.h>
@@ -47,6 +48,13 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const Confi
     options.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
   }
   return grpc::SslServerCredentials(options);
+}
+
+// gRPC's own log is quiet until the server serves (our one line tells why it does not), then ours.
+void DropGrpcLog(gpr_log_func_args*) {}
+void TakeGrpcLog(gpr_log_func_args* args) {
+  if (args->severity != GPR_LOG_SEVERITY_ERROR) return;
+  Log(Level::kWarning, "grpc", {{"file", args->file}, {"message", args->message}});
 }
 
 absl::Status Explain(const char* what, const absl::Status& status) {
@@ -151,6 +159,7 @@ absl::Status Server::StartGrpc() {
 
   auto credentials = Credentials(config_);
   if (!credentials.ok()) return credentials.status();
+  gpr_set_log_function(DropGrpcLog);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
@@ -172,6 +181,7 @@ absl::Status Server::StartGrpc() {
                                  : ", or the TLS key "
                                    "or certificate broken?"));
   }
+  gpr_set_log_function(TakeGrpcLog);
   grpc_endpoint_ = config_.listen;
   grpc_endpoint_.port = port;
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, true);

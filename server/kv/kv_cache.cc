@@ -188,6 +188,8 @@ void KvCache::Leave(Transfer* transfer) {
 void KvCache::Close(absl::Status why) {
   absl::MutexLock lock(&mutex_);
   if (closed_.ok()) closed_ = std::move(why);
+  // A slow reader has its whole time from here, even if slowness is what ended the lease.
+  for (Transfer* transfer : transfers_) transfer->progress_ = absl::Now();
   FreeIfQuiet();
 }
 

@@ -88,6 +88,11 @@ absl::StatusOr<std::vector<int64_t>> CheckCuSeqlens(
 // The sequences of an Attend, from shapes that are legal one by one.
 absl::Status CheckSequences(const v1::AttendHeader& header, AttentionShape* shape, int64_t total_q,
                             int64_t total_k) {
+  const bool ragged = header.cu_seqlens_q_size() > 0;
+  if (ragged != (header.cu_seqlens_k_size() > 0)) {
+    return InvalidField(ragged ? "cu_seqlens_k" : "cu_seqlens_q",
+                        "cu_seqlens_q and cu_seqlens_k are needed together");
+  }
   auto q = CheckCuSeqlens(header.cu_seqlens_q(), "cu_seqlens_q", total_q);
   if (!q.ok()) return q.status();
   auto k = CheckCuSeqlens(header.cu_seqlens_k(), "cu_seqlens_k", total_k);
@@ -99,7 +104,6 @@ absl::Status CheckSequences(const v1::AttendHeader& header, AttentionShape* shap
   for (size_t s = 0; s + 1 < q->size(); ++s) {
     const int64_t sq = (*q)[s + 1] - (*q)[s], sk = (*k)[s + 1] - (*k)[s];
     if (sq > sk) {
-      const bool ragged = header.cu_seqlens_q_size() > 0;
       return InvalidField(
           ragged ? "cu_seqlens_q" : "tensors",
           absl::StrCat("sequence ", s, " has ", sq, " queries and only ", sk, " keys"));
@@ -225,7 +229,7 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
   work->return_lse = header.return_lse();
   work->return_block_index = header.return_block_index();
 
-  valid.ragged = header.cu_seqlens_q_size() > 0 || header.cu_seqlens_k_size() > 0;
+  valid.ragged = header.cu_seqlens_q_size() > 0;
   valid.job = std::make_shared<Job>();
   valid.job->request_id = *std::move(id);
   valid.job->priority = header.priority();
