@@ -11,9 +11,10 @@
 //
 // Roofline: 4 d FLOPs for every (query, key) pair, so a dense head costs 2 d S (S + 1) FLOPs. A
 // block of 128 x 128 pairs at d = 64 is 4.2 MFLOP over 64 KiB of packed keys and values, 64 FLOPs a
-// byte: bound by multiply-adds everywhere (two 16-lane FMAs a cycle are 64 FLOPs, at 3.65 GHz 234
-// GFLOP/s a core). The softmax's 11 operations a pair add about a seventh to the 256 FLOPs of d
-// = 64.
+// byte: bound by multiply-adds everywhere. Two 16-lane FMAs a cycle are 64 FLOPs, 234 GFLOP/s a
+// core at 3.65 GHz; the two products run at 95% of that, and the softmax between them, 11
+// operations a pair on the same ports, costs an eighth of the time at d = 64. attention_benchmark
+// measures both.
 #include "kernels/cpu/attend_block.h"
 
 #include <algorithm>

@@ -160,15 +160,21 @@ void Sparse(benchmark::State& state) {
 constexpr int64_t kF32 = static_cast<int64_t>(DType::kF32);
 constexpr int64_t kBF16 = static_cast<int64_t>(DType::kBF16);
 
-BENCHMARK(Fma)->Arg(1)->Arg(kThreads)->UseRealTime()->Unit(benchmark::kMillisecond);
+BENCHMARK(Fma)->Arg(1)->Arg(kThreads)->MeasureProcessCPUTime()->UseRealTime()->Unit(
+    benchmark::kMillisecond);
 BENCHMARK(Dense)
     ->ArgsProduct({{1024, 2048, 4096, 8192}, {kF32, kBF16}, {64}, {9}, {3}})
     ->Args({4096, kF32, 96, 4, 1})
     ->Args({4096, kF32, 128, 4, 1})
     ->Args({4096, kF32, 256, 4, 1})
+    ->MeasureProcessCPUTime()
     ->UseRealTime()
     ->Unit(benchmark::kMillisecond);
-BENCHMARK(Sparse)->ArgsProduct({{8192}, {10, 30}})->UseRealTime()->Unit(benchmark::kMillisecond);
+BENCHMARK(Sparse)
+    ->ArgsProduct({{8192}, {10, 30}})
+    ->MeasureProcessCPUTime()
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 }  // namespace prefilld::cpu
