@@ -1,0 +1,196 @@
+"""`make bench`: what prefilld delivers on this machine, section by section, with a verdict on every
+figure that must hold. Writes build/bench/report.{json,md}; exits 1 when a figure is missed.
+
+    make bench [ONLY="speed memory"]
+
+Needs what `make bench` makes: the build, the environment of requirements.txt, and the model.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import memory
+import speed
+from bench import MODEL, ROOT, THREADS, Bench, BenchError, progress
+from report import Check, Section
+
+sys.path.insert(0, str(ROOT / "client/python/examples"))
+
+from tokenizer import Tokenizer  # noqa: E402  (one of the examples)
+
+# A text that every Debian and Ubuntu has, about 7,600 tokens.
+TEXT = pathlib.Path("/usr/share/common-licenses/GPL-3")
+HANDOFF_TOKENS = 4096
+
+
+def parity(bench: Bench) -> Section:
+    """K, V and logits against transformers; parity.py knows the bounds."""
+    progress("parity: dense prefill here, then in transformers")
+    kv, logits = bench.out / "kv.safetensors", bench.out / "logits.safetensors"
+    tokens = bench.tokens_file()
+    with bench.server() as server:
+        bench.prefillctl(server, "prefill", f"--model={MODEL}", f"--tokens={tokens}",
+                         "--method=dense", f"--kv_out={kv}", f"--logits_out={logits}")
+    printed = bench.run([sys.executable, ROOT / "tests/bench/parity.py",
+                         f"--model-dir={bench.model_dir}", f"--ids={tokens}", f"--kv={kv}",
+                         f"--logits={logits}"], accept=(0, 1))
+    kv.unlink()
+    logits.unlink()
+    rows = [(name, float(error), float(bound)) for name, error, bound in
+            re.findall(r"^(\S+) +(\d\S+) +(\d\S+)", printed, re.M)]
+    worst = {}  # of K, V and logits
+    for name, error, bound in rows:
+        kind = {"k": "K", "v": "V"}.get(name.rsplit(".", 1)[-1], name)
+        if kind not in worst or error > worst[kind][1]:
+            worst[kind] = (name, error, bound)
+    return Section(
+        f"Parity with transformers, dense, {len(bench.token_ids)} tokens",
+        ["tensors", "worst", "relative error", "bound"],
+        [[kind, *values] for kind, values in worst.items()],
+        [Check("tensors compared", len(rows), 1),
+         *(Check(f"relative error of {kind}", error, bound, at_least=False)
+           for kind, (_, error, bound) in worst.items())])
+
+
+def quality(bench: Bench) -> Section:
+    data = bench.program("quality", f"--model={bench.model_dir}",
+                         f"--tokens={bench.tokens_file()}", f"--threads={THREADS}", "--json")
+    return Section(
+        f"Quality on {len(bench.token_ids)} tokens of a real text",
+        ["method", "gamma", "density", "mass", "worst head", "KL mean", "KL median",
+         "KL second half", "seconds"],
+        [list(run.values()) for run in data["runs"]],
+        [Check(c["what"], c["value"], c["limit"], c["at_least"]) for c in data["checks"]],
+        ["seconds are those of the engine, the measurement of the mass included",
+         "KL(dense, sparse) of the next-token distribution, in nats"])
+
+
+def handoff(bench: Bench) -> Section:
+    progress("handoff: PullKv and a bare stream in turn")
+    with bench.server() as server:
+        data = bench.program("handoff", f"--target={server.target}", f"--model={MODEL}",
+                             f"--tokens={bench.tokens_file(HANDOFF_TOKENS)}", "--json")
+    tcp = iperf3_gb_per_s()
+    rows = [["PullKv", data["pull_kv_gb_per_s"]], ["bare gRPC stream", data["bare_gb_per_s"]]]
+    notes = [f"{data['megabytes']:.0f} MB in {data['messages']} messages, loopback"]
+    if tcp is None:
+        notes.append("iperf3 is not installed")
+    else:
+        rows.append(["iperf3, one TCP stream", tcp])
+        notes.append(f"PullKv / iperf3 {data['pull_kv_gb_per_s'] / tcp:.3f}")
+    return Section("KV hand-off", ["stream", "GB/s"], rows,
+                   [Check("PullKv / bare stream", data["ratio"], data["limit"])], notes)
+
+
+def iperf3_gb_per_s() -> float | None:
+    """One TCP stream over loopback; None without iperf3."""
+    if shutil.which("iperf3") is None:
+        return None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    listener = subprocess.Popen(["iperf3", "--server", "--one-off", "--bind=127.0.0.1",
+                                 f"--port={port}", "--forceflush"], stdout=subprocess.PIPE,
+                                text=True)
+    try:
+        while "listening" not in listener.stdout.readline():
+            if listener.poll() is not None:
+                raise BenchError("iperf3 --server ended early")
+        done = subprocess.run(["iperf3", "--client=127.0.0.1", f"--port={port}", "--time=3",
+                               "--json"], stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"] / 8e9
+    finally:
+        listener.kill()
+        listener.wait()
+
+
+def attention(bench: Bench) -> Section:
+    progress("attention: the kernels alone")
+    data = bench.program("attention_benchmark", "--benchmark_format=json",
+                         "--benchmark_min_time=0.3")
+    runs = data["benchmarks"]
+    peak = max(run["GFLOP/s"] for run in runs if run["name"].startswith("Fma/"))
+    return Section("Attention kernels", ["benchmark", "ms", "GFLOP/s", "share of peak"],
+                   [[run["name"].removesuffix("/real_time"), run["real_time"], run["GFLOP/s"],
+                     run["GFLOP/s"] / peak] for run in runs],
+                   notes=[f"peak: multiply-adds in registers, {THREADS} threads; "
+                          f"{runs[0].get('label', '')}"])
+
+
+SECTIONS = {"parity": parity, "quality": quality, "speed": speed.section, "handoff": handoff,
+            "memory": memory.section, "attention": attention}
+
+
+def machine(build: pathlib.Path) -> dict[str, str]:
+    cpu = re.search(r"^model name\s*: (.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
+    cache = (build / "CMakeCache.txt").read_text()
+    compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.*)$", cache, re.M)[1]
+    version = subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, text=True)
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return {
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "isa": "AVX-512" if "avx512f" in pathlib.Path("/proc/cpuinfo").read_text() else "AVX2",
+        "processors used": f"{THREADS} of {os.cpu_count()}",
+        "compiler": version.stdout.splitlines()[0],
+        "commit": commit.stdout.strip() or "none",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", default=os.environ.get("ONLY", "").split(),
+                        help=f"of {', '.join(SECTIONS)}; all when none is named")
+    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
+    parser.add_argument("--model-dir", type=pathlib.Path,
+                        default=ROOT / "build/models/SmolLM2-135M-Instruct")
+    args = parser.parse_args()
+    names = args.sections or list(SECTIONS)
+    if unknown := set(names) - SECTIONS.keys():
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+
+    # Whatever the machine has: inherited by every program that is started here.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    ids = Tokenizer(args.model_dir).encode(TEXT.read_text(encoding="utf-8"))
+    bench = Bench(args.build.resolve(), args.model_dir.resolve(), ids)
+    bench.out.mkdir(parents=True, exist_ok=True)
+
+    facts = machine(bench.build)
+    parts = ["# prefilld bench\n\n" + "\n".join(f"* {key}: {value}"
+                                                for key, value in facts.items()) + "\n"]
+    print(parts[0], flush=True)
+    done, failed = {}, []
+    for name in names:
+        begin = time.monotonic()
+        try:
+            result = SECTIONS[name](bench)
+        except BenchError as error:
+            result = Section(name, notes=[f"**FAILED**: {error}"])
+            failed.append(name)
+        result.notes.append(f"{time.monotonic() - begin:.0f} s")
+        done[name] = result
+        parts.append(result.markdown())
+        print(parts[-1], flush=True)
+
+    (bench.out / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    (bench.out / "report.json").write_text(json.dumps(
+        {"machine": facts, "sections": {name: section.data() for name, section in done.items()}},
+        indent=1), encoding="utf-8")
+    missed = [check.what for section in done.values() for check in section.checks if not check.ok]
+    print(f"bench: {'OK' if not missed and not failed else 'MISSED'} sections={len(done)} "
+          f"missed={len(missed)} failed={len(failed)} report={bench.out / 'report.md'}")
+    return 1 if missed or failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
