@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
@@ -19,6 +20,9 @@
 namespace prefilld {
 namespace {
 
+constexpr char kMetrics[] = "/metrics";
+constexpr char kSparsity[] = "/debug/sparsity";
+
 void Respond(mg_connection* connection, const char* status, const char* type,
              const std::string& body) {
   mg_printf(connection,
@@ -27,10 +31,16 @@ void Respond(mg_connection* connection, const char* status, const char* type,
   mg_write(connection, body.data(), body.size());
 }
 
+// civetweb also calls a handler for the paths below its own.
+bool IsExactly(const char* path, mg_connection* connection) {
+  return std::strcmp(mg_get_request_info(connection)->local_uri, path) == 0;
+}
+
 class MetricsHandler : public CivetHandler {
  public:
   explicit MetricsHandler(Metrics& metrics) : metrics_(metrics) {}
   bool handleGet(CivetServer*, mg_connection* connection) override {
+    if (!IsExactly(kMetrics, connection)) return false;
     Respond(connection, "200 OK", "text/plain; version=0.0.4; charset=utf-8",
             prometheus::TextSerializer().Serialize(metrics_.Collect()));
     return true;
@@ -76,6 +86,7 @@ class SparsityHandler : public CivetHandler {
  public:
   explicit SparsityHandler(const ReportTable& reports) : reports_(reports) {}
   bool handleGet(CivetServer*, mg_connection* connection) override {
+    if (!IsExactly(kSparsity, connection)) return false;
     std::string format, id;
     if (CivetServer::getParam(connection, "format", format) && format != "json") {
       Respond(connection, "400 Bad Request", "text/plain", "format: only json\n");
@@ -156,8 +167,8 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Endpoint& li
     return absl::UnavailableError(
         absl::StrCat("cannot listen on ", listen.ToString(), ": is the port in use?"));
   }
-  parts->civet->addHandler("/metrics", parts->on_metrics);
-  parts->civet->addHandler("/debug/sparsity", parts->on_sparsity);
+  parts->civet->addHandler(kMetrics, parts->on_metrics);
+  parts->civet->addHandler(kSparsity, parts->on_sparsity);
   Endpoint endpoint = listen;
   endpoint.port = parts->civet->getListeningPorts().at(0);
   return std::unique_ptr<HttpServer>(new HttpServer(std::move(endpoint), std::move(parts)));

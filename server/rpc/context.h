@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "kernels/backend.h"
 #include "server/kv/block_pool.h"
@@ -20,6 +21,10 @@
 namespace prefilld {
 
 using Models = std::map<std::string, std::unique_ptr<Transformer>>;  // by name, set at start
+
+// INVALID_ARGUMENT about `field` for a name that no model can have, else NOT_FOUND.
+absl::StatusOr<Transformer*> FindModel(const Models& models, const std::string& name,
+                                       const char* field);
 
 struct RpcContext {
   Backend& backend;

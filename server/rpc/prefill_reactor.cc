@@ -34,9 +34,9 @@ PrefillReactor::PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* con
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
     const v1::PrefillRequest& request) {
-  const auto model = rpc_.models.find(request.model());
-  if (model == rpc_.models.end()) return ResourceNotFound("model", request.model().substr(0, 128));
-  const ModelInfo& info = model->second->info();
+  auto model = FindModel(rpc_.models, request.model(), "model");
+  if (!model.ok()) return model.status();
+  const ModelInfo& info = (*model)->info();
   auto valid = ValidatePrefill(request, info, rpc_.limits);
   if (!valid.ok()) return valid.status();
   const int64_t tokens = request.token_ids_size();
@@ -47,7 +47,7 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
   if (request.validate_only()) return std::shared_ptr<PrefillStream>();
 
   valid->job->deadline = deadline_;
-  valid->job->prefill->model = model->second.get();
+  valid->job->prefill->model = *model;
   const std::string request_id = valid->job->request_id;
   const std::string content = request.SerializeAsString();
   return rpc_.prefills.FindOrStart(

@@ -1,7 +1,5 @@
 #include "server/rpc/services.h"
 
-#include <algorithm>
-
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
 #include "server/errors.h"
@@ -15,12 +13,6 @@
 
 namespace prefilld {
 namespace {
-
-absl::StatusOr<const ModelInfo*> FindModel(const RpcContext& rpc, const std::string& name) {
-  const auto model = rpc.models.find(name);
-  if (model == rpc.models.end()) return ResourceNotFound("model", name.substr(0, 128));
-  return &model->second->info();
-}
 
 // The transport to use: the first acceptable one that is served.
 absl::StatusOr<v1::Transport> PickTransport(const v1::NegotiateRequest& request) {
@@ -63,9 +55,9 @@ absl::Status FillNegotiated(const RpcContext& rpc, const v1::NegotiateRequest& r
   response->set_server_version(kVersion);
   const ModelInfo* info = nullptr;
   if (!request.model().empty()) {
-    auto model = FindModel(rpc, request.model());
+    auto model = FindModel(rpc.models, request.model(), "model");
     if (!model.ok()) return model.status();
-    info = *model;
+    info = &(*model)->info();
     auto dtype =
         ValidateLayout(request.layout(), "layout", info->kv_heads, info->head_dim, info->dtype);
     if (!dtype.ok()) return dtype.status();
@@ -155,9 +147,10 @@ grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext
                                                      const v1::GetModelRequest* request,
                                                      v1::Model* response) {
   return Answer(context, rpc_.metrics, "GetModel", [&]() -> absl::Status {
-    auto model = FindModel(rpc_, request->name());
+    auto model = FindModel(rpc_.models, request->name(), "name");
     if (!model.ok()) return model.status();
-    *response = ProtoOf(**model, PromptTokensMax(**model, rpc_.limits));
+    const ModelInfo& info = (*model)->info();
+    *response = ProtoOf(info, PromptTokensMax(info, rpc_.limits));
     return absl::OkStatus();
   });
 }

@@ -9,7 +9,7 @@
 namespace prefilld {
 
 // Details by the facts of the status (server/errors.h): BadRequest for every INVALID_ARGUMENT,
-// ResourceInfo, RetryInfo, ErrorInfo. A retry is promised only where RetryInfo is.
+// ResourceInfo, RetryInfo where a retry can help, else ErrorInfo with the reason.
 grpc::Status ToGrpcStatus(const absl::Status& status);
 
 // "INVALID_ARGUMENT"
