@@ -224,7 +224,7 @@ FlexPrefillMap EstimateFlexPrefill(const Head& head, const SparsityPolicy& polic
   map.diagonal = SumBlocks(diagonal, B);
   const double distance = JensenShannonDistance(PooledProbe(head, probe.MeanQuery()), map.vertical);
   map.query_aware = distance < policy.tau;
-  if (map.query_aware) {
+  if (map.query_aware) {  // the minimum itself, whatever max_budget says
     map.vertical_budget = map.diagonal_budget = least;
     return map;
   }

@@ -22,8 +22,7 @@ TEST(CapturedMass, EqualsTheReferenceForEveryMethod) {
 }
 
 TEST(CapturedMass, CountsKeysOfSelectedBlocksOnly) {
-  // Zero inputs: every visible key has the same mass. 65 queries after 191 keys, rows of one block
-  // read; the measured rows are 1, 1, 2, 3, ... by their strata.
+  // Zero inputs: every visible key has the same mass. The one row of blocks reads block 0 alone.
   Case input({.family = Family::kZero, .q_heads = 1, .kv_heads = 1, .sq = {128}, .sk = {256}});
   const AttentionArgs args = input.Args({.method = Method::kJoint});
   args.index.count_at(0, 0) = 1;
