@@ -21,6 +21,11 @@ constexpr int64_t kStagedTokens = 512;
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 16 * 1024;
 
+// Compiled products that oneDNN keeps, each of about 350 KiB. A layer needs a few for full tiles of
+// tokens and as many for every other number of tokens; oneDNN's own 1024 would grow to a third of a
+// GiB.
+constexpr int kCachedProducts = 128;
+
 // oneDNN takes its number of threads from the caller's OpenMP setting.
 class ScopedOmpThreads {
  public:
@@ -155,6 +160,7 @@ class CpuOps : public Ops {
 }  // namespace
 
 std::unique_ptr<Ops> CreateOps(int threads, BF16Weights bf16) {
+  dnnl::set_primitive_cache_capacity(kCachedProducts);
   const bool native_bf16 = bf16 == BF16Weights::kBestForCpu && CpuMultipliesBF16();
   return std::make_unique<CpuOps>(threads, native_bf16);
 }
