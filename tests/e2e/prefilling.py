@@ -87,12 +87,12 @@ def prefilled(server, token_ids, **fields):
         release(server, call.admission.lease)
 
 
-def pull_request(lease, **fields):
+def pull_request(lease, /, **fields):
     return kv.PullKvRequest(**({"lease": lease.name, "generation": lease.generation,
                                 "boot_id": lease.boot_id} | fields))
 
 
-def open_pull(server, lease, timeout=60, stub=None, **fields):
+def open_pull(server, lease, /, timeout=60, stub=None, **fields):
     return (stub or server.handoff).PullKv(pull_request(lease, **fields), timeout=timeout)
 
 
@@ -109,7 +109,7 @@ def checked(stream, position=(0, 0, 0)):
             layer, tensor, offset = (layer, 1, 0) if tensor == 0 else (layer + 1, 0, 0)
 
 
-def pull(server, lease, first_layer=0, **fields):
+def pull(server, lease, /, first_layer=0, **fields):
     """{layer: [k bytes, v bytes]} of a whole pull."""
     stream = open_pull(server, lease, first_layer=first_layer, **fields)
     return collect(checked(stream, (first_layer, 0, 0)))

@@ -201,21 +201,29 @@ def test_renewing_keeps_a_lease(server, tiny):
     prefilling.release(server, call.ready)
 
 
-def slow_pull(server, lease):
-    """A pull that has begun and is held up by its reader: (channel, stream, its first chunk)."""
-    channel = server.new_channel()
-    stub = kv_handoff_service_pb2_grpc.KvHandoffServiceStub(channel)
-    stream = prefilling.open_pull(server, lease, stub=stub)
-    return channel, stream, next(iter(stream))
+@pytest.fixture
+def slow_pull(server):
+    """slow_pull(lease) -> (stream, its first chunk): a pull that its reader holds up, on its own
+    connection."""
+    channels = []
+
+    def start(lease):
+        channels.append(server.new_channel())
+        stub = kv_handoff_service_pb2_grpc.KvHandoffServiceStub(channels[-1])
+        stream = prefilling.open_pull(server, lease, stub=stub)
+        return stream, next(iter(stream))
+
+    yield start
+    for channel in channels:
+        channel.close()
 
 
 @pytest.mark.parametrize("ending", ["release", "expiry"])
-def test_blocks_are_freed_only_after_the_running_pull(server, tiny, ending):
-    tokens = 4000
+def test_blocks_are_freed_only_after_the_running_pull(server, tiny, slow_pull, ending):
     free = server.metric("prefilld_kv_blocks", state="free")
-    call = prefilling.start(server, tiny.tokens(tokens), lease_ttl=1).finish()
+    call = prefilling.start(server, tiny.tokens(4000), lease_ttl=1).finish()
     whole = prefilling.pull(server, call.ready)
-    channel, stream, first = slow_pull(server, call.ready)
+    stream, first = slow_pull(call.ready)
     if ending == "release":
         assert prefilling.release(server, call.ready).running_transfers == 1
     else:
@@ -228,16 +236,15 @@ def test_blocks_are_freed_only_after_the_running_pull(server, tiny, ending):
     prefilling.collect(prefilling.checked(stream, (0, 0, len(first.data))), into=data)
     assert data == whole  # ... and the running one gets every byte
     harness.eventually(lambda: server.metric("prefilld_kv_blocks", state="free") == free)
-    channel.close()
 
 
-def test_a_puller_that_dies_lets_the_blocks_go(server, tiny):
+def test_a_puller_that_dies_lets_the_blocks_go(server, tiny, slow_pull):
     free = server.metric("prefilld_kv_blocks", state="free")
     call = prefilling.start(server, tiny.tokens(4000)).finish()
-    channel, stream, _ = slow_pull(server, call.ready)
+    stream, _ = slow_pull(call.ready)
     prefilling.release(server, call.ready)
+    assert server.metric("prefilld_kv_blocks", state="free") < free
     stream.cancel()
-    channel.close()
     harness.eventually(lambda: server.metric("prefilld_kv_blocks", state="free") == free)
 
 

@@ -38,7 +38,8 @@ def test_a_mixed_load_returns_everything(server, tiny):
         np.testing.assert_allclose(outputs["o"], expected_o, atol=1e-6)
 
     def cancel_prefill(rng):
-        call = prefilling.start(server, prompts[-1], lease_ttl=30)
+        # Where the work was faster than the cancellation, the lease lives until it expires.
+        call = prefilling.start(server, prompts[-1], lease_ttl=1)
         if rng.random() < .5:
             next(iter(prefilling.open_pull(server, call.admission.lease)), None)
         call.stream.cancel()
@@ -87,4 +88,4 @@ def test_a_mixed_load_returns_everything(server, tiny):
         thread.join()
     assert not errors, errors[:5]
     assert len(done_counts) > THREADS * ROUNDS * .8
-    # A cancelled Prefill takes its lease with it; `server` now checks that all of it is back.
+    # `server` now checks that everything is back.

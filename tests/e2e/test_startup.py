@@ -95,7 +95,6 @@ def refuses(model, *words):
     ({"num_local_experts": 8}, ["num_local_experts"]),
     ({"hidden_act": "gelu"}, ["gelu"]),
     ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
-    ({"head_dim": 80}, ["80"]),
     ({"num_attention_heads": 3}, ["num_attention_heads"]),
     ({"num_key_value_heads": 3}, ["num_key_value_heads"]),
     ({"num_attention_heads": 0}, ["num_attention_heads"]),
@@ -115,6 +114,10 @@ def refuses(model, *words):
 def test_a_config_that_would_change_the_mathematics_is_refused_by_name(model, changes, words):
     checkpoints.write_config(model.directory, model.config | changes)
     refuses(model, *words)
+
+
+def test_a_head_dim_without_a_kernel_is_refused(tmp_path):
+    refuses(checkpoints.Checkpoint.create(tmp_path / "model", head_dim=80), "head_dim", "80")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": 3}', "\x00\xff"])
@@ -227,12 +230,14 @@ def test_shards_are_read(model, start_server):
 
 @pytest.mark.parametrize("index,word", [
     (lambda m: {k: v for k, v in m.items() if k != Q}, "q_proj"),
-    (lambda m: m | {Q: "c.safetensors"}, "c.safetensors"),
+    (lambda m: m | {Q: "c.safetensors"}, "q_proj"),
+    (lambda m: m | {"x": "c.safetensors"}, "c.safetensors"),
     (lambda m: m | {Q: "../a.safetensors"}, "../a.safetensors"),
     (lambda m: m | {Q: "/etc/passwd"}, "/etc/passwd"),
     (lambda m: m | {Q: ({v for v in m.values()} - {m[Q]}).pop()}, "q_proj"),
     (lambda m: "nothing", "index"),
-], ids=["tensor missing", "file missing", "outside", "absolute", "other file", "no map"])
+], ids=["tensor missing", "in another file", "file missing", "outside", "absolute", "in the other file",
+        "no map"])
 def test_a_broken_index_of_shards(model, index, word):
     shard(model, index)
     refuses(model, word)
@@ -277,4 +282,5 @@ def test_nothing_but_loopback_is_listened_on(shared_server):
             fields = line.split()
             if fields[3] == "0A" and fields[9] in inodes:
                 listening.append(fields[1].split(":")[0])
-    assert listening and set(listening) == {"0100007F"}
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}  # as IPv4, and mapped into IPv6
+    assert listening and set(listening) <= loopback
