@@ -34,11 +34,12 @@ std::string Sha256Hex(const std::string& text) {
 std::string Fingerprint(const ModelConfig& config, DType dtype, const SafeTensors& tensors) {
   const RopeConfig& rope = config.rope;
   std::string text = absl::StrFormat(
-      "id %s\nrevision %s\nlayers %d kv_heads %d head_dim %d dtype %s\n"
+      "id %s\nrevision %s\nlayers %d kv_heads %d head_dim %d dtype %s eps %.9g\n"
       "rope %.17g %s %.17g %.17g %.17g %d\n",
       absl::CEscape(config.model_id), absl::CEscape(config.revision), config.layers,
-      config.kv_heads, config.head_dim, Name(dtype), rope.theta, Name(rope.scaling), rope.factor,
-      rope.low_freq_factor, rope.high_freq_factor, rope.original_max_positions);
+      config.kv_heads, config.head_dim, Name(dtype), config.rms_norm_eps, rope.theta,
+      Name(rope.scaling), rope.factor, rope.low_freq_factor, rope.high_freq_factor,
+      rope.original_max_positions);
   for (const auto& [name, tensor] : tensors.tensors()) {
     absl::StrAppendFormat(&text, "%s %s [%s] %08x\n", absl::CEscape(name), tensor.dtype,
                           absl::StrJoin(tensor.shape, ","), Crc32c(tensor.data, tensor.bytes));

@@ -262,6 +262,10 @@ TEST_F(TransformerTest, FingerprintIsOfWeightsAndMathematicsOnly) {
   other_rope.Replace("config.json", "\"rope_theta\": 10000.0", "\"rope_theta\": 10001.0");
   EXPECT_NE(Fingerprint(other_rope), fingerprint);
 
+  const ModelDirectory other_norm("base");
+  other_norm.Replace("config.json", "\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": 1e-06");
+  EXPECT_NE(Fingerprint(other_norm), fingerprint);
+
   const ModelDirectory renamed("base");
   renamed.Replace("config.json", "{\n  \"arch", "{\n  \"_name_or_path\": \"org/model\",\n  \"arch");
   EXPECT_NE(Fingerprint(renamed), fingerprint);
