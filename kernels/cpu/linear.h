@@ -1,6 +1,6 @@
 // One linear layer as oneDNN's matmul. Weights are multiplied where they lie, [out, in] row-major,
-// without a second packed copy: on AVX-512 that costs about 4% against packed weights and saves the
-// size of the model.
+// without a second packed copy: measured on AVX-512 that costs 3 to 6% against packed weights, 12%
+// for prompts of 128 tokens, and saves the size of the model.
 #pragma once
 
 #include <dnnl.hpp>
