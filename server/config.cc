@@ -40,9 +40,28 @@ void AddDuration(CLI::App& app, const char* flag, absl::Duration* value, const c
 }
 
 // "8GiB", "512MiB", "1000000".
+bool ParseSize(const std::string& text, uint64_t* bytes) {
+  const size_t end = std::min(text.find_first_not_of("0123456789"), text.size());
+  const std::string unit = text.substr(end);
+  constexpr std::pair<const char*, int> kUnits[] = {
+      {"", 0}, {"KiB", 10}, {"MiB", 20}, {"GiB", 30}, {"TiB", 40}};
+  for (const auto& [name, shift] : kUnits) {
+    if (!absl::EqualsIgnoreCase(unit, name)) continue;
+    return absl::SimpleAtoi(text.substr(0, end), bytes) && *bytes > 0 &&
+           *bytes <= UINT64_MAX >> shift && (*bytes <<= shift, true);
+  }
+  return false;
+}
+
 void AddSize(CLI::App& app, const char* flag, uint64_t* value, const char* help) {
-  app.add_option(flag, *value, help)
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
+  app.add_option_function<std::string>(
+         flag,
+         [flag, value](const std::string& text) {
+           if (!ParseSize(text, value)) {
+             throw CLI::ValidationError(flag, "'" + text + "' is no size such as 512MiB or 8GiB");
+           }
+         },
+         help)
       ->type_name("SIZE");
 }
 

@@ -1,0 +1,351 @@
+#include "server/rpc/validate.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <limits>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "server/errors.h"
+
+namespace prefilld {
+namespace {
+
+constexpr int64_t kHuge = int64_t{1} << 62;
+
+// --- Attend
+// ----------------------------------------------------------------------------------------
+
+v1::AttendHeader GoodHeader() {
+  v1::AttendHeader header;
+  header.set_request_id("good-1");
+  const std::tuple<const char*, int, int> tensors[] = {{"v", 20, 2}, {"q", 10, 4}, {"k", 20, 2}};
+  for (auto [name, tokens, heads] : tensors) {
+    v1::TensorSpec& spec = *header.add_tensors();
+    spec.set_name(name);
+    spec.set_data_type(v1::DATA_TYPE_BF16);
+    for (int dim : {tokens, heads, 64}) spec.add_shape(dim);
+  }
+  return header;
+}
+
+v1::AttendHeader Ragged(std::vector<uint32_t> q, std::vector<uint32_t> k) {
+  v1::AttendHeader header = GoodHeader();
+  header.mutable_cu_seqlens_q()->Assign(q.begin(), q.end());
+  header.mutable_cu_seqlens_k()->Assign(k.begin(), k.end());
+  return header;
+}
+
+TEST(ValidateAttend, MakesAJobOfAGoodHeader) {
+  v1::AttendHeader header = GoodHeader();
+  header.set_priority(-7);
+  header.set_return_lse(true);
+  const auto valid = ValidateAttend(header, {});
+  ASSERT_TRUE(valid.ok()) << valid.status();
+  EXPECT_EQ(valid->roles, (std::array<int, 3>{2, 0, 1})) << "the order of announcement";
+  EXPECT_FALSE(valid->ragged);
+  const Job& job = *valid->job;
+  EXPECT_EQ(job.request_id, "good-1");
+  EXPECT_EQ(job.priority, -7);
+  EXPECT_TRUE(job.method_unspecified);
+  const AttendWork& work = *job.attend;
+  EXPECT_EQ(work.shape.dtype, DType::kBF16);
+  EXPECT_EQ(work.shape.q_heads, 4);
+  EXPECT_EQ(work.shape.kv_heads, 2);
+  EXPECT_EQ(work.shape.head_dim, 64);
+  EXPECT_EQ(work.shape.cu_seqlens_q, (std::vector<int64_t>{0, 10}));
+  EXPECT_EQ(work.shape.cu_seqlens_k, (std::vector<int64_t>{0, 20}));
+  EXPECT_DOUBLE_EQ(work.softmax_scale, 0.125);
+  EXPECT_TRUE(work.return_lse);
+}
+
+TEST(ValidateAttend, TakesRaggedBatches) {
+  const auto valid = ValidateAttend(Ragged({0, 3, 10}, {0, 3, 20}), {});
+  ASSERT_TRUE(valid.ok()) << valid.status();
+  EXPECT_TRUE(valid->ragged);
+  EXPECT_EQ(valid->job->attend->shape.sequences(), 2);
+}
+
+TEST(ValidateAttend, ReturningCapturedMassMeasuresIt) {
+  v1::AttendHeader header = GoodHeader();
+  header.mutable_sparsity()->set_method(v1::METHOD_FLEXPREFILL);
+  EXPECT_FALSE(ValidateAttend(header, {})->job->policy.measure_captured_mass);
+  header.set_return_block_index(true);
+  EXPECT_TRUE(ValidateAttend(header, {})->job->policy.measure_captured_mass);
+}
+
+TEST(ValidateAttend, RefusesBadHeadersByField) {
+  using Change = std::function<void(v1::AttendHeader&)>;
+  const auto dim = [](int tensor, int axis, int64_t value) -> Change {
+    return [=](v1::AttendHeader& h) { h.mutable_tensors(tensor)->set_shape(axis, value); };
+  };
+  const auto ragged = [](std::vector<uint32_t> q, std::vector<uint32_t> k) -> Change {
+    return [=](v1::AttendHeader& h) { h = Ragged(q, k); };
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const std::pair<const char*, Change> cases[] = {
+      {"request_id", [](auto& h) { h.set_request_id(std::string(65, 'a')); }},
+      {"request_id", [](auto& h) { h.set_request_id("a b"); }},
+      {"request_id", [](auto& h) { h.set_request_id("../etc"); }},
+      {"priority", [](auto& h) { h.set_priority(101); }},
+      {"priority", [](auto& h) { h.set_priority(std::numeric_limits<int32_t>::min()); }},
+      {"sparsity.gamma", [](auto& h) { h.mutable_sparsity()->set_gamma(2); }},
+      {"tensors", [](auto& h) { h.clear_tensors(); }},
+      {"tensors", [](auto& h) { h.add_tensors(); }},
+      {"tensors[1].name", [](auto& h) { h.mutable_tensors(1)->set_name("w"); }},
+      {"tensors[1].name", [](auto& h) { h.mutable_tensors(1)->set_name("v"); }},
+      {"tensors[1].data_type", [](auto& h) { h.mutable_tensors(1)->clear_data_type(); }},
+      {"tensors[1].data_type",
+       [](auto& h) { h.mutable_tensors(1)->set_data_type(v1::DATA_TYPE_I32); }},
+      {"tensors[1].data_type",
+       [](auto& h) { h.mutable_tensors(1)->set_data_type(static_cast<v1::DataType>(99)); }},
+      {"tensors", [](auto& h) { h.mutable_tensors(1)->set_data_type(v1::DATA_TYPE_F16); }},
+      {"tensors[1].shape", [](auto& h) { h.mutable_tensors(1)->add_shape(1); }},
+      {"tensors[1].shape", [](auto& h) { h.mutable_tensors(1)->clear_shape(); }},
+      {"tensors[0].shape[0]", dim(0, 0, 0)},
+      {"tensors[0].shape[0]", dim(0, 0, -1)},
+      {"tensors[0].shape[0]", dim(0, 0, kHuge)},
+      {"tensors[0].shape[1]", dim(0, 1, kHuge)},
+      {"tensors[0].shape[2]", dim(0, 2, kHuge)},
+      {"tensors[0].shape[2]", dim(0, 2, std::numeric_limits<int64_t>::min())},
+      {"tensors", dim(0, 0, 21)},  // v longer than k
+      {"tensors", dim(1, 0, 21)},  // more queries than keys
+      {"tensors", dim(1, 1, 3)},   // 3 heads over 2
+      {"tensors", dim(1, 2, 128)},
+      {"softmax_scale", [](auto& h) { h.set_softmax_scale(0); }},
+      {"softmax_scale", [](auto& h) { h.set_softmax_scale(-1); }},
+      {"softmax_scale", [&](auto& h) { h.set_softmax_scale(nan); }},
+      {"softmax_scale", [](auto& h) { h.set_softmax_scale(HUGE_VALF); }},
+      {"cu_seqlens_k", ragged({0, 10}, {})},
+      {"cu_seqlens_q", ragged({}, {0, 20})},
+      {"cu_seqlens_q", ragged({0}, {0, 20})},
+      {"cu_seqlens_q[0]", ragged({1, 10}, {0, 20})},
+      {"cu_seqlens_q[2]", ragged({0, 5, 5, 10}, {0, 5, 10, 20})},
+      {"cu_seqlens_q[2]", ragged({0, 7, 5, 10}, {0, 7, 10, 20})},
+      {"cu_seqlens_q", ragged({0, 5, 11}, {0, 5, 20})},
+      {"cu_seqlens_k", ragged({0, 5, 10}, {0, 5, 6, 20})},
+      {"cu_seqlens_q", ragged({0, 5, 10}, {0, 4, 20})},  // Sq > Sk in the first
+      {"cu_seqlens_q", [](auto& h) { h = Ragged(std::vector<uint32_t>(2000, 0), {0, 20}); }},
+  };
+  for (const auto& [field, change] : cases) {
+    v1::AttendHeader header = GoodHeader();
+    change(header);
+    const absl::Status status = ValidateAttend(header, {}).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << field << ": " << status;
+    EXPECT_EQ(FactsOf(status).field, field) << status;
+  }
+}
+
+TEST(ValidateAttend, CountsEveryByteOfTheCall) {
+  v1::AttendHeader header = GoodHeader();
+  RequestLimits limits;
+  // q and o: 10 x 4 x 64 x 2 bytes; k and v: 20 x 2 x 64 x 2; index: 4 heads x 1 row x (1 + 1) x 4.
+  limits.attend_bytes_max = 2 * 5120 + 2 * 5120 + 32;
+  EXPECT_TRUE(ValidateAttend(header, limits).ok());
+  limits.attend_bytes_max -= 1;
+  EXPECT_EQ(FactsOf(ValidateAttend(header, limits).status()).field, "tensors");
+  limits.attend_bytes_max += 1;
+  header.set_return_lse(true);
+  EXPECT_FALSE(ValidateAttend(header, limits).ok());
+}
+
+// Many key blocks in little data: the index alone would not fit the machine.
+TEST(ValidateAttend, LimitsTheBlockIndex) {
+  v1::AttendHeader header = GoodHeader();
+  for (v1::TensorSpec& spec : *header.mutable_tensors()) {
+    spec.set_shape(0, 4 << 20);
+    spec.set_shape(1, 1);
+  }
+  EXPECT_EQ(FactsOf(ValidateAttend(header, {}).status()).field, "tensors");
+}
+
+TEST(ValidateAttend, BuffersAreNotServedYet) {
+  v1::AttendHeader header = GoodHeader();
+  header.add_buffers();
+  EXPECT_EQ(ValidateAttend(header, {}).status().code(), absl::StatusCode::kUnimplemented);
+}
+
+TEST(RequestId, IsMadeUpWhenAbsent) {
+  std::set<std::string> ids;
+  for (int i = 0; i < 100; ++i) ids.insert(*ValidateRequestId(""));
+  EXPECT_EQ(ids.size(), 100u);
+  EXPECT_TRUE(ValidateRequestId(*ids.begin()).ok());
+}
+
+// --- Prefill
+// ---------------------------------------------------------------------------------------
+
+ModelInfo SmallModel() {
+  ModelInfo info;
+  info.name = "m";
+  info.layers = 4;
+  info.q_heads = 4;
+  info.kv_heads = 2;
+  info.head_dim = 64;
+  info.vocab_size = 100;
+  info.max_positions = 50;
+  info.dtype = DType::kBF16;
+  return info;
+}
+
+v1::PrefillRequest GoodRequest() {
+  v1::PrefillRequest request;
+  request.set_request_id("r");
+  request.set_model("m");
+  for (uint32_t id : {1, 99, 0}) request.add_token_ids(id);
+  return request;
+}
+
+TEST(ValidatePrefill, MakesAJobOfAGoodRequest) {
+  v1::PrefillRequest request = GoodRequest();
+  request.mutable_destination()->mutable_lease_ttl()->set_seconds(5);
+  request.mutable_destination()->set_retain(false);
+  request.set_return_logits(true);
+  const auto valid = ValidatePrefill(request, SmallModel(), {});
+  ASSERT_TRUE(valid.ok()) << valid.status();
+  EXPECT_FALSE(valid->retain);
+  EXPECT_EQ(valid->lease_ttl, absl::Seconds(5));
+  EXPECT_EQ(valid->job->prefill->token_ids, (std::vector<uint32_t>{1, 99, 0}));
+  EXPECT_TRUE(valid->job->prefill->return_logits);
+  EXPECT_TRUE(ValidatePrefill(GoodRequest(), SmallModel(), {})->retain);
+  EXPECT_EQ(ValidatePrefill(GoodRequest(), SmallModel(), {})->lease_ttl, RequestLimits().lease_ttl);
+}
+
+TEST(ValidatePrefill, RefusesBadRequestsByFieldOrState) {
+  using Change = std::function<void(v1::PrefillRequest&)>;
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;
+  constexpr auto kPrecondition = absl::StatusCode::kFailedPrecondition;
+  const auto tokens = [](int count) -> Change {
+    return [=](v1::PrefillRequest& r) {
+      r.clear_token_ids();
+      for (int i = 0; i < count; ++i) r.add_token_ids(1);
+    };
+  };
+  const auto ttl = [](int64_t seconds, int32_t nanos) -> Change {
+    return [=](v1::PrefillRequest& r) {
+      r.mutable_destination()->mutable_lease_ttl()->set_seconds(seconds);
+      r.mutable_destination()->mutable_lease_ttl()->set_nanos(nanos);
+    };
+  };
+  const auto layout = [](std::function<void(v1::KvLayout&)> change) -> Change {
+    return [=](v1::PrefillRequest& r) { change(*r.mutable_destination()->mutable_layout()); };
+  };
+  const std::tuple<absl::StatusCode, const char*, Change> cases[] = {
+      {kInvalid, "token_ids", tokens(0)},
+      {kInvalid, "token_ids", tokens(51)},
+      {kInvalid, "token_ids[1]", [](auto& r) { r.set_token_ids(1, 100); }},
+      {kInvalid, "token_ids[2]", [](auto& r) { r.set_token_ids(2, UINT32_MAX); }},
+      {kInvalid, "request_id", [](auto& r) { r.set_request_id("\n"); }},
+      {kInvalid, "priority", [](auto& r) { r.set_priority(-101); }},
+      {kInvalid, "sparsity.tau", [](auto& r) { r.mutable_sparsity()->set_tau(7); }},
+      {kInvalid, "prefix_reuse.mode",
+       [](auto& r) { r.mutable_prefix_reuse()->set_mode(v1::PrefixReuse::Mode(50)); }},
+      {kUnimplemented, "",
+       [](auto& r) { r.mutable_prefix_reuse()->set_mode(v1::PrefixReuse::MODE_EXACT); }},
+      {kInvalid, "destination.transport",
+       [](auto& r) { r.mutable_destination()->set_transport(v1::Transport(50)); }},
+      {kUnimplemented, "",
+       [](auto& r) { r.mutable_destination()->set_transport(v1::TRANSPORT_CUDA_IPC); }},
+      {kInvalid, "destination.lease_ttl", ttl(0, 0)},
+      {kInvalid, "destination.lease_ttl", ttl(-1, 0)},
+      {kInvalid, "destination.lease_ttl", ttl(601, 0)},
+      {kInvalid, "destination.lease_ttl", ttl(INT64_MAX, INT32_MAX)},
+      {kInvalid, "destination.lease_ttl", ttl(INT64_MIN, INT32_MIN)},
+      {kInvalid, "destination.layout.physical_order[0]",
+       layout([](auto& l) { l.add_physical_order(v1::Axis(40)); })},
+      {kInvalid, "destination.layout.physical_order", layout([](auto& l) {
+         for (int i = 0; i < 1000; ++i) l.add_physical_order(v1::AXIS_KV);
+       })},
+      {kInvalid, "destination.layout.data_type",
+       layout([](auto& l) { l.set_data_type(v1::DATA_TYPE_U8); })},
+      {kPrecondition, "", layout([](auto& l) { l.add_physical_order(v1::AXIS_KV); })},
+      {kPrecondition, "", layout([](auto& l) { l.set_block_size(16); })},
+      {kPrecondition, "", layout([](auto& l) { l.set_kv_packed_in_content(true); })},
+      {kPrecondition, "", layout([](auto& l) { l.set_block_stride_bytes(4096); })},
+      {kPrecondition, "", layout([](auto& l) { l.set_num_kv_heads(3); })},
+      {kPrecondition, "", layout([](auto& l) { l.set_head_dim(128); })},
+      {kPrecondition, "", layout([](auto& l) { l.mutable_rope_state()->set_applied(false); })},
+  };
+  for (const auto& [code, field, change] : cases) {
+    v1::PrefillRequest request = GoodRequest();
+    change(request);
+    const absl::Status status = ValidatePrefill(request, SmallModel(), {}).status();
+    EXPECT_EQ(status.code(), code) << field << ": " << status;
+    EXPECT_EQ(FactsOf(status).field, field) << status;
+  }
+}
+
+TEST(ValidatePrefill, TakesTheSmallerOfTheTwoTokenLimits) {
+  RequestLimits limits;
+  EXPECT_EQ(PromptTokensMax(SmallModel(), limits), 50);
+  limits.prompt_tokens_max = 2;
+  EXPECT_EQ(FactsOf(ValidatePrefill(GoodRequest(), SmallModel(), limits).status()).field,
+            "token_ids");
+}
+
+// --- PullKv
+// ----------------------------------------------------------------------------------------
+
+constexpr KvGeometry kGeometry{
+    .layers = 4, .kv_heads = 2, .head_dim = 64, .dtype = DType::kBF16, .tokens = 300};
+
+TEST(ValidatePull, DefaultsToEverythingInTheCachesOwnDtype) {
+  const auto pull = ValidatePull({}, kGeometry);
+  ASSERT_TRUE(pull.ok()) << pull.status();
+  EXPECT_EQ(pull->first_layer, 0);
+  EXPECT_EQ(pull->end_layer, 4);
+  EXPECT_EQ(pull->chunk_bytes, 1u << 20);
+  EXPECT_EQ(pull->dtype, DType::kBF16);
+}
+
+TEST(ValidatePull, TakesTheNegotiatedLayoutBack) {
+  v1::PullKvRequest request;
+  v1::KvLayout& layout = *request.mutable_layout();
+  for (auto axis : {v1::AXIS_LAYER, v1::AXIS_KV, v1::AXIS_HEAD, v1::AXIS_TOKEN, v1::AXIS_CHANNEL}) {
+    layout.add_physical_order(axis);
+  }
+  layout.set_num_kv_heads(2);
+  layout.set_head_dim(64);
+  layout.set_data_type(v1::DATA_TYPE_F32);
+  layout.mutable_rope_state()->set_applied(true);
+  const auto pull = ValidatePull(request, kGeometry);
+  ASSERT_TRUE(pull.ok()) << pull.status();
+  EXPECT_EQ(pull->dtype, DType::kF32);
+}
+
+TEST(ValidatePull, RefusesWhatIsNotThere) {
+  using Change = std::function<void(v1::PullKvRequest&)>;
+  const std::pair<const char*, Change> cases[] = {
+      {"first_layer", [](auto& r) { r.set_first_layer(4); }},
+      {"first_layer", [](auto& r) { r.set_first_layer(UINT32_MAX); }},
+      {"layer_count", [](auto& r) { r.set_layer_count(0); }},
+      {"layer_count",
+       [](auto& r) {
+         r.set_first_layer(2);
+         r.set_layer_count(3);
+       }},
+      {"layer_count", [](auto& r) { r.set_layer_count(UINT32_MAX); }},
+      {"resume_tensor_index", [](auto& r) { r.set_resume_tensor_index(2); }},
+      {"resume_byte_offset", [](auto& r) { r.set_resume_byte_offset(2 * 300 * 64 * 2 + 1); }},
+      {"resume_byte_offset", [](auto& r) { r.set_resume_byte_offset(UINT64_MAX); }},
+      {"chunk_bytes", [](auto& r) { r.set_chunk_bytes(4095); }},
+      {"chunk_bytes", [](auto& r) { r.set_chunk_bytes((1 << 20) + 1); }},
+      {"transport", [](auto& r) { r.set_transport(v1::Transport(50)); }},
+  };
+  for (const auto& [field, change] : cases) {
+    v1::PullKvRequest request;
+    change(request);
+    const absl::Status status = ValidatePull(request, kGeometry).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << field << ": " << status;
+    EXPECT_EQ(FactsOf(status).field, field) << status;
+  }
+  v1::PullKvRequest end;
+  end.set_resume_byte_offset(2 * 300 * 64 * 2);
+  EXPECT_TRUE(ValidatePull(end, kGeometry).ok()) << "resuming at a tensor's end is legal";
+}
+
+}  // namespace
+}  // namespace prefilld

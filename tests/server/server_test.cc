@@ -1,0 +1,412 @@
+// The whole server in this process, asked over loopback: what only shows with real calls.
+#include "server/server.h"
+
+#include <grpcpp/create_channel.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "google/rpc/error_details.pb.h"
+#include "prefilld/v1/kv_handoff_service.grpc.pb.h"
+#include "prefilld/v1/model_service.grpc.pb.h"
+#include "prefilld/v1/prefill_service.grpc.pb.h"
+#include "proto/wire/chunk.h"
+
+namespace prefilld {
+namespace {
+
+const std::string kFixtures = PREFILLD_FIXTURES;
+
+Config TestConfig() {
+  Config config;
+  config.listen = config.http = {"127.0.0.1", 0};
+  config.backend = "cpu";
+  config.threads = 1;
+  config.models = {{"base", kFixtures + "/models/base"}};
+  config.kv_memory = 16 << 20;
+  config.attend_memory = 16 << 20;
+  config.upload_timeout = absl::Milliseconds(300);
+  config.drain_timeout = absl::Seconds(10);
+  return config;
+}
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  EXPECT_TRUE(file) << path;
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+class Caller {
+ public:
+  explicit Caller(const Server& server, std::shared_ptr<grpc::ChannelCredentials> credentials =
+                                            grpc::InsecureChannelCredentials())
+      : channel_(grpc::CreateChannel(server.grpc_endpoint().ToString(), credentials)),
+        prefill(v1::PrefillService::NewStub(channel_)),
+        handoff(v1::KvHandoffService::NewStub(channel_)),
+        models(v1::ModelService::NewStub(channel_)) {}
+
+ private:
+  std::shared_ptr<grpc::Channel> channel_;
+
+ public:
+  std::unique_ptr<v1::PrefillService::Stub> prefill;
+  std::unique_ptr<v1::KvHandoffService::Stub> handoff;
+  std::unique_ptr<v1::ModelService::Stub> models;
+};
+
+class ServerTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    auto server = Server::Start(TestConfig());
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = std::move(*server).release();
+  }
+  static void TearDownTestSuite() {
+    delete server_;
+    server_ = nullptr;
+  }
+
+  // 130 tokens: two blocks, the second one nearly empty.
+  static v1::PrefillRequest Prompt(const std::string& id) {
+    v1::PrefillRequest request;
+    request.set_request_id(id);
+    request.set_model("base");
+    for (uint32_t t = 0; t < 130; ++t) request.add_token_ids(t % 96);
+    return request;
+  }
+  std::vector<v1::PrefillEvent> Prefill(const v1::PrefillRequest& request, grpc::Status* status) {
+    grpc::ClientContext context;
+    auto reader = caller_.prefill->Prefill(&context, request);
+    std::vector<v1::PrefillEvent> events;
+    for (v1::PrefillEvent event; reader->Read(&event);) events.push_back(event);
+    *status = reader->Finish();
+    return events;
+  }
+  // The bytes of every chunk in order, after checking each.
+  std::string Pull(const v1::PullKvRequest& request, grpc::Status* status) {
+    grpc::ClientContext context;
+    auto reader = caller_.handoff->PullKv(&context, request);
+    std::string bytes;
+    for (v1::TensorChunk chunk; reader->Read(&chunk);) {
+      EXPECT_EQ(chunk.crc32c(), Crc32c(0, chunk.data().data(), chunk.data().size()));
+      bytes += chunk.data();
+    }
+    *status = reader->Finish();
+    return bytes;
+  }
+  void Release(const v1::Lease& lease) {
+    v1::ReleaseLeaseRequest request;
+    request.set_lease(lease.name());
+    request.set_generation(lease.generation());
+    request.set_reason(v1::RELEASE_REASON_CONSUMED);
+    v1::ReleaseLeaseResponse response;
+    grpc::ClientContext context;
+    EXPECT_TRUE(caller_.handoff->ReleaseLease(&context, request, &response).ok());
+  }
+
+  static Server* server_;
+  Caller caller_{*server_};
+};
+Server* ServerTest::server_ = nullptr;
+
+v1::AttendRequest Header(int tokens) {
+  v1::AttendRequest request;
+  v1::AttendHeader& header = *request.mutable_header();
+  for (const char* name : {"q", "k", "v"}) {
+    v1::TensorSpec& spec = *header.add_tensors();
+    spec.set_name(name);
+    spec.set_data_type(v1::DATA_TYPE_F32);
+    for (int dim : {tokens, 1, 64}) spec.add_shape(dim);
+  }
+  return request;
+}
+
+v1::AttendRequest Chunk(uint32_t tensor, const std::string& data) {
+  v1::AttendRequest request;
+  v1::TensorChunk& chunk = *request.mutable_chunk();
+  chunk.set_tensor_index(tensor);
+  chunk.set_data(data);
+  chunk.set_crc32c(Crc32c(0, data.data(), data.size()));
+  chunk.set_last(true);
+  return request;
+}
+
+TEST_F(ServerTest, AttendAnswersWithAdmissionOutputsAndSummary) {
+  grpc::ClientContext context;
+  auto stream = caller_.prefill->Attend(&context);
+  ASSERT_TRUE(stream->Write(Header(1)));
+  v1::AttendResponse response;
+  ASSERT_TRUE(stream->Read(&response));
+  ASSERT_TRUE(response.has_admission());
+  EXPECT_EQ(response.admission().upload_credit_bytes(), 3u * 256);
+  EXPECT_FALSE(response.admission().request_id().empty());
+  std::string v(256, '\0');
+  for (int i = 0; i < 64; ++i) {
+    const float value = static_cast<float>(i);
+    v.replace(i * 4, 4, reinterpret_cast<const char*>(&value), 4);
+  }
+  for (uint32_t tensor : {0u, 1u}) stream->Write(Chunk(tensor, std::string(256, '\0')));
+  stream->Write(Chunk(2, v));
+  ASSERT_TRUE(stream->Read(&response));
+  ASSERT_TRUE(response.has_outputs());
+  ASSERT_EQ(response.outputs().tensors_size(), 1);
+  ASSERT_TRUE(stream->Read(&response));
+  ASSERT_TRUE(response.has_chunk());
+  EXPECT_EQ(response.chunk().data(), v) << "one token attends to itself";
+  EXPECT_TRUE(response.chunk().last());
+  ASSERT_TRUE(stream->Read(&response));
+  ASSERT_TRUE(response.has_summary());
+  EXPECT_EQ(response.summary().bytes_in(), 768u);
+  EXPECT_EQ(response.summary().bytes_out(), 256u);
+  EXPECT_FALSE(stream->Read(&response));
+  EXPECT_TRUE(stream->Finish().ok()) << "without the caller's half-close";
+}
+
+TEST_F(ServerTest, AnUploadThatStallsIsGivenUp) {
+  grpc::ClientContext context;
+  auto stream = caller_.prefill->Attend(&context);
+  ASSERT_TRUE(stream->Write(Header(1)));
+  v1::AttendResponse response;
+  ASSERT_TRUE(stream->Read(&response));
+  EXPECT_FALSE(stream->Read(&response));
+  const grpc::Status status = stream->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED) << status.error_message();
+}
+
+TEST_F(ServerTest, OneRequestIdOfAttendRunsOnce) {
+  v1::AttendRequest header = Header(1);
+  header.mutable_header()->set_request_id("twice");
+  grpc::ClientContext first_context, second_context;
+  auto first = caller_.prefill->Attend(&first_context);
+  first->Write(header);
+  v1::AttendResponse response;
+  ASSERT_TRUE(first->Read(&response));
+  auto second = caller_.prefill->Attend(&second_context);
+  second->Write(header);
+  EXPECT_FALSE(second->Read(&response));
+  EXPECT_EQ(second->Finish().error_code(), grpc::StatusCode::ALREADY_EXISTS);
+  first_context.TryCancel();
+  EXPECT_EQ(first->Finish().error_code(), grpc::StatusCode::CANCELLED);
+}
+
+TEST_F(ServerTest, OneRequestIdOfPrefillAttachesToTheSameWork) {
+  grpc::Status status;
+  const auto first = Prefill(Prompt("same"), &status);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(first.size(), 5u) << "admission, two layers, kv_ready, summary";
+  const auto again = Prefill(Prompt("same"), &status);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(again.size(), first.size());
+  for (size_t i = 0; i < first.size(); ++i) {
+    EXPECT_EQ(again[i].SerializeAsString(), first[i].SerializeAsString()) << i;
+  }
+
+  v1::PrefillRequest other = Prompt("same");
+  other.add_token_ids(1);
+  EXPECT_TRUE(Prefill(other, &status).empty());
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+
+  Release(first[3].kv_ready());
+  const auto anew = Prefill(other, &status);  // the id is free again
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_GT(anew[0].admission().lease().generation(), first[3].kv_ready().generation());
+  Release(anew[3].kv_ready());
+}
+
+TEST_F(ServerTest, ValidateOnlyRunsNothing) {
+  v1::PrefillRequest request = Prompt("checked");
+  request.set_validate_only(true);
+  grpc::Status status;
+  EXPECT_TRUE(Prefill(request, &status).empty());
+  EXPECT_TRUE(status.ok());
+  request.set_token_ids(3, 96);
+  EXPECT_TRUE(Prefill(request, &status).empty());
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+}
+
+TEST_F(ServerTest, APullResumesAtAnyByteInAnyDtype) {
+  grpc::Status status;
+  const auto events = Prefill(Prompt("pulled"), &status);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  const v1::Lease lease = events[3].kv_ready();
+  v1::PullKvRequest request;
+  request.set_lease(lease.name());
+  request.set_generation(lease.generation());
+  for (auto [type, size] : {std::pair(v1::DATA_TYPE_F32, 4), std::pair(v1::DATA_TYPE_BF16, 2)}) {
+    request = v1::PullKvRequest();
+    request.set_lease(lease.name());
+    request.set_generation(lease.generation());
+    request.mutable_layout()->set_data_type(type);
+    request.set_chunk_bytes(4096);
+    const std::string whole = Pull(request, &status);
+    ASSERT_TRUE(status.ok()) << status.error_message();
+    const size_t tensor = 2 * 130 * 64 * static_cast<size_t>(size);
+    ASSERT_EQ(whole.size(), 4 * tensor) << "two layers of K and V";
+    request.set_first_layer(1);
+    for (uint32_t index : {0u, 1u}) {
+      for (size_t offset : {size_t{0}, size_t{1}, size_t{40'001}, tensor - 1, tensor}) {
+        offset = std::min(offset, tensor);
+        request.set_resume_tensor_index(index);
+        request.set_resume_byte_offset(offset);
+        EXPECT_EQ(Pull(request, &status), whole.substr((2 + index) * tensor + offset)) << offset;
+        EXPECT_TRUE(status.ok()) << status.error_message();
+      }
+    }
+  }
+  Release(lease);
+  EXPECT_TRUE(Pull(request, &status).empty());
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::NOT_FOUND);
+}
+
+TEST_F(ServerTest, NegotiatesLayoutTransportAndFingerprint) {
+  const auto negotiate = [&](const v1::NegotiateRequest& request, v1::NegotiateResponse* response) {
+    grpc::ClientContext context;
+    return caller_.handoff->Negotiate(&context, request, response).error_code();
+  };
+  v1::NegotiateRequest request;
+  v1::NegotiateResponse response;
+  request.set_model("base");
+  request.add_transports(v1::TRANSPORT_CUDA_IPC);
+  request.add_transports(v1::TRANSPORT_GRPC);
+  ASSERT_EQ(negotiate(request, &response), grpc::StatusCode::OK);
+  EXPECT_EQ(response.transport(), v1::TRANSPORT_GRPC);
+  EXPECT_EQ(response.layout().physical_order_size(), 5);
+  EXPECT_EQ(response.fingerprint().size(), 64u);
+  EXPECT_EQ(response.limits().max_prompt_tokens(), 1024u);
+  request.set_fingerprint(response.fingerprint());
+  EXPECT_EQ(negotiate(request, &response), grpc::StatusCode::OK);
+  request.set_fingerprint("other");
+  EXPECT_EQ(negotiate(request, &response), grpc::StatusCode::FAILED_PRECONDITION);
+  request.clear_fingerprint();
+  request.mutable_transports()->RemoveLast();  // a pinned transport never falls back
+  EXPECT_EQ(negotiate(request, &response), grpc::StatusCode::UNIMPLEMENTED);
+}
+
+TEST(ServerStart, AnErrorIsOneLineThatNamesTheFlag) {
+  Config config = TestConfig();
+  config.models[0].directory = "/does/not/exist";
+  auto server = Server::Start(config);
+  ASSERT_FALSE(server.ok());
+  EXPECT_NE(server.status().message().find("--model=base"), absl::string_view::npos);
+
+  config = TestConfig();
+  config.models.clear();
+  auto first = Server::Start(config);
+  ASSERT_TRUE(first.ok()) << first.status();
+  config.listen = (*first)->grpc_endpoint();
+  auto second = Server::Start(config);
+  ASSERT_FALSE(second.ok());
+  EXPECT_NE(second.status().message().find("--listen"), absl::string_view::npos);
+  config.listen = {"127.0.0.1", 0};
+  config.http = (*first)->http_endpoint();
+  second = Server::Start(config);
+  ASSERT_FALSE(second.ok());
+  EXPECT_NE(second.status().message().find("--http"), absl::string_view::npos);
+}
+
+TEST(ServerStart, MutualTlsLetsOnlyTheRightClientsIn) {
+  Config config = TestConfig();
+  config.models.clear();
+  config.tls_cert = kFixtures + "/tls/server.pem";
+  config.tls_key = kFixtures + "/tls/server.key";
+  config.tls_client_ca = kFixtures + "/tls/ca.pem";
+  auto server = Server::Start(config);
+  ASSERT_TRUE(server.ok()) << server.status();
+  const auto list = [&](std::shared_ptr<grpc::ChannelCredentials> credentials) {
+    Caller caller(**server, credentials);
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
+    v1::ListModelsResponse response;
+    return caller.models->ListModels(&context, {}, &response).error_code();
+  };
+  const auto tls = [&](const char* who) {
+    grpc::SslCredentialsOptions options;
+    options.pem_root_certs = ReadFile(config.tls_client_ca);
+    if (who != nullptr) {
+      options.pem_cert_chain = ReadFile(kFixtures + "/tls/" + who + ".pem");
+      options.pem_private_key = ReadFile(kFixtures + "/tls/" + who + ".key");
+    }
+    return grpc::SslCredentials(options);
+  };
+  EXPECT_EQ(list(tls("client")), grpc::StatusCode::OK);
+  EXPECT_EQ(list(tls("stranger")), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(list(tls(nullptr)), grpc::StatusCode::UNAVAILABLE) << "no certificate";
+  EXPECT_EQ(list(grpc::InsecureChannelCredentials()), grpc::StatusCode::UNAVAILABLE);
+}
+
+TEST(ServerStart, ABrokenKeyEndsTheStart) {
+  Config config = TestConfig();
+  config.models.clear();
+  config.tls_cert = kFixtures + "/tls/server.pem";
+  config.tls_key = "/does/not/exist";
+  EXPECT_NE(Server::Start(config).status().message().find("--tls_key"), absl::string_view::npos);
+  config.tls_key = kFixtures + "/tls/server.pem";  // no key in it
+  EXPECT_FALSE(Server::Start(config).ok());
+}
+
+TEST(ServerDrain, RefusesNewWorkAndWaitsForLeases) {
+  auto server = Server::Start(TestConfig());
+  ASSERT_TRUE(server.ok()) << server.status();
+  Caller caller(**server);
+  v1::PrefillRequest request;
+  request.set_model("base");
+  request.add_token_ids(1);
+  grpc::ClientContext context;
+  auto reader = caller.prefill->Prefill(&context, request);
+  v1::Lease lease;
+  for (v1::PrefillEvent event; reader->Read(&event);) {
+    if (event.has_kv_ready()) lease = event.kv_ready();
+  }
+  ASSERT_TRUE(reader->Finish().ok());
+
+  std::thread drain([&] { (*server)->Drain(); });
+  grpc::Status status;
+  do {  // until the drain has begun
+    grpc::ClientContext late_context;
+    auto late = caller.prefill->Prefill(&late_context, request);
+    for (v1::PrefillEvent event; late->Read(&event);) {
+      if (!event.has_kv_ready()) continue;
+      grpc::ClientContext release_context;
+      v1::ReleaseLeaseRequest release;
+      release.set_lease(event.kv_ready().name());
+      release.set_generation(event.kv_ready().generation());
+      release.set_reason(v1::RELEASE_REASON_CONSUMED);
+      v1::ReleaseLeaseResponse released;
+      caller.handoff->ReleaseLease(&release_context, release, &released);
+    }
+    status = late->Finish();
+  } while (status.ok());
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  google::rpc::Status details;
+  ASSERT_TRUE(details.ParseFromString(status.error_details()));
+  ASSERT_EQ(details.details_size(), 1);
+  EXPECT_TRUE(details.details(0).Is<google::rpc::RetryInfo>());
+
+  // The lease still serves; its release lets the drain end.
+  v1::PullKvRequest pull;
+  pull.set_lease(lease.name());
+  pull.set_generation(lease.generation());
+  grpc::ClientContext pull_context;
+  auto chunks = caller.handoff->PullKv(&pull_context, pull);
+  int count = 0;
+  for (v1::TensorChunk chunk; chunks->Read(&chunk);) ++count;
+  EXPECT_EQ(count, 4);
+  EXPECT_TRUE(chunks->Finish().ok());
+  grpc::ClientContext release_context;
+  v1::ReleaseLeaseRequest release;
+  release.set_lease(lease.name());
+  release.set_generation(lease.generation());
+  release.set_reason(v1::RELEASE_REASON_CONSUMED);
+  v1::ReleaseLeaseResponse released;
+  EXPECT_TRUE(caller.handoff->ReleaseLease(&release_context, release, &released).ok());
+  const absl::Time begin = absl::Now();
+  drain.join();
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(5)) << "it waited for its timeout";
+}
+
+}  // namespace
+}  // namespace prefilld
