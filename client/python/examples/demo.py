@@ -105,12 +105,13 @@ class DecodeProcess:
     """The decode tier: decode.py in a process of its own, over JSON lines."""
 
     def __init__(self, model_dir: pathlib.Path, log: pathlib.Path):
-        threads = str(len(os.sched_getaffinity(0)))
         with open(log, "wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "decode.py"), str(model_dir)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": threads})
+                # One thread: a token is bound by memory, and OpenBLAS's threads spin, which
+                # would take the cores from the server while it computes the next layers.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
         self._log = log
 
     def __enter__(self) -> "DecodeProcess":
@@ -278,6 +279,7 @@ def main() -> int:
     parser.add_argument("--document", type=pathlib.Path,
                         default=pathlib.Path("/usr/share/common-licenses/GPL-3"))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so both processes end
     try:
         demo(args.build, args.document)
     except (DemoError, PrefilldError, OSError) as error:

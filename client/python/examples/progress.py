@@ -7,7 +7,7 @@ import sys
 class Progress:
     """One bar at a time, on stderr. `with Progress("decode") as bar: bar.update(0.4, "26/64")`."""
 
-    WIDTH = 30
+    WIDTH = 16  # a line fits 80 columns
 
     def __init__(self, label: str):
         self._label = label
@@ -19,7 +19,7 @@ class Progress:
         """fraction: 0 to 1. Elsewhere than on a terminal each started quarter is one line."""
         if self._terminal:
             filled = round(self.WIDTH * fraction)
-            line = f"{self._label:<24} [{'#' * filled}{'.' * (self.WIDTH - filled)}] {note}"
+            line = f"{self._label:<20} [{'#' * filled}{'.' * (self.WIDTH - filled)}] {note}"
             sys.stderr.write("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1])
         elif int(4 * fraction) > self._shown:
             self._shown = int(4 * fraction)
