@@ -1,5 +1,6 @@
 #include "client/cli/app.h"
 
+#include "absl/strings/match.h"
 #include "client/cli/command.h"
 #include "client/cpp/errors.h"
 
@@ -12,7 +13,9 @@ constexpr int kExitUsage = 2;
 void PrintError(const absl::Status& status, std::ostream& err) {
   err << "prefillctl: " << absl::StatusCodeToString(status.code()) << ": "
       << std::string(status.message()) << "\n";
-  for (const std::string& line : client::DetailLines(status)) err << "  " << line << "\n";
+  for (const std::string& line : client::DetailLines(status)) {
+    if (!absl::StrContains(status.message(), line)) err << "  " << line << "\n";
+  }
 }
 
 }  // namespace

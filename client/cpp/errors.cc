@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/cord.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "google/rpc/error_details.pb.h"
 
@@ -44,7 +45,9 @@ std::vector<std::string> DetailLines(const absl::Status& status) {
   std::vector<std::string> lines;
   if (const auto bad = Detail<google::rpc::BadRequest>(status)) {
     for (const auto& violation : bad->field_violations()) {
-      lines.push_back(absl::StrCat(violation.field(), ": ", violation.description()));
+      const bool named = absl::StartsWith(violation.description(), violation.field());
+      lines.push_back(named ? violation.description()
+                            : absl::StrCat(violation.field(), ": ", violation.description()));
     }
   }
   if (const auto resource = Detail<google::rpc::ResourceInfo>(status)) {
