@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bench import Bench, progress
+from bench import OUT, Bench, progress
 from report import Check, Section
 
 TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM = 131072, 4, 1, 128
@@ -37,7 +37,7 @@ def long_input() -> dict[str, torch.Tensor]:
 
 def section(bench: Bench) -> Section:
     progress(f"memory: {TOKENS} tokens, joint")
-    source, result = bench.out / "long.safetensors", bench.out / "long-out.safetensors"
+    source, result = OUT / "long.safetensors", OUT / "long-out.safetensors"
     tensors = long_input()
     save_file(tensors, source)
     # o is as q; lse is F32 [q_heads, tokens].

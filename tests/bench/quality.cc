@@ -192,10 +192,11 @@ std::vector<Check> Checks(const std::vector<Run>& runs) {
     checks.push_back({absl::StrFormat("captured mass of joint %.2f", gamma), joint.mass,
                       gamma - kMassBelowGamma, true});
     if (gamma < kKlFromGamma) continue;
-    checks.push_back({absl::StrFormat("KL of joint / flexprefill at %.2f", gamma),
-                      joint.kl_mean / flex.kl_mean, kKlShare, false});
-    checks.push_back({absl::StrFormat("density of joint - flexprefill at %.2f", gamma),
-                      joint.density - flex.density, kDensityMargin, false});
+    checks.push_back({absl::StrFormat("KL of joint %.2f, %.1f of flexprefill's", gamma, kKlShare),
+                      joint.kl_mean, kKlShare * flex.kl_mean, false});
+    checks.push_back(
+        {absl::StrFormat("density of joint %.2f, flexprefill's + %.2f", gamma, kDensityMargin),
+         joint.density, flex.density + kDensityMargin, false});
   }
   return checks;
 }
@@ -209,7 +210,7 @@ void PrintTable(const std::vector<Run>& runs, const std::vector<Check>& checks) 
                  run.seconds);
   }
   for (const Check& check : checks) {
-    absl::PrintF("%s  %-42s %.3f (%s %.3f)\n", check.holds() ? "ok    " : "MISSED", check.what,
+    absl::PrintF("%s  %-42s %.4f (%s %.4f)\n", check.holds() ? "ok    " : "MISSED", check.what,
                  check.value, check.at_least ? "at least" : "at most", check.limit);
   }
 }
