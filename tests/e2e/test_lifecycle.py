@@ -9,7 +9,7 @@ import time
 import grpc
 import pytest
 
-from e2e import harness, prefilling
+from e2e import attending, harness, prefilling
 from e2e.harness import refused
 from e2e.test_observability import check_health
 
@@ -59,6 +59,8 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(mortal, tiny):
     with refused(UNAVAILABLE) as failure:
         prefilling.start(mortal, [1, 2, 3])
     assert failure[0].retry_after > 0
+    with refused(UNAVAILABLE):
+        attending.attend(mortal.prefill, *attending.small(tokens=10))
     assert mortal.process.poll() is None, "it did not wait for its work"
     call.finish()
     data = prefilling.collect(prefilling.checked(pull))

@@ -180,3 +180,33 @@ def test_cancelling_an_attend(server, stage):
         busy.wait()
     harness.eventually(lambda: server.metric("prefilld_requests_running") == 0)
     assert server.metric("prefilld_requests_waiting") == 0
+
+
+def test_tensors_beyond_the_memory_are_refused_before_they_are_sent(start_server):
+    with start_server("--attend_memory=1MiB") as server:
+        def admit(tokens):
+            call = attending.Call(server.prefill)
+            call.admit(attending.header(*attending.small(tokens=tokens)))
+            return call
+        with refused({RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT}) as never:
+            admit(5000)
+        assert never[0].retry_after is None  # it can never fit
+        first = admit(200)
+        with refused(RESOURCE_EXHAUSTED) as later:
+            admit(200)
+        assert later[0].retry_after > 0
+        first.cancel()
+        harness.eventually(lambda: server.metric("prefilld_upload_bytes_inflight") == 0)
+        attending.attend(server.prefill, *attending.small(tokens=200))
+
+
+def test_an_upload_that_stalls_is_given_up(start_server):
+    with start_server("--upload_timeout=1s") as server:
+        arrays = attending.small(tokens=400)
+        call = attending.Call(server.prefill)
+        call.admit(attending.header(*arrays))
+        call.send(attending.chunks(arrays, size=1 << 14)[0])
+        with refused({DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED}):
+            call.receive()
+        call.half_close()
+        harness.eventually(lambda: server.metric("prefilld_upload_bytes_inflight") == 0)
