@@ -49,6 +49,8 @@ absl::Status RunWithRetries(const CallOptions& options,
   std::minstd_rand rng(std::random_device{}());
   absl::Duration backoff = options.retry.first_delay;
   int tries = 0;
+  // gRPC rounds deadlines up and may let a call through that is already too late.
+  if (deadline <= absl::Now()) return absl::DeadlineExceededError("the deadline is already past");
   while (true) {
     Try current;
     current.context.set_deadline(absl::ToChronoTime(deadline));
