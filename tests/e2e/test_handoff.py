@@ -221,7 +221,7 @@ def slow_pull(server):
 @pytest.mark.parametrize("ending", ["release", "expiry"])
 def test_blocks_are_freed_only_after_the_running_pull(server, tiny, slow_pull, ending):
     free = server.metric("prefilld_kv_blocks", state="free")
-    call = prefilling.start(server, tiny.tokens(4000), lease_ttl=1).finish()
+    call = prefilling.start(server, tiny.tokens(4000), lease_ttl=3).finish()
     whole = prefilling.pull(server, call.ready)
     stream, first = slow_pull(call.ready)
     if ending == "release":

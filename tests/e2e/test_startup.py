@@ -15,7 +15,7 @@ from e2e import checkpoints, harness, safetensors_file
 def start_fails(*flags, words=(), listen="127.0.0.1:0", http="127.0.0.1:0"):
     done = subprocess.run([str(harness.PREFILLD), f"--listen={listen}", f"--http={http}",
                            "--backend=cpu", *flags],
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=20)
     assert done.returncode == 1, (done.returncode, done.stderr)
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
