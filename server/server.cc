@@ -123,6 +123,11 @@ absl::Status Server::LoadModels() {
       return Explain(absl::StrCat("--model=", source.name).c_str(), model.status());
     }
     const ModelInfo& info = (*model)->info();
+    const AttentionShape shape{DType::kF32,   info.q_heads, info.kv_heads,
+                               info.head_dim, {0, 1},       {0, 1}};
+    if (absl::Status status = backend_->Supports(shape, {.method = Method::kDense}); !status.ok()) {
+      return Explain(absl::StrCat("--model=", source.name).c_str(), status);
+    }
     block_bytes = std::max(
         block_bytes,
         KvGeometry{info.layers, info.kv_heads, info.head_dim, info.dtype, 1}.block_bytes());
@@ -219,9 +224,13 @@ Server::~Server() {
   stopping_.Notify();
   if (watch_.joinable()) watch_.join();
   if (grpc_) grpc_->Shutdown(absl::ToChronoTime(absl::Now()));
+  grpc_.reset();
   http_.reset();
   if (leases_) leases_->ReleaseAll(LeaseEnd::kAbandoned);
   scheduler_.reset();  // its sinks reach into what is above it
+  // gRPC lets go of the last slices in its own time. A pool they point into is rather leaked.
+  constexpr absl::Duration kSlicesTimeout = absl::Seconds(2);
+  if (pool_ && !pool_->WaitAllFree(absl::Now() + kSlicesTimeout)) (void)pool_.release();
 }
 
 }  // namespace prefilld

@@ -1,12 +1,19 @@
 #include "server/scheduler/policy.h"
 
+#include <cmath>
+#include <limits>
 #include <tuple>
 
 namespace prefilld {
 namespace {
 
-// Slack below this share of the remaining work counts as danger: the estimate may be that far off.
-constexpr double kDangerFactor = 1.0;
+// Slack by its power of two in seconds, so that two deadlines that differ by the milliseconds
+// between two arrivals leave the choice to priority. Slack that is used up is the most urgent.
+int SlackClass(absl::Duration slack) {
+  if (slack == absl::InfiniteDuration()) return std::numeric_limits<int>::max();
+  const double seconds = absl::ToDoubleSeconds(slack);
+  return seconds <= 0 ? std::numeric_limits<int>::min() : std::ilogb(seconds);
+}
 
 }  // namespace
 
@@ -16,11 +23,9 @@ std::optional<size_t> PickNext(const std::vector<StepView>& views, absl::Time no
   const auto key = [&](const StepView& view) {
     const absl::Duration waited = now - view.last_run;
     const bool starving = waited > passed_over_max;
-    const absl::Duration slack = view.deadline - now - view.remaining;
-    const bool danger = slack < kDangerFactor * view.remaining;
-    return std::make_tuple(!starving, starving ? -waited : absl::ZeroDuration(), !danger,
-                           danger ? slack : absl::ZeroDuration(), -view.priority, view.remaining,
-                           view.arrival);
+    return std::make_tuple(!starving, starving ? -waited : absl::ZeroDuration(),
+                           SlackClass(view.deadline - now - view.remaining), -view.priority,
+                           view.remaining, view.arrival);
   };
   std::optional<size_t> best;
   for (size_t i = 0; i < views.size(); ++i) {

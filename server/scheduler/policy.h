@@ -21,9 +21,9 @@ struct StepView {
 };
 
 // Order: what has been passed over for longer than `passed_over_max` first (longest first), then
-// least slack (deadline - now - remaining) among those with a deadline that is in danger, then
-// higher priority, then less remaining work, so that a short prompt does not wait for a long one,
-// then arrival. Empty when nothing is runnable.
+// least slack (deadline - now - remaining, compared by its power of two; no deadline is the most),
+// then higher priority, then less remaining work, so that a short prompt does not wait for a long
+// one, then arrival. Empty when nothing is runnable.
 std::optional<size_t> PickNext(const std::vector<StepView>& views, absl::Time now,
                                absl::Duration passed_over_max);
 

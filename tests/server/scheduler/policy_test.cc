@@ -44,22 +44,31 @@ TEST(Policy, PriorityComesBeforeLength) {
   EXPECT_EQ(Pick({View(absl::Seconds(2), absl::Seconds(1)), urgent}), 1u);
 }
 
-TEST(Policy, ADeadlineInDangerComesBeforePriority) {
+TEST(Policy, LeastSlackComesBeforePriority) {
   StepView urgent = View(absl::Seconds(1), absl::Seconds(1));
   urgent.priority = 100;
   StepView late = View(absl::Seconds(1), absl::Seconds(5));
-  late.deadline = kNow + absl::Seconds(7);
-  EXPECT_EQ(Pick({urgent, late}), 1u);
   late.deadline = kNow + absl::Seconds(70);
-  EXPECT_EQ(Pick({urgent, late}), 0u);
+  EXPECT_EQ(Pick({urgent, late}), 1u) << "no deadline is the most slack";
+  urgent.deadline = kNow + absl::Seconds(500);
+  EXPECT_EQ(Pick({urgent, late}), 1u);
 }
 
-TEST(Policy, LeastSlackFirstAmongDeadlinesInDanger) {
-  StepView a = View(absl::Seconds(1), absl::Seconds(5));
-  a.deadline = kNow + absl::Seconds(9);
-  StepView b = View(absl::Seconds(1), absl::Seconds(5));
-  b.deadline = kNow + absl::Seconds(6);
-  EXPECT_EQ(Pick({a, b}), 1u);
+TEST(Policy, DeadlinesThatHardlyDifferLeaveTheChoiceToPriority) {
+  StepView first = View(absl::Milliseconds(50), absl::Seconds(1));
+  first.deadline = kNow + absl::Milliseconds(59950);
+  StepView urgent = View(absl::Milliseconds(10), absl::Seconds(1));
+  urgent.deadline = kNow + absl::Milliseconds(59990);
+  urgent.priority = 1;
+  EXPECT_EQ(Pick({first, urgent}), 1u);
+}
+
+TEST(Policy, WorkThatIsAlreadyTooLateIsTheMostUrgent) {
+  StepView close = View(absl::Seconds(1), absl::Seconds(5));
+  close.deadline = kNow + absl::Milliseconds(5100);
+  StepView late = View(absl::Seconds(1), absl::Seconds(5));
+  late.deadline = kNow + absl::Seconds(4);
+  EXPECT_EQ(Pick({close, late}), 1u);
 }
 
 TEST(Policy, WhatWasPassedOverTooLongGoesFirst) {
