@@ -123,7 +123,7 @@ def attention(bench: Bench) -> Section:
     runs = data["benchmarks"]
     peak = max(run["GFLOP/s"] for run in runs if run["name"].startswith("Fma/"))
     return Section("Attention kernels", ["benchmark", "ms", "GFLOP/s", "share of peak"],
-                   [[run["name"].removesuffix("/real_time"), run["real_time"], run["GFLOP/s"],
+                   [[run["name"].split("/process_time")[0], run["real_time"], run["GFLOP/s"],
                      run["GFLOP/s"] / peak] for run in runs],
                    notes=[f"peak: multiply-adds in registers, {THREADS} threads; "
                           f"{runs[0].get('label', '')}"])
