@@ -85,8 +85,8 @@ class Server:
             self.process.wait()
             raise
 
-    def new_channel(self):
-        return grpc.insecure_channel(self.target, channel_options())
+    def new_channel(self, options=()):
+        return grpc.insecure_channel(self.target, [*channel_options(), *options])
 
     def get(self, path):
         """(status, body) of the HTTP port."""

@@ -204,11 +204,12 @@ def test_renewing_keeps_a_lease(server, tiny):
 @pytest.fixture
 def slow_pull(server):
     """slow_pull(lease) -> (stream, its first chunk): a pull that its reader holds up, on its own
-    connection."""
+    connection, whose window holds far less than the cache."""
     channels = []
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
 
     def start(lease):
-        channels.append(server.new_channel())
+        channels.append(server.new_channel(narrow))
         stub = kv_handoff_service_pb2_grpc.KvHandoffServiceStub(channels[-1])
         stream = prefilling.open_pull(server, lease, stub=stub)
         return stream, next(iter(stream))
@@ -221,7 +222,7 @@ def slow_pull(server):
 @pytest.mark.parametrize("ending", ["release", "expiry"])
 def test_blocks_are_freed_only_after_the_running_pull(server, tiny, slow_pull, ending):
     free = server.metric("prefilld_kv_blocks", state="free")
-    call = prefilling.start(server, tiny.tokens(4000), lease_ttl=3).finish()
+    call = prefilling.start(server, tiny.tokens(4000), lease_ttl=1).finish()
     whole = prefilling.pull(server, call.ready)
     stream, first = slow_pull(call.ready)
     if ending == "release":
