@@ -67,4 +67,12 @@ std::array<int64_t, 4> BlockPool::CountByState() const {
   return counts_;
 }
 
+bool BlockPool::WaitAllFree(absl::Time deadline) const {
+  absl::MutexLock lock(&mutex_);
+  const auto all_free = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return static_cast<int64_t>(free_.size()) == total_;
+  };
+  return mutex_.AwaitWithDeadline(absl::Condition(&all_free), deadline);
+}
+
 }  // namespace prefilld

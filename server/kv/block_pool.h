@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "kernels/backend.h"
 
 namespace prefilld {
@@ -43,6 +44,8 @@ class BlockPool {
     return arena_.as<std::byte>() + static_cast<size_t>(block) * block_bytes_;
   }
   std::array<int64_t, 4> CountByState() const;
+  // Blocks until every block is free, or the deadline: false.
+  bool WaitAllFree(absl::Time deadline) const;
 
  private:
   BlockPool(Buffer arena, size_t block_bytes, int64_t total);
