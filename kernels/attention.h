@@ -6,6 +6,7 @@
 // are aligned to absolute positions.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -16,7 +17,9 @@ namespace prefilld {
 
 enum class Method : uint8_t { kDense, kFlexPrefill, kJoint };
 constexpr const char* Name(Method method) {
-  return method == Method::kDense ? "dense" : method == Method::kFlexPrefill ? "flexprefill" : "joint";
+  return method == Method::kDense         ? "dense"
+         : method == Method::kFlexPrefill ? "flexprefill"
+                                          : "joint";
 }
 
 // What a head was given; the values are those of reports and outputs.
@@ -28,13 +31,13 @@ constexpr const char* Name(Pattern pattern) {
 
 struct SparsityPolicy {
   Method method = Method::kJoint;
-  double gamma = 0.9;              // coverage, 0 < gamma < 1
-  double tau = 0.1;                // flexprefill: heads with JS distance below it are query-aware
-  int64_t min_budget_tokens = 0;   // flexprefill's published value is 1024 (kFlexPrefillMinBudget)
+  double gamma = 0.9;             // coverage, 0 < gamma < 1
+  double tau = 0.1;               // flexprefill: heads with JS distance below it are query-aware
+  int64_t min_budget_tokens = 0;  // flexprefill's published value is 1024 (kFlexPrefillMinBudget)
   int64_t max_budget_tokens = std::numeric_limits<int64_t>::max();
-  int block_size = 128;            // 64 or 128
+  int block_size = 128;  // 64 or 128
   bool measure_captured_mass = true;
-  double min_captured_mass = 0;    // > 0: a head whose mean captured mass is below it runs dense
+  double min_captured_mass = 0;  // > 0: a head whose mean captured mass is below it runs dense
 
   bool operator==(const SparsityPolicy&) const = default;
 };
@@ -64,13 +67,11 @@ struct SequenceBlocks {
   int64_t row_begin;         // first row of this sequence in the block index
 
   // Blocks a dense causal pass computes: row i (from 0) sees first_q_block + i + 1 of them.
-  int64_t causal_blocks() const {
-    return q_blocks * first_q_block + q_blocks * (q_blocks + 1) / 2;
-  }
+  int64_t causal_blocks() const { return q_blocks * first_q_block + q_blocks * (q_blocks + 1) / 2; }
 };
 std::vector<SequenceBlocks> SplitIntoBlocks(const AttentionShape& shape, int block_size);
-int64_t TotalRows(const std::vector<SequenceBlocks>& sequences);      // sum of q_blocks
-int64_t MaxKeyBlocks(const std::vector<SequenceBlocks>& sequences);   // max of k_blocks
+int64_t TotalRows(const std::vector<SequenceBlocks>& sequences);     // sum of q_blocks
+int64_t MaxKeyBlocks(const std::vector<SequenceBlocks>& sequences);  // max of k_blocks
 
 // For each (head, row of blocks) the ascending key blocks to read, relative to their sequence.
 // Rows of all sequences are concatenated. Entries at and beyond count are unspecified.
@@ -78,7 +79,7 @@ struct BlockIndexView {
   int32_t* count = nullptr;  // [q_heads, rows]
   int32_t* index = nullptr;  // [q_heads, rows, stride]
   int64_t rows = 0;
-  int64_t stride = 0;        // >= MaxKeyBlocks
+  int64_t stride = 0;  // >= MaxKeyBlocks
 
   int32_t& count_at(int64_t h, int64_t row) const { return count[h * rows + row]; }
   int32_t* row_at(int64_t h, int64_t row) const { return index + (h * rows + row) * stride; }
@@ -94,22 +95,24 @@ constexpr const char* Name(DenseReason reason) {
 struct HeadReport {
   Pattern pattern = Pattern::kDense;
   DenseReason dense_reason = DenseReason::kNone;
-  float density = 1;             // computed / causal blocks
-  float captured_mass = 1;       // mean over the sampled rows; meaningful when measured
-  float captured_mass_min = 1;   // minimum over the sampled rows
+  float density = 1;            // computed / causal blocks
+  float captured_mass = 1;      // mean over the sampled rows; meaningful when measured
+  float captured_mass_min = 1;  // minimum over the sampled rows
 };
 
 // One call of the three stages. All pointers are the caller's and outlive the stages.
 struct AttentionArgs {
   AttentionShape shape;
   SparsityPolicy policy;
-  double softmax_scale = 0;     // > 0
-  ConstHeadsView q;             // [total_q, q_heads, d]
-  ConstHeadsView k, v;          // [total_k, kv_heads, d]
-  HeadsView o;                  // [total_q, q_heads, d], the dtype of q
-  float* lse = nullptr;         // [q_heads, total_q] natural log, or null
+  double softmax_scale = 0;  // > 0
+  ConstHeadsView q;          // [total_q, q_heads, d]
+  ConstHeadsView k, v;       // [total_k, kv_heads, d]
+  HeadsView o;               // [total_q, q_heads, d], the dtype of q
+  float* lse = nullptr;      // [q_heads, total_q] natural log, or null
   BlockIndexView index;
-  HeadReport* report = nullptr; // [sequences, q_heads], never null
+  HeadReport* report = nullptr;  // [sequences, q_heads], never null
+  // When it turns true, stage 3 may stop early and leave o and lse unspecified. May be null.
+  const std::atomic<bool>* cancelled = nullptr;
 };
 
 }  // namespace prefilld

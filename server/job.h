@@ -79,7 +79,7 @@ struct Job {
   std::unique_ptr<PrefillWork> prefill;
   std::shared_ptr<JobSink> sink;
 
-  // Any thread: ask to stop; honoured between steps. Wake the scheduler with Scheduler::Cancel.
+  // By Scheduler::Cancel: honoured between steps, and within attention over many blocks.
   std::atomic<bool> cancelled{false};
 
   // By Scheduler::Admit.

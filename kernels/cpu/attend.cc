@@ -114,6 +114,7 @@ void RunPass(const AttentionArgs& args, const std::vector<KvHead>& heads, float*
     const Scratch mine(scratch + omp_get_thread_num() * scratch_floats, args.shape.head_dim);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); ++i) {
+      if (args.cancelled != nullptr && args.cancelled->load(std::memory_order_relaxed)) continue;
       AttendBlock(MakeQueryBlock(args, heads[tasks[i].kv_head], tasks[i]), mine);
     }
   }

@@ -107,8 +107,12 @@ absl::Status Engine::RunStages(AttentionArgs& args, PhaseSeconds& phases,
     const int heads = args.shape.sequences() * args.shape.q_heads;
     for (int i = 0; i < heads; ++i) args.report[i].dense_reason = dense_reason;
   }
-  return Timed(device, Of(phases, Phase::kAttention),
-               [&] { return backend_.Attend(args, kStream); });
+  status =
+      Timed(device, Of(phases, Phase::kAttention), [&] { return backend_.Attend(args, kStream); });
+  if (status.ok() && args.cancelled != nullptr && *args.cancelled) {
+    return absl::CancelledError("cancelled");
+  }
+  return status;
 }
 
 // What one call teaches the cost model.
@@ -246,6 +250,7 @@ absl::Status Engine::RunLayer(Batch& batch) {
   args.v = {layer_.v, int64_t{info.kv_heads} * info.head_dim, info.head_dim};
   args.o = {layer_.o, int64_t{heads} * info.head_dim, info.head_dim};
   args.report = report.data();
+  if (batch.jobs.size() == 1) args.cancelled = &batch.jobs[0]->cancelled;
   status = RunStages(args, phases, batch.dense_reason);
   if (!status.ok()) return status;
   Observe(args, phases);
@@ -369,6 +374,7 @@ absl::Status Engine::RunAttend(Job& job) {
   job.report.entries.assign(static_cast<size_t>(sequences) * heads, {});
   job.report.captured_mass_measured = Measures(args.policy);
   args.report = job.report.entries.data();
+  args.cancelled = &job.cancelled;
   absl::Status status = RunStages(args, job.phases, dense_reason);
   if (!status.ok()) return status;
   Observe(args, job.phases);

@@ -94,6 +94,14 @@ TEST_F(EngineTest, ANamedMethodAlwaysRuns) {
   EXPECT_EQ(job->report.entries[0].pattern, Pattern::kJoint);
 }
 
+TEST_F(EngineTest, ACancelledAttendStopsWithinItsStep) {
+  auto job = NewAttend(1000, {.method = Method::kDense});
+  job->cancelled = true;
+  EXPECT_EQ(engine_.RunAttend(*job).code(), absl::StatusCode::kCancelled);
+  const float* o = job->attend->o.as<float>();
+  for (int64_t i = 0; i < 1000 * 128; ++i) ASSERT_EQ(o[i], 0) << "a block was computed";
+}
+
 TEST_F(EngineTest, HeadsBelowTheMinimumMassRunDense) {
   auto job = NewAttend(2000, {.method = Method::kJoint, .gamma = 0.3, .min_captured_mass = 0.999});
   ASSERT_TRUE(engine_.RunAttend(*job).ok());
