@@ -115,3 +115,9 @@ def attend(stub, q, k, v, dtype="F32", timeout=60, chunk_bytes=CHUNK, **fields):
 
 def small(family="random", tokens=200, **shape):
     return inputs.make(family, tokens, **shape)
+
+
+def serves_a_good_request(server):
+    """After a refusal."""
+    outputs, _ = attend(server.prefill, *small(tokens=130))
+    assert np.isfinite(outputs["o"]).all()

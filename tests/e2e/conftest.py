@@ -73,3 +73,9 @@ def start_server(tmp_path):
         return harness.Server(*flags, log_path=tmp_path / f"log{count}.jsonl", models=models)
 
     return start
+
+
+@pytest.fixture
+def qkv():
+    """Small arrays that an Attend accepts."""
+    return attending.small(tokens=300)

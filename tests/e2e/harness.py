@@ -1,4 +1,4 @@
-"""A prefilld process under test: started on free ports, observed from outside, stopped by SIGTERM."""
+"""A prefilld process under test: started on free ports, watched from outside, ended by SIGTERM."""
 
 import contextlib
 import json

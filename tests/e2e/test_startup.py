@@ -236,8 +236,8 @@ def test_shards_are_read(model, start_server):
     (lambda m: m | {Q: "/etc/passwd"}, "/etc/passwd"),
     (lambda m: m | {Q: ({v for v in m.values()} - {m[Q]}).pop()}, "q_proj"),
     (lambda m: "nothing", "index"),
-], ids=["tensor missing", "in another file", "file missing", "outside", "absolute", "in the other file",
-        "no map"])
+], ids=["tensor missing", "in another file", "file missing", "outside", "absolute",
+        "in the other file", "no map"])
 def test_a_broken_index_of_shards(model, index, word):
     shard(model, index)
     refuses(model, word)

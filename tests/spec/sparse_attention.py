@@ -216,7 +216,7 @@ def flexprefill_head(q, k, policy):
 
 
 def line_budget(scores, gamma):
-    """Blocks of lines that the released code keeps: a count of tokens, turned into blocks of 128."""
+    """Blocks of lines that the released code keeps: a count of tokens, made blocks of 128."""
     return token_budget(scores, gamma) // 128 + 1
 
 
@@ -354,7 +354,7 @@ def joint_lines(mass, row_block, causal, first, gamma_lines):
 
 
 def pooled_map(q, k, block_size, scale):
-    """[q_blocks, n]: softmax over pools of 32 tokens, summed over the pools of blocks, rows to 1."""
+    """[q_blocks, n]: softmax over pools of 32 tokens, summed by blocks, each row made 1."""
     sq, sk = len(q), len(k)
     prefix = sk - sq
     first_pool, pools = prefix // POOL, blocks(sk, POOL)
