@@ -75,8 +75,8 @@ def quality(bench: Bench) -> Section:
                                "kl_mean", "kl_median", "kl_second_half", "seconds")]
          for run in data["runs"]],
         [Check(c["what"], c["value"], c["limit"], c["at_least"]) for c in data["checks"]],
-        ["seconds are those of the engine, the measurement of the mass included",
-         "KL(dense, sparse) of the next-token distribution, in nats"])
+        ["kl: KL(dense, sparse) of the next-token distributions in nats, over positions",
+         "seconds are the engine's, the measurement of the mass included"])
 
 
 def handoff(bench: Bench) -> Section:
