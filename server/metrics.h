@@ -55,7 +55,7 @@ struct Metrics {
   prometheus::Gauge& upload_bytes_inflight;    // admitted and not arrived; by rpc
   prometheus::Histogram& prompt_tokens;        // of every admitted Prefill; by rpc
   prometheus::Counter& tokens_total;           // query tokens of finished jobs; by the scheduler
-  prometheus::Histogram& time_to_first_layer;  // seconds from a Prefill's arrival; by the scheduler
+  prometheus::Histogram& time_to_first_layer;  // seconds from a Prefill's arrival; by the engine
 
   // --- hand-off and leases ---
   prometheus::Counter& handoff_bytes;       // payload bytes sent by PullKv

@@ -72,7 +72,7 @@ absl::Status AttendReactor::OnHeader() {
   if (!ParseMessage(&read_, &request) || !request.has_header()) {
     return InvalidField("header", "the first message is no AttendRequest with a header");
   }
-  request_id_ = request.header().request_id();
+  request_id_ = request.header().request_id().substr(0, kRequestIdBytesMax);
   auto valid = ValidateAttend(request.header(), rpc_.limits);
   if (!valid.ok()) return valid.status();
   const std::shared_ptr<Job> job = valid->job;

@@ -61,7 +61,7 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   absl::Mutex mutex_;
   std::shared_ptr<AttendReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   CallRecord record_ ABSL_GUARDED_BY(mutex_);
-  std::string request_id_ ABSL_GUARDED_BY(mutex_);    // as the header gave it
+  std::string request_id_ ABSL_GUARDED_BY(mutex_);    // for the log
   std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // once admitted, until OnDone
   bool ragged_ ABSL_GUARDED_BY(mutex_) = false;
   bool computing_ ABSL_GUARDED_BY(mutex_) = false;  // uploaded, the peer has nothing to do

@@ -16,8 +16,11 @@ PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerConte
   reactor->self_ = reactor;
   if (!stream.ok()) {
     rpc.metrics.Rejected(stream.status());
+    const grpc::Status wire = ToGrpcStatus(stream.status());
     Log(Level::kWarning, "prefill_refused",
-        {{"request_id", request.request_id()}, {"message", stream.status().ToString()}});
+        {{"request_id", request.request_id().substr(0, kRequestIdBytesMax)},
+         {"code", CodeName(wire.error_code())},
+         {"message", wire.error_message()}});
     reactor->End(stream.status());
   } else if (*stream == nullptr) {
     reactor->End(absl::OkStatus());

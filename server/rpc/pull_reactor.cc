@@ -42,7 +42,7 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
     return InvalidField("request", "the message is no PullKvRequest");
   }
   absl::MutexLock lock(&mutex_);
-  lease_ = request.lease();
+  lease_ = request.lease().substr(0, kRequestIdBytesMax);
   if (!request.boot_id().empty() && request.boot_id() != rpc_.boot_id) {
     return absl::FailedPreconditionError(
         absl::StrCat("the lease is of boot_id ", request.boot_id().substr(0, 64),

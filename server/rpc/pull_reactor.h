@@ -57,7 +57,7 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   absl::Mutex mutex_;
   std::shared_ptr<PullReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   CallRecord record_ ABSL_GUARDED_BY(mutex_);
-  std::string lease_ ABSL_GUARDED_BY(mutex_);
+  std::string lease_ ABSL_GUARDED_BY(mutex_);  // for the log
   ValidPull range_ ABSL_GUARDED_BY(mutex_);
   uint64_t tensor_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   std::shared_ptr<KvCache> cache_ ABSL_GUARDED_BY(mutex_);

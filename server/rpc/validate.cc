@@ -18,7 +18,6 @@
 namespace prefilld {
 namespace {
 
-constexpr size_t kRequestIdBytesMax = 64;
 constexpr int kPriorityMax = 100;
 // With these no product of one tensor's dimensions can overflow 64 bits.
 constexpr int64_t kTokensMax = std::numeric_limits<int32_t>::max();

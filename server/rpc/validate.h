@@ -50,6 +50,7 @@ absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
 // The caller's id, or a new one when it has none.
 absl::StatusOr<std::string> ValidateRequestId(const std::string& id);
 std::string NewId();
+inline constexpr size_t kRequestIdBytesMax = 64;
 
 // FAILED_PRECONDITION for a layout that is legal but not served. Returns the dtype to send.
 absl::StatusOr<DType> ValidateLayout(const v1::KvLayout& layout, const std::string& field,
