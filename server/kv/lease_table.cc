@@ -8,7 +8,10 @@
 
 namespace prefilld {
 
-LeaseTable::LeaseTable(Events events) : events_(std::move(events)), thread_([this] { Expire(); }) {}
+LeaseTable::LeaseTable(Events events, absl::Duration stalled_reader_grace)
+    : events_(std::move(events)),
+      stalled_reader_grace_(stalled_reader_grace),
+      thread_([this] { Expire(); }) {}
 
 LeaseTable::~LeaseTable() {
   {
@@ -98,7 +101,7 @@ void LeaseTable::End(Entry entry, LeaseEnd why) {
   if (events_.ended) events_.ended(entry.info, why);
   if (entry.cache->running_transfers() > 0) {
     absl::MutexLock lock(&mutex_);
-    closing_.emplace_back(std::move(entry.cache), entry.info.ttl);
+    closing_.emplace_back(std::move(entry.cache), std::max(entry.info.ttl, stalled_reader_grace_));
     changed_ = true;
   }
 }
@@ -136,15 +139,15 @@ void LeaseTable::Expire() {
     }
     // Caches whose lease has ended while somebody reads them: a reader that stalls is cut off.
     std::vector<std::pair<std::shared_ptr<KvCache>, absl::Duration>> closing;
-    for (const auto& [cache, ttl] : closing_) {
+    for (const auto& [cache, grace] : closing_) {
       if (cache->running_transfers() == 0) continue;
-      closing.emplace_back(cache, ttl);
-      next = std::min(next, now + ttl);
+      closing.emplace_back(cache, grace);
+      next = std::min(next, now + grace);
     }
     closing_ = closing;
     mutex_.Unlock();
     for (Entry& entry : expired) End(std::move(entry), LeaseEnd::kExpired);
-    for (const auto& [cache, ttl] : closing) cache->AbortStalled(now - ttl);
+    for (const auto& [cache, grace] : closing) cache->AbortStalled(now - grace);
     closing.clear();
     mutex_.Lock();
     mutex_.AwaitWithDeadline(absl::Condition(&changed_), next);

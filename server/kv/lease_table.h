@@ -35,7 +35,9 @@ class LeaseTable {
   struct Events {
     std::function<void(const LeaseInfo&, LeaseEnd)> ended;  // any thread; log and metrics
   };
-  explicit LeaseTable(Events events);
+  // stalled_reader_grace: how long a pull may stand still after its lease has ended, at least; a
+  // longer ttl gives it that. Shorter frees memory sooner, longer spares slow readers.
+  explicit LeaseTable(Events events, absl::Duration stalled_reader_grace = absl::Seconds(30));
   ~LeaseTable();
 
   // `abandon` is called once if the lease ends before the cache is complete: stop the work. A lease
@@ -69,6 +71,7 @@ class LeaseTable {
   void Expire();  // the thread
 
   const Events events_;
+  const absl::Duration stalled_reader_grace_;
   mutable absl::Mutex mutex_;
   Entries entries_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::pair<std::shared_ptr<KvCache>, absl::Duration>> closing_ ABSL_GUARDED_BY(mutex_);

@@ -60,7 +60,9 @@ absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
     return RetryLater(absl::StatusCode::kUnavailable, "draining", "the server is shutting down",
                       absl::Seconds(1));
   }
-  if (job->deadline <= now) return absl::DeadlineExceededError("the deadline has passed already");
+  // gRPC rounds a deadline up: less than a millisecond left is none.
+  if (job->deadline <= now + absl::Milliseconds(1))
+    return absl::DeadlineExceededError("the deadline has passed already");
   if (now + absl::Seconds(seconds / kInfeasibleFactor) > job->deadline) {
     return DeadlineInfeasible(
         absl::StrCat("the work takes about ", absl::FormatDuration(absl::Seconds(seconds)),
@@ -319,7 +321,8 @@ void Scheduler::End(const std::shared_ptr<Job>& job, const absl::Status& status)
     if (!status.ok()) job->prefill->cache->Fail(status);
   }
   for (size_t phase = 0; phase < job->phases.size(); ++phase) {
-    if (job->phases[phase] > 0) metrics_.ObservePhase(static_cast<Phase>(phase), job->phases[phase]);
+    if (job->phases[phase] > 0)
+      metrics_.ObservePhase(static_cast<Phase>(phase), job->phases[phase]);
   }
   job->sink->OnFinished(status);
   absl::MutexLock lock(&mutex_);

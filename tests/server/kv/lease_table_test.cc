@@ -91,7 +91,7 @@ TEST_F(LeaseTableTest, AbandoningUnfinishedWorkStopsIt) {
 }
 
 TEST_F(LeaseTableTest, AStalledPullIsCutOffAfterTheLeaseEnds) {
-  LeaseTable table({});
+  LeaseTable table({}, /*stalled_reader_grace=*/absl::Milliseconds(10));
   auto cache = NewCache();
   Complete(*cache);
   absl::Notification aborted;
