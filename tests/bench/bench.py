@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from tests.e2e.harness import BUILD, PREFILLCTL, Server  # noqa: E402  (as the end-to-end tests)
+from e2e.harness import BUILD, PREFILLCTL, Server  # noqa: E402  (as the end-to-end tests)
 
 OUT = BUILD / "bench"
 MODEL = "smollm2"
