@@ -2,10 +2,9 @@
 #   docker build -t prefilld .
 #   docker run -p 50051:50051 -p 9464:9464 -v /path/to/model:/models/m:ro prefilld --model=m=/models/m
 FROM debian:12-slim AS build
-RUN apt-get update && apt-get install -y --no-install-recommends \
-      g++ cmake ninja-build libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev \
-      libabsl-dev prometheus-cpp-dev libcivetweb-dev libhwy-dev libdnnl-dev libisal-dev libssl-dev \
-      nlohmann-json3-dev libcli11-dev \
+COPY deploy/packages.txt /tmp/
+RUN apt-get update \
+    && grep -v '^#' /tmp/packages.txt | xargs apt-get install -y --no-install-recommends \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
