@@ -242,8 +242,10 @@ void AttendReactor::OnDone() {
 void AttendReactor::Watch() {
   alarm_ = std::make_unique<grpc::Alarm>();
   alarm_->Set(absl::ToChronoTime(progress_ + rpc_.upload_timeout),
-              [self = shared_from_this()](bool fired) {
-                if (fired) self->OnAlarm();
+              [weak = weak_from_this()](bool fired) {
+                // Weak: the alarm, which is ours, keeps this function as long as it lives.
+                const auto self = fired ? weak.lock() : nullptr;
+                if (self) self->OnAlarm();
               });
 }
 

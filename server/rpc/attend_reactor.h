@@ -1,7 +1,7 @@
 // One Attend call: header, admission, upload, computation, outputs, summary. Raw buffers, so that
 // tensor bytes are copied once on their way in and not at all on their way out.
 //
-// Lifetime: shared by gRPC (until OnDone), the job (as its sink), the timer and nothing else.
+// Lifetime: shared by gRPC (until OnDone) and the job (as its sink).
 // Threads: gRPC's and the scheduler's; every member is guarded by one mutex but the upload, which
 // only the single outstanding read touches.
 #pragma once
