@@ -1,0 +1,59 @@
+"""ARCHITECTURE.md, section 2: who may include whom, read off the includes of the C++ sources."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+
+# Folder -> the folders of ours it may include. `process` is what main() builds, once, of the rest.
+BELOW_ENGINE = {"server/core", "server/model", "server/kv", "kernels"}
+BELOW_RPC = BELOW_ENGINE | {"server/engine", "server/scheduler"}
+MAY_INCLUDE = {
+    "kernels": set(), "server/core": {"kernels"}, "server/model": {"kernels"},
+    "server/kv": {"server/core", "kernels"}, "server/engine": BELOW_ENGINE,
+    "server/scheduler": BELOW_ENGINE | {"server/engine"}, "server/rpc": BELOW_RPC | {"proto/wire"},
+    "server/process": BELOW_RPC | {"server/rpc", "proto/wire"},
+    "proto/wire": set(), "client/cpp": {"proto/wire"}, "client/cli": {"client/cpp", "proto/wire"},
+}
+EXCEPT = {("server/metrics.h", "server/kv/block_pool.h")}  # the states of blocks, a gauge each
+# How a header of others starts -> how the paths start that may include it.
+ENDS_IN = {
+    r"grpc|google/(rpc|protobuf)/|prefilld/v1/": r"server/rpc/|proto/wire/|client/|server/server\.",
+    r"(dnnl|hwy)\b": r"kernels/cpu/",
+    r"omp\.h": r"kernels/cpu/|kernels/backend\.cc",
+    r"prometheus/": r"server/metrics\.|server/http\.cc",
+}
+
+
+def folder(path: str) -> str:
+    if re.match(r"server/\w+\.", path):
+        built = re.match(r"server/(config|http|main|server)\.", path)
+        return "server/process" if built else "server/core"
+    return next((name for name in MAY_INCLUDE if path.startswith(name + "/")), "")
+
+
+def broken(path: str, header: str) -> bool:
+    if re.match(r"(kernels|server|client|proto|tests)/", header):
+        return (folder(header) not in MAY_INCLUDE[folder(path)] | {folder(path)}
+                and (path, header) not in EXCEPT)
+    return any(re.match(what, header) and not re.match(places, path)
+               for what, places in ENDS_IN.items())
+
+
+def test_sources_include_what_their_folder_may():
+    files = {str(path.relative_to(ROOT)): path for top in ("kernels", "server", "client", "proto")
+             for path in (ROOT / top).rglob("*") if path.suffix in (".cc", ".h")}
+    assert {folder(path) for path in files} == set(MAY_INCLUDE)
+    assert not [f"{path} includes {header}" for path in sorted(files)
+                for header in INCLUDE.findall(files[path].read_text()) if broken(path, header)]
+
+
+@pytest.mark.parametrize(("path", "header"), [
+    ("kernels/ops.h", "server/job.h"), ("server/kv/layout.cc", "server/engine/engine.h"),
+    ("client/cpp/call.cc", "server/errors.h"), ("server/job.h", "prefilld/v1/tensor.pb.h"),
+    ("server/model/config.cc", "dnnl.hpp"), ("server/rpc/call.h", "prometheus/counter.h")])
+def test_a_broken_rule_is_found(path, header):
+    assert broken(path, header)
