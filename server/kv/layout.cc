@@ -1,53 +1,13 @@
 #include "server/kv/layout.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
+
+#include "kernels/cpu/elementwise.h"
+#include "kernels/cpu/tile.h"
 
 namespace prefilld {
 namespace {
-
-float Load(DType dtype, const std::byte* from) {
-  if (dtype == DType::kF32) {
-    float value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  if (dtype == DType::kBF16) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof(value));
-    return value;
-  }
-  _Float16 half;
-  std::memcpy(&half, &bits, sizeof(half));
-  return static_cast<float>(half);
-}
-
-void Store(DType dtype, float value, std::byte* to) {
-  switch (dtype) {
-    case DType::kF32:
-      std::memcpy(to, &value, sizeof(value));
-      return;
-    case DType::kBF16: {
-      uint32_t wide;
-      std::memcpy(&wide, &value, sizeof(wide));
-      // Rounding could carry a NaN's mantissa into infinity: it keeps its upper half, made quiet.
-      const uint32_t rounded =
-          value != value ? wide | 0x400000 : wide + 0x7fff + ((wide >> 16) & 1);
-      const uint16_t bits = static_cast<uint16_t>(rounded >> 16);
-      std::memcpy(to, &bits, sizeof(bits));
-      return;
-    }
-    case DType::kF16: {
-      const _Float16 half = static_cast<_Float16>(value);
-      std::memcpy(to, &half, sizeof(half));
-      return;
-    }
-  }
-}
 
 // Calls visit(data, bytes) for the pieces of [offset, offset + bytes), one tile at a time.
 template <typename Visit>
@@ -84,21 +44,27 @@ std::vector<ByteSpan> HfSpans(const KvCache::Pin& pin, bool value, uint64_t offs
 
 void ConvertHf(const KvCache::Pin& pin, bool value, DType dtype, uint64_t offset, size_t bytes,
                std::byte* out) {
+  constexpr uint64_t kBatch = 1024;  // elements; small enough to stay in the first cache
+  alignas(64) float wide[kBatch];
+  alignas(64) std::byte narrow[kBatch * sizeof(float)];
   const DType from = pin.geometry().dtype;
   const size_t from_size = SizeOf(from), to_size = SizeOf(dtype);
-  // Whole elements; the first and the last may be cut by the range.
-  const uint64_t first = offset / to_size;
+  // Whole elements are converted; of the first and the last the range may want only a part.
+  uint64_t element = offset / to_size;
   const uint64_t end = (offset + bytes + to_size - 1) / to_size;
-  uint64_t element = first;
-  ForEachSpan(pin, value, first * from_size, (end - first) * from_size,
-              [&](const std::byte* data, size_t size) {
-                for (; size > 0; size -= from_size, data += from_size, ++element) {
-                  std::array<std::byte, 4> converted;
-                  Store(dtype, Load(from, data), converted.data());
+  ForEachSpan(pin, value, element * from_size, (end - element) * from_size,
+              [&](const std::byte* data, uint64_t size) {
+                for (uint64_t left = size / from_size; left > 0;) {
+                  const uint64_t count = std::min(left, kBatch);
+                  cpu::WidenRows(data, from, 0, 1, static_cast<int>(count), 1.0f, wide, 0);
+                  cpu::Narrow(wide, static_cast<int64_t>(count), dtype, narrow);
                   const uint64_t begin = element * to_size;
-                  const uint64_t lo = std::max(begin, offset);
-                  const uint64_t hi = std::min(begin + to_size, offset + bytes);
-                  std::memcpy(out + (lo - offset), converted.data() + (lo - begin), hi - lo);
+                  const uint64_t first = std::max(begin, offset);
+                  const uint64_t last = std::min(begin + count * to_size, offset + bytes);
+                  std::memcpy(out + (first - offset), narrow + (first - begin), last - first);
+                  data += count * from_size;
+                  element += count;
+                  left -= count;
                 }
               });
 }
