@@ -75,6 +75,7 @@ struct Job {
   absl::Time deadline = absl::InfiniteFuture();
   SparsityPolicy policy;
   bool method_unspecified = false;     // dense may be chosen where it is faster
+  uint64_t held_bytes = 0;             // host memory of an Attend: tensors, outputs, block index
   std::unique_ptr<AttendWork> attend;  // exactly one of the two
   std::unique_ptr<PrefillWork> prefill;
   std::shared_ptr<JobSink> sink;
@@ -82,7 +83,8 @@ struct Job {
   // By Scheduler::Cancel: honoured between steps, and within attention over many blocks.
   std::atomic<bool> cancelled{false};
 
-  // By Scheduler::Admit.
+  // By Scheduler::Admit. The budget takes held_bytes back when the job goes, outputs and all.
+  std::shared_ptr<void> budget;
   int queue_position = 0;
   absl::Duration estimated_wait;
 

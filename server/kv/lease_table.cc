@@ -97,8 +97,8 @@ void LeaseTable::End(Entry entry, LeaseEnd why) {
   const char* verb = why == LeaseEnd::kExpired ? "expired" : "was released";
   entry.cache->Close(
       absl::FailedPreconditionError(absl::StrCat("lease '", entry.info.name, "' ", verb)));
+  if (events_.ended) events_.ended(entry.info, why);  // the name is free before the job hears of it
   if (!entry.cache->complete() && entry.abandon) entry.abandon();
-  if (events_.ended) events_.ended(entry.info, why);
   if (entry.cache->running_transfers() > 0) {
     absl::MutexLock lock(&mutex_);
     closing_.emplace_back(std::move(entry.cache), std::max(entry.info.ttl, stalled_reader_grace_));

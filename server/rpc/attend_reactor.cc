@@ -44,6 +44,7 @@ void AttendReactor::OnReadDone(bool ok) {
     }
     if (!ok) {  // the caller has closed its side
       if (!upload_->complete()) {
+        if (context_->IsCancelled()) return End(WhyCancelled(deadline_));
         End(absl::DataLossError(absl::StrCat("the upload ended after ", upload_->received_bytes(),
                                              " of ", upload_->total_bytes(), " bytes")));
       }
@@ -164,9 +165,9 @@ void AttendReactor::OnFinished(const absl::Status& status) {
   WriteNext();
 }
 
-void AttendReactor::Write(grpc::ByteBuffer message) {
+void AttendReactor::Write(const grpc::ByteBuffer& message) {
   writing_ = true;
-  write_ = std::move(message);
+  write_ = message;  // shares the slices
   StartWrite(&write_);
 }
 
@@ -208,7 +209,6 @@ void AttendReactor::End(const absl::Status& status) {
   rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_));
   bytes_to_come_ = 0;
   if (job_ && !job_ended_) rpc_.scheduler.Cancel(job_, status);
-  if (alarm_) alarm_->Cancel();
   const grpc::Status wire = record_.End(status);
   if (job_) {
     rpc_.attends.Release(job_->request_id);
@@ -233,6 +233,7 @@ void AttendReactor::OnDone() {
   std::shared_ptr<AttendReactor> self;  // dropped last, after the lock
   std::shared_ptr<Job> job;
   absl::MutexLock lock(&mutex_);
+  if (alarm_) alarm_->Cancel();
   job.swap(job_);
   outputs_.reset();
   self.swap(self_);
@@ -251,8 +252,10 @@ void AttendReactor::Watch() {
 
 void AttendReactor::OnAlarm() {
   absl::MutexLock lock(&mutex_);
-  if (ended_ || computing_) return;  // OnFinished watches again
+  if (!self_) return;                 // the call is over, its context gone
+  if (!ended_ && computing_) return;  // OnFinished watches again
   if (absl::Now() < progress_ + rpc_.upload_timeout) return Watch();
+  if (ended_) return context_->TryCancel();  // the peer does not even take the status
   const absl::Status status = absl::DeadlineExceededError(
       absl::StrCat("no chunk moved for ", absl::FormatDuration(rpc_.upload_timeout)));
   const bool stuck = writing_;

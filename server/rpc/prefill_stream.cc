@@ -16,6 +16,7 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(RpcContext& 
                                                                     ValidPrefill valid,
                                                                     std::string content) {
   const std::shared_ptr<Job> job = std::move(valid.job);
+  if (absl::Status status = rpc.scheduler.CheckOpen(*job); !status.ok()) return status;
   const ModelInfo& info = job->prefill->model->info();
   auto cache = KvCache::Create(
       *rpc.pool, {info.layers, info.kv_heads, info.head_dim, info.dtype, job->tokens()},

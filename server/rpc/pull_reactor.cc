@@ -76,6 +76,9 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
       ++layer_;
     }
   }
+  // Who starts here has all before it: a write that broke after the last byte had arrived must not
+  // keep a layer of a streamed cache for ever.
+  for (int layer = std::max(0, layer_ - 2); layer < layer_; ++layer) cache_->Delivered(layer);
   return absl::OkStatus();
 }
 

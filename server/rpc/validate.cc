@@ -234,6 +234,7 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
   valid.job->policy = policy->policy;
   if (header.return_block_index()) valid.job->policy.measure_captured_mass = true;  // an output
   valid.job->method_unspecified = policy->method_unspecified;
+  valid.job->held_bytes = bytes;
   valid.job->attend = std::move(work);
   return valid;
 }

@@ -14,20 +14,16 @@ namespace {
 // this factor: the cost model may be off, a wrong refusal is worse than a late answer.
 constexpr double kInfeasibleFactor = 1.5;
 
-// Bytes of the tensors an Attend holds in host memory.
-uint64_t AttendBytes(const Job& job) {
-  if (!job.attend) return 0;
-  const AttentionShape& shape = job.attend->shape;
-  const uint64_t q = static_cast<uint64_t>(shape.total_q()) * shape.q_heads;
-  const uint64_t kv = static_cast<uint64_t>(shape.total_k()) * shape.kv_heads;
-  return (2 * q + 2 * kv) * shape.head_dim * SizeOf(shape.dtype);
-}
-
 void StartClock(Job& job, absl::Time now) {
   job.started = now;
   const absl::Time ready = job.attend ? std::min(job.uploaded, now) : job.arrival;
   job.phases[static_cast<size_t>(Phase::kQueue)] = absl::ToDoubleSeconds(now - ready);
   job.phases[static_cast<size_t>(Phase::kUpload)] = absl::ToDoubleSeconds(ready - job.arrival);
+}
+
+absl::Status Draining() {
+  return RetryLater(absl::StatusCode::kUnavailable, "draining", "the server is shutting down",
+                    absl::Seconds(1));
 }
 
 bool MayShareBatch(const Job& a, const Job& b) {
@@ -49,25 +45,30 @@ Scheduler::~Scheduler() {
   thread_.join();
 }
 
-absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
+absl::Status Scheduler::CheckOpen(const Job& job) const {
   const absl::Time now = absl::Now();
-  const double seconds = engine_.PredictSeconds(*job);
-  const uint64_t bytes = AttendBytes(*job);
+  const double seconds = engine_.PredictSeconds(job);
   absl::MutexLock lock(&mutex_);
-  const absl::Duration wait =
-      std::clamp(absl::Seconds(backlog_seconds_), absl::Milliseconds(100), absl::Seconds(60));
-  if (draining_ || stop_) {
-    return RetryLater(absl::StatusCode::kUnavailable, "draining", "the server is shutting down",
-                      absl::Seconds(1));
-  }
+  if (draining_ || stop_) return Draining();
   // gRPC rounds a deadline up: less than a millisecond left is none.
-  if (job->deadline <= now + absl::Milliseconds(1))
+  if (job.deadline <= now + absl::Milliseconds(1)) {
     return absl::DeadlineExceededError("the deadline has passed already");
-  if (now + absl::Seconds(seconds / kInfeasibleFactor) > job->deadline) {
+  }
+  if (now + absl::Seconds(seconds / kInfeasibleFactor) > job.deadline) {
     return DeadlineInfeasible(
         absl::StrCat("the work takes about ", absl::FormatDuration(absl::Seconds(seconds)),
-                     ", the deadline is in ", absl::FormatDuration(job->deadline - now)));
+                     ", the deadline is in ", absl::FormatDuration(job.deadline - now)));
   }
+  return absl::OkStatus();
+}
+
+absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
+  if (absl::Status status = CheckOpen(*job); !status.ok()) return status;
+  const double seconds = engine_.PredictSeconds(*job);
+  absl::MutexLock lock(&mutex_);
+  if (draining_ || stop_) return Draining();  // meanwhile
+  const absl::Duration wait =
+      std::clamp(absl::Seconds(backlog_seconds_), absl::Milliseconds(100), absl::Seconds(60));
   if (waiting_jobs_ >= options_.waiting_jobs_max) {
     return RetryLater(
         absl::StatusCode::kResourceExhausted, "queue_full",
@@ -79,18 +80,23 @@ absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
                                    ", the limit is ", options_.waiting_tokens_max),
                       wait);
   }
-  if (attend_bytes_ + bytes > options_.attend_bytes_max) {
+  const uint64_t bytes = job->held_bytes;
+  if (*attend_bytes_ + bytes > options_.attend_bytes_max) {
     return RetryLater(absl::StatusCode::kResourceExhausted, "attend_memory",
-                      absl::StrCat("this Attend holds ", bytes, " bytes, ", attend_bytes_, " of ",
-                                   options_.attend_bytes_max, " are taken"),
+                      absl::StrCat("this Attend holds ", bytes, " bytes, ", attend_bytes_->load(),
+                                   " of ", options_.attend_bytes_max, " are taken"),
                       wait);
+  }
+  if (bytes > 0) {
+    *attend_bytes_ += bytes;
+    job->budget =
+        std::shared_ptr<void>(nullptr, [held = attend_bytes_, bytes](void*) { *held -= bytes; });
   }
   job->queue_position = jobs_;
   job->estimated_wait = absl::Seconds(backlog_seconds_);
   ++jobs_;
   ++waiting_jobs_;
   waiting_tokens_ += job->tokens();
-  attend_bytes_ += bytes;
   backlog_seconds_ += seconds;
   metrics_.waiting.Set(waiting_jobs_);
   metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
@@ -228,7 +234,12 @@ std::vector<StepView> Scheduler::Views() const {
     }
     views.push_back(view);
   }
-  const bool may_start_batch = static_cast<int>(active_.size()) < options_.active_batches_max;
+  // Batches that wait for their consumer do not keep others from starting, up to a point: each
+  // holds its residual stream.
+  const auto running =
+      std::count_if(views.begin(), views.end(), [](const StepView& view) { return view.runnable; });
+  const bool may_start_batch = running < options_.active_batches_max &&
+                               static_cast<int>(active_.size()) < options_.waiting_jobs_max;
   for (const Waiting& waiting : waiting_) {
     const Job& job = *waiting.job;
     views.push_back({.arrival = job.arrival,
@@ -302,8 +313,8 @@ void Scheduler::RunAttend(size_t index) {
 std::shared_ptr<Job> Scheduler::TakeWaiting(size_t index) {
   std::shared_ptr<Job> job = std::move(waiting_[index].job);
   waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(index));
+  absl::MutexLock lock(&mutex_);  // `uploaded` is written under it
   StartClock(*job, absl::Now());
-  absl::MutexLock lock(&mutex_);
   --waiting_jobs_;
   waiting_tokens_ -= job->tokens();
   metrics_.waiting.Set(waiting_jobs_);
@@ -313,7 +324,12 @@ std::shared_ptr<Job> Scheduler::TakeWaiting(size_t index) {
 }
 
 // A started job leaves the server.
-void Scheduler::End(const std::shared_ptr<Job>& job, const absl::Status& status) {
+void Scheduler::End(const std::shared_ptr<Job>& job, const absl::Status& result) {
+  // Memory that the device or the host has not got now may be there later.
+  const absl::Status status =
+      absl::IsResourceExhausted(result) && !FactsOf(result).retry_after
+          ? RetryLater(result.code(), "device_memory", result.message(), absl::Seconds(1))
+          : result;
   metrics_.running.Decrement();
   if (status.ok()) metrics_.tokens_total.Increment(static_cast<double>(job->tokens()));
   if (job->prefill) {
@@ -327,7 +343,6 @@ void Scheduler::End(const std::shared_ptr<Job>& job, const absl::Status& status)
   job->sink->OnFinished(status);
   absl::MutexLock lock(&mutex_);
   --jobs_;
-  attend_bytes_ -= AttendBytes(*job);
 }
 
 bool Scheduler::EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status) {

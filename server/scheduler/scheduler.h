@@ -5,6 +5,7 @@
 // step.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -40,6 +41,9 @@ class Scheduler {
   // is not run before UploadDone. UNAVAILABLE when draining, DEADLINE_EXCEEDED when late,
   // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts).
   absl::Status Admit(const std::shared_ptr<Job>& job);
+  // The part of Admit that needs no place yet: not draining, not late, not hopeless. Ask before
+  // other memory is taken for the job.
+  absl::Status CheckOpen(const Job& job) const;
   void UploadDone(const std::shared_ptr<Job>& job);
   // Ends the job with `why` before its next step. Harmless when it has ended.
   void Cancel(const std::shared_ptr<Job>& job,
@@ -77,7 +81,7 @@ class Scheduler {
   void Advance(size_t active);
   void RunAttend(size_t waiting);
   std::shared_ptr<Job> TakeWaiting(size_t index);
-  void End(const std::shared_ptr<Job>& job, const absl::Status& status);
+  void End(const std::shared_ptr<Job>& job, const absl::Status& result);
   bool EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status);
   void PublishLoad();
   void Wake();
@@ -88,6 +92,10 @@ class Scheduler {
   std::vector<Waiting> waiting_;
   std::vector<Active> active_;
 
+  // Of all Attend jobs that live, in the scheduler or not; shared with their budgets.
+  const std::shared_ptr<std::atomic<uint64_t>> attend_bytes_ =
+      std::make_shared<std::atomic<uint64_t>>(0);
+
   mutable absl::Mutex mutex_;
   std::vector<Message> inbox_ ABSL_GUARDED_BY(mutex_);
   bool wake_ ABSL_GUARDED_BY(mutex_) = false;  // the thread must look again
@@ -96,7 +104,6 @@ class Scheduler {
   int jobs_ ABSL_GUARDED_BY(mutex_) = 0;          // admitted and not ended
   int waiting_jobs_ ABSL_GUARDED_BY(mutex_) = 0;  // admitted and not started
   int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
-  uint64_t attend_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
   absl::Time step_started_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
   std::thread thread_;
