@@ -47,9 +47,9 @@ int Run(int argc, char** argv) {
     _exit(1);
   }).detach();
   (*server)->Drain();
-  server->reset();
   Log(Level::kInfo, "stopped");
-  return 0;
+  // Nothing is left to save, and taking gRPC apart can take it ten seconds after a peer was killed.
+  _exit(0);
 }
 
 }  // namespace
