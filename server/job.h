@@ -89,7 +89,6 @@ struct Job {
   absl::Duration estimated_wait;
 
   // By the scheduler's thread until OnFinished.
-  absl::Time started = absl::InfiniteFuture();
   PhaseSeconds phases{};
   JobReport report;
   absl::Time uploaded = absl::InfiniteFuture();  // by Scheduler::UploadDone

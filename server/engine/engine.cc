@@ -5,7 +5,6 @@
 #include <cstring>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
 #include "server/kv/kv_cache.h"
 
 namespace prefilld {
@@ -130,19 +129,25 @@ void Engine::Observe(const AttentionArgs& args, const PhaseSeconds& phases) {
       phases[static_cast<size_t>(Phase::kEstimate)] + phases[static_cast<size_t>(Phase::kSelect)]);
 }
 
+// What one head adds to the metrics.
+void Engine::Observe(const std::string& model, const HeadReport& head, bool measured) {
+  metrics_.HeadDensity(model, head.pattern, head.density);
+  if (measured) metrics_.CapturedMass(model, head.captured_mass);
+  if (head.dense_reason != DenseReason::kNone) metrics_.DenseFallback(head.dense_reason);
+}
+
 // Dense instead of an unspecified method where selecting would cost more than it saves.
 SparsityPolicy Engine::Decide(const Job& job, const AttentionShape& shape,
                               DenseReason* reason) const {
   SparsityPolicy policy = job.policy;
   *reason = DenseReason::kNone;
   if (!job.method_unspecified) return policy;
-  double longest_q = 0, longest_k = 0;
+  int64_t longest_q = 0, longest_k = 0;
   for (int s = 0; s < shape.sequences(); ++s) {
-    longest_q = std::max(longest_q, double(shape.cu_seqlens_q[s + 1] - shape.cu_seqlens_q[s]));
-    longest_k = std::max(longest_k, double(shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s]));
+    longest_q = std::max(longest_q, shape.cu_seqlens_q[s + 1] - shape.cu_seqlens_q[s]);
+    longest_k = std::max(longest_k, shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s]);
   }
-  if (!cost_.SparseIsFaster(shape.q_heads, shape.head_dim, static_cast<int64_t>(longest_q),
-                            static_cast<int64_t>(longest_k))) {
+  if (!cost_.SparseIsFaster(shape.q_heads, shape.head_dim, longest_q, longest_k)) {
     policy.method = Method::kDense;
     policy.measure_captured_mass = false;
     policy.min_captured_mass = 0;
@@ -230,7 +235,6 @@ absl::Status Engine::RunLayer(Batch& batch) {
   });
   if (!status.ok()) return status;
 
-  // K and V leave before attention needs them for anything else: a pull can follow at once.
   status = Timed(device, Of(phases, Phase::kHandoff), [&] { return StoreKv(batch, layer); });
   if (!status.ok()) return status;
 
@@ -269,10 +273,7 @@ absl::Status Engine::RunLayer(Batch& batch) {
     for (int h = 0; h < heads; ++h) {
       density += entries[h].density / heads;
       captured += entries[h].captured_mass / heads;
-      if (measured) metrics_.CapturedMass(info.name, entries[h].captured_mass);
-      metrics_.HeadDensity(info.name, entries[h].pattern, entries[h].density);
-      if (entries[h].dense_reason != DenseReason::kNone)
-        metrics_.DenseFallback(entries[h].dense_reason);
+      Observe(info.name, entries[h], measured);
     }
     metrics_.LayerDensity(info.name, layer, density);
     if (layer == 0) {
@@ -383,9 +384,7 @@ absl::Status Engine::RunAttend(Job& job) {
   if (work.return_block_index) CopyIndex(args.index, heads, work);
   Of(job.phases, Phase::kHandoff) += absl::ToDoubleSeconds(absl::Now() - begin);
   for (const HeadReport& entry : job.report.entries) {
-    metrics_.HeadDensity(kAttendModel, entry.pattern, entry.density);
-    if (entry.dense_reason != DenseReason::kNone) metrics_.DenseFallback(entry.dense_reason);
-    if (job.report.captured_mass_measured) metrics_.CapturedMass(kAttendModel, entry.captured_mass);
+    Observe(kAttendModel, entry, job.report.captured_mass_measured);
   }
   return absl::OkStatus();
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -53,6 +54,7 @@ class Engine {
  private:
   absl::Status RunStages(AttentionArgs& args, PhaseSeconds& phases, DenseReason dense_reason);
   void Observe(const AttentionArgs& args, const PhaseSeconds& phases);
+  void Observe(const std::string& model, const HeadReport& head, bool measured);
   SparsityPolicy Decide(const Job& job, const AttentionShape& shape, DenseReason* reason) const;
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);

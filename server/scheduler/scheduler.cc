@@ -15,7 +15,6 @@ namespace {
 constexpr double kInfeasibleFactor = 1.5;
 
 void StartClock(Job& job, absl::Time now) {
-  job.started = now;
   const absl::Time ready = job.attend ? std::min(job.uploaded, now) : job.arrival;
   job.phases[static_cast<size_t>(Phase::kQueue)] = absl::ToDoubleSeconds(now - ready);
   job.phases[static_cast<size_t>(Phase::kUpload)] = absl::ToDoubleSeconds(ready - job.arrival);
