@@ -21,6 +21,7 @@ constexpr int kLayer = 2;
 constexpr int kByteOffset = 3;
 constexpr int kCrc32c = 4;
 constexpr int kLast = 5;
+constexpr int kBuffer = 6;
 constexpr int kData = 15;
 
 // The bytes in front of a payload. All fields together need at most 45.
@@ -271,6 +272,9 @@ absl::StatusOr<ParsedChunk> ParseChunk(const grpc::ByteBuffer& buffer, int outer
   uint32_t seen = 0;  // bit per known field
   while (reader.remaining() > 0) {
     if (!reader.Tag(&field, &type)) return Malformed(0);
+    if (field == kBuffer) {
+      return absl::InvalidArgumentError("a TensorChunk with `buffer` where bytes are sent");
+    }
     if (!ReadField(reader, field, type, chunk)) return Malformed(field);
     if (field > kData) continue;  // unknown: protobuf lets those repeat
     if (seen & (1u << field)) {

@@ -30,8 +30,9 @@ inline constexpr size_t kMaxChunkBytes = size_t{1} << 20;
 inline constexpr int kMaxMessageBytes = static_cast<int>(kMaxChunkBytes) + (64 << 10);
 
 // `outer_field`: where the chunk lies in its message.
-inline constexpr int kBareChunk = 0;    // the message is a TensorChunk (PullKv)
-inline constexpr int kAttendChunk = 2;  // AttendRequest.chunk, AttendResponse.chunk
+inline constexpr int kBareChunk = 0;      // the message is a TensorChunk (PullKv)
+inline constexpr int kAttendChunk = 2;    // AttendRequest.chunk, AttendResponse.chunk
+inline constexpr int kAttendWritten = 3;  // AttendRequest.written: instead of chunks
 
 // CRC32C (Castagnoli) of `size` bytes that follow bytes whose CRC32C is `crc`; 0 to start.
 uint32_t Crc32c(uint32_t crc, const void* data, size_t size);
@@ -67,8 +68,9 @@ struct ParsedChunk {
 
 // Reads a chunk from bytes that may be hostile: any order of fields and unknown fields are fine;
 // INVALID_ARGUMENT for bytes that are no message, truncated or repeated fields, wrong wire types,
-// numbers out of range, a payload over kMaxChunkBytes, and anything beside the chunk in its
-// message. Does not compare the checksum.
+// numbers out of range, a payload over kMaxChunkBytes, a chunk that names a buffer instead (those
+// of posix_shm are not bulk), and anything beside the chunk in its message. Does not compare the
+// checksum.
 absl::StatusOr<ParsedChunk> ParseChunk(const grpc::ByteBuffer& buffer, int outer_field);
 
 // The number of the first field in a message: tells a chunk (kAttendChunk) from the other members

@@ -115,32 +115,36 @@ class Limits(_message.Message):
     def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_attend_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., default_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_waiting_jobs: _Optional[int] = ...) -> None: ...
 
 class NegotiateRequest(_message.Message):
-    __slots__ = ("model", "transports", "layout", "fingerprint")
+    __slots__ = ("model", "transports", "layout", "fingerprint", "shm_domain")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SHM_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     model: str
     transports: _containers.RepeatedScalarFieldContainer[Transport]
     layout: KvLayout
     fingerprint: str
-    def __init__(self, model: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    shm_domain: str
+    def __init__(self, model: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., shm_domain: _Optional[str] = ...) -> None: ...
 
 class NegotiateResponse(_message.Message):
-    __slots__ = ("transport", "layout", "fingerprint", "limits", "boot_id", "server_version")
+    __slots__ = ("transport", "layout", "fingerprint", "limits", "boot_id", "server_version", "shm_domain")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHM_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     transport: Transport
     layout: KvLayout
     fingerprint: str
     limits: Limits
     boot_id: str
     server_version: str
-    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., boot_id: _Optional[str] = ..., server_version: _Optional[str] = ...) -> None: ...
+    shm_domain: str
+    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., boot_id: _Optional[str] = ..., server_version: _Optional[str] = ..., shm_domain: _Optional[str] = ...) -> None: ...
 
 class PullKvRequest(_message.Message):
     __slots__ = ("lease", "generation", "boot_id", "layout", "transport", "first_layer", "layer_count", "resume_tensor_index", "resume_byte_offset", "chunk_bytes")

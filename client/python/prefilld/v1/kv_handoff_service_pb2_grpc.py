@@ -71,7 +71,8 @@ class KvHandoffServiceServicer(object):
         """The chunks of K (tensor_index 0), then V (1), of layer after layer, in the layout asked for.
         May be opened right after admission: it then follows the computation. A broken pull is resumed
         with the position it reached. NOT_FOUND: no such lease. FAILED_PRECONDITION: another
-        generation, another boot_id, or a layer that was freed (retain = false).
+        generation, another boot_id, a layer that was freed (retain = false), or transport posix_shm
+        for a cache that lies in no segment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,7 +28,7 @@ from prefilld.v1 import sparsity_pb2 as prefilld_dot_v1_dot_sparsity__pb2
 from prefilld.v1 import tensor_pb2 as prefilld_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!prefilld/v1/prefill_service.proto\x12\x0bprefilld.v1\x1a\x1egoogle/protobuf/duration.proto\x1a$prefilld/v1/kv_handoff_service.proto\x1a\x1aprefilld/v1/sparsity.proto\x1a\x18prefilld/v1/tensor.proto\"\xc0\x02\n\x0c\x41ttendHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.prefilld.v1.TensorSpec\x12\'\n\x07\x62uffers\x18\x03 \x03(\x0b\x32\x16.prefilld.v1.BufferRef\x12-\n\x08sparsity\x18\x04 \x01(\x0b\x32\x1b.prefilld.v1.SparsityPolicy\x12\x1a\n\rsoftmax_scale\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x0c\x63u_seqlens_q\x18\x06 \x03(\r\x12\x14\n\x0c\x63u_seqlens_k\x18\x07 \x03(\r\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\nreturn_lse\x18\t \x01(\x08\x12\x1a\n\x12return_block_index\x18\n \x01(\x08\x42\x10\n\x0e_softmax_scale\"o\n\rAttendRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.prefilld.v1.AttendHeaderH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.prefilld.v1.TensorChunkH\x00\x42\x06\n\x04part\"\xe9\x01\n\tAdmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\r\x12\x31\n\x0e\x65stimated_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13upload_credit_bytes\x18\x04 \x01(\x04\x12!\n\x05lease\x18\x05 \x01(\x0b\x32\x12.prefilld.v1.Lease\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12(\n\x07outputs\x18\x07 \x03(\x0b\x32\x17.prefilld.v1.TensorSpec\"\xb3\x03\n\x07Summary\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06upload\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65stimate\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06select\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tattention\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06linear\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07handoff\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x08sparsity\x18\x08 \x01(\x0b\x32\x1b.prefilld.v1.SparsityReport\x12\x10\n\x08\x62ytes_in\x18\t \x01(\x04\x12\x11\n\tbytes_out\x18\n \x01(\x04\x12\x0e\n\x06tokens\x18\x0b \x01(\x04\x12\x12\n\nrequest_id\x18\x0c \x01(\t\"\xc6\x01\n\x0e\x41ttendResponse\x12+\n\tadmission\x18\x01 \x01(\x0b\x32\x16.prefilld.v1.AdmissionH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.prefilld.v1.TensorChunkH\x00\x12\'\n\x07summary\x18\x03 \x01(\x0b\x32\x14.prefilld.v1.SummaryH\x00\x12+\n\x07outputs\x18\x04 \x01(\x0b\x32\x18.prefilld.v1.OutputSpecsH\x00\x42\x06\n\x04part\"7\n\x0bOutputSpecs\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.prefilld.v1.TensorSpec\"\xaf\x01\n\rKvDestination\x12)\n\ttransport\x18\x01 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12%\n\x06layout\x18\x02 \x01(\x0b\x32\x15.prefilld.v1.KvLayout\x12\x13\n\x06retain\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12,\n\tlease_ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07_retain\"\x8d\x01\n\x0bPrefixReuse\x12+\n\x04mode\x18\x01 \x01(\x0e\x32\x1d.prefilld.v1.PrefixReuse.Mode\"Q\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_NONE\x10\x01\x12\x0e\n\nMODE_EXACT\x10\x02\x12\x14\n\x10MODE_APPROXIMATE\x10\x03\"\x96\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08sparsity\x18\x04 \x01(\x0b\x32\x1b.prefilld.v1.SparsityPolicy\x12/\n\x0b\x64\x65stination\x18\x05 \x01(\x0b\x32\x1a.prefilld.v1.KvDestination\x12.\n\x0cprefix_reuse\x18\x06 \x01(\x0b\x32\x18.prefilld.v1.PrefixReuse\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x15\n\rvalidate_only\x18\x08 \x01(\x08\x12\x15\n\rreturn_logits\x18\t \x01(\x08\"C\n\nLayerReady\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x64\x65nsity\x18\x02 \x01(\x01\x12\x15\n\rcaptured_mass\x18\x03 \x01(\x01\")\n\x06Logits\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x0b\n\x03\x66\x33\x32\x18\x02 \x01(\x0c\"\xec\x01\n\x0cPrefillEvent\x12+\n\tadmission\x18\x01 \x01(\x0b\x32\x16.prefilld.v1.AdmissionH\x00\x12.\n\x0blayer_ready\x18\x02 \x01(\x0b\x32\x17.prefilld.v1.LayerReadyH\x00\x12&\n\x08kv_ready\x18\x03 \x01(\x0b\x32\x12.prefilld.v1.LeaseH\x00\x12\'\n\x07summary\x18\x04 \x01(\x0b\x32\x14.prefilld.v1.SummaryH\x00\x12%\n\x06logits\x18\x05 \x01(\x0b\x32\x13.prefilld.v1.LogitsH\x00\x42\x07\n\x05\x65vent\".\n\x18GetSparsityReportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t2\xf5\x01\n\x0ePrefillService\x12\x45\n\x06\x41ttend\x12\x1a.prefilld.v1.AttendRequest\x1a\x1b.prefilld.v1.AttendResponse(\x01\x30\x01\x12\x43\n\x07Prefill\x12\x1b.prefilld.v1.PrefillRequest\x1a\x19.prefilld.v1.PrefillEvent0\x01\x12W\n\x11GetSparsityReport\x12%.prefilld.v1.GetSparsityReportRequest\x1a\x1b.prefilld.v1.SparsityReportb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!prefilld/v1/prefill_service.proto\x12\x0bprefilld.v1\x1a\x1egoogle/protobuf/duration.proto\x1a$prefilld/v1/kv_handoff_service.proto\x1a\x1aprefilld/v1/sparsity.proto\x1a\x18prefilld/v1/tensor.proto\"\xeb\x02\n\x0c\x41ttendHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.prefilld.v1.TensorSpec\x12\'\n\x07\x62uffers\x18\x03 \x03(\x0b\x32\x16.prefilld.v1.BufferRef\x12-\n\x08sparsity\x18\x04 \x01(\x0b\x32\x1b.prefilld.v1.SparsityPolicy\x12\x1a\n\rsoftmax_scale\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x0c\x63u_seqlens_q\x18\x06 \x03(\r\x12\x14\n\x0c\x63u_seqlens_k\x18\x07 \x03(\r\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\nreturn_lse\x18\t \x01(\x08\x12\x1a\n\x12return_block_index\x18\n \x01(\x08\x12)\n\ttransport\x18\x0b \x01(\x0e\x32\x16.prefilld.v1.TransportB\x10\n\x0e_softmax_scale\"\x10\n\x0eTensorsWritten\"\x9f\x01\n\rAttendRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.prefilld.v1.AttendHeaderH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.prefilld.v1.TensorChunkH\x00\x12.\n\x07written\x18\x03 \x01(\x0b\x32\x1b.prefilld.v1.TensorsWrittenH\x00\x42\x06\n\x04part\"\xbd\x02\n\tAdmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\r\x12\x31\n\x0e\x65stimated_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13upload_credit_bytes\x18\x04 \x01(\x04\x12!\n\x05lease\x18\x05 \x01(\x0b\x32\x12.prefilld.v1.Lease\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12(\n\x07outputs\x18\x07 \x03(\x0b\x32\x17.prefilld.v1.TensorSpec\x12)\n\ttransport\x18\x08 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12\'\n\x07\x62uffers\x18\t \x03(\x0b\x32\x16.prefilld.v1.BufferRef\"\xb3\x03\n\x07Summary\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06upload\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65stimate\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06select\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tattention\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06linear\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07handoff\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x08sparsity\x18\x08 \x01(\x0b\x32\x1b.prefilld.v1.SparsityReport\x12\x10\n\x08\x62ytes_in\x18\t \x01(\x04\x12\x11\n\tbytes_out\x18\n \x01(\x04\x12\x0e\n\x06tokens\x18\x0b \x01(\x04\x12\x12\n\nrequest_id\x18\x0c \x01(\t\"\xc6\x01\n\x0e\x41ttendResponse\x12+\n\tadmission\x18\x01 \x01(\x0b\x32\x16.prefilld.v1.AdmissionH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.prefilld.v1.TensorChunkH\x00\x12\'\n\x07summary\x18\x03 \x01(\x0b\x32\x14.prefilld.v1.SummaryH\x00\x12+\n\x07outputs\x18\x04 \x01(\x0b\x32\x18.prefilld.v1.OutputSpecsH\x00\x42\x06\n\x04part\"`\n\x0bOutputSpecs\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.prefilld.v1.TensorSpec\x12\'\n\x07\x62uffers\x18\x02 \x03(\x0b\x32\x16.prefilld.v1.BufferRef\"\xaf\x01\n\rKvDestination\x12)\n\ttransport\x18\x01 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12%\n\x06layout\x18\x02 \x01(\x0b\x32\x15.prefilld.v1.KvLayout\x12\x13\n\x06retain\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12,\n\tlease_ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07_retain\"\x8d\x01\n\x0bPrefixReuse\x12+\n\x04mode\x18\x01 \x01(\x0e\x32\x1d.prefilld.v1.PrefixReuse.Mode\"Q\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_NONE\x10\x01\x12\x0e\n\nMODE_EXACT\x10\x02\x12\x14\n\x10MODE_APPROXIMATE\x10\x03\"\x96\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08sparsity\x18\x04 \x01(\x0b\x32\x1b.prefilld.v1.SparsityPolicy\x12/\n\x0b\x64\x65stination\x18\x05 \x01(\x0b\x32\x1a.prefilld.v1.KvDestination\x12.\n\x0cprefix_reuse\x18\x06 \x01(\x0b\x32\x18.prefilld.v1.PrefixReuse\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x15\n\rvalidate_only\x18\x08 \x01(\x08\x12\x15\n\rreturn_logits\x18\t \x01(\x08\"C\n\nLayerReady\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x64\x65nsity\x18\x02 \x01(\x01\x12\x15\n\rcaptured_mass\x18\x03 \x01(\x01\")\n\x06Logits\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x0b\n\x03\x66\x33\x32\x18\x02 \x01(\x0c\"\xec\x01\n\x0cPrefillEvent\x12+\n\tadmission\x18\x01 \x01(\x0b\x32\x16.prefilld.v1.AdmissionH\x00\x12.\n\x0blayer_ready\x18\x02 \x01(\x0b\x32\x17.prefilld.v1.LayerReadyH\x00\x12&\n\x08kv_ready\x18\x03 \x01(\x0b\x32\x12.prefilld.v1.LeaseH\x00\x12\'\n\x07summary\x18\x04 \x01(\x0b\x32\x14.prefilld.v1.SummaryH\x00\x12%\n\x06logits\x18\x05 \x01(\x0b\x32\x13.prefilld.v1.LogitsH\x00\x42\x07\n\x05\x65vent\".\n\x18GetSparsityReportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t2\xf5\x01\n\x0ePrefillService\x12\x45\n\x06\x41ttend\x12\x1a.prefilld.v1.AttendRequest\x1a\x1b.prefilld.v1.AttendResponse(\x01\x30\x01\x12\x43\n\x07Prefill\x12\x1b.prefilld.v1.PrefillRequest\x1a\x19.prefilld.v1.PrefillEvent0\x01\x12W\n\x11GetSparsityReport\x12%.prefilld.v1.GetSparsityReportRequest\x1a\x1b.prefilld.v1.SparsityReportb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefilld.v1.prefill_service
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ATTENDHEADER']._serialized_start=175
-  _globals['_ATTENDHEADER']._serialized_end=495
-  _globals['_ATTENDREQUEST']._serialized_start=497
-  _globals['_ATTENDREQUEST']._serialized_end=608
-  _globals['_ADMISSION']._serialized_start=611
-  _globals['_ADMISSION']._serialized_end=844
-  _globals['_SUMMARY']._serialized_start=847
-  _globals['_SUMMARY']._serialized_end=1282
-  _globals['_ATTENDRESPONSE']._serialized_start=1285
-  _globals['_ATTENDRESPONSE']._serialized_end=1483
-  _globals['_OUTPUTSPECS']._serialized_start=1485
-  _globals['_OUTPUTSPECS']._serialized_end=1540
-  _globals['_KVDESTINATION']._serialized_start=1543
-  _globals['_KVDESTINATION']._serialized_end=1718
-  _globals['_PREFIXREUSE']._serialized_start=1721
-  _globals['_PREFIXREUSE']._serialized_end=1862
-  _globals['_PREFIXREUSE_MODE']._serialized_start=1781
-  _globals['_PREFIXREUSE_MODE']._serialized_end=1862
-  _globals['_PREFILLREQUEST']._serialized_start=1865
-  _globals['_PREFILLREQUEST']._serialized_end=2143
-  _globals['_LAYERREADY']._serialized_start=2145
-  _globals['_LAYERREADY']._serialized_end=2212
-  _globals['_LOGITS']._serialized_start=2214
-  _globals['_LOGITS']._serialized_end=2255
-  _globals['_PREFILLEVENT']._serialized_start=2258
-  _globals['_PREFILLEVENT']._serialized_end=2494
-  _globals['_GETSPARSITYREPORTREQUEST']._serialized_start=2496
-  _globals['_GETSPARSITYREPORTREQUEST']._serialized_end=2542
-  _globals['_PREFILLSERVICE']._serialized_start=2545
-  _globals['_PREFILLSERVICE']._serialized_end=2790
+  _globals['_ATTENDHEADER']._serialized_end=538
+  _globals['_TENSORSWRITTEN']._serialized_start=540
+  _globals['_TENSORSWRITTEN']._serialized_end=556
+  _globals['_ATTENDREQUEST']._serialized_start=559
+  _globals['_ATTENDREQUEST']._serialized_end=718
+  _globals['_ADMISSION']._serialized_start=721
+  _globals['_ADMISSION']._serialized_end=1038
+  _globals['_SUMMARY']._serialized_start=1041
+  _globals['_SUMMARY']._serialized_end=1476
+  _globals['_ATTENDRESPONSE']._serialized_start=1479
+  _globals['_ATTENDRESPONSE']._serialized_end=1677
+  _globals['_OUTPUTSPECS']._serialized_start=1679
+  _globals['_OUTPUTSPECS']._serialized_end=1775
+  _globals['_KVDESTINATION']._serialized_start=1778
+  _globals['_KVDESTINATION']._serialized_end=1953
+  _globals['_PREFIXREUSE']._serialized_start=1956
+  _globals['_PREFIXREUSE']._serialized_end=2097
+  _globals['_PREFIXREUSE_MODE']._serialized_start=2016
+  _globals['_PREFIXREUSE_MODE']._serialized_end=2097
+  _globals['_PREFILLREQUEST']._serialized_start=2100
+  _globals['_PREFILLREQUEST']._serialized_end=2378
+  _globals['_LAYERREADY']._serialized_start=2380
+  _globals['_LAYERREADY']._serialized_end=2447
+  _globals['_LOGITS']._serialized_start=2449
+  _globals['_LOGITS']._serialized_end=2490
+  _globals['_PREFILLEVENT']._serialized_start=2493
+  _globals['_PREFILLEVENT']._serialized_end=2729
+  _globals['_GETSPARSITYREPORTREQUEST']._serialized_start=2731
+  _globals['_GETSPARSITYREPORTREQUEST']._serialized_end=2777
+  _globals['_PREFILLSERVICE']._serialized_start=2780
+  _globals['_PREFILLSERVICE']._serialized_end=3025
 # @@protoc_insertion_point(module_scope)

@@ -14,7 +14,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttendHeader(_message.Message):
-    __slots__ = ("request_id", "tensors", "buffers", "sparsity", "softmax_scale", "cu_seqlens_q", "cu_seqlens_k", "priority", "return_lse", "return_block_index")
+    __slots__ = ("request_id", "tensors", "buffers", "sparsity", "softmax_scale", "cu_seqlens_q", "cu_seqlens_k", "priority", "return_lse", "return_block_index", "transport")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     BUFFERS_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class AttendHeader(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     RETURN_LSE_FIELD_NUMBER: _ClassVar[int]
     RETURN_BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     buffers: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.BufferRef]
@@ -35,18 +36,25 @@ class AttendHeader(_message.Message):
     priority: int
     return_lse: bool
     return_block_index: bool
-    def __init__(self, request_id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., buffers: _Optional[_Iterable[_Union[_tensor_pb2.BufferRef, _Mapping]]] = ..., sparsity: _Optional[_Union[_sparsity_pb2.SparsityPolicy, _Mapping]] = ..., softmax_scale: _Optional[float] = ..., cu_seqlens_q: _Optional[_Iterable[int]] = ..., cu_seqlens_k: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., return_lse: bool = ..., return_block_index: bool = ...) -> None: ...
+    transport: _kv_handoff_service_pb2.Transport
+    def __init__(self, request_id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., buffers: _Optional[_Iterable[_Union[_tensor_pb2.BufferRef, _Mapping]]] = ..., sparsity: _Optional[_Union[_sparsity_pb2.SparsityPolicy, _Mapping]] = ..., softmax_scale: _Optional[float] = ..., cu_seqlens_q: _Optional[_Iterable[int]] = ..., cu_seqlens_k: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., return_lse: bool = ..., return_block_index: bool = ..., transport: _Optional[_Union[_kv_handoff_service_pb2.Transport, str]] = ...) -> None: ...
+
+class TensorsWritten(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class AttendRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "written")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
     header: AttendHeader
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[AttendHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    written: TensorsWritten
+    def __init__(self, header: _Optional[_Union[AttendHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., written: _Optional[_Union[TensorsWritten, _Mapping]] = ...) -> None: ...
 
 class Admission(_message.Message):
-    __slots__ = ("request_id", "queue_position", "estimated_wait", "upload_credit_bytes", "lease", "fingerprint", "outputs")
+    __slots__ = ("request_id", "queue_position", "estimated_wait", "upload_credit_bytes", "lease", "fingerprint", "outputs", "transport", "buffers")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_WAIT_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +62,8 @@ class Admission(_message.Message):
     LEASE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BUFFERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     queue_position: int
     estimated_wait: _duration_pb2.Duration
@@ -61,7 +71,9 @@ class Admission(_message.Message):
     lease: _kv_handoff_service_pb2.Lease
     fingerprint: str
     outputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
-    def __init__(self, request_id: _Optional[str] = ..., queue_position: _Optional[int] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., upload_credit_bytes: _Optional[int] = ..., lease: _Optional[_Union[_kv_handoff_service_pb2.Lease, _Mapping]] = ..., fingerprint: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ...) -> None: ...
+    transport: _kv_handoff_service_pb2.Transport
+    buffers: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.BufferRef]
+    def __init__(self, request_id: _Optional[str] = ..., queue_position: _Optional[int] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., upload_credit_bytes: _Optional[int] = ..., lease: _Optional[_Union[_kv_handoff_service_pb2.Lease, _Mapping]] = ..., fingerprint: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., transport: _Optional[_Union[_kv_handoff_service_pb2.Transport, str]] = ..., buffers: _Optional[_Iterable[_Union[_tensor_pb2.BufferRef, _Mapping]]] = ...) -> None: ...
 
 class Summary(_message.Message):
     __slots__ = ("queue", "upload", "estimate", "select", "attention", "linear", "handoff", "sparsity", "bytes_in", "bytes_out", "tokens", "request_id")
@@ -104,10 +116,12 @@ class AttendResponse(_message.Message):
     def __init__(self, admission: _Optional[_Union[Admission, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., outputs: _Optional[_Union[OutputSpecs, _Mapping]] = ...) -> None: ...
 
 class OutputSpecs(_message.Message):
-    __slots__ = ("tensors",)
+    __slots__ = ("tensors", "buffers")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    BUFFERS_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ...) -> None: ...
+    buffers: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.BufferRef]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., buffers: _Optional[_Iterable[_Union[_tensor_pb2.BufferRef, _Mapping]]] = ...) -> None: ...
 
 class KvDestination(_message.Message):
     __slots__ = ("transport", "layout", "retain", "lease_ttl")
