@@ -100,7 +100,9 @@ struct HeadReport {
   float captured_mass_min = 1;  // minimum over the sampled rows
 };
 
-// One call of the three stages. All pointers are the caller's and outlive the stages.
+// One call of the three stages. All pointers are the caller's and outlive the stages. q, k, v and o
+// may lie in memory that others write meanwhile: what comes out is then of no use, but no stage
+// reads or writes anything but its arguments.
 struct AttentionArgs {
   AttentionShape shape;
   SparsityPolicy policy;

@@ -29,7 +29,9 @@ class Buffer {
   void* data() const { return data_; }
   size_t bytes() const { return bytes_; }
   template <typename T>
-  T* as() const { return static_cast<T*>(data_); }
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
 
  private:
   void* data_ = nullptr;
@@ -44,6 +46,9 @@ class Device {
   // Zeroed memory, 64-byte aligned; RESOURCE_EXHAUSTED when there is none. On the CPU pages are
   // taken from the system at first touch.
   virtual absl::StatusOr<Buffer> Allocate(size_t bytes) = 0;
+  // The contents of this part of a buffer are of no use any more: what the system can have of its
+  // memory it gets, until the part is written again. Unspecified until then.
+  virtual void Discard(void* data, size_t bytes) = 0;
   virtual absl::Status Synchronize(Stream stream) = 0;
 };
 
@@ -55,7 +60,8 @@ class Backend {
   virtual Ops& ops() = 0;
 
   // The admission check: UNIMPLEMENTED, naming what was asked and what exists. Threads: any.
-  virtual absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const = 0;
+  virtual absl::Status Supports(const AttentionShape& shape,
+                                const SparsityPolicy& policy) const = 0;
 
   // Stage 1: probes rows, leaves the method's maps in the backend's workspace.
   virtual absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) = 0;

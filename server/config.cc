@@ -100,6 +100,27 @@ absl::Status AddModels(const std::vector<std::string>& texts, std::vector<ModelS
   return absl::OkStatus();
 }
 
+// Names of what is served; gRPC always is, named or not.
+void AddTransports(CLI::App& app, bool* posix_shm) {
+  app.add_option_function<std::vector<std::string>>(
+         "--transports",
+         [posix_shm](const std::vector<std::string>& names) {
+           *posix_shm = false;
+           for (const std::string& name : names) {
+             if (name == "posix_shm") {
+               *posix_shm = true;
+             } else if (name != "grpc") {
+               throw CLI::ValidationError("--transports",
+                                          "'" + name + "' is neither grpc nor posix_shm");
+             }
+           }
+         },
+         "How tensors travel; grpc is always there")
+      ->delimiter(',')
+      ->type_name("NAMES")
+      ->default_str("grpc,posix_shm");
+}
+
 // Open to the network only when somebody said so.
 absl::Status CheckExposure(const Config& config, bool insecure_listen) {
   const bool tls = !config.tls_cert.empty();
@@ -176,6 +197,7 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
       ->check(CLI::Range(0, 4096));
   app.add_option("--model", models, "NAME=DIR of a Hugging Face model; repeatable")
       ->type_name("NAME=DIR");
+  AddTransports(app, &config.posix_shm);
   AddSize(app, "--kv_memory", &config.kv_memory,
           "Memory of all KV caches; default: half of the machine's, at most 8GiB");
   AddSize(app, "--attend_memory", &config.attend_memory,

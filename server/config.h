@@ -31,6 +31,7 @@ struct Config {
   std::string backend = "auto";
   int threads = 0;  // of the CPU backend; 0: all processors
   std::vector<ModelSource> models;
+  bool posix_shm = true;  // offered beside gRPC, where /dev/shm can be used
 
   // Bytes. Touched as they are used; 0: what half (kv) or a quarter (attend) of the machine's
   // memory allows, at most 8 and 4 GiB.

@@ -20,6 +20,13 @@ namespace prefilld {
 class KvCache;
 class Transformer;
 
+// How tensors reach their reader: sent, or mapped by a caller on this host.
+enum class Transport { kGrpc, kPosixShm };
+inline constexpr std::array<const char*, 2> kTransportNames = {"grpc", "posix_shm"};
+constexpr const char* Name(Transport transport) {
+  return kTransportNames[static_cast<size_t>(transport)];
+}
+
 enum class Phase { kQueue, kUpload, kEstimate, kSelect, kAttention, kLinear, kHandoff };
 inline constexpr std::array<const char*, 7> kPhaseNames = {
     "queue", "upload", "estimate", "select", "attention", "linear", "handoff"};
@@ -53,6 +60,7 @@ struct AttendWork {
   Buffer q, k, v;  // written by the RPC thread until Scheduler::UploadDone
   // Outputs, allocated at admission (o) or by the engine (the rest).
   Buffer o;                          // [total_q, q_heads, d]
+  std::shared_ptr<const void> held;  // keeps q, k, v and o where they lie in a segment
   std::vector<float> lse;            // [q_heads, total_q]
   std::vector<int32_t> block_count;  // [q_heads, rows]
   std::vector<int32_t> block_index;  // [q_heads, rows, max], -1 padding

@@ -30,6 +30,7 @@ int Run(int argc, char** argv) {
   sigaddset(&stop, SIGINT);
   pthread_sigmask(SIG_BLOCK, &stop, nullptr);
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN);  // ulimit -f: a segment over it is refused, that is all
 
   auto server = Server::Start(parsed->config);
   if (!server.ok()) return Fail(server.status());
@@ -40,9 +41,10 @@ int Run(int argc, char** argv) {
   int signal_number = 0;
   sigwait(&stop, &signal_number);
   // A second signal does not wait for anybody.
-  std::thread([stop] {
+  std::thread([stop, &server = **server] {
     int again = 0;
     sigwait(&stop, &again);
+    server.RemoveSegments();
     Log(Level::kWarning, "killed", {{"signal", again}});
     _exit(1);
   }).detach();

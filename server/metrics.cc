@@ -26,10 +26,17 @@ constexpr const char* kCodes[] = {
     "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
     "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
     "DATA_LOSS", "UNAUTHENTICATED"};
-constexpr const char* kRejections[] = {
-    "queue_full",      "kv_memory",        "attend_memory", "draining",      "deadline_infeasible",
-    "deadline_passed", "invalid_argument", "not_found",     "unimplemented", "other"};
-constexpr const char* kTransport = "grpc";
+constexpr const char* kRejections[] = {"queue_full",
+                                       "kv_memory",
+                                       "attend_memory",
+                                       "shm_memory",
+                                       "draining",
+                                       "deadline_infeasible",
+                                       "deadline_passed",
+                                       "invalid_argument",
+                                       "not_found",
+                                       "unimplemented",
+                                       "other"};
 
 // 1-2.5-5 from a millisecond to 160 s.
 const Buckets& Seconds() {
@@ -102,11 +109,6 @@ Metrics::Metrics()
       time_to_first_layer(Histograms(*registry_, "prefilld_time_to_first_layer_seconds",
                                      "From a prompt's arrival to its first layer's KV")
                               .Add({}, Seconds())),
-      handoff_bytes(Counters(*registry_, "prefilld_handoff_bytes_total", "KV payload bytes moved")
-                        .Add({{"transport", kTransport}, {"direction", "out"}})),
-      handoff_duration(
-          Histograms(*registry_, "prefilld_handoff_duration_seconds", "Length of a complete pull")
-              .Add({{"transport", kTransport}}, Seconds())),
       leases_expired(
           Counters(*registry_, "prefilld_leases_expired_total", "Leases that ran out of time")
               .Add({})),
@@ -128,8 +130,14 @@ Metrics::Metrics()
       dense_fallback_(Counters(*registry_, "prefilld_dense_fallback_heads_total",
                                "Heads run dense although a sparse method was asked for")),
       kv_blocks_(Gauges(*registry_, "prefilld_kv_blocks", "Blocks of the KV pool")),
+      handoff_bytes_(Counters(*registry_, "prefilld_handoff_bytes_total",
+                              "KV payload bytes sent, or named to be mapped")),
+      handoff_duration_(
+          Histograms(*registry_, "prefilld_handoff_duration_seconds", "Length of a complete pull")),
       handoff_failures_(
-          Counters(*registry_, "prefilld_handoff_failures_total", "Pulls that did not complete")) {
+          Counters(*registry_, "prefilld_handoff_failures_total", "Pulls that did not complete")),
+      handoff_transport_info_(
+          Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")) {
   for (const char* method : kMethods) {
     for (const char* code : kCodes) requests_.Add({{"method", method}, {"code", code}});
     request_duration_.Add({{"method", method}}, Seconds());
@@ -141,13 +149,15 @@ Metrics::Metrics()
     DenseFallback(reason, 0);
   }
   for (const char* state : kBlockStateNames) kv_blocks_.Add({{"state", state}});
-  for (const char* reason : kHandoffFailures) {
-    handoff_failures_.Add({{"transport", kTransport}, {"reason", reason}});
+  for (Transport transport : {Transport::kGrpc, Transport::kPosixShm}) {
+    HandoffBytes(transport, 0);
+    handoff_duration_.Add({{"transport", Name(transport)}}, Seconds());
+    for (const char* reason : kHandoffFailures) {
+      handoff_failures_.Add({{"transport", Name(transport)}, {"reason", reason}});
+    }
   }
+  OfferTransport(Transport::kGrpc);
   AddModel(kAttendModel);
-  Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")
-      .Add({{"transport", kTransport}})
-      .Set(1);
   Gauges(*registry_, "prefilld_build_info", "The version that runs")
       .Add({{"version", kVersion}})
       .Set(1);
@@ -170,8 +180,21 @@ void Metrics::Rejected(const absl::Status& why) {
   rejected_.Add({{"reason", RejectionOf(why)}}).Increment();
 }
 
-void Metrics::HandoffFailed(const std::string& reason) {
-  handoff_failures_.Add({{"transport", kTransport}, {"reason", reason}}).Increment();
+void Metrics::OfferTransport(Transport transport) {
+  handoff_transport_info_.Add({{"transport", Name(transport)}}).Set(1);
+}
+
+void Metrics::HandoffBytes(Transport transport, uint64_t bytes) {
+  handoff_bytes_.Add({{"transport", Name(transport)}, {"direction", "out"}})
+      .Increment(static_cast<double>(bytes));
+}
+
+void Metrics::HandoffFinished(Transport transport, double seconds) {
+  handoff_duration_.Add({{"transport", Name(transport)}}, Seconds()).Observe(seconds);
+}
+
+void Metrics::HandoffFailed(Transport transport, const std::string& reason) {
+  handoff_failures_.Add({{"transport", Name(transport)}, {"reason", reason}}).Increment();
 }
 
 void Metrics::ObservePhase(Phase phase, double seconds) {

@@ -4,6 +4,7 @@
 // no call blocks for longer than a map look-up.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -40,7 +41,6 @@ struct Metrics {
   void Request(const std::string& method, const std::string& code, double seconds);
   // An Attend or a Prefill that got no place; the label is FactsOf(why).reason or follows its code.
   void Rejected(const absl::Status& why);
-  void HandoffFailed(const std::string& reason);  // one of kHandoffFailures
 
   // --- engine and scheduler ---
   void ObservePhase(Phase phase, double seconds);
@@ -58,8 +58,10 @@ struct Metrics {
   prometheus::Histogram& time_to_first_layer;  // seconds from a Prefill's arrival; by the engine
 
   // --- hand-off and leases ---
-  prometheus::Counter& handoff_bytes;       // payload bytes sent by PullKv
-  prometheus::Histogram& handoff_duration;  // seconds of a finished PullKv
+  void OfferTransport(Transport transport);                   // before serving; gRPC always is
+  void HandoffBytes(Transport transport, uint64_t bytes);     // sent, or named to be mapped
+  void HandoffFinished(Transport transport, double seconds);  // a whole PullKv
+  void HandoffFailed(Transport transport, const std::string& reason);  // one of kHandoffFailures
   prometheus::Counter& leases_expired;
   prometheus::Gauge& leases_active;                    // set by on_scrape
   void SetKvBlocks(BlockState state, int64_t blocks);  // by on_scrape
@@ -91,7 +93,10 @@ struct Metrics {
   Family<prometheus::Histogram>& captured_mass_;
   Family<prometheus::Counter>& dense_fallback_;
   Family<prometheus::Gauge>& kv_blocks_;
+  Family<prometheus::Counter>& handoff_bytes_;
+  Family<prometheus::Histogram>& handoff_duration_;
   Family<prometheus::Counter>& handoff_failures_;
+  Family<prometheus::Gauge>& handoff_transport_info_;
 };
 
 }  // namespace prefilld

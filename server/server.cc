@@ -69,6 +69,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
+  server->OpenSharedMemory();
 
   server->leases_ = std::make_unique<LeaseTable>(
       LeaseTable::Events{.ended = [s = server.get()](const LeaseInfo& lease, LeaseEnd why) {
@@ -109,7 +110,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
        {"backend", std::string(server->backend_->name())},
        {"device", std::string(server->backend_->device().name())},
        {"models", server->models_.size()},
-       {"kv_blocks", server->pool_ ? server->pool_->total() : 0}});
+       {"kv_blocks", server->pool_ ? server->pool_->total() : 0},
+       {"shm_domain", server->shm_ ? server->shm_->name() : ""}});
   return server;
 }
 
@@ -141,9 +143,23 @@ absl::Status Server::LoadModels() {
   return absl::OkStatus();
 }
 
+// Callers elsewhere are served without it, so that a /dev/shm of no use is no reason not to start.
+void Server::OpenSharedMemory() {
+  if (!config_.posix_shm) return;
+  auto shm = ShmDomain::Open(boot_id_);
+  if (!shm.ok()) {
+    Log(Level::kWarning, "posix_shm_not_offered",
+        {{"message", std::string(shm.status().message())}});
+    return;
+  }
+  shm_ = *std::move(shm);
+  metrics_.OfferTransport(Transport::kPosixShm);
+}
+
 absl::Status Server::StartGrpc() {
   rpc_.reset(new RpcContext{.backend = *backend_,
                             .models = models_,
+                            .shm = shm_.get(),
                             .pool = pool_.get(),
                             .leases = *leases_,
                             .scheduler = *scheduler_,
@@ -154,10 +170,11 @@ absl::Status Server::StartGrpc() {
                             .limits = {.prompt_tokens_max = config_.prompt_tokens_max,
                                        .attend_bytes_max = config_.attend_memory,
                                        .lease_ttl = config_.lease_ttl,
-                                       .lease_ttl_max = config_.lease_ttl_max},
+                                       .lease_ttl_max = config_.lease_ttl_max,
+                                       .posix_shm = shm_ != nullptr},
                             .waiting_jobs_max = config_.waiting_jobs_max,
                             .upload_timeout = config_.upload_timeout,
-                            .boot_id = NewId()});
+                            .boot_id = boot_id_});
   prefill_service_ = std::make_unique<PrefillServiceImpl>(*rpc_);
   handoff_service_ = std::make_unique<KvHandoffServiceImpl>(*rpc_);
   model_service_ = std::make_unique<ModelServiceImpl>(*rpc_);
@@ -216,8 +233,13 @@ void Server::Drain() {
   const bool consumed = leases_->WaitEmpty(deadline);
   // What still sends its last bytes may do so until the deadline.
   grpc_->Shutdown(absl::ToChronoTime(deadline));
+  RemoveSegments();
   Log(idle && consumed ? Level::kInfo : Level::kWarning, "drained",
       {{"idle", idle}, {"leases_consumed", consumed}});
+}
+
+void Server::RemoveSegments() {
+  if (shm_) shm_->UnlinkAll();
 }
 
 Server::~Server() {
@@ -228,6 +250,7 @@ Server::~Server() {
   http_.reset();
   if (leases_) leases_->ReleaseAll(LeaseEnd::kAbandoned);
   scheduler_.reset();  // its sinks reach into what is above it
+  RemoveSegments();    // a slice may hold one, see below
   // gRPC lets go of the last slices in its own time. A pool they point into is rather leaked.
   constexpr absl::Duration kSlicesTimeout = absl::Seconds(2);
   if (pool_ && !pool_->WaitAllFree(absl::Now() + kSlicesTimeout)) (void)pool_.release();

@@ -29,14 +29,19 @@ class Server {
   // Not ready from now on; finishes what runs and waits until leases are consumed or expired, all
   // within the drain timeout; then cuts off what is left. Blocks; once.
   void Drain();
+  // Takes our segments out of /dev/shm: for an exit that destroys nothing. Any thread; no call can
+  // have a new segment afterwards.
+  void RemoveSegments();
 
  private:
   explicit Server(Config config);
   absl::Status LoadModels();
+  void OpenSharedMemory();
   absl::Status StartGrpc();
   void Watch();
 
   const Config config_;
+  const std::string boot_id_ = NewId();
   // In the order they are built; each may use those above it.
   Metrics metrics_;
   ReportTable reports_;
@@ -44,6 +49,7 @@ class Server {
   PrefillRegistry prefills_;
   std::unique_ptr<Backend> backend_;
   Models models_;
+  std::unique_ptr<ShmDomain> shm_;   // null when posix_shm is not offered
   std::unique_ptr<BlockPool> pool_;  // null without models
   std::unique_ptr<LeaseTable> leases_;
   std::unique_ptr<Engine> engine_;

@@ -1,8 +1,10 @@
 #include "kernels/cpu/cpu_device.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <fstream>
 
@@ -36,5 +38,13 @@ absl::StatusOr<Buffer> AllocatePages(size_t bytes) {
 }
 
 CpuDevice::CpuDevice() : name_(absl::StrCat(CpuModel(), " (", InstructionSet(), ")")) {}
+
+// The pages that lie in it whole; an error leaves them where they are, which is only a waste.
+void CpuDevice::Discard(void* data, size_t bytes) {
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t at = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
 
 }  // namespace prefilld::cpu

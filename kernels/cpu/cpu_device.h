@@ -21,6 +21,7 @@ class CpuDevice : public Device {
 
   std::string_view name() const override { return name_; }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocatePages(bytes); }
+  void Discard(void* data, size_t bytes) override;
   absl::Status Synchronize(Stream) override { return absl::OkStatus(); }  // all work runs inline
 
  private:

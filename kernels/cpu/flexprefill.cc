@@ -178,6 +178,9 @@ std::vector<uint8_t> PooledBlocks(const Head& head, double gamma) {
 }  // namespace
 
 int64_t CountWithin(std::vector<double> scores, double limit) {
+  // K is read twice on the way here and may have changed meanwhile. NaN has no place in an order:
+  // sorting it would be undefined.
+  for (double& x : scores) x = std::isnan(x) ? 0 : x;
   std::sort(scores.begin(), scores.end(), std::greater<>());
   double sum = 0;
   int64_t count = 0;

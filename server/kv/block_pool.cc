@@ -1,5 +1,6 @@
 #include "server/kv/block_pool.h"
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -19,11 +20,11 @@ absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::Create(Device& device, siz
   auto arena = device.Allocate(total * block_bytes);
   if (!arena.ok()) return arena.status();
   return std::unique_ptr<BlockPool>(
-      new BlockPool(*std::move(arena), block_bytes, static_cast<int64_t>(total)));
+      new BlockPool(device, *std::move(arena), block_bytes, static_cast<int64_t>(total)));
 }
 
-BlockPool::BlockPool(Buffer arena, size_t block_bytes, int64_t total)
-    : arena_(std::move(arena)), block_bytes_(block_bytes), total_(total) {
+BlockPool::BlockPool(Device& device, Buffer arena, size_t block_bytes, int64_t total)
+    : device_(device), arena_(std::move(arena)), block_bytes_(block_bytes), total_(total) {
   free_.reserve(total);
   for (int64_t block = total; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
   counts_[static_cast<int>(BlockState::kFree)] = total;
@@ -60,6 +61,15 @@ void BlockPool::Move(int64_t count, BlockState from, BlockState to) {
   absl::MutexLock lock(&mutex_);
   counts_[static_cast<int>(from)] -= count;
   counts_[static_cast<int>(to)] += count;
+}
+
+// One call for each run of neighbours: pages that two of them share go too.
+void BlockPool::Discard(std::vector<int32_t> blocks) {
+  std::sort(blocks.begin(), blocks.end());
+  for (size_t begin = 0, end = 0; begin < blocks.size(); begin = end) {
+    for (end = begin + 1; end < blocks.size() && blocks[end] == blocks[end - 1] + 1;) ++end;
+    device_.Discard(data(blocks[begin]), (end - begin) * block_bytes_);
+  }
 }
 
 std::array<int64_t, 4> BlockPool::CountByState() const {

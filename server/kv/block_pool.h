@@ -39,6 +39,9 @@ class BlockPool {
   absl::StatusOr<std::vector<int32_t>> Take(int64_t count);
   void GiveBack(const std::vector<int32_t>& blocks, BlockState from);
   void Move(int64_t count, BlockState from, BlockState to);
+  // Taken blocks that nobody will read or write before they are given back: their memory goes back
+  // to the device.
+  void Discard(std::vector<int32_t> blocks);
 
   std::byte* data(int32_t block) const {
     return arena_.as<std::byte>() + static_cast<size_t>(block) * block_bytes_;
@@ -48,8 +51,9 @@ class BlockPool {
   bool WaitAllFree(absl::Time deadline) const;
 
  private:
-  BlockPool(Buffer arena, size_t block_bytes, int64_t total);
+  BlockPool(Device& device, Buffer arena, size_t block_bytes, int64_t total);
 
+  Device& device_;
   const Buffer arena_;
   const size_t block_bytes_;
   const int64_t total_;

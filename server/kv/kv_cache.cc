@@ -10,8 +10,7 @@ namespace prefilld {
 KvCache::Pin::~Pin() { cache_->Unpin(layer_); }
 
 const std::byte* KvCache::Pin::tile(int64_t b, int kv_head, bool value) const {
-  return cache_->pool_.data((*blocks_)[b]) +
-         geometry().tile_bytes() * (2 * kv_head + (value ? 1 : 0));
+  return cache_->TileAt(*blocks_, segment_, layer_, b, kv_head, value);
 }
 
 KvCache::Transfer::~Transfer() { cache_->Leave(this); }
@@ -22,35 +21,58 @@ void KvCache::Transfer::Progress() {
 }
 
 absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
-                                                         const KvGeometry& geometry, bool retain) {
-  std::shared_ptr<KvCache> cache(new KvCache(pool, geometry, retain));
-  absl::MutexLock lock(&cache->mutex_);
+                                                         const KvGeometry& geometry, bool retain,
+                                                         ShmDomain* shm) {
   const int64_t slots = retain ? geometry.layers : std::min(2, geometry.layers);
-  const int64_t per_slot = geometry.blocks_per_layer();
-  auto blocks = pool.Take(slots * per_slot);
-  if (!blocks.ok()) {
-    cache->freed_ = true;
-    return blocks.status();
+  auto blocks = pool.Take(slots * geometry.blocks_per_layer());
+  if (!blocks.ok()) return blocks.status();
+  std::shared_ptr<ShmSegment> segment;
+  if (shm != nullptr) {  // after the blocks: no more is taken than they allow
+    auto made = shm->Create(geometry.segment_bytes());
+    if (!made.ok()) {
+      pool.GiveBack(*blocks, BlockState::kComputing);
+      return made.status();
+    }
+    segment = *std::move(made);
+    pool.Discard(*blocks);
   }
-  cache->slots_.resize(slots);
-  for (int64_t s = 0; s < slots; ++s) {
-    cache->slots_[s].blocks.assign(blocks->begin() + s * per_slot,
-                                   blocks->begin() + (s + 1) * per_slot);
-  }
-  return cache;
+  return std::shared_ptr<KvCache>(new KvCache(pool, geometry, retain, *blocks, std::move(segment)));
 }
 
-KvCache::KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain)
+KvCache::KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain,
+                 const std::vector<int32_t>& blocks, std::shared_ptr<ShmSegment> segment)
     : pool_(pool),
       geometry_(geometry),
       retain_(retain),
-      layers_(geometry.layers, LayerState::kPending) {}
+      in_segment_(segment != nullptr),
+      segment_(std::move(segment)),
+      layers_(geometry.layers, LayerState::kPending) {
+  const int64_t per_slot = geometry.blocks_per_layer();
+  for (auto begin = blocks.begin(); begin != blocks.end(); begin += per_slot) {
+    slots_.emplace_back().blocks.assign(begin, begin + per_slot);
+  }
+}
 
 // Pins and transfers hold the cache, so nobody reads any more.
 KvCache::~KvCache() {
   absl::MutexLock lock(&mutex_);
-  if (freed_) return;
+  if (!freed_) Free();
+}
+
+// The segment first: the blocks are free for others only when its memory is.
+void KvCache::Free() {
+  segment_.reset();
   for (Slot& slot : slots_) pool_.GiveBack(slot.blocks, slot.state);
+  freed_ = true;
+}
+
+std::byte* KvCache::TileAt(const std::vector<int32_t>& blocks, const ShmSegment* segment, int layer,
+                           int64_t b, int kv_head, bool value) const {
+  if (segment == nullptr) {
+    return pool_.data(blocks[b]) + geometry_.tile_bytes() * (2 * kv_head + (value ? 1 : 0));
+  }
+  return segment->data() + geometry_.segment_offset(layer, value) +
+         geometry_.tensor_bytes() / geometry_.kv_heads * kv_head + geometry_.tile_bytes() * b;
 }
 
 bool KvCache::CanComputeLocked(int layer) const {
@@ -71,8 +93,7 @@ void KvCache::SetOnSlotFree(std::function<void()> on_slot_free) {
 
 std::byte* KvCache::ComputeTile(int layer, int64_t b, int kv_head, bool value) {
   absl::MutexLock lock(&mutex_);
-  return pool_.data(SlotOf(layer).blocks[b]) +
-         geometry_.tile_bytes() * (2 * kv_head + (value ? 1 : 0));
+  return TileAt(SlotOf(layer).blocks, segment_.get(), layer, b, kv_head, value);
 }
 
 void KvCache::SetState(Slot& slot, BlockState state) {
@@ -83,7 +104,8 @@ void KvCache::SetState(Slot& slot, BlockState state) {
 std::shared_ptr<const KvCache::Pin> KvCache::PinLocked(int layer) {
   Slot& slot = SlotOf(layer);
   if (slot.pins++ == 0) SetState(slot, BlockState::kTransferring);
-  return std::shared_ptr<const Pin>(new Pin(shared_from_this(), layer, &slot.blocks));
+  return std::shared_ptr<const Pin>(
+      new Pin(shared_from_this(), layer, &slot.blocks, segment_.get()));
 }
 
 void KvCache::Commit(int layer) {
@@ -199,8 +221,7 @@ void KvCache::FreeIfQuiet() {
   for (const Slot& slot : slots_) {
     if (slot.pins > 0) return;
   }
-  for (Slot& slot : slots_) pool_.GiveBack(slot.blocks, slot.state);
-  freed_ = true;
+  Free();
 }
 
 int KvCache::running_transfers() const {

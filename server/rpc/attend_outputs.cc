@@ -1,6 +1,7 @@
 #include "server/rpc/attend_outputs.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "proto/wire/chunk.h"
@@ -15,15 +16,6 @@ v1::TensorSpec Spec(const char* name, v1::DataType type, std::initializer_list<i
   spec.set_data_type(type);
   for (int64_t dim : shape) spec.add_shape(dim);
   return spec;
-}
-
-uint64_t BytesOf(const v1::TensorSpec& spec) {
-  uint64_t bytes = spec.data_type() == v1::DATA_TYPE_U8 ? 1
-                   : spec.data_type() == v1::DATA_TYPE_F32 || spec.data_type() == v1::DATA_TYPE_I32
-                       ? 4
-                       : 2;
-  for (int64_t dim : spec.shape()) bytes *= static_cast<uint64_t>(dim);
-  return bytes;
 }
 
 std::vector<v1::TensorSpec> Specs(const Job& job, bool ragged, int64_t rows, int64_t max_blocks) {
@@ -46,12 +38,23 @@ std::vector<v1::TensorSpec> Specs(const Job& job, bool ragged, int64_t rows, int
 
 }  // namespace
 
+uint64_t BytesOf(const v1::TensorSpec& spec) {
+  uint64_t bytes = spec.data_type() == v1::DATA_TYPE_U8 ? 1
+                   : spec.data_type() == v1::DATA_TYPE_F32 || spec.data_type() == v1::DATA_TYPE_I32
+                       ? 4
+                       : 2;
+  for (int64_t dim : spec.shape()) bytes *= static_cast<uint64_t>(dim);
+  return bytes;
+}
+
 std::vector<v1::TensorSpec> AnnouncedOutputs(const Job& job, bool ragged) {
   const auto sequences = SplitIntoBlocks(job.attend->shape, job.policy.block_size);
   return Specs(job, ragged, TotalRows(sequences), MaxKeyBlocks(sequences));
 }
 
-AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged) {
+AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged,
+                             const AttendSegment* segment)
+    : segment_(segment) {
   auto held = std::make_shared<Held>();
   for (const HeadReport& entry : job->report.entries) {
     held->pattern.push_back(static_cast<uint8_t>(entry.pattern));
@@ -72,11 +75,22 @@ AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged) {
   }
   held->job = std::move(job);
   held_ = std::move(held);
+  if (segment == nullptr) return;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    std::byte* place = segment->memory->data() + segment->outputs[i];
+    const void* data = tensors_[i].data;
+    if (data != place) std::memcpy(place, data, tensors_[i].bytes);  // all but o
+  }
+  current_ = tensors_.size();
 }
 
 v1::OutputSpecs AttendOutputs::specs() const {
   v1::OutputSpecs specs;
-  for (const Tensor& tensor : tensors_) *specs.add_tensors() = tensor.spec;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    *specs.add_tensors() = tensors_[i].spec;
+    if (segment_ == nullptr) continue;
+    *specs.add_buffers() = BufferIn(*segment_->memory, segment_->outputs[i], tensors_[i].bytes);
+  }
   return specs;
 }
 

@@ -1,5 +1,6 @@
 // The tensors that an Attend answers with, and their chunks. The bytes stay where the engine wrote
-// them: slices refer to the job, which lives until gRPC has let go of the last of them.
+// them: slices refer to the job, which lives until gRPC has let go of the last of them. In a
+// segment there are no chunks: what the engine has not written there is copied.
 #pragma once
 
 #include <grpcpp/support/byte_buffer.h>
@@ -11,6 +12,7 @@
 #include "prefilld/v1/prefill_service.pb.h"
 #include "prefilld/v1/tensor.pb.h"
 #include "server/job.h"
+#include "server/kv/shm_segment.h"
 
 namespace prefilld {
 
@@ -18,10 +20,19 @@ namespace prefilld {
 // its upper bound. `ragged`: cu_seqlens were given, pattern and captured_mass are per sequence.
 std::vector<v1::TensorSpec> AnnouncedOutputs(const Job& job, bool ragged);
 
+uint64_t BytesOf(const v1::TensorSpec& spec);
+
+// Where the tensors of one Attend over posix_shm lie: the announced inputs, then the outputs, each
+// with room for its upper bound.
+struct AttendSegment {
+  std::shared_ptr<ShmSegment> memory;
+  std::vector<uint64_t> inputs, outputs;  // offsets
+};
+
 class AttendOutputs {
  public:
-  // job: finished with OK.
-  AttendOutputs(std::shared_ptr<const Job> job, bool ragged);
+  // job: finished with OK. `segment`: of a call over posix_shm, else null; outlives this.
+  AttendOutputs(std::shared_ptr<const Job> job, bool ragged, const AttendSegment* segment);
 
   v1::OutputSpecs specs() const;
   uint64_t total_bytes() const { return total_; }
@@ -43,6 +54,7 @@ class AttendOutputs {
   };
 
   std::shared_ptr<const Held> held_;
+  const AttendSegment* const segment_;
   std::vector<Tensor> tensors_;
   uint64_t total_ = 0;
   size_t current_ = 0;

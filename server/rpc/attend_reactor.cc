@@ -8,9 +8,18 @@
 #include "server/errors.h"
 #include "server/log.h"
 #include "server/rpc/messages.h"
-#include "server/rpc/validate.h"
 
 namespace prefilld {
+namespace {
+
+// Of q and o, and of k and v.
+std::pair<uint64_t, uint64_t> TensorBytes(const AttentionShape& shape) {
+  const uint64_t row = static_cast<uint64_t>(shape.head_dim) * SizeOf(shape.dtype);
+  return {static_cast<uint64_t>(shape.total_q()) * shape.q_heads * row,
+          static_cast<uint64_t>(shape.total_k()) * shape.kv_heads * row};
+}
+
+}  // namespace
 
 AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context) {
   std::shared_ptr<AttendReactor> reactor(new AttendReactor(rpc, context));
@@ -52,7 +61,7 @@ void AttendReactor::OnReadDone(bool ok) {
     }
   }
   // The copy happens outside the lock: a cancel need not wait for it.
-  const absl::Status status = OnChunk();
+  const absl::Status status = OnTensors();
   absl::MutexLock lock(&mutex_);
   if (ended_) return;
   if (!status.ok()) return End(status);
@@ -83,7 +92,6 @@ absl::Status AttendReactor::OnHeader() {
   }
   job->deadline = deadline_;
   job->sink = shared_from_this();
-  if (absl::Status status = AllocateBuffers(work, valid->roles); !status.ok()) return status;
   if (!rpc_.attends.Claim(job->request_id)) {
     return absl::AlreadyExistsError(
         absl::StrCat("an Attend with request_id '", job->request_id, "' is running"));
@@ -91,6 +99,14 @@ absl::Status AttendReactor::OnHeader() {
   if (absl::Status status = rpc_.scheduler.Admit(job); !status.ok()) {
     rpc_.attends.Release(job->request_id);
     return status;
+  }
+  // After the budget: what is refused has taken nothing.
+  const bool shared = valid->transport == Transport::kPosixShm;
+  absl::Status placed = shared ? AllocateSegment(*valid) : AllocateBuffers(work, valid->roles);
+  if (!placed.ok()) {
+    rpc_.scheduler.Cancel(job, placed);
+    rpc_.attends.Release(job->request_id);
+    return placed;
   }
   job_ = job;
   ragged_ = valid->ragged;
@@ -106,9 +122,15 @@ absl::Status AttendReactor::OnHeader() {
   for (v1::TensorSpec& spec : AnnouncedOutputs(*job, ragged_)) {
     *admission.add_outputs() = std::move(spec);
   }
+  admission.set_transport(ProtoOf(valid->transport));
+  for (size_t i = 0; i < segment_.inputs.size(); ++i) {
+    *admission.add_buffers() = BufferIn(*segment_.memory, segment_.inputs[i],
+                                        BytesOf(request.header().tensors(static_cast<int>(i))));
+  }
   Log(Level::kInfo, "attend_admitted",
       {{"request_id", job->request_id},
        {"method", Name(job->policy.method)},
+       {"transport", Name(valid->transport)},
        {"tokens", job->tokens()},
        {"upload_bytes", bytes_to_come_}});
   Write(EncodeMessage(response));
@@ -116,10 +138,7 @@ absl::Status AttendReactor::OnHeader() {
 }
 
 absl::Status AttendReactor::AllocateBuffers(AttendWork& work, const std::array<int, 3>& roles) {
-  const AttentionShape& shape = work.shape;
-  const uint64_t row = static_cast<uint64_t>(shape.head_dim) * SizeOf(shape.dtype);
-  const uint64_t q_bytes = static_cast<uint64_t>(shape.total_q()) * shape.q_heads * row;
-  const uint64_t kv_bytes = static_cast<uint64_t>(shape.total_k()) * shape.kv_heads * row;
+  const auto [q_bytes, kv_bytes] = TensorBytes(work.shape);
   Device& device = rpc_.backend.device();
   for (auto [buffer, bytes] : {std::pair(&work.q, q_bytes), std::pair(&work.k, kv_bytes),
                                std::pair(&work.v, kv_bytes), std::pair(&work.o, q_bytes)}) {
@@ -137,7 +156,45 @@ absl::Status AttendReactor::AllocateBuffers(AttendWork& work, const std::array<i
   return absl::OkStatus();
 }
 
-absl::Status AttendReactor::OnChunk() {
+// Lengths are bounded by attend_bytes_max, which counts every tensor.
+absl::Status AttendReactor::AllocateSegment(const ValidAttend& valid) {
+  AttendWork& work = *valid.job->attend;
+  const auto [q_bytes, kv_bytes] = TensorBytes(work.shape);
+  uint64_t end = 0;
+  const auto place = [&](uint64_t bytes) { return std::exchange(end, end + ShmAligned(bytes)); };
+  std::vector<uint64_t> inputs, outputs;
+  for (int role : valid.roles) inputs.push_back(place(role == 0 ? q_bytes : kv_bytes));
+  for (const v1::TensorSpec& spec : AnnouncedOutputs(*valid.job, valid.ragged)) {
+    outputs.push_back(place(BytesOf(spec)));
+  }
+  auto memory = rpc_.shm->Create(end);
+  if (!memory.ok()) return memory.status();
+  segment_ = {*std::move(memory), std::move(inputs), std::move(outputs)};
+  std::byte* const base = segment_.memory->data();
+  Buffer* const by_role[] = {&work.q, &work.k, &work.v};
+  std::vector<Upload::Tensor> tensors;
+  for (size_t i = 0; i < valid.roles.size(); ++i) {
+    const uint64_t bytes = valid.roles[i] == 0 ? q_bytes : kv_bytes;
+    *by_role[valid.roles[i]] = Buffer(base + segment_.inputs[i], bytes, nullptr);
+    tensors.push_back({base + segment_.inputs[i], bytes});
+  }
+  work.o = Buffer(base + segment_.outputs[0], q_bytes, nullptr);
+  work.held = segment_.memory;
+  upload_.emplace(std::move(tensors));
+  return absl::OkStatus();
+}
+
+absl::Status AttendReactor::OnTensors() {
+  if (segment_.memory != nullptr) {
+    v1::AttendRequest request;
+    if (FirstField(read_) != kAttendWritten || !ParseMessage(&read_, &request)) {
+      return absl::DataLossError("over TRANSPORT_POSIX_SHM only `written` follows the header");
+    }
+    return upload_->Written();
+  }
+  if (FirstField(read_) == kAttendWritten) {
+    return absl::DataLossError("`written` is of TRANSPORT_POSIX_SHM; here tensors come as chunks");
+  }
   auto chunk = ParseChunk(read_, kAttendChunk);
   if (!chunk.ok()) return absl::DataLossError(chunk.status().message());
   absl::Status status = upload_->Take(*chunk);
@@ -157,7 +214,7 @@ void AttendReactor::OnFinished(const absl::Status& status) {
   for (Buffer* input : {&work.q, &work.k, &work.v}) *input = Buffer();
   rpc_.reports.Add({job_->request_id, kAttendModel, job_->policy.method, job_->policy.gamma,
                     job_->tokens(), job_->report});
-  outputs_.emplace(job_, ragged_);
+  outputs_.emplace(job_, ragged_, segment_.memory != nullptr ? &segment_ : nullptr);
   v1::AttendResponse response;
   *response.mutable_outputs() = outputs_->specs();
   next_ = EncodeMessage(response);
@@ -208,6 +265,7 @@ void AttendReactor::End(const absl::Status& status) {
   ended_ = true;
   rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_));
   bytes_to_come_ = 0;
+  if (segment_.memory != nullptr) segment_.memory->Unlink();  // the job may still compute in it
   if (job_ && !job_ended_) rpc_.scheduler.Cancel(job_, status);
   const grpc::Status wire = record_.End(status);
   if (job_) {
@@ -257,7 +315,7 @@ void AttendReactor::OnAlarm() {
   if (absl::Now() < progress_ + rpc_.upload_timeout) return Watch();
   if (ended_) return context_->TryCancel();  // the peer does not even take the status
   const absl::Status status = absl::DeadlineExceededError(
-      absl::StrCat("no chunk moved for ", absl::FormatDuration(rpc_.upload_timeout)));
+      absl::StrCat("nothing moved for ", absl::FormatDuration(rpc_.upload_timeout)));
   const bool stuck = writing_;
   End(status);
   // A reader that takes nothing would not take the status either.

@@ -1,5 +1,6 @@
 // One Attend call: header, admission, upload, computation, outputs, summary. Raw buffers, so that
-// tensor bytes are copied once on their way in and not at all on their way out.
+// tensor bytes are copied once on their way in and not at all on their way out. Over posix_shm the
+// caller writes into a segment that the job computes in, and reads its outputs there.
 //
 // Lifetime: shared by gRPC (until OnDone) and the job (as its sink).
 // Threads: gRPC's and the scheduler's; every member is guarded by one mutex but the upload, which
@@ -23,6 +24,7 @@
 #include "server/rpc/call.h"
 #include "server/rpc/context.h"
 #include "server/rpc/upload.h"
+#include "server/rpc/validate.h"
 
 namespace prefilld {
 
@@ -45,7 +47,8 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
 
   absl::Status OnHeader() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status AllocateBuffers(AttendWork& work, const std::array<int, 3>& roles);
-  absl::Status OnChunk();
+  absl::Status AllocateSegment(const ValidAttend& valid);
+  absl::Status OnTensors();
   void Write(const grpc::ByteBuffer& message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -57,6 +60,7 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   const absl::Time deadline_;
   grpc::ByteBuffer read_;         // of the outstanding read
   std::optional<Upload> upload_;  // the outstanding read's thread
+  AttendSegment segment_;         // set once, with the job; empty over gRPC
 
   absl::Mutex mutex_;
   std::shared_ptr<AttendReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone

@@ -10,6 +10,7 @@
 #include "kernels/backend.h"
 #include "server/kv/block_pool.h"
 #include "server/kv/lease_table.h"
+#include "server/kv/shm_segment.h"
 #include "server/metrics.h"
 #include "server/model/transformer.h"
 #include "server/reports.h"
@@ -29,6 +30,7 @@ absl::StatusOr<Transformer*> FindModel(const Models& models, const std::string& 
 struct RpcContext {
   Backend& backend;
   const Models& models;
+  ShmDomain* shm;   // null when posix_shm is not offered
   BlockPool* pool;  // null when there is no model
   LeaseTable& leases;
   Scheduler& scheduler;

@@ -40,6 +40,18 @@ v1::DataType ProtoOf(DType dtype) {
   return v1::DATA_TYPE_UNSPECIFIED;
 }
 
+v1::Transport ProtoOf(Transport transport) {
+  return transport == Transport::kPosixShm ? v1::TRANSPORT_POSIX_SHM : v1::TRANSPORT_GRPC;
+}
+
+v1::BufferRef BufferIn(const ShmSegment& segment, uint64_t offset, uint64_t bytes) {
+  v1::BufferRef buffer;
+  buffer.set_name(segment.name());
+  buffer.set_byte_offset(offset);
+  buffer.set_byte_length(bytes);
+  return buffer;
+}
+
 std::string DataTypeName(int type) {
   constexpr size_t kPrefix = sizeof("DATA_TYPE_") - 1;
   return v1::DataType_IsValid(type)

@@ -12,12 +12,16 @@
 #include "prefilld/v1/prefill_service.pb.h"
 #include "server/job.h"
 #include "server/kv/lease_table.h"
+#include "server/kv/shm_segment.h"
 #include "server/model/transformer.h"
 
 namespace prefilld {
 
 std::optional<DType> DTypeOf(v1::DataType type);  // empty when no attention runs in it
 v1::DataType ProtoOf(DType dtype);
+v1::Transport ProtoOf(Transport transport);
+// A tensor in a segment.
+v1::BufferRef BufferIn(const ShmSegment& segment, uint64_t offset, uint64_t bytes);
 std::string DataTypeName(int type);  // "BF16", or the number of an unknown one
 
 google::protobuf::Duration ProtoOf(absl::Duration duration);

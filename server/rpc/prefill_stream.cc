@@ -12,15 +12,28 @@
 
 namespace prefilld {
 
+namespace {
+
+// In a segment where that is possible; a caller that has not pinned the transport can do without.
+absl::StatusOr<std::shared_ptr<KvCache>> NewCache(const RpcContext& rpc, const KvGeometry& geometry,
+                                                  const ValidPrefill& valid) {
+  if (valid.may_map) {
+    auto cache = KvCache::Create(*rpc.pool, geometry, valid.retain, rpc.shm);
+    if (cache.ok() || valid.must_map) return cache;
+  }
+  return KvCache::Create(*rpc.pool, geometry, valid.retain);
+}
+
+}  // namespace
+
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(RpcContext& rpc,
                                                                     ValidPrefill valid,
                                                                     std::string content) {
   const std::shared_ptr<Job> job = std::move(valid.job);
   if (absl::Status status = rpc.scheduler.CheckOpen(*job); !status.ok()) return status;
   const ModelInfo& info = job->prefill->model->info();
-  auto cache = KvCache::Create(
-      *rpc.pool, {info.layers, info.kv_heads, info.head_dim, info.dtype, job->tokens()},
-      valid.retain);
+  auto cache =
+      NewCache(rpc, {info.layers, info.kv_heads, info.head_dim, info.dtype, job->tokens()}, valid);
   if (!cache.ok()) return cache.status();
   job->prefill->cache = *cache;
 
@@ -52,6 +65,8 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(RpcContext& 
   *admission.mutable_estimated_wait() = ProtoOf(job->estimated_wait);
   *admission.mutable_lease() = ProtoOf(stream->lease_, (*cache)->geometry(), rpc.boot_id);
   admission.set_fingerprint(info.fingerprint);
+  const Transport transport = (*cache)->in_segment() ? Transport::kPosixShm : Transport::kGrpc;
+  admission.set_transport(ProtoOf(transport));
   rpc.metrics.prompt_tokens.Observe(static_cast<double>(job->tokens()));
   Log(Level::kInfo, "prefill_admitted",
       {{"request_id", job->request_id},
@@ -59,6 +74,7 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(RpcContext& 
        {"method", Name(job->policy.method)},
        {"tokens", job->tokens()},
        {"retain", valid.retain},
+       {"transport", Name(transport)},
        {"generation", stream->lease_.generation}});
   return stream;
 }

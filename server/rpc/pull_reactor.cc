@@ -5,10 +5,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "prefilld/v1/kv_handoff_service.pb.h"
-#include "proto/wire/chunk.h"
 #include "server/errors.h"
 #include "server/kv/layout.h"
 #include "server/log.h"
+#include "server/rpc/messages.h"
 
 namespace prefilld {
 
@@ -43,6 +43,7 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
   }
   absl::MutexLock lock(&mutex_);
   lease_ = request.lease().substr(0, kRequestIdBytesMax);
+  if (request.transport() == v1::TRANSPORT_POSIX_SHM) transport_ = Transport::kPosixShm;
   if (!request.boot_id().empty() && request.boot_id() != rpc_.boot_id) {
     return absl::FailedPreconditionError(
         absl::StrCat("the lease is of boot_id ", request.boot_id().substr(0, 64),
@@ -50,7 +51,7 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
   }
   auto cache = rpc_.leases.Find(request.lease(), request.generation());
   if (!cache.ok()) return cache.status();
-  auto range = ValidatePull(request, (*cache)->geometry());
+  auto range = ValidatePull(request, **cache, rpc_.limits);
   if (!range.ok()) return range.status();
   auto transfer = (*cache)->Open([weak = weak_from_this()] {
     const auto self = weak.lock();
@@ -132,27 +133,14 @@ int PullReactor::Advance() {
 }
 
 PullReactor::Chunk PullReactor::Encode() {
-  const size_t bytes = std::min<uint64_t>(range_.chunk_bytes, tensor_bytes_ - offset_);
-  const bool value = tensor_ == 1;
+  const uint64_t bytes = std::min(range_.chunk_bytes, tensor_bytes_ - offset_);
   ChunkHeader header;
   header.tensor_index = static_cast<uint32_t>(tensor_);
   header.layer = static_cast<uint32_t>(layer_);
   header.byte_offset = offset_;
   header.last = offset_ + bytes == tensor_bytes_;
-  std::vector<grpc::Slice> payload;
-  if (range_.dtype == cache_->geometry().dtype) {
-    for (const ByteSpan& span : HfSpans(*pin_, value, offset_, bytes)) {
-      header.crc32c = Crc32c(header.crc32c, span.data, span.bytes);
-      payload.push_back(SliceOf(span.data, span.bytes, pin_));
-    }
-  } else {
-    const std::shared_ptr<std::byte[]> converted(new std::byte[bytes]);
-    ConvertHf(*pin_, value, range_.dtype, offset_, bytes, converted.get());
-    header.crc32c = Crc32c(0, converted.get(), bytes);
-    payload.push_back(SliceOf(converted.get(), bytes, converted));
-  }
   Chunk chunk;
-  chunk.message = EncodeChunk(header, payload, kBareChunk);
+  chunk.message = transport_ == Transport::kPosixShm ? Place(header) : Bytes(header, bytes);
   chunk.payload_bytes = bytes;
   offset_ += bytes;
   if (!header.last) return chunk;
@@ -165,6 +153,34 @@ PullReactor::Chunk PullReactor::Encode() {
   return chunk;
 }
 
+grpc::ByteBuffer PullReactor::Bytes(ChunkHeader header, size_t bytes) {
+  const bool value = tensor_ == 1;
+  std::vector<grpc::Slice> payload;
+  if (range_.dtype == cache_->geometry().dtype) {
+    for (const ByteSpan& span : HfSpans(*pin_, value, offset_, bytes)) {
+      header.crc32c = Crc32c(header.crc32c, span.data, span.bytes);
+      payload.push_back(SliceOf(span.data, span.bytes, pin_));
+    }
+  } else {
+    const std::shared_ptr<std::byte[]> converted(new std::byte[bytes]);
+    ConvertHf(*pin_, value, range_.dtype, offset_, bytes, converted.get());
+    header.crc32c = Crc32c(0, converted.get(), bytes);
+    payload.push_back(SliceOf(converted.get(), bytes, converted));
+  }
+  return EncodeChunk(header, payload, kBareChunk);
+}
+
+// The whole tensor, which is readable from now until the cache is freed.
+grpc::ByteBuffer PullReactor::Place(const ChunkHeader& header) {
+  v1::TensorChunk chunk;
+  chunk.set_tensor_index(header.tensor_index);
+  chunk.set_layer(header.layer);
+  chunk.set_last(header.last);
+  *chunk.mutable_buffer() = BufferIn(
+      *pin_->segment(), cache_->geometry().segment_offset(layer_, tensor_ == 1), tensor_bytes_);
+  return EncodeMessage(chunk);
+}
+
 void PullReactor::OnWriteDone(bool ok) {
   std::shared_ptr<KvCache> cache;
   int delivered = -1, ask = -1;
@@ -174,7 +190,7 @@ void PullReactor::OnWriteDone(bool ok) {
     if (ended_) return;
     if (!ok) return End(WhyCancelled(deadline_), "cancelled");
     bytes_ += write_.payload_bytes;
-    rpc_.metrics.handoff_bytes.Increment(static_cast<double>(write_.payload_bytes));
+    rpc_.metrics.HandoffBytes(transport_, write_.payload_bytes);
     transfer_->Progress();
     delivered = write_.ends_layer;
     cache = cache_;
@@ -199,13 +215,14 @@ void PullReactor::End(const absl::Status& status, const char* failure) {
   ended_ = true;
   const absl::Duration seconds = record_.age();
   if (status.ok()) {
-    rpc_.metrics.handoff_duration.Observe(absl::ToDoubleSeconds(seconds));
+    rpc_.metrics.HandoffFinished(transport_, absl::ToDoubleSeconds(seconds));
   } else {
-    rpc_.metrics.HandoffFailed(failure);
+    rpc_.metrics.HandoffFailed(transport_, failure);
   }
   const grpc::Status wire = record_.End(status);
   Log(status.ok() ? Level::kInfo : Level::kWarning, "pull_finished",
       {{"request_id", lease_},
+       {"transport", Name(transport_)},
        {"code", CodeName(wire.error_code())},
        {"message", wire.error_message()},
        {"bytes", bytes_},

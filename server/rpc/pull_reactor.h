@@ -1,6 +1,7 @@
 // One PullKv call: the chunks of a cache's layers, each as soon as it is computed. Payload slices
 // point into the pinned blocks and hold the pin, so bytes are copied by nobody before the socket,
 // and blocks are free when the last slice is. While one chunk is written the next is made ready.
+// Over posix_shm a chunk is a whole tensor, and only says where it lies.
 //
 // Shared by gRPC (until OnDone) and by what waits for a layer. Waits through KvCache::WhenReady,
 // never on a gRPC thread.
@@ -16,6 +17,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
+#include "proto/wire/chunk.h"
 #include "server/kv/kv_cache.h"
 #include "server/rpc/call.h"
 #include "server/rpc/context.h"
@@ -37,8 +39,8 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
  private:
   struct Chunk {
     grpc::ByteBuffer message;
-    size_t payload_bytes = 0;
-    int ends_layer = -1;  // the layer whose last chunk this is
+    uint64_t payload_bytes = 0;  // sent, or named
+    int ends_layer = -1;         // the layer whose last chunk this is
   };
 
   PullReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
@@ -49,6 +51,8 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   // to ask for, or -1.
   int Advance() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Chunk Encode() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  grpc::ByteBuffer Bytes(ChunkHeader header, size_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  grpc::ByteBuffer Place(const ChunkHeader& header) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void End(const absl::Status& status, const char* failure) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   RpcContext& rpc_;
@@ -57,7 +61,8 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   absl::Mutex mutex_;
   std::shared_ptr<PullReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   CallRecord record_ ABSL_GUARDED_BY(mutex_);
-  std::string lease_ ABSL_GUARDED_BY(mutex_);  // for the log
+  std::string lease_ ABSL_GUARDED_BY(mutex_);                       // for the log
+  Transport transport_ ABSL_GUARDED_BY(mutex_) = Transport::kGrpc;  // also of a refused pull
   ValidPull range_ ABSL_GUARDED_BY(mutex_);
   uint64_t tensor_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   std::shared_ptr<KvCache> cache_ ABSL_GUARDED_BY(mutex_);

@@ -14,8 +14,10 @@
 namespace prefilld {
 namespace {
 
-// The transport to use: the first acceptable one that is served.
-absl::StatusOr<v1::Transport> PickTransport(const v1::NegotiateRequest& request) {
+// The transport to use: the first acceptable one that is possible here. Memory is shared with a
+// caller that sees the same /dev/shm.
+absl::StatusOr<v1::Transport> PickTransport(const RpcContext& rpc,
+                                            const v1::NegotiateRequest& request) {
   constexpr int kTransportsMax = 8;
   if (request.transports_size() > kTransportsMax) {
     return InvalidField("transports", absl::StrCat(request.transports_size(),
@@ -27,12 +29,29 @@ absl::StatusOr<v1::Transport> PickTransport(const v1::NegotiateRequest& request)
                           absl::StrCat("unknown transport ", request.transports(i)));
     }
   }
+  const bool shared = rpc.shm != nullptr && request.shm_domain() == rpc.shm->name();
+  const v1::Transport best = shared ? v1::TRANSPORT_POSIX_SHM : v1::TRANSPORT_GRPC;
+  if (request.transports_size() == 0) return best;
+  bool asked_for_shm = false;
   for (int transport : request.transports()) {
-    if (transport <= v1::TRANSPORT_GRPC) return v1::TRANSPORT_GRPC;
+    if (transport == v1::TRANSPORT_UNSPECIFIED) return best;
+    if (transport == v1::TRANSPORT_GRPC) return v1::TRANSPORT_GRPC;
+    if (transport != v1::TRANSPORT_POSIX_SHM) continue;
+    if (shared) return v1::TRANSPORT_POSIX_SHM;
+    asked_for_shm = true;
   }
-  if (request.transports_size() == 0) return v1::TRANSPORT_GRPC;
-  return absl::UnimplementedError(
-      "none of the acceptable transports is served yet; served is TRANSPORT_GRPC");
+  if (!asked_for_shm) {
+    return absl::UnimplementedError(
+        "none of the acceptable transports is served yet; served are TRANSPORT_GRPC and "
+        "TRANSPORT_POSIX_SHM");
+  }
+  if (rpc.shm == nullptr) {
+    return absl::FailedPreconditionError(
+        "transports: TRANSPORT_POSIX_SHM is not offered by this server");
+  }
+  return absl::FailedPreconditionError(absl::StrCat(
+      "transports: TRANSPORT_POSIX_SHM is not possible: shm_domain '",
+      request.shm_domain().substr(0, 128), "' is not the server's '", rpc.shm->name(), "'"));
 }
 
 void FillLimits(const RpcContext& rpc, const ModelInfo* model, v1::Limits* limits) {
@@ -48,10 +67,11 @@ void FillLimits(const RpcContext& rpc, const ModelInfo* model, v1::Limits* limit
 
 absl::Status FillNegotiated(const RpcContext& rpc, const v1::NegotiateRequest& request,
                             v1::NegotiateResponse* response) {
-  auto transport = PickTransport(request);
+  auto transport = PickTransport(rpc, request);
   if (!transport.ok()) return transport.status();
   response->set_transport(*transport);
   response->set_boot_id(rpc.boot_id);
+  if (rpc.shm != nullptr) response->set_shm_domain(rpc.shm->name());
   response->set_server_version(kVersion);
   const ModelInfo* info = nullptr;
   if (!request.model().empty()) {

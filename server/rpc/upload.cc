@@ -44,4 +44,11 @@ absl::Status Upload::Take(const ParsedChunk& chunk) {
   return absl::OkStatus();
 }
 
+absl::Status Upload::Written() {
+  if (complete()) return absl::DataLossError("`written` again after the tensors were written");
+  received_ = total_;
+  current_ = tensors_.size();
+  return absl::OkStatus();
+}
+
 }  // namespace prefilld

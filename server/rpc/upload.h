@@ -1,5 +1,5 @@
 // The tensors of an Attend as they arrive: chunk after chunk, tensor after tensor, each byte copied
-// once to its place. Not thread-safe.
+// once to its place; or all at once, in a segment that the caller writes. Not thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +22,9 @@ class Upload {
   // DATA_LOSS for a chunk that is out of order, too long, empty or damaged; the upload is then
   // useless.
   absl::Status Take(const ParsedChunk& chunk);
+
+  // The caller says that it has written all of them. DATA_LOSS when it says so again.
+  absl::Status Written();
 
   bool complete() const { return current_ == tensors_.size(); }
   uint64_t total_bytes() const { return total_; }

@@ -112,16 +112,18 @@ absl::Status CheckSequences(const v1::AttendHeader& header, AttentionShape* shap
   return absl::OkStatus();
 }
 
-// Tensors, outputs and the block index, which the engine needs whether it is returned or not.
-uint64_t AttendBytes(const AttentionShape& shape, int block_size, bool return_lse,
-                     bool return_index) {
+// Tensors, outputs and the block index, which the engine needs whether it is returned or not. Over
+// posix_shm the small outputs exist twice: the engine's, and those in the segment.
+uint64_t AttendBytes(const AttentionShape& shape, int block_size, const v1::AttendHeader& header) {
   const uint64_t q = static_cast<uint64_t>(shape.total_q()) * shape.q_heads;
   const uint64_t kv = static_cast<uint64_t>(shape.total_k()) * shape.kv_heads;
   const auto sequences = SplitIntoBlocks(shape, block_size);
   const uint64_t index = static_cast<uint64_t>(shape.q_heads) * TotalRows(sequences) *
                          (MaxKeyBlocks(sequences) + 1) * sizeof(int32_t);
+  const uint64_t copies = header.transport() == v1::TRANSPORT_POSIX_SHM ? 2 : 1;
   return (2 * q + 2 * kv) * shape.head_dim * SizeOf(shape.dtype) +
-         (return_lse ? q * sizeof(float) : 0) + (return_index ? 2 * index : index);
+         (header.return_lse() ? copies * q * sizeof(float) : 0) +
+         (header.return_block_index() ? copies * index : 0) + index;
 }
 
 }  // namespace
@@ -156,9 +158,12 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
   if (!id.ok()) return id.status();
   if (header.buffers_size() > 0) {
     return absl::UnimplementedError(
-        "buffers are not served yet; tensors arrive as chunks of this stream");
+        "buffers of the caller are not served; with transport TRANSPORT_POSIX_SHM the server hands "
+        "out its own");
   }
-  if (absl::Status status = CheckPriority(header.priority()); !status.ok()) return status;
+  absl::Status status = ValidateTransport(header.transport(), "transport", limits);
+  if (!status.ok()) return status;
+  if (status = CheckPriority(header.priority()); !status.ok()) return status;
   auto policy = ValidatePolicy(header.sparsity());
   if (!policy.ok()) return policy.status();
 
@@ -202,7 +207,7 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
   work->shape.q_heads = static_cast<int>(q->shape(1));
   work->shape.kv_heads = static_cast<int>(k->shape(1));
   work->shape.head_dim = static_cast<int>(q->shape(2));
-  absl::Status status = CheckSequences(header, &work->shape, q->shape(0), k->shape(0));
+  status = CheckSequences(header, &work->shape, q->shape(0), k->shape(0));
   if (!status.ok()) return status;
   const int64_t entries = int64_t{work->shape.sequences()} * work->shape.q_heads;
   if (entries > kReportHeadsMax) {
@@ -210,8 +215,7 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
         "cu_seqlens_q",
         absl::StrCat(entries, " heads over all sequences, the limit is ", kReportHeadsMax));
   }
-  const uint64_t bytes = AttendBytes(work->shape, policy->policy.block_size, header.return_lse(),
-                                     header.return_block_index());
+  const uint64_t bytes = AttendBytes(work->shape, policy->policy.block_size, header);
   if (bytes > limits.attend_bytes_max) {
     return InvalidField("tensors", absl::StrCat("inputs, outputs and block index take ", bytes,
                                                 " bytes, the limit is ", limits.attend_bytes_max));
@@ -227,6 +231,7 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
   work->return_lse = header.return_lse();
   work->return_block_index = header.return_block_index();
 
+  if (header.transport() == v1::TRANSPORT_POSIX_SHM) valid.transport = Transport::kPosixShm;
   valid.ragged = header.cu_seqlens_q_size() > 0;
   valid.job = std::make_shared<Job>();
   valid.job->request_id = *std::move(id);
@@ -253,13 +258,19 @@ absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
   }
 
   const v1::KvDestination& destination = request.destination();
-  absl::Status status = ValidateTransport(destination.transport(), "destination.transport");
+  absl::Status status = ValidateTransport(destination.transport(), "destination.transport", limits);
   if (!status.ok()) return status;
   auto dtype = ValidateLayout(destination.layout(), "destination.layout", info.kv_heads,
                               info.head_dim, info.dtype);
   if (!dtype.ok()) return dtype.status();
   ValidPrefill valid;
   valid.retain = destination.has_retain() ? destination.retain() : true;
+  valid.must_map = destination.transport() == v1::TRANSPORT_POSIX_SHM;
+  if (valid.must_map && !valid.retain) {
+    return InvalidField("destination.retain",
+                        "false is served over TRANSPORT_GRPC only, not TRANSPORT_POSIX_SHM");
+  }
+  valid.may_map = limits.posix_shm && valid.retain && destination.transport() != v1::TRANSPORT_GRPC;
   auto ttl = ValidateLeaseTtl(destination.has_lease_ttl(), destination.lease_ttl(),
                               "destination.lease_ttl", limits, limits.lease_ttl);
   if (!ttl.ok()) return ttl.status();
@@ -291,13 +302,19 @@ absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
   return valid;
 }
 
-absl::Status ValidateTransport(v1::Transport transport, const std::string& field) {
+absl::Status ValidateTransport(v1::Transport transport, const std::string& field,
+                               const RequestLimits& limits) {
   if (!v1::Transport_IsValid(transport)) {
     return InvalidField(field, absl::StrCat("unknown transport ", transport));
   }
-  if (transport > v1::TRANSPORT_GRPC) {
-    return absl::UnimplementedError(absl::StrCat(v1::Transport_Name(transport),
-                                                 " is not served yet; served is TRANSPORT_GRPC"));
+  if (transport > v1::TRANSPORT_POSIX_SHM) {
+    return absl::UnimplementedError(
+        absl::StrCat(v1::Transport_Name(transport),
+                     " is not served yet; served are TRANSPORT_GRPC and TRANSPORT_POSIX_SHM"));
+  }
+  if (transport == v1::TRANSPORT_POSIX_SHM && !limits.posix_shm) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(field, ": TRANSPORT_POSIX_SHM is not offered by this server"));
   }
   return absl::OkStatus();
 }
@@ -374,10 +391,17 @@ absl::StatusOr<DType> ValidateLayout(const v1::KvLayout& layout, const std::stri
   return dtype;
 }
 
-absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request,
-                                       const KvGeometry& geometry) {
-  absl::Status status = ValidateTransport(request.transport(), "transport");
+absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request, const KvCache& cache,
+                                       const RequestLimits& limits) {
+  const KvGeometry& geometry = cache.geometry();
+  absl::Status status = ValidateTransport(request.transport(), "transport", limits);
   if (!status.ok()) return status;
+  const bool mapped = request.transport() == v1::TRANSPORT_POSIX_SHM;
+  if (mapped && !cache.in_segment()) {
+    return absl::FailedPreconditionError(
+        "transport: the cache lies in no segment that TRANSPORT_POSIX_SHM could map (see "
+        "Admission.transport); TRANSPORT_GRPC has it");
+  }
   auto dtype = ValidateLayout(request.layout(), "layout", geometry.kv_heads, geometry.head_dim,
                               geometry.dtype);
   if (!dtype.ok()) return dtype.status();
@@ -395,11 +419,22 @@ absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request,
     return InvalidField("resume_tensor_index",
                         absl::StrCat(request.resume_tensor_index(), " is neither 0 (K) nor 1 (V)"));
   }
+  if (mapped && *dtype != geometry.dtype) {
+    return absl::FailedPreconditionError(absl::StrCat("layout.data_type: ", Name(*dtype),
+                                                      " is not the cache's ", Name(geometry.dtype),
+                                                      ", which is what TRANSPORT_POSIX_SHM maps"));
+  }
   const uint64_t tensor_bytes = HfTensorBytes(geometry, *dtype);
   if (request.resume_byte_offset() > tensor_bytes) {
     return InvalidField(
         "resume_byte_offset",
         absl::StrCat(request.resume_byte_offset(), " is beyond the tensor's ", tensor_bytes));
+  }
+  if (mapped && request.resume_byte_offset() % tensor_bytes != 0) {
+    return InvalidField(
+        "resume_byte_offset",
+        absl::StrCat(request.resume_byte_offset(), " is neither 0 nor the tensor's ", tensor_bytes,
+                     ", as TRANSPORT_POSIX_SHM needs it"));
   }
   constexpr uint32_t kChunkBytesMin = 4096;
   if (request.chunk_bytes() != 0 &&
@@ -415,6 +450,7 @@ absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request,
   pull.byte_offset = request.resume_byte_offset();
   pull.chunk_bytes = request.chunk_bytes() != 0 ? request.chunk_bytes() : kMaxChunkBytes;
   pull.dtype = *dtype;
+  if (mapped) pull.chunk_bytes = tensor_bytes;
   return pull;
 }
 

@@ -25,6 +25,7 @@ struct RequestLimits {
   uint64_t attend_bytes_max = uint64_t{4} << 30;  // q, k, v, outputs and block index of one Attend
   absl::Duration lease_ttl = absl::Minutes(1);    // when the request names none
   absl::Duration lease_ttl_max = absl::Minutes(10);
+  bool posix_shm = false;  // is offered
 };
 inline constexpr int kSequencesMax = 1024;  // of one Attend
 
@@ -33,6 +34,7 @@ int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits);
 
 struct ValidAttend {
   std::shared_ptr<Job> job;  // without buffers and sink
+  Transport transport = Transport::kGrpc;
   std::array<int, 3> roles;  // of the announced tensors, in their order: 0 q, 1 k, 2 v
   bool ragged = false;       // cu_seqlens were given
 };
@@ -42,6 +44,9 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
 struct ValidPrefill {
   std::shared_ptr<Job> job;  // without model, cache and sink
   bool retain = true;
+  // The cache may lie in a segment; must, or be refused: the caller has pinned the transport.
+  bool may_map = false;
+  bool must_map = false;
   absl::Duration lease_ttl;
 };
 absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
@@ -55,7 +60,9 @@ inline constexpr size_t kRequestIdBytesMax = 64;
 // FAILED_PRECONDITION for a layout that is legal but not served. Returns the dtype to send.
 absl::StatusOr<DType> ValidateLayout(const v1::KvLayout& layout, const std::string& field,
                                      int kv_heads, int head_dim, DType cache_dtype);
-absl::Status ValidateTransport(v1::Transport transport, const std::string& field);
+// UNIMPLEMENTED for one that is not built, FAILED_PRECONDITION for one that is not offered.
+absl::Status ValidateTransport(v1::Transport transport, const std::string& field,
+                               const RequestLimits& limits);
 // `absent` when the message is; else > 0 and at most limits.lease_ttl_max.
 absl::StatusOr<absl::Duration> ValidateLeaseTtl(bool present, const google::protobuf::Duration& ttl,
                                                 const std::string& field,
@@ -67,10 +74,10 @@ struct ValidPull {
   int end_layer = 0;
   int tensor = 0;            // 0 K, 1 V; where to start within first_layer
   uint64_t byte_offset = 0;  // within that tensor
-  size_t chunk_bytes = 0;
+  uint64_t chunk_bytes = 0;  // posix_shm: of a whole tensor
   DType dtype = DType::kF32;
 };
-absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request,
-                                       const KvGeometry& geometry);
+absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request, const KvCache& cache,
+                                       const RequestLimits& limits);
 
 }  // namespace prefilld

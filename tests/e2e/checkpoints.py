@@ -71,7 +71,9 @@ def write(directory, seed=0, **changes):
     config = CONFIG | changes
     weights = random_weights(config, seed)
     write_config(directory, config)
-    safetensors_file.save(directory / "model.safetensors", weights)
+    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[config["torch_dtype"]]
+    safetensors_file.save(directory / "model.safetensors",
+                          {name: (array, kind) for name, array in weights.items()})
     return config, weights
 
 

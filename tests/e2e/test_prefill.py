@@ -241,12 +241,10 @@ def test_unknown_model(server):
     assert failure[0].resource == ("model", "gpt-5")
 
 
-@pytest.mark.parametrize("change", ["shm", "cuda_ipc", "exact reuse", "approximate reuse"])
+@pytest.mark.parametrize("change", ["cuda_ipc", "exact reuse", "approximate reuse"])
 def test_legal_but_unserved(server, change):
     message = prefilling.request([1])
-    if change == "shm":
-        message.destination.transport = kv.TRANSPORT_POSIX_SHM
-    elif change == "cuda_ipc":
+    if change == "cuda_ipc":
         message.destination.transport = kv.TRANSPORT_CUDA_IPC
     elif change == "exact reuse":
         message.prefix_reuse.mode = pb.PrefixReuse.MODE_EXACT

@@ -30,6 +30,7 @@ TEST(Config, DefaultsAreLoopbackOnly) {
   EXPECT_EQ(config.http.ToString(), "127.0.0.1:9464");
   EXPECT_TRUE(config.listen.loopback());
   EXPECT_TRUE(config.models.empty());
+  EXPECT_TRUE(config.posix_shm);
   EXPECT_GT(config.kv_memory, 0u);
   EXPECT_LE(config.kv_memory, uint64_t{8} << 30);
   EXPECT_GT(config.attend_memory, 0u);
@@ -73,6 +74,12 @@ TEST(Config, FlagsMayComeFromAFileAndTheCommandLineWins) {
   EXPECT_EQ(parsed->config.kv_memory, uint64_t{1} << 30);
 }
 
+TEST(Config, GrpcIsOfferedWhateverElseIs) {
+  EXPECT_FALSE(Parse({"--transports=grpc"})->config.posix_shm);
+  EXPECT_TRUE(Parse({"--transports=grpc,posix_shm"})->config.posix_shm);
+  EXPECT_TRUE(Parse({"--transports=posix_shm"})->config.posix_shm);
+}
+
 TEST(Config, BadFlagsAreNamed) {
   const std::pair<const char*, const char*> cases[] = {
       {"--nonsense=1", "nonsense"},
@@ -87,6 +94,9 @@ TEST(Config, BadFlagsAreNamed) {
       {"--model=justaname", "--model"},
       {"--model==/dir", "--model"},
       {"--model=name=", "--model"},
+      {"--transports=", "--transports"},
+      {"--transports=cuda_ipc", "cuda_ipc"},
+      {"--transports=grpc,shm", "'shm'"},
       {"--kv_memory=-1", "--kv_memory"},
       {"--kv_memory=lots", "--kv_memory"},
       {"--kv_memory=0", "--kv_memory"},

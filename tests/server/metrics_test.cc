@@ -41,8 +41,18 @@ TEST_F(MetricsTest, ZerosAreThereFromTheStart) {
   EXPECT_EQ(Counter("prefilld_requests_total", {{"method", "PullKv"}, {"code", "DATA_LOSS"}}), 0);
   EXPECT_EQ(Counter("prefilld_requests_rejected_total", {{"reason", "queue_full"}}), 0);
   EXPECT_EQ(Counter("prefilld_dense_fallback_heads_total", {{"reason", "short_prompt"}}), 0);
-  EXPECT_EQ(Counter("prefilld_handoff_bytes_total", {{"transport", "grpc"}, {"direction", "out"}}),
-            0);
+  EXPECT_EQ(Counter("prefilld_requests_rejected_total", {{"reason", "shm_memory"}}), 0);
+  for (const char* transport : kTransportNames) {
+    EXPECT_EQ(
+        Counter("prefilld_handoff_bytes_total", {{"transport", transport}, {"direction", "out"}}),
+        0);
+    EXPECT_TRUE(Find("prefilld_handoff_duration_seconds", {{"transport", transport}}));
+    for (const char* reason : Metrics::kHandoffFailures) {
+      EXPECT_EQ(Counter("prefilld_handoff_failures_total",
+                        {{"transport", transport}, {"reason", reason}}),
+                0);
+    }
+  }
   for (const char* state : kBlockStateNames) {
     EXPECT_TRUE(Find("prefilld_kv_blocks", {{"state", state}})) << state;
   }
@@ -63,7 +73,11 @@ TEST_F(MetricsTest, ObservationsAddNoSeries) {
   metrics_.Rejected(absl::InvalidArgumentError("x"));
   metrics_.Rejected(
       RetryLater(absl::StatusCode::kUnavailable, "a new reason", "x", absl::Seconds(1)));
-  for (const char* reason : Metrics::kHandoffFailures) metrics_.HandoffFailed(reason);
+  for (Transport transport : {Transport::kGrpc, Transport::kPosixShm}) {
+    metrics_.HandoffBytes(transport, 10);
+    metrics_.HandoffFinished(transport, 0.1);
+    for (const char* reason : Metrics::kHandoffFailures) metrics_.HandoffFailed(transport, reason);
+  }
   metrics_.ObservePhase(Phase::kLinear, 1);
   metrics_.HeadDensity("m", Pattern::kJoint, 0.3);
   metrics_.CapturedMass("m", 0.9);
@@ -78,16 +92,38 @@ TEST_F(MetricsTest, ObservationsAddNoSeries) {
 TEST_F(MetricsTest, RejectionsAreLabelledByTheirFacts) {
   metrics_.Rejected(
       RetryLater(absl::StatusCode::kResourceExhausted, "kv_memory", "x", absl::Seconds(1)));
+  metrics_.Rejected(
+      RetryLater(absl::StatusCode::kResourceExhausted, "shm_memory", "x", absl::Seconds(1)));
   metrics_.Rejected(DeadlineInfeasible("x"));
   metrics_.Rejected(absl::DeadlineExceededError("x"));
   metrics_.Rejected(ResourceNotFound("model", "x"));
   metrics_.Rejected(absl::UnimplementedError("x"));
   metrics_.Rejected(InvalidField("f", "x"));
   metrics_.Rejected(absl::DataLossError("x"));
-  for (const char* reason : {"kv_memory", "deadline_infeasible", "deadline_passed", "not_found",
-                             "unimplemented", "invalid_argument", "other"}) {
+  for (const char* reason : {"kv_memory", "shm_memory", "deadline_infeasible", "deadline_passed",
+                             "not_found", "unimplemented", "invalid_argument", "other"}) {
     EXPECT_EQ(Counter("prefilld_requests_rejected_total", {{"reason", reason}}), 1) << reason;
   }
+}
+
+TEST_F(MetricsTest, HandoffsAreToldApartByTransport) {
+  const Labels grpc = {{"transport", "grpc"}}, shm = {{"transport", "posix_shm"}};
+  EXPECT_TRUE(Find("prefilld_handoff_transport_info", grpc));
+  EXPECT_FALSE(Find("prefilld_handoff_transport_info", shm)) << "not offered";
+  metrics_.OfferTransport(Transport::kPosixShm);
+  EXPECT_EQ(Find("prefilld_handoff_transport_info", shm)->gauge.value, 1);
+  metrics_.HandoffBytes(Transport::kPosixShm, 7);
+  metrics_.HandoffFinished(Transport::kPosixShm, 0.1);
+  metrics_.HandoffFailed(Transport::kPosixShm, "refused");
+  EXPECT_EQ(
+      Counter("prefilld_handoff_bytes_total", {{"transport", "posix_shm"}, {"direction", "out"}}),
+      7);
+  EXPECT_EQ(Counter("prefilld_handoff_bytes_total", {{"transport", "grpc"}, {"direction", "out"}}),
+            0);
+  EXPECT_EQ(Find("prefilld_handoff_duration_seconds", shm)->histogram.sample_count, 1u);
+  EXPECT_EQ(Counter("prefilld_handoff_failures_total",
+                    {{"transport", "posix_shm"}, {"reason", "refused"}}),
+            1);
 }
 
 TEST_F(MetricsTest, BucketsAreThoseOfTheContract) {

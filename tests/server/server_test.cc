@@ -286,6 +286,59 @@ TEST_F(ServerTest, NegotiatesLayoutTransportAndFingerprint) {
   EXPECT_EQ(negotiate(request, &response), grpc::StatusCode::UNIMPLEMENTED);
 }
 
+TEST_F(ServerTest, SharesMemoryWithWhoSeesTheSame) {
+  grpc::Status status;
+  const auto negotiate = [&](const v1::NegotiateRequest& request) {
+    grpc::ClientContext context;
+    v1::NegotiateResponse response;
+    status = caller_.handoff->Negotiate(&context, request, &response);
+    return response;
+  };
+  v1::NegotiateRequest request;
+  const std::string domain = negotiate(request).shm_domain();
+  ASSERT_FALSE(domain.empty());
+  EXPECT_EQ(negotiate(request).transport(), v1::TRANSPORT_GRPC) << "the caller's is not known";
+  request.add_transports(v1::TRANSPORT_POSIX_SHM);
+  request.set_shm_domain("elsewhere:1");
+  negotiate(request);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  for (const std::string& shown : {std::string("elsewhere:1"), domain}) {
+    EXPECT_NE(status.error_message().find(shown), std::string::npos) << status.error_message();
+  }
+  request.add_transports(v1::TRANSPORT_GRPC);
+  EXPECT_EQ(negotiate(request).transport(), v1::TRANSPORT_GRPC);
+  request.set_shm_domain(domain);
+  EXPECT_EQ(negotiate(request).transport(), v1::TRANSPORT_POSIX_SHM);
+  request.clear_transports();
+  EXPECT_EQ(negotiate(request).transport(), v1::TRANSPORT_POSIX_SHM);
+}
+
+TEST_F(ServerTest, APullOverSharedMemoryNamesWholeTensors) {
+  grpc::Status status;
+  const auto events = Prefill(Prompt("mapped"), &status);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(events[0].admission().transport(), v1::TRANSPORT_POSIX_SHM);
+  const v1::Lease lease = events[3].kv_ready();
+  v1::PullKvRequest request;
+  request.set_lease(lease.name());
+  request.set_generation(lease.generation());
+  const std::string sent = Pull(request, &status);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  request.set_transport(v1::TRANSPORT_POSIX_SHM);
+  grpc::ClientContext context;
+  auto reader = caller_.handoff->PullKv(&context, request);
+  std::string mapped;
+  for (v1::TensorChunk chunk; reader->Read(&chunk);) {
+    EXPECT_TRUE(chunk.last());
+    EXPECT_TRUE(chunk.data().empty());
+    const std::string file = ReadFile("/dev/shm" + chunk.buffer().name());
+    mapped += file.substr(chunk.buffer().byte_offset(), chunk.buffer().byte_length());
+  }
+  EXPECT_TRUE(reader->Finish().ok());
+  EXPECT_EQ(mapped, sent);
+  Release(lease);
+}
+
 TEST(ServerStart, AnErrorIsOneLineThatNamesTheFlag) {
   Config config = TestConfig();
   config.models[0].directory = "/does/not/exist";

@@ -150,9 +150,9 @@ TEST(ParseChunk, ReadsWhatProtobufWritesHoweverItIsSliced) {
 }
 
 TEST(ParseChunk, AcceptsAnyOrderOfFieldsAndUnknownOnes) {
-  // data, unknown varint 6, last, unknown bytes 100 (twice), unknown fixed64 7, tensor_index.
+  // data, unknown varint 8, last, unknown bytes 100 (twice), unknown fixed64 7, tensor_index.
   const std::string bytes =
-      std::string("\x7a\x03xyz\x30\x05\x28\x01\xa2\x06\x01u\xa2\x06\x01u\x39", 18) + "12345678" +
+      std::string("\x7a\x03xyz\x40\x05\x28\x01\xa2\x06\x01u\xa2\x06\x01u\x39", 18) + "12345678" +
       "\x08\x02";
   const auto chunk = ParseChunk(BufferOf(bytes, 1), kBareChunk);
   ASSERT_TRUE(chunk.ok()) << chunk.status();
@@ -220,6 +220,14 @@ TEST(ParseChunk, RefusesAnythingBesideTheChunk) {
   EXPECT_FALSE(ParseChunk(BufferOf(request.SerializeAsString()), kAttendChunk).ok());
 }
 
+TEST(ParseChunk, RefusesAChunkThatNamesABuffer) {
+  v1::TensorChunk chunk;
+  chunk.set_data("x");
+  chunk.mutable_buffer();
+  EXPECT_EQ(ParseChunk(BufferOf(chunk.SerializeAsString()), kBareChunk).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
 TEST(ParseChunk, LimitsThePayload) {
   v1::TensorChunk chunk;
   chunk.set_data(std::string(kMaxChunkBytes, 'x'));
@@ -258,6 +266,7 @@ TEST(FirstField, TellsChunksFromTheOtherParts) {
   EXPECT_EQ(FirstField(EncodeMessage(response)), kAttendChunk);
   EXPECT_EQ(kAttendChunk, v1::AttendResponse::kChunkFieldNumber);
   EXPECT_EQ(kAttendChunk, v1::AttendRequest::kChunkFieldNumber);
+  EXPECT_EQ(kAttendWritten, v1::AttendRequest::kWrittenFieldNumber);
   response.mutable_summary()->set_tokens(7);
   grpc::ByteBuffer buffer = EncodeMessage(response);
   EXPECT_EQ(FirstField(buffer), v1::AttendResponse::kSummary);

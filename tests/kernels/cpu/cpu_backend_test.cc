@@ -56,6 +56,20 @@ TEST(CpuDevice, AllocatesZeroedAlignedMemory) {
   }
 }
 
+TEST(CpuDevice, DiscardsWholePagesOnly) {
+  auto backend = Cpu();
+  auto buffer = *backend->device().Allocate(1 << 20);
+  auto* bytes = buffer.as<unsigned char>();
+  std::fill(bytes, bytes + buffer.bytes(), 1);
+  backend->device().Discard(bytes + 100, 1000);  // no page
+  backend->device().Discard(bytes + 100, 0);     // nothing
+  backend->device().Discard(bytes + 5000, (1 << 20) - 10'000);
+  EXPECT_EQ(bytes[100], 1);
+  EXPECT_EQ(bytes[4999], 1) << "what lies before it stays";
+  EXPECT_EQ(bytes[(1 << 20) - 5000], 1) << "and what lies behind";
+  EXPECT_EQ(bytes[1 << 19], 0);
+}
+
 TEST(CpuDevice, AllocatesNothingForNoBytes) {
   auto buffer = Cpu()->device().Allocate(0);
   ASSERT_TRUE(buffer.ok());

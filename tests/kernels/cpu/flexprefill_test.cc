@@ -23,6 +23,14 @@ TEST(FlexPrefill, TheScoreThatCrossesGammaCountsForLinesAndNotForSingleBlocks) {
   EXPECT_EQ(CountWithin(p, 2), 4);
 }
 
+// A caller may change K between the two times it is read.
+TEST(FlexPrefill, NaNAmongManyScoresIsNone) {
+  std::vector<double> p(1000, std::nan(""));
+  for (size_t x = 0; x < p.size(); x += 7) p[x] = static_cast<double>(x % 5);
+  EXPECT_LE(CountWithin(p, 10), 1000);
+  EXPECT_EQ(CountWithin(std::vector<double>(1000, std::nan("")), 1), 1000) << "as zeros";
+}
+
 TEST(FlexPrefill, A128thLineMakesASecondBlock) {
   EXPECT_EQ(LineBudget(126), 1);  // k = 127
   EXPECT_EQ(LineBudget(127), 2);

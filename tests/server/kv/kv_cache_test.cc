@@ -1,8 +1,13 @@
 #include "server/kv/kv_cache.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstring>
+#include <fstream>
+
+#include "absl/strings/str_cat.h"
+#include "server/kv/layout.h"
 
 namespace prefilld {
 namespace {
@@ -133,6 +138,128 @@ TEST_F(KvCacheTest, TooLargeForTheRestOfThePoolTakesNothing) {
   EXPECT_FALSE(KvCache::Create(*pool_, geometry_, true).ok());
   EXPECT_EQ(Free(), 4);
   pool_->GiveBack(taken, BlockState::kComputing);
+}
+
+// --- in a segment ---
+
+class SegmentCacheTest : public KvCacheTest {
+ protected:
+  void SetUp() override {
+    KvCacheTest::SetUp();
+    shm_ = *ShmDomain::Open(absl::StrCat("cache", getpid(), "-------"));
+  }
+  // A row of the cache as the engine writes it: every float is its own number.
+  void Fill(KvCache& cache) {
+    for (int layer = 0; layer < geometry_.layers; ++layer) {
+      for (bool value : {false, true}) {
+        for (int g = 0; g < geometry_.kv_heads; ++g) {
+          for (int64_t t = 0; t < geometry_.tokens; ++t) {
+            auto* row = reinterpret_cast<float*>(
+                cache.ComputeTile(layer, t / kKvBlockTokens, g, value) +
+                static_cast<size_t>(t % kKvBlockTokens) * geometry_.head_dim * sizeof(float));
+            for (int d = 0; d < geometry_.head_dim; ++d) row[d] = Number(layer, value, g, t, d);
+          }
+        }
+      }
+      cache.Commit(layer);
+    }
+  }
+  float Number(int layer, bool value, int g, int64_t t, int d) const {
+    return static_cast<float>(
+        (((layer * 2 + value) * geometry_.kv_heads + g) * geometry_.tokens + t) *
+            geometry_.head_dim +
+        d);
+  }
+  static bool Exists(const std::string& name) {
+    return access(("/dev/shm" + name).c_str(), F_OK) == 0;
+  }
+
+  std::unique_ptr<ShmDomain> shm_;
+};
+
+TEST_F(SegmentCacheTest, LayersAreDenseTensorsThatReadAsThoseInBlocks) {
+  auto cache = *KvCache::Create(*pool_, geometry_, true, shm_.get());
+  auto plain = *KvCache::Create(*pool_, geometry_, true);
+  EXPECT_TRUE(cache->in_segment());
+  EXPECT_FALSE(plain->in_segment());
+  EXPECT_EQ(Free(), 64 - 24) << "blocks stand for the segment's memory";
+  Fill(*cache);
+  Fill(*plain);
+  for (int layer = 0; layer < geometry_.layers; ++layer) {
+    auto pin = *Wait(*cache, layer), other = *Wait(*plain, layer);
+    ASSERT_NE(pin->segment(), nullptr);
+    ASSERT_EQ(other->segment(), nullptr);
+    for (bool value : {false, true}) {
+      const uint64_t offset = geometry_.segment_offset(layer, value);
+      EXPECT_EQ(offset % kShmAlignment, 0u);
+      ASSERT_LE(offset + geometry_.tensor_bytes(), pin->segment()->bytes());
+      const auto* dense = reinterpret_cast<const float*>(pin->segment()->data() + offset);
+      for (int g = 0; g < geometry_.kv_heads; ++g) {
+        for (int64_t t = 0; t < geometry_.tokens; ++t) {
+          for (int d = 0; d < geometry_.head_dim; ++d) {
+            ASSERT_EQ(*dense++, Number(layer, value, g, t, d)) << layer << g << t << d;
+          }
+        }
+      }
+      const auto bytes = [&](const KvCache::Pin& from) {
+        std::string joined;
+        for (const ByteSpan& span : HfSpans(from, value, 100, geometry_.tensor_bytes() - 100)) {
+          joined.append(reinterpret_cast<const char*>(span.data), span.bytes);
+        }
+        return joined;
+      };
+      EXPECT_EQ(bytes(*pin), bytes(*other)) << "as gRPC sends them";
+    }
+  }
+}
+
+TEST_F(SegmentCacheTest, TheSegmentGoesWithTheBlocks) {
+  auto cache = *KvCache::Create(*pool_, geometry_, true, shm_.get());
+  Fill(*cache);
+  auto pin = *Wait(*cache, 0);
+  const std::string name = pin->segment()->name();
+  cache->Close(absl::FailedPreconditionError("released"));
+  EXPECT_TRUE(Exists(name)) << "a slice points into it";
+  pin.reset();
+  EXPECT_FALSE(Exists(name));
+  EXPECT_EQ(Free(), 64);
+}
+
+TEST_F(SegmentCacheTest, NoRoomTakesNothing) {
+  shm_->UnlinkAll();  // makes no more
+  const absl::Status status = KvCache::Create(*pool_, geometry_, true, shm_.get()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  EXPECT_EQ(Free(), 64);
+}
+
+// Resident memory, that of segments included, stays within the pool's whatever the mix.
+TEST_F(SegmentCacheTest, BlocksThatStandForASegmentHoldNoMemory) {
+  const auto resident = [] {
+    int64_t size = 0, pages = 0;
+    std::ifstream("/proc/self/statm") >> size >> pages;
+    return pages * sysconf(_SC_PAGESIZE);
+  };
+  constexpr int64_t kMiB = 1 << 20;
+  const KvGeometry large{
+      .layers = 8, .kv_heads = 8, .head_dim = 128, .dtype = DType::kF32, .tokens = 1024};
+  auto pool = *BlockPool::Create(backend_->device(), 64 * large.block_bytes(), large.block_bytes());
+  const auto touch = [&](KvCache& cache) {
+    for (int layer = 0; layer < large.layers; ++layer) {
+      for (int64_t b = 0; b < large.blocks_per_layer(); ++b) {
+        for (int g = 0; g < large.kv_heads; ++g) {
+          for (bool value : {false, true}) {
+            std::memset(cache.ComputeTile(layer, b, g, value), 1, large.tile_bytes());
+          }
+        }
+      }
+    }
+  };
+  touch(**KvCache::Create(*pool, large, true));
+  const int64_t used = resident();
+  auto cache = *KvCache::Create(*pool, large, true, shm_.get());
+  EXPECT_LT(resident(), used - 60 * kMiB) << "the arena's pages have gone back";
+  touch(*cache);
+  EXPECT_LT(resident(), used + 4 * kMiB);
 }
 
 }  // namespace

@@ -69,5 +69,12 @@ TEST_F(UploadTest, RefusesAnythingAfterTheEnd) {
   EXPECT_EQ(Take(Chunk(1, 0, "xyz", true)), kLoss);
 }
 
+TEST_F(UploadTest, WrittenIsAllOfItAndOnce) {
+  EXPECT_TRUE(upload_.Written().ok());
+  EXPECT_TRUE(upload_.complete());
+  EXPECT_EQ(upload_.received_bytes(), upload_.total_bytes());
+  EXPECT_EQ(upload_.Written().code(), kLoss);
+}
+
 }  // namespace
 }  // namespace prefilld

@@ -161,7 +161,32 @@ TEST(ValidateAttend, LimitsTheBlockIndex) {
   EXPECT_EQ(FactsOf(ValidateAttend(header, {}).status()).field, "tensors");
 }
 
-TEST(ValidateAttend, BuffersAreNotServedYet) {
+TEST(ValidateAttend, SharedMemoryIsTakenWhereItIsOffered) {
+  v1::AttendHeader header = GoodHeader();
+  EXPECT_EQ(ValidateAttend(header, {})->transport, Transport::kGrpc);
+  header.set_transport(v1::TRANSPORT_GRPC);
+  EXPECT_EQ(ValidateAttend(header, {})->transport, Transport::kGrpc);
+  header.set_transport(v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(ValidateAttend(header, {}).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true})->transport, Transport::kPosixShm);
+  header.set_transport(v1::TRANSPORT_CUDA_IPC);
+  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true}).status().code(),
+            absl::StatusCode::kUnimplemented);
+  header.set_transport(v1::Transport(50));
+  EXPECT_EQ(FactsOf(ValidateAttend(header, {}).status()).field, "transport");
+}
+
+TEST(ValidateAttend, CountsWhatASegmentHoldsASecondTime) {
+  v1::AttendHeader header = GoodHeader();
+  header.set_return_lse(true);
+  header.set_return_block_index(true);
+  const uint64_t sent = ValidateAttend(header, {})->job->held_bytes;
+  header.set_transport(v1::TRANSPORT_POSIX_SHM);
+  // lse: 4 heads x 10 x 4 bytes; index: 4 heads x 1 row x (1 + 1) x 4.
+  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true})->job->held_bytes, sent + 160 + 32);
+}
+
+TEST(ValidateAttend, BuffersOfTheCallerAreNotServed) {
   v1::AttendHeader header = GoodHeader();
   header.add_buffers();
   EXPECT_EQ(ValidateAttend(header, {}).status().code(), absl::StatusCode::kUnimplemented);
@@ -278,6 +303,25 @@ TEST(ValidatePrefill, RefusesBadRequestsByFieldOrState) {
   }
 }
 
+TEST(ValidatePrefill, ACacheLiesInASegmentWhereThatIsPossible) {
+  const RequestLimits offered{.posix_shm = true};
+  v1::PrefillRequest request = GoodRequest();
+  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), {})->may_map) << "not offered";
+  EXPECT_TRUE(ValidatePrefill(request, SmallModel(), offered)->may_map);
+  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), offered)->must_map);
+  request.mutable_destination()->set_retain(false);
+  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), offered)->may_map) << "it passes through";
+  request.mutable_destination()->set_transport(v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(FactsOf(ValidatePrefill(request, SmallModel(), offered).status()).field,
+            "destination.retain");
+  request.mutable_destination()->clear_retain();
+  EXPECT_TRUE(ValidatePrefill(request, SmallModel(), offered)->must_map);
+  EXPECT_EQ(ValidatePrefill(request, SmallModel(), {}).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  request.mutable_destination()->set_transport(v1::TRANSPORT_GRPC);
+  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), offered)->may_map);
+}
+
 TEST(ValidatePrefill, TakesTheSmallerOfTheTwoTokenLimits) {
   RequestLimits limits;
   EXPECT_EQ(PromptTokensMax(SmallModel(), limits), 50);
@@ -292,8 +336,27 @@ TEST(ValidatePrefill, TakesTheSmallerOfTheTwoTokenLimits) {
 constexpr KvGeometry kGeometry{
     .layers = 4, .kv_heads = 2, .head_dim = 64, .dtype = DType::kBF16, .tokens = 300};
 
-TEST(ValidatePull, DefaultsToEverythingInTheCachesOwnDtype) {
-  const auto pull = ValidatePull({}, kGeometry);
+// A cache in blocks, and one in a segment.
+class ValidatePullTest : public testing::Test {
+ protected:
+  absl::StatusOr<ValidPull> Validate(const v1::PullKvRequest& request) {
+    return ValidatePull(request, *cache_, {.posix_shm = true});
+  }
+  absl::StatusOr<ValidPull> ValidateMapped(v1::PullKvRequest request) {
+    request.set_transport(v1::TRANSPORT_POSIX_SHM);
+    return ValidatePull(request, *mapped_, {.posix_shm = true});
+  }
+
+  std::unique_ptr<Backend> backend_ = *CreateBackend("cpu", 1);
+  std::unique_ptr<BlockPool> pool_ =
+      *BlockPool::Create(backend_->device(), 24 * kGeometry.block_bytes(), kGeometry.block_bytes());
+  std::unique_ptr<ShmDomain> shm_ = *ShmDomain::Open(NewId());
+  std::shared_ptr<KvCache> cache_ = *KvCache::Create(*pool_, kGeometry, true);
+  std::shared_ptr<KvCache> mapped_ = *KvCache::Create(*pool_, kGeometry, true, shm_.get());
+};
+
+TEST_F(ValidatePullTest, DefaultsToEverythingInTheCachesOwnDtype) {
+  const auto pull = Validate({});
   ASSERT_TRUE(pull.ok()) << pull.status();
   EXPECT_EQ(pull->first_layer, 0);
   EXPECT_EQ(pull->end_layer, 4);
@@ -301,7 +364,7 @@ TEST(ValidatePull, DefaultsToEverythingInTheCachesOwnDtype) {
   EXPECT_EQ(pull->dtype, DType::kBF16);
 }
 
-TEST(ValidatePull, TakesTheNegotiatedLayoutBack) {
+TEST_F(ValidatePullTest, TakesTheNegotiatedLayoutBack) {
   v1::PullKvRequest request;
   v1::KvLayout& layout = *request.mutable_layout();
   for (auto axis : {v1::AXIS_LAYER, v1::AXIS_KV, v1::AXIS_HEAD, v1::AXIS_TOKEN, v1::AXIS_CHANNEL}) {
@@ -311,12 +374,12 @@ TEST(ValidatePull, TakesTheNegotiatedLayoutBack) {
   layout.set_head_dim(64);
   layout.set_data_type(v1::DATA_TYPE_F32);
   layout.mutable_rope_state()->set_applied(true);
-  const auto pull = ValidatePull(request, kGeometry);
+  const auto pull = Validate(request);
   ASSERT_TRUE(pull.ok()) << pull.status();
   EXPECT_EQ(pull->dtype, DType::kF32);
 }
 
-TEST(ValidatePull, RefusesWhatIsNotThere) {
+TEST_F(ValidatePullTest, RefusesWhatIsNotThere) {
   using Change = std::function<void(v1::PullKvRequest&)>;
   const std::pair<const char*, Change> cases[] = {
       {"first_layer", [](auto& r) { r.set_first_layer(4); }},
@@ -338,13 +401,40 @@ TEST(ValidatePull, RefusesWhatIsNotThere) {
   for (const auto& [field, change] : cases) {
     v1::PullKvRequest request;
     change(request);
-    const absl::Status status = ValidatePull(request, kGeometry).status();
+    const absl::Status status = Validate(request).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << field << ": " << status;
     EXPECT_EQ(FactsOf(status).field, field) << status;
   }
   v1::PullKvRequest end;
   end.set_resume_byte_offset(2 * 300 * 64 * 2);
-  EXPECT_TRUE(ValidatePull(end, kGeometry).ok()) << "resuming at a tensor's end is legal";
+  EXPECT_TRUE(Validate(end).ok()) << "resuming at a tensor's end is legal";
+}
+
+TEST_F(ValidatePullTest, ATensorIsMappedWhole) {
+  v1::PullKvRequest request;
+  request.set_chunk_bytes(4096);
+  const auto pull = ValidateMapped(request);
+  ASSERT_TRUE(pull.ok()) << pull.status();
+  EXPECT_EQ(pull->chunk_bytes, kGeometry.tensor_bytes());
+  request.set_resume_byte_offset(kGeometry.tensor_bytes());
+  EXPECT_TRUE(ValidateMapped(request).ok());
+  request.set_resume_byte_offset(4096);
+  EXPECT_EQ(FactsOf(ValidateMapped(request).status()).field, "resume_byte_offset");
+}
+
+TEST_F(ValidatePullTest, OnlyWhatLiesInASegmentIsMapped) {
+  constexpr auto kPrecondition = absl::StatusCode::kFailedPrecondition;
+  v1::PullKvRequest request;
+  request.mutable_layout()->set_data_type(v1::DATA_TYPE_F32);
+  EXPECT_EQ(ValidateMapped(request).status().code(), kPrecondition) << "another dtype";
+  request.clear_layout();
+  request.set_transport(v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(Validate(request).status().code(), kPrecondition) << "in blocks";
+  EXPECT_EQ(ValidatePull(request, *cache_, {}).status().code(), kPrecondition) << "not offered";
+  request.set_transport(v1::TRANSPORT_CUDA_IPC);
+  EXPECT_EQ(Validate(request).status().code(), absl::StatusCode::kUnimplemented);
+  request.set_transport(v1::TRANSPORT_GRPC);
+  EXPECT_TRUE(ValidatePull(request, *mapped_, {.posix_shm = true}).ok()) << "sent as any other";
 }
 
 }  // namespace
