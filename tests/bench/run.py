@@ -21,6 +21,7 @@ import traceback
 
 import memory
 import speed
+import transports
 from bench import BUILD, MODEL, OUT, ROOT, THREADS, Bench, BenchError, progress
 from report import Check, Section
 
@@ -80,20 +81,23 @@ def quality(bench: Bench) -> Section:
 
 
 def handoff(bench: Bench) -> Section:
-    progress("handoff: PullKv and a bare stream in turn")
+    progress("handoff: PullKv and a bare stream in turn, then the Python client by every transport")
     with bench.server() as server:
         data = bench.program("handoff", f"--target={server.target}", f"--model={MODEL}",
                              f"--tokens={bench.tokens_file(HANDOFF_TOKENS)}", "--json")
+        python, copied, note = transports.measure(server.target, bench.token_ids[:HANDOFF_TOKENS])
     tcp = iperf3_gb_per_s()
-    rows = [["PullKv", data["pull_kv_gb_per_s"]], ["bare gRPC stream", data["bare_gb_per_s"]]]
+    rates = {"PullKv": data["pull_kv_gb_per_s"], "bare gRPC stream": data["bare_gb_per_s"]}
     notes = [f"{data['megabytes']:.0f} MB in {data['messages']} messages, loopback"]
     if tcp is None:
         notes.append("iperf3 is not installed")
     else:
-        rows.append(["iperf3, one TCP stream", tcp])
+        rates["iperf3, one TCP stream"] = tcp
         notes.append(f"PullKv / iperf3 {data['pull_kv_gb_per_s'] / tcp:.3f}")
-    return Section("KV hand-off", ["stream", "GB/s"], rows,
-                   [Check("PullKv / bare stream", data["ratio"], data["limit"])], notes)
+    rows = [[name, rate, data["megabytes"] / rate, ""] for name, rate in rates.items()] + python
+    return Section("KV hand-off", transports.COLUMNS, rows,
+                   [Check("PullKv / bare stream", data["ratio"], data["limit"]), copied],
+                   [*notes, note])
 
 
 def iperf3_gb_per_s() -> float | None:

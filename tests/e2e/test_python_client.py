@@ -1,7 +1,11 @@
 """The Python package against a real server: the promises of its public interface."""
 
 import dataclasses
+import multiprocessing
+import os
+import random
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -9,14 +13,26 @@ import pytest
 
 import prefilld
 from e2e import prefilling
+from e2e.harness import eventually
 from spec import inputs, llama
 from spec import sparse_attention as spec
+
+
+FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 
 
 @pytest.fixture
 def client(server):
     with prefilld.PrefillClient(server.target) as client:
         yield client
+
+
+@pytest.fixture
+def by_transport(server):
+    """The server's clients with a pinned transport."""
+    with prefilld.PrefillClient(server.target, transport="grpc") as grpc_client, \
+            prefilld.PrefillClient(server.target, transport="posix_shm") as shm_client:
+        yield {"grpc": grpc_client, "posix_shm": shm_client}
 
 
 def test_attend(client):
@@ -94,3 +110,205 @@ def test_health_models_and_negotiation(client, server, tiny):
     assert client.health() == prefilld.Health(live=True, ready=True)
     assert client.model("tiny").layers == 4
     assert client.negotiate("tiny").fingerprint == client.model("tiny").fingerprint
+
+
+# --- transports
+
+
+def same_layers(some, others):
+    assert [layer.index for layer in some] == [layer.index for layer in others]
+    for a, b in zip(some, others):
+        assert a.k.dtype == b.k.dtype
+        np.testing.assert_array_equal(a.k.view(np.uint8), b.k.view(np.uint8))
+        np.testing.assert_array_equal(a.v.view(np.uint8), b.v.view(np.uint8))
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 1000])
+def test_the_same_layers_by_both_transports(client, by_transport, tiny, tokens):
+    with client.prefill("tiny", tiny.tokens(tokens)) as prompt:
+        followed = list(prompt)  # while it is computed
+        assert prompt.transport == "posix_shm"
+        pulls = [by_transport[name].pull(prompt.lease, "tiny") for name in ("grpc", "posix_shm")]
+        sent, mapped = map(list, pulls)
+        assert [pull.transport for pull in pulls] == ["grpc", "posix_shm"]
+    same_layers(sent, mapped)
+    same_layers(sent, followed)
+
+
+def test_bfloat16_by_both_transports(by_transport):
+    sent, shm = by_transport.values()
+    with shm.prefill("bf16", list(range(90)), widen=False) as prompt:
+        mapped = list(prompt)
+        assert mapped[0].k.dtype == np.uint16
+        same_layers(mapped, list(sent.pull(prompt.lease, "bf16", widen=False)))
+        same_layers(list(shm.pull(prompt.lease, "bf16")), list(sent.pull(prompt.lease, "bf16")))
+
+
+def test_views_stay_as_they_are(client, by_transport, tiny):
+    """After the release, and whatever the memory of the cache is used for next."""
+    with client.prefill("tiny", tiny.tokens(1000)) as prompt:
+        mapped = list(prompt)
+        sent = list(by_transport["grpc"].pull(prompt.lease, "tiny"))
+    for seed in range(5):
+        with client.prefill("tiny", tiny.tokens(1000, seed=seed + 100)) as prompt:
+            list(prompt)
+    same_layers(mapped, sent)
+
+
+def test_attend_by_both_transports(by_transport):
+    q, k, v = inputs.make("sink", 700)
+    sent, mapped = [
+        client.attend(q, k, v, method="joint", gamma=.8, return_lse=True, return_block_index=True)
+        for client in by_transport.values()]
+    assert (sent.transport, mapped.transport) == ("grpc", "posix_shm")
+    for name in ("o", "lse", "block_count", "block_index", "pattern", "captured_mass"):
+        a, b = getattr(sent, name), getattr(mapped, name)
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    assert mapped.report.mean_density == sent.report.mean_density
+
+
+def test_attend_over_posix_shm_in_half_precision_and_in_sequences(by_transport):
+    q, k, v = (inputs.to_bf16_bits(x) for x in inputs.make("random", 300))
+    sent, mapped = [client.attend(q, k, v, dtype="bf16", method="dense", cu_seqlens_q=[0, 100, 300],
+                                  cu_seqlens_k=[0, 100, 300]).o
+                    for client in by_transport.values()]
+    np.testing.assert_array_equal(sent, mapped)
+
+
+def test_a_pinned_transport_never_falls_back(by_transport, tiny):
+    shm = by_transport["posix_shm"]
+    with pytest.raises(prefilld.PrefilldError) as refused:
+        with shm.prefill("tiny", [1, 2, 3], kv_dtype="f16") as prompt:
+            list(prompt)
+    assert refused.value.code == FAILED_PRECONDITION
+    with pytest.raises(prefilld.PrefilldError) as refused:
+        shm.prefill("tiny", [1, 2, 3], retain=False)
+    assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.violations[0][0] == "destination.retain"
+    with by_transport["grpc"].prefill("tiny", tiny.tokens(200)) as prompt:
+        assert prompt.transport == "grpc"
+        with pytest.raises(prefilld.PrefilldError) as refused:
+            list(shm.pull(prompt.lease, "tiny"))
+    assert refused.value.code == FAILED_PRECONDITION
+
+
+def test_what_cannot_be_mapped_comes_by_grpc(client, by_transport, tiny):
+    with client.prefill("tiny", tiny.tokens(200), retain=False) as prompt:
+        assert prompt.transport == "grpc" and len(list(prompt)) == 4
+    with client.prefill("tiny", tiny.tokens(200), kv_dtype="f16") as prompt:
+        assert prompt.transport == "grpc" and len(list(prompt)) == 4
+    with by_transport["grpc"].prefill("tiny", tiny.tokens(200)) as prompt:
+        pull = client.pull(prompt.lease, "tiny")
+        same_layers(list(pull), list(prompt))
+        assert pull.transport == "grpc"
+
+
+def test_segments_that_cannot_be_opened_cost_a_fall_back(client, by_transport, tiny, monkeypatch):
+    """As with a user who may not, which root cannot play."""
+    def refuse(name, writable):
+        raise prefilld.PrefilldError(FAILED_PRECONDITION, f"{name} cannot be mapped here")
+
+    monkeypatch.setattr(prefilld.shm, "_map", refuse)
+    q, k, v = inputs.make("random", 200)
+    expected = by_transport["grpc"].attend(q, k, v)
+    for number in range(10):
+        with client.prefill("tiny", tiny.tokens(200)) as prompt:
+            assert len(list(prompt)) == 4 and prompt.transport == "grpc"
+        result = client.attend(q, k, v, request_id=f"same-{number}")
+        assert (result.transport, result.request_id) == ("grpc", f"same-{number}")
+        np.testing.assert_array_equal(result.o, expected.o)
+    for call in (lambda: by_transport["posix_shm"].attend(q, k, v),
+                 lambda: list(by_transport["posix_shm"].prefill("tiny", [1, 2], lease_ttl=1))):
+        with pytest.raises(prefilld.PrefilldError, match="cannot be mapped here"):
+            call()
+
+
+def test_a_server_without_posix_shm(start_server, tiny):
+    with start_server("--transports=grpc", models=[("tiny", tiny.directory)]) as server:
+        with prefilld.PrefillClient(server.target) as client:
+            with client.prefill("tiny", tiny.tokens(200)) as prompt:
+                assert prompt.transport == "grpc" and len(list(prompt)) == 4
+            assert client.attend(*inputs.make("random", 100)).transport == "grpc"
+        with prefilld.PrefillClient(server.target, transport="posix_shm") as client:
+            for call in (lambda: client.prefill("tiny", [1, 2]),
+                         lambda: client.attend(*inputs.make("random", 10)),
+                         lambda: client.pull(prompt.lease, "tiny")):
+                with pytest.raises(prefilld.PrefilldError, match="offer") as refused:
+                    call()
+                assert refused.value.code == FAILED_PRECONDITION
+
+
+def segments(boot_ids):
+    """Names in /dev/shm that belong to these servers, the dead ones included."""
+    prefixes = tuple(f"prefilld-{boot_id[:12]}-" for boot_id in boot_ids)
+    return [name for name in os.listdir("/dev/shm") if name.startswith(prefixes)]
+
+
+def pull_for_ever(target, token_ids, progress):
+    """A decode engine's process. Sends a byte with every layer."""
+    with prefilld.PrefillClient(target, transport="posix_shm") as client:
+        while True:
+            with client.prefill("tiny", token_ids, method="dense", lease_ttl=1) as prompt:
+                for layer in prompt:
+                    progress.send_bytes(b"x")
+                    layer.k.sum()
+
+
+MANY = [pytest.param(5, 2, id="few"), pytest.param(100, 10, id="many", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("client_kills, server_kills", MANY)
+def test_nothing_is_left_in_dev_shm(start_server, tiny, client_kills, server_kills):
+    """Clients that are killed while they pull cost nothing once their lease is over; a server that
+    is killed nothing once another has started; and what was mapped stays readable."""
+    models = [("tiny", tiny.directory)]
+    token_ids, rng, boot_ids = tiny.tokens(2000), random.Random(7), []
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+
+    for kill in range(server_kills):
+        server = start_server(models=models)  # not in a `with`: it will not end well
+        try:
+            with prefilld.PrefillClient(server.target, transport="posix_shm") as client:
+                assert segments(boot_ids) == []
+                boot_ids.append(client.negotiate().boot_id)
+                prompt = client.prefill("tiny", token_ids)
+                layers = list(prompt)
+                copies = [dataclasses.replace(x, k=x.k.copy(), v=x.v.copy()) for x in layers]
+                assert len(segments(boot_ids)) == 1
+                client.prefill("tiny", token_ids)  # dies in the middle
+                time.sleep(rng.uniform(0, .05))
+                server.process.kill()
+        finally:
+            server.process.kill()
+            server.wait()
+            server.channel.close()
+        assert segments(boot_ids)
+        same_layers(layers, copies)
+
+    with start_server("--kv_memory=256MiB", models=models) as server:
+        with prefilld.PrefillClient(server.target) as client:
+            assert segments(boot_ids) == []
+            boot_ids.append(client.negotiate().boot_id)
+        for kill in range(client_kills):
+            ours, theirs = processes.Pipe(duplex=False)
+            process = processes.Process(
+                target=pull_for_ever, args=(server.target, token_ids, theirs))
+            process.start()
+            theirs.close()
+            for _ in range(rng.randrange(1, 8)):
+                assert ours.poll(60), "no layer came"
+                ours.recv_bytes()
+            time.sleep(rng.uniform(0, .01))
+            process.kill()
+            process.join()
+            ours.close()
+        eventually(lambda: segments(boot_ids) == [], timeout=30,
+                   message="an empty /dev/shm after the leases")
+        eventually(lambda: server.metric("prefilld_kv_blocks", state="free")
+                   == server.metric("prefilld_kv_blocks"))
+        with prefilld.PrefillClient(server.target, transport="posix_shm") as client:
+            with client.prefill("tiny", token_ids) as prompt:
+                assert len(list(prompt)) == 4
+    assert segments(boot_ids) == []  # after a clean exit

@@ -16,6 +16,7 @@ from .prefill import Prefill
 from .pull import KvPull, Lease
 from .sparsity import Policy, SparsityReport, policy_message
 from .tensors import data_type
+from .transport import Negotiator
 from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_service_pb2,
                  model_service_pb2_grpc, prefill_service_pb2, prefill_service_pb2_grpc)
 
@@ -55,11 +56,19 @@ class PrefillClient:
     `progress(fraction, phase)` is called from the library's threads: keep it quick. Each phase
     ("queue", "upload", "compute", "download" of attend; "queue", "compute", "pull" of prefill)
     counts from 0 to 1; compute and pull of a prefill overlap.
+
+    `transport` is how K, V and the tensors of attend travel. "grpc": in the calls, with checksums.
+    "posix_shm": not at all; they lie in shared memory of the server's host, and arrays are views
+    of it. Default: the best that both have, negotiated at the first call that needs it; where a
+    call cannot use shared memory after all, it goes on over grpc. A transport that was named is
+    never left for another: calls raise what the server said, or FAILED_PRECONDITION.
     """
 
     def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None,
-                 retry: RetryPolicy = RetryPolicy()):
-        """target: HOST:PORT. credentials: for TLS; without them the connection is in the clear."""
+                 retry: RetryPolicy = RetryPolicy(), transport: str | None = None):
+        """target: HOST:PORT. credentials: for TLS; without them the connection is in the clear.
+        transport: "grpc" or "posix_shm"; default: negotiated."""
+        self._negotiator = Negotiator(self._negotiate, transport)
         self._channel = (
             grpc.insecure_channel(target, options=_CHANNEL_OPTIONS) if credentials is None
             else grpc.secure_channel(target, credentials, options=_CHANNEL_OPTIONS))
@@ -103,7 +112,8 @@ class PrefillClient:
             cu_seqlens_k=_integers(cu_seqlens_k), priority=priority, return_lse=return_lse,
             return_block_index=return_block_index)
         call = AttendCall(header, {"q": q, "k": k, "v": v}, dtype, progress or _no_progress)
-        return call.run(self._prefill, self._retry(timeout))
+        retry = self._retry(timeout)
+        return call.run(self._prefill, retry, self._negotiator.choose(retry.remaining()))
 
     def prefill(self, model: str, token_ids: Sequence[int] | np.ndarray, *, retain: bool = True,
                 kv_dtype: str | None = None, widen: bool = True, lease_ttl: float | None = None,
@@ -114,8 +124,10 @@ class PrefillClient:
 
         token_ids: at least one, each below the model's vocab_size.
         retain: keep the whole cache on the server until it is released or expires. False: a layer
-            is freed once it is pulled, so that a cache larger than the server's memory can pass.
-        kv_dtype: "f32", "f16" or "bf16"; default: the cache's own type.
+            is freed once it is pulled, so that a cache larger than the server's memory can pass;
+            over grpc.
+        kv_dtype: "f32", "f16" or "bf16"; default: the cache's own type. Another is converted, so
+            it comes over grpc.
         widen: numpy has no bfloat16, so K and V of that type become float32; False leaves the
             bits, as uint16.
         lease_ttl: seconds; default and limit are the server's.
@@ -127,16 +139,21 @@ class PrefillClient:
             token_ids=_integers(token_ids), sparsity=policy_message(policy), priority=priority,
             return_logits=return_logits)
         request.destination.retain = retain
+        request.destination.transport = self._negotiator.destination
         request.destination.layout.data_type = wanted
         if lease_ttl is not None:
             request.destination.lease_ttl.FromNanoseconds(int(lease_ttl * 1e9))
         report = progress or _no_progress
         retry = self._retry(timeout)
         info = self.model(model)
+        self._negotiator.choose(retry.remaining())  # a pinned one that is not possible: before work
 
-        def pull(lease: Lease) -> KvPull:
-            return KvPull(self._handoff, lease, info, wanted, widen, self._retry(retry.remaining()),
-                          report)
+        def pull(lease: Lease, mappable: bool) -> KvPull:
+            transport = self._negotiator.choose(
+                retry.remaining(), lease.boot_id,
+                possible=mappable and wanted in (0, info.data_type))
+            return KvPull(self._handoff, lease, info, wanted, widen, transport,
+                          self._retry(retry.remaining()), report)
 
         return Prefill(self._prefill, request, info, retry, report, pull, self.renew, self.release)
 
@@ -144,8 +161,10 @@ class PrefillClient:
              timeout: float | None = None, progress: Progress | None = None) -> KvPull:
         """Pulls a cache that somebody else had computed. Iterate the answer for its Layers, then
         `release` the lease."""
-        wanted = data_type(kv_dtype)
-        return KvPull(self._handoff, lease, self.model(model), wanted, widen, self._retry(timeout),
+        wanted, info, retry = data_type(kv_dtype), self.model(model), self._retry(timeout)
+        transport = self._negotiator.choose(retry.remaining(), lease.boot_id,
+                                            possible=wanted in (0, info.data_type))
+        return KvPull(self._handoff, lease, info, wanted, widen, transport, retry,
                       progress or _no_progress)
 
     def renew(self, lease: Lease, ttl: float | None = None) -> Lease:
@@ -191,18 +210,23 @@ class PrefillClient:
     def negotiate(self, model: str = "", *, fingerprint: str = "",
                   kv_dtype: str | None = None) -> kv_handoff_service_pb2.NegotiateResponse:
         """Transport, layout, fingerprint and limits the server would use. FAILED_PRECONDITION when
-        it cannot serve `kv_dtype`, or has another model than `fingerprint` under that name."""
-        request = kv_handoff_service_pb2.NegotiateRequest(
-            model=model, fingerprint=fingerprint,
-            layout=kv_handoff_service_pb2.KvLayout(data_type=data_type(kv_dtype)))
-        return self._ask(self._handoff.Negotiate, request)
+        it cannot serve `kv_dtype` or the client's transport, or has another model than
+        `fingerprint` under that name."""
+        request = self._negotiator.request()
+        request.model, request.fingerprint = model, fingerprint
+        request.layout.data_type = data_type(kv_dtype)
+        return self._negotiate(request, SHORT_CALL_S)
+
+    def _negotiate(self, request: kv_handoff_service_pb2.NegotiateRequest,
+                   timeout: float) -> kv_handoff_service_pb2.NegotiateResponse:
+        return self._ask(self._handoff.Negotiate, request, min(timeout, SHORT_CALL_S))
 
     def _retry(self, timeout: float | None) -> Retry:
         return Retry(self._policy, LONG_CALL_S if timeout is None else timeout)
 
-    def _ask(self, method: Callable[..., Any], request: Any) -> Any:
+    def _ask(self, method: Callable[..., Any], request: Any, timeout: float = SHORT_CALL_S) -> Any:
         """A short unary call, with retries."""
-        retry = Retry(self._policy, SHORT_CALL_S)
+        retry = Retry(self._policy, timeout)
         while True:
             try:
                 return method(request, timeout=retry.remaining())

@@ -14,6 +14,7 @@ from .errors import PrefilldError, Retry
 from .pull import KvPull, Layer, Lease
 from .sparsity import SparsityReport, Summary
 from .tensors import data_loss
+from .transport import transport_name
 from .v1 import model_service_pb2, prefill_service_pb2, prefill_service_pb2_grpc
 
 Progress = Callable[[float, str], None]
@@ -30,8 +31,9 @@ class Prefill:
 
     def __init__(self, stub: prefill_service_pb2_grpc.PrefillServiceStub,
                  request: prefill_service_pb2.PrefillRequest, model: model_service_pb2.Model,
-                 retry: Retry, progress: Progress, pull: Callable[[Lease], KvPull],
+                 retry: Retry, progress: Progress, pull: Callable[[Lease, bool], KvPull],
                  renew: Callable[[Lease], Lease], release: Callable[[Lease, bool], None]):
+        """pull: of a lease whose cache can be mapped (True) or not."""
         self.request_id = request.request_id
         self.model = model
         self._stub = stub
@@ -44,17 +46,22 @@ class Prefill:
 
         self._changed = threading.Condition()  # guards what follows
         self._lease: Lease | None = None
+        self._mappable = False  # the cache, by posix_shm
         self._ready: dict[int, prefill_service_pb2.LayerReady] = {}
         self._logits: np.ndarray | None = None
         self._summary: Summary | None = None
         self._error: PrefilldError | None = None
         self._call: Any = None  # grpc's own, which has no public type
         self._pull: KvPull | None = None
+        self._iterated = False
         self._owned = True  # the lease is ours to release
 
         threading.Thread(target=self._follow, name="prefilld-prefill", daemon=True).start()
         try:
             self._wait_for(lambda: self._lease is not None)
+            pull = self._open_pull(self.lease, self._mappable)
+            with self._changed:
+                self._pull = pull
         except BaseException:  # KeyboardInterrupt included: nobody else can stop the work
             self._cancel()
             raise
@@ -64,6 +71,12 @@ class Prefill:
         """The lease as it was granted. It can be pulled from the start."""
         assert self._lease is not None  # the constructor waits for it
         return self._lease
+
+    @property
+    def transport(self) -> str:
+        """How the layers come here, "grpc" or "posix_shm"; see PrefillClient."""
+        assert self._pull is not None  # the constructor made it
+        return self._pull.transport
 
     @property
     def summary(self) -> Summary:
@@ -90,9 +103,9 @@ class Prefill:
 
     def __iter__(self) -> Iterator[Layer]:
         with self._changed:
-            if self._pull is not None:
+            if self._iterated or self._pull is None:
                 raise RuntimeError("a Prefill can be iterated once")
-            self._pull = self._open_pull(self.lease)
+            self._iterated = True
         try:
             for layer in self._pull:
                 yield self._with_density(layer)
@@ -195,6 +208,7 @@ class Prefill:
         with self._changed:
             if kind == "admission":
                 self._on_admission(Lease.from_message(event.admission.lease))
+                self._mappable = transport_name(event.admission.transport) == "posix_shm"
             elif kind == "layer_ready":
                 self._ready[event.layer_ready.layer] = event.layer_ready
             elif kind == "logits":

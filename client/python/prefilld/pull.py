@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 import numpy as np
 
 from .errors import PrefilldError, Retry
+from .shm import MappedTensors, Segments, read_ahead
 from .tensors import NUMPY_TYPES, Assembly, data_loss, widen_bf16
+from .transport import Transport
 from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_service_pb2,
                  tensor_pb2)
 
@@ -40,7 +42,12 @@ class Lease:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a cache. K is stored after RoPE."""
+    """One layer of a cache. K is stored after RoPE.
+
+    Over posix_shm k and v are read-only views of the server's memory (of bfloat16 that is widened:
+    copies). They stay as they are after the lease has ended; but the memory of the whole cache,
+    all layers of it, is in use until the last view is gone.
+    """
 
     index: int
     k: np.ndarray   # [kv_heads, tokens, head_dim]
@@ -56,15 +63,16 @@ class KvPull:
 
     def __init__(self, stub: kv_handoff_service_pb2_grpc.KvHandoffServiceStub, lease: Lease,
                  model: model_service_pb2.Model, data_type: tensor_pb2.DataType, widen: bool,
-                 retry: Retry, progress: Progress):
+                 transport: Transport, retry: Retry, progress: Progress):
         """data_type: what to ask for, 0 for the cache's own. widen: bfloat16 becomes float32,
-        else it stays uint16."""
+        else it stays uint16. transport: this call's own."""
         self._stub = stub
         self._lease = lease
         self._shape = (model.kv_heads, lease.tokens, model.head_dim)
         self._asked = data_type
         self._data_type = data_type or model.data_type
         self._widen = widen and self._data_type == tensor_pb2.DATA_TYPE_BF16
+        self._transport = transport
         self._retry = retry
         self._progress = progress
         self._call: Any = None  # grpc's own, which has no public type
@@ -76,6 +84,11 @@ class KvPull:
         """Every layer was yielded."""
         return self.layers_done == self._lease.layers
 
+    @property
+    def transport(self) -> str:
+        """The one in use, "grpc" or "posix_shm"."""
+        return self._transport.name
+
     def cancel(self) -> None:
         """Ends the iteration with CANCELLED."""
         self._cancelled = True
@@ -84,54 +97,60 @@ class KvPull:
             self._call.cancel()
 
     def __iter__(self) -> Iterator[Layer]:
-        assembly = self._next_layer()
-        with _renewed(self._stub, self._lease):
+        segments = Segments()
+        assembly = self._next_layer(segments)
+        with contextlib.closing(segments), _renewed(self._stub, self._lease):
             while not self.complete:
                 try:
                     self._call = self._open(assembly)
                     if self._cancelled:
                         self._call.cancel()
-                    for chunk in self._call:
+                    mapped = self._transport.mapped
+                    for chunk in read_ahead(self._call, segments) if mapped else self._call:
                         assembly.accept(chunk)
                         self._retry.progressed()
                         self._progress(
                             (self.layers_done + assembly.fraction) / self._lease.layers, "pull")
                         if assembly.done:
-                            layer = self._layer()
+                            layer = self._layer(assembly.arrays)
                             self.layers_done += 1
                             if not self.complete:
-                                assembly = self._next_layer()
+                                assembly = self._next_layer(segments)
                             yield layer
                             if self.complete:
                                 break
                     else:
                         raise data_loss(f"the pull ended after {self.layers_done} of "
                                         f"{self._lease.layers} layers")
-                except grpc.RpcError as error:
-                    failure = PrefilldError.from_rpc(error)
-                    self._retry.after(
-                        failure, resumable=failure.code is grpc.StatusCode.DATA_LOSS)
-                except PrefilldError as failure:  # a damaged chunk: the good ones are kept
-                    self._retry.after(failure, resumable=True)
+                except (grpc.RpcError, PrefilldError) as error:
+                    failure = (error if isinstance(error, PrefilldError)
+                               else PrefilldError.from_rpc(error))
+                    if self._transport.falls_back(failure):
+                        assembly = self._next_layer(segments)
+                    else:  # of damaged chunks the good ones before are kept
+                        self._retry.after(
+                            failure, resumable=failure.code is grpc.StatusCode.DATA_LOSS)
                 finally:
                     if self._call is not None:
                         self._call.cancel()
 
-    def _open(self, at: Assembly) -> Any:
+    def _open(self, at: Assembly | MappedTensors) -> Any:
         return self._stub.PullKv(kv_handoff_service_pb2.PullKvRequest(
             lease=self._lease.name, generation=self._lease.generation,
             boot_id=self._lease.boot_id, first_layer=self.layers_done,
             layout=kv_handoff_service_pb2.KvLayout(data_type=self._asked),
             resume_tensor_index=at.index, resume_byte_offset=at.offset,
+            transport=self._transport.value,
         ), timeout=self._retry.remaining())
 
-    def _next_layer(self) -> Assembly:
+    def _next_layer(self, segments: Segments) -> Assembly | MappedTensors:
         kind = NUMPY_TYPES[self._data_type]
-        self._arrays = (np.empty(self._shape, kind), np.empty(self._shape, kind))
-        return Assembly(self._arrays, layer=self.layers_done)
+        if self._transport.mapped:
+            return MappedTensors(segments, kind, self._shape, count=2, layer=self.layers_done)
+        return Assembly([np.empty(self._shape, kind) for _ in range(2)], layer=self.layers_done)
 
-    def _layer(self) -> Layer:
-        k, v = map(widen_bf16, self._arrays) if self._widen else self._arrays
+    def _layer(self, arrays: Sequence[np.ndarray]) -> Layer:
+        k, v = map(widen_bf16, arrays) if self._widen else arrays
         return Layer(index=self.layers_done, k=k, v=v)
 
 

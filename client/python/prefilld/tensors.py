@@ -59,11 +59,10 @@ def dtype_name(array: np.ndarray, dtype: str | None) -> str:
     return found
 
 
-def wire_bytes(array: np.ndarray, name: str) -> memoryview:
-    """The array's elements, little-endian and row-major, without a copy where they are so already.
-    """
+def wire_array(array: np.ndarray, name: str) -> np.ndarray:
+    """The array with the wire's type of element, without a copy where it has that already."""
     raw = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-    return np.ascontiguousarray(raw, DTYPES[name][1]).data.cast("B")
+    return raw.astype(DTYPES[name][1], copy=False)
 
 
 def widen_bf16(raw: np.ndarray) -> np.ndarray:
@@ -87,6 +86,7 @@ class Assembly:
 
     def __init__(self, arrays: Sequence[np.ndarray], layer: int = 0):
         """arrays: C-contiguous, filled in place. layer: the one that every chunk must name."""
+        self.arrays = arrays
         self._targets = [array.data.cast("B") for array in arrays]
         self._layer = layer
         self.index = 0    # the tensor that comes next

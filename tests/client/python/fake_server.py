@@ -2,10 +2,14 @@
 
 Each RPC takes the next entry of its list in `faults`, if there is one, and does as that says;
 otherwise it answers well. Attend returns q as o. The cache of a prompt is made of the numbers that
-`expected_layer` computes.
+`expected_layer` computes. With `shm` it offers posix_shm, with files of its own in /dev/shm.
 """
 
 import collections
+import fcntl
+import itertools
+import mmap
+import os
 import threading
 from concurrent import futures
 
@@ -73,6 +77,49 @@ def chunks_of(array, index, layer=0, offset=0):
             last=at + len(piece) == len(data), data=piece)
 
 
+def shm_domain():
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return f"{file.read().strip()}:{os.stat('/dev/shm').st_dev}"
+
+
+class Segment:
+    """A file in /dev/shm with places for tensors, one after the other. The lock keeps it from the
+    sweep of a prefilld that starts meanwhile."""
+
+    numbers = itertools.count()
+
+    def __init__(self, sizes):
+        self.offsets, end = [], 0
+        for size in sizes:
+            self.offsets.append(end)
+            end = -(-(end + size) // 64) * 64
+        self.sizes = list(sizes)
+        self.name = f"/prefilld-fake{os.getpid()}-{next(self.numbers)}"
+        self.path = "/dev/shm" + self.name
+        self.file = open(self.path, "x+b", opener=lambda path, flags: os.open(path, flags, 0o600))
+        fcntl.flock(self.file, fcntl.LOCK_SH)
+        self.file.truncate(end)
+        self.memory = mmap.mmap(self.file.fileno(), end)
+
+    def put(self, index, array):
+        data = np.ascontiguousarray(array).tobytes()
+        assert len(data) == self.sizes[index]
+        self.memory[self.offsets[index]:self.offsets[index] + len(data)] = data
+
+    def get(self, index):
+        return self.memory[self.offsets[index]:self.offsets[index] + self.sizes[index]]
+
+    def reference(self, index):
+        return tensor_pb2.BufferRef(name=self.name, byte_offset=self.offsets[index],
+                                    byte_length=self.sizes[index])
+
+    def close(self):
+        """As a server does when the cache or the call is over."""
+        if not self.file.closed:
+            os.unlink(self.path)
+            self.file.close()
+
+
 class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
                  kv_handoff_service_pb2_grpc.KvHandoffServiceServicer,
                  model_service_pb2_grpc.ModelServiceServicer):
@@ -85,6 +132,11 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.layer_gate = None                       # a semaphore: one permit per layer
         self.bytes_before_admission = 0
         self.renewed = threading.Semaphore(0)        # one permit per renewal
+        self.shm = False                             # offer posix_shm
+        self.shm_domain = shm_domain()
+        self.boot_id = "boot"
+        self.segments = {}                           # of caches, by the lease's name
+        self.change_buffers = None                   # Attend: what to do with Admission.buffers
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)
         kv_handoff_service_pb2_grpc.add_KvHandoffServiceServicer_to_server(self, self._server)
@@ -94,6 +146,8 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
 
     def stop(self):
         self._server.stop(0).wait()
+        for segment in self.segments.values():
+            segment.close()
 
     # --- PrefillService
 
@@ -101,6 +155,9 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         header = next(requests).header
         self.calls["Attend"].append(header)
         fault = self._start("Attend", context)
+        if header.transport == kv.TRANSPORT_POSIX_SHM:
+            yield from self._attend_mapped(header, requests, fault, context)
+            return
         arrived = threading.Event()
         parts = [[] for _ in header.tensors]
         total = sum(4 * int(np.prod(spec.shape)) for spec in header.tensors)
@@ -133,12 +190,45 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
             yield pb.AttendResponse(chunk=chunk)
         yield pb.AttendResponse(summary=self._summary(header.request_id, o.shape[0], 1))
 
+    def _attend_mapped(self, header, requests, fault, context):
+        if not self.shm:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "posix_shm is not offered")
+        width = 2 if header.tensors[0].data_type == tensor_pb2.DATA_TYPE_BF16 else 4
+        sizes = [width * int(np.prod(spec.shape)) for spec in header.tensors]
+        segment = Segment(sizes + sizes[:1])
+        try:
+            buffers = [segment.reference(i) for i in range(3)]
+            if self.change_buffers is not None:
+                buffers = self.change_buffers(buffers)
+            yield pb.AttendResponse(admission=pb.Admission(
+                request_id=header.request_id, transport=kv.TRANSPORT_POSIX_SHM, buffers=buffers))
+            part = next(requests)
+            assert part.WhichOneof("part") == "written", part
+            self.uploaded = [segment.get(i) for i in range(3)]
+            segment.memory[segment.offsets[3]:segment.offsets[3] + sizes[0]] = self.uploaded[0]
+            spec = header.tensors[0]
+            outputs = pb.OutputSpecs(
+                tensors=[tensor_pb2.TensorSpec(name="o", data_type=spec.data_type,
+                                               shape=spec.shape)],
+                buffers=[segment.reference(3)])
+            yield pb.AttendResponse(
+                outputs=fault.change(0, outputs) if isinstance(fault, Tamper) else outputs)
+            yield pb.AttendResponse(summary=self._summary(header.request_id, spec.shape[0], 1))
+        finally:
+            segment.close()
+
     def Prefill(self, request, context):
         self.calls["Prefill"].append(request)
         fault = self._start("Prefill", context)
         tokens = len(request.token_ids)
+        lease = self._lease(request.request_id, tokens)
+        mapped = (self.shm and request.destination.retain
+                  and request.destination.transport != kv.TRANSPORT_GRPC)
+        if mapped and lease.name not in self.segments:
+            self._fill_segment(lease)
         yield pb.PrefillEvent(admission=pb.Admission(
-            request_id=request.request_id, lease=self._lease(request.request_id, tokens)))
+            request_id=request.request_id, lease=lease,
+            transport=kv.TRANSPORT_POSIX_SHM if mapped else kv.TRANSPORT_GRPC))
         if isinstance(fault, Hang):
             self._hang(context)
         for layer in range(LAYERS):
@@ -162,6 +252,10 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.calls["PullKv"].append(request)
         fault = self._start("PullKv", context)
         tokens = int(request.lease.split("/")[1])
+        mapped = request.transport == kv.TRANSPORT_POSIX_SHM
+        if mapped and (request.lease not in self.segments
+                       or request.layout.data_type not in (0, self.data_type)):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the cache lies in no segment")
 
         def chunks():
             for layer in range(request.first_layer, LAYERS):
@@ -171,9 +265,14 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
                 for index, array in enumerate(expected_layer(layer, tokens)):
                     if first and index < request.resume_tensor_index:
                         continue
+                    if mapped:
+                        yield tensor_pb2.TensorChunk(
+                            tensor_index=index, layer=layer, last=True,
+                            buffer=self.segments[request.lease].reference(2 * layer + index))
+                        continue
                     resumed = first and index == request.resume_tensor_index
-                    yield from chunks_of(self._as_stored(array), index, layer,
-                                         request.resume_byte_offset if resumed else 0)
+                    yield from chunks_of(self._as_stored(array, request.layout.data_type),
+                                         index, layer, request.resume_byte_offset if resumed else 0)
 
         yield from self._send(chunks(), fault, context)
 
@@ -185,11 +284,22 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
     def ReleaseLease(self, request, context):
         self.calls["ReleaseLease"].append(request)
         self._start("ReleaseLease", context)
+        if request.lease in self.segments:
+            self.segments.pop(request.lease).close()
         return kv.ReleaseLeaseResponse()
 
     def Negotiate(self, request, context):
+        self.calls["Negotiate"].append(request)
         self._start("Negotiate", context)
-        return kv.NegotiateResponse(transport=kv.TRANSPORT_GRPC, fingerprint="f" * 64)
+        transport = kv.TRANSPORT_GRPC
+        if kv.TRANSPORT_GRPC not in request.transports:
+            if self.shm and request.shm_domain == self.shm_domain:
+                transport = kv.TRANSPORT_POSIX_SHM
+            elif kv.TRANSPORT_POSIX_SHM in request.transports:
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "posix_shm is not possible here")
+        return kv.NegotiateResponse(
+            transport=transport, fingerprint="f" * 64, boot_id=self.boot_id,
+            shm_domain=self.shm_domain if self.shm else "")
 
     # --- ModelService
 
@@ -227,16 +337,24 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         context.add_callback(over.set)
         over.wait(10)
 
-    def _as_stored(self, array):
-        if self.data_type == tensor_pb2.DATA_TYPE_BF16:
+    def _as_stored(self, array, kind=0):
+        kind = kind or self.data_type
+        if kind == tensor_pb2.DATA_TYPE_BF16:
             return (array.view(np.uint32) >> 16).astype("<u2")
-        return array.astype("<f2" if self.data_type == tensor_pb2.DATA_TYPE_F16 else "<f4")
+        return array.astype("<f2" if kind == tensor_pb2.DATA_TYPE_F16 else "<f4")
+
+    def _fill_segment(self, lease):
+        arrays = [self._as_stored(array) for layer in range(LAYERS)
+                  for array in expected_layer(layer, lease.tokens)]
+        segment = self.segments[lease.name] = Segment([array.nbytes for array in arrays])
+        for index, array in enumerate(arrays):
+            segment.put(index, array)
 
     def _lease(self, request_id, tokens):
         ttl = duration_pb2.Duration()
         ttl.FromMilliseconds(int(self.ttl_s * 1000))
-        return kv.Lease(name=f"{request_id.split('/')[0]}/{tokens}", generation=7, boot_id="boot",
-                        layers=LAYERS, tokens=int(tokens), ttl=ttl)
+        return kv.Lease(name=f"{request_id.split('/')[0]}/{tokens}", generation=7,
+                        boot_id=self.boot_id, layers=LAYERS, tokens=int(tokens), ttl=ttl)
 
     def _model(self):
         return model_service_pb2.Model(name=MODEL, layers=LAYERS, kv_heads=KV_HEADS,

@@ -1,0 +1,530 @@
+"""posix_shm: what is mapped is what was named, and everything else is refused or goes by grpc."""
+
+import gc
+import os
+import threading
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+
+from fake_server import LAYERS, MODEL, Abort, Segment, Tamper, expected_layer, shm_domain
+from prefilld import PrefillClient, PrefilldError, RetryPolicy, shm
+from prefilld.v1 import kv_handoff_service_pb2 as kv
+from prefilld.v1 import tensor_pb2
+
+TOKENS = list(range(9))
+FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
+DATA_LOSS = grpc.StatusCode.DATA_LOSS
+GRPC, SHM = kv.TRANSPORT_GRPC, kv.TRANSPORT_POSIX_SHM
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    def ours():
+        return [name for name in os.listdir("/dev/shm") if f"prefilld-fake{os.getpid()}" in name]
+    yield
+    assert not ours()
+
+
+@pytest.fixture
+def server(server):
+    server.shm = True
+    return server
+
+
+@pytest.fixture
+def connect(server):
+    """Clients of the server, by transport."""
+    clients = []
+
+    def make(transport=None):
+        clients.append(PrefillClient(server.target, transport=transport,
+                                     retry=RetryPolicy(attempts=3, initial_backoff=0.01)))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def check(layers):
+    assert [layer.index for layer in layers] == list(range(LAYERS))
+    for layer in layers:
+        k, v = expected_layer(layer.index, len(TOKENS))
+        np.testing.assert_array_equal(layer.k, k)
+        np.testing.assert_array_equal(layer.v, v)
+
+
+def pulls(server):
+    return [request.transport for request in server.calls["PullKv"]]
+
+
+def mappings():
+    """Of segments of this process's fake, in this process, the fake's own excluded."""
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        return sum(f"/dev/shm/prefilld-fake{os.getpid()}" in line and line.split()[1] == "r--s"
+                   for line in file)
+
+
+def qkv(tokens=5):
+    rng = np.random.default_rng(7)
+    return [rng.standard_normal((tokens, heads, 64)).astype(np.float32) for heads in (4, 2, 2)]
+
+
+# --- pull
+
+
+def test_layers_are_views_that_outlive_the_lease(server, client):
+    with client.prefill(MODEL, TOKENS) as prompt:
+        assert prompt.transport == "posix_shm"
+        layers = list(prompt)
+    assert not server.segments  # released, unlinked
+    check(layers)
+    assert pulls(server) == [SHM]
+    assert not layers[0].k.flags.owndata and not layers[0].k.flags.writeable
+    assert layers[0].density == 0.25
+
+
+def test_one_mapping_that_lives_as_long_as_its_arrays(server, client):
+    with client.prefill(MODEL, TOKENS) as prompt:
+        layers = list(prompt)
+    assert mappings() == 1
+    kept = layers[2].v[1]  # a view of a view
+    del layers
+    gc.collect()
+    assert mappings() == 1
+    np.testing.assert_array_equal(kept, expected_layer(2, len(TOKENS))[1][1])
+    del kept
+    gc.collect()
+    assert mappings() == 0  # though `prompt` is still here
+
+
+def test_a_lease_of_somebody_else(server, client, connect):
+    lease = client.prefill(MODEL, TOKENS).detach()
+    for transport in (None, "posix_shm"):
+        pull = connect(transport).pull(lease, MODEL)
+        assert pull.transport == "posix_shm"
+        check(list(pull))
+    client.release(lease)
+
+
+def test_bfloat16(server, client):
+    server.data_type = tensor_pb2.DATA_TYPE_BF16
+    with client.prefill(MODEL, TOKENS, widen=False) as prompt:
+        raw = list(prompt)
+    with client.prefill(MODEL, TOKENS) as prompt:
+        wide = list(prompt)
+    k, _ = expected_layer(1, len(TOKENS))
+    np.testing.assert_array_equal(raw[1].k, k.view(np.uint32) >> 16)
+    assert raw[1].k.dtype == np.uint16 and wide[1].k.dtype == np.float32
+    np.testing.assert_array_equal(wide[1].k.view(np.uint32) >> 16, raw[1].k)
+    assert pulls(server) == [SHM, SHM]
+
+
+# A layer is two chunks. 1: between K and V. 2: between layers. 5: before the last one.
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_a_broken_pull_goes_on_from_the_next_tensor(server, client, after):
+    server.faults["PullKv"] = [Abort(grpc.StatusCode.UNAVAILABLE, after=after)]
+    with client.prefill(MODEL, TOKENS) as prompt:
+        check(list(prompt))
+        assert prompt.transport == "posix_shm"
+    second = server.calls["PullKv"][1]
+    assert second.transport == SHM
+    assert (second.first_layer, second.resume_tensor_index, second.resume_byte_offset) == (
+        after // 2, after % 2, 0)
+
+
+@pytest.mark.parametrize("change", [
+    lambda number, chunk: chunk if number < 3 else None,
+    lambda number, chunk: None if number == 3 else chunk,
+], ids=["cut short", "dropped"])
+def test_a_missing_chunk_is_asked_for_again(server, client, change):
+    server.faults["PullKv"] = [Tamper(change)]
+    with client.prefill(MODEL, TOKENS) as prompt:
+        check(list(prompt))
+    second = server.calls["PullKv"][1]
+    assert (second.first_layer, second.resume_tensor_index) == (1, 1)
+
+
+def is_target(chunk):
+    return (chunk.layer, chunk.tensor_index) == (1, 1)
+
+
+def change_reference(**fields):
+    """A fault's change: V of layer 1 names something else."""
+    def change(number, chunk):
+        if is_target(chunk):
+            for name, value in fields.items():
+                was = getattr(chunk.buffer, name)
+                setattr(chunk.buffer, name, value(was) if callable(value) else value)
+        return chunk
+    return change
+
+
+def without_buffer(number, chunk):
+    if is_target(chunk):
+        chunk.ClearField("buffer")
+        chunk.data = b"x"
+    return chunk
+
+
+def with_data(number, chunk):
+    chunk.data = b"x"
+    return chunk
+
+
+def without_end_mark(number, chunk):
+    chunk.last = False
+    return chunk
+
+
+def wrong_layer(number, chunk):
+    chunk.layer += 1
+    return chunk
+
+
+@pytest.mark.parametrize("transport", [None, "posix_shm"])
+@pytest.mark.parametrize("change, message", [
+    (change_reference(name="/prefilld-../../etc/passwd"), "no name of a segment"),
+    (change_reference(name="/../etc/passwd"), "no name of a segment"),
+    (change_reference(name="/etc/passwd"), "no name of a segment"),
+    (change_reference(name="prefilld-1"), "no name of a segment"),
+    (change_reference(name="/prefilld-"), "no name of a segment"),
+    (change_reference(name="/prefilld-a\0b"), "no name of a segment"),
+    (change_reference(name="/prefilld-a\n"), "no name of a segment"),
+    (change_reference(name="/prefilld-" + "x" * 300), "no name of a segment"),
+    (change_reference(name=""), "no name of a segment"),
+    (change_reference(byte_length=lambda n: n - 1), "a tensor of 287 bytes"),
+    (change_reference(byte_length=lambda n: n + 64), "a tensor of 352 bytes"),
+    (change_reference(byte_length=0), "a tensor of 0 bytes"),
+    (change_reference(byte_offset=lambda n: n + 4), "no multiple of 64"),
+    (change_reference(byte_offset=1 << 20), "of segment"),
+    (change_reference(byte_offset=2**64 - 64), "of segment"),
+    (change_reference(byte_offset=2**64 - 256), "of segment"),  # the end would wrap around
+    (without_buffer, "does not name"),
+    (with_data, "does not name"),
+    (without_end_mark, "does not name"),
+    (wrong_layer, "out of order"),
+])
+def test_a_reference_that_cannot_be_true_is_data_loss(server, connect, transport, change, message):
+    server.faults["PullKv"] = [Tamper(change)] * 9
+    with pytest.raises(PrefilldError, match=message) as caught:
+        with connect(transport).prefill(MODEL, TOKENS) as prompt:
+            list(prompt)
+    assert caught.value.code is DATA_LOSS
+    assert set(pulls(server)) == {SHM}  # tried again, as for a damaged chunk, and never by grpc
+
+
+def test_a_truncated_segment_is_data_loss(server, client):
+    with pytest.raises(PrefilldError, match="of segment") as caught:
+        with client.prefill(MODEL, TOKENS) as prompt:
+            segment = server.segments[prompt.lease.name]
+            os.truncate(segment.path, 1000)
+            list(prompt)
+    assert caught.value.code is DATA_LOSS
+
+
+@pytest.mark.parametrize("kind", ["empty", "pipe"])
+def test_a_file_that_is_no_segment_is_data_loss(server, client, kind):
+    name = f"/prefilld-fake{os.getpid()}-{kind}"
+    path = "/dev/shm" + name
+    if kind == "empty":
+        open(path, "xb").close()
+    else:
+        os.mkfifo(path)
+    server.faults["PullKv"] = [Tamper(change_reference(name=name))] * 9
+    try:
+        with pytest.raises(PrefilldError, match="is no segment") as caught:
+            with client.prefill(MODEL, TOKENS) as prompt:
+                list(prompt)
+    finally:
+        os.unlink(path)
+    assert caught.value.code is DATA_LOSS
+
+
+def test_a_link_is_not_followed(server, connect, tmp_path):
+    target = tmp_path / "secret"
+    target.write_bytes(b"x" * 4096)
+    name = f"/prefilld-fake{os.getpid()}-link"
+    os.symlink(target, "/dev/shm" + name)
+    server.faults["PullKv"] = [Tamper(change_reference(name=name))]
+    try:
+        with pytest.raises(PrefilldError, match="cannot be mapped here"):
+            with connect("posix_shm").prefill(MODEL, TOKENS) as prompt:
+                list(prompt)
+    finally:
+        os.unlink("/dev/shm" + name)
+
+
+# --- falling back, and not
+
+
+def lose_segment(number, chunk):
+    if is_target(chunk):
+        chunk.buffer.name = "/prefilld-fake-gone"
+    return chunk
+
+
+def test_a_segment_that_cannot_be_opened_is_pulled_by_grpc(server, connect):
+    client = connect()
+    server.faults["PullKv"] = [Tamper(lose_segment)]
+    with client.prefill(MODEL, TOKENS) as prompt:
+        check(list(prompt))
+        assert prompt.transport == "grpc"
+    second = server.calls["PullKv"][1]
+    assert (second.transport, second.first_layer, second.resume_tensor_index) == (GRPC, 1, 0)
+    with client.prefill(MODEL, TOKENS) as prompt:  # negotiated anew, and it works
+        check(list(prompt))
+        assert prompt.transport == "posix_shm"
+    assert len(server.calls["Negotiate"]) == 2
+
+
+def test_a_pinned_pull_of_a_segment_that_cannot_be_opened(server, connect):
+    server.faults["PullKv"] = [Tamper(lose_segment)]
+    with pytest.raises(PrefilldError, match="cannot be mapped here") as caught:
+        with connect("posix_shm").prefill(MODEL, TOKENS) as prompt:
+            list(prompt)
+    assert caught.value.code is FAILED_PRECONDITION
+    assert pulls(server) == [SHM]
+
+
+def test_a_lease_whose_cache_lies_in_no_segment(server, connect):
+    lease = connect("grpc").prefill(MODEL, TOKENS).detach()
+    pull = connect().pull(lease, MODEL)
+    check(list(pull))
+    assert pull.transport == "grpc" and pulls(server) == [SHM, GRPC]
+    with pytest.raises(PrefilldError, match="no segment") as caught:
+        list(connect("posix_shm").pull(lease, MODEL))
+    assert caught.value.code is FAILED_PRECONDITION
+    assert pulls(server) == [SHM, GRPC, SHM]
+
+
+@pytest.mark.parametrize("fields", [dict(retain=False), dict(kv_dtype="f16")])
+def test_a_cache_that_cannot_be_mapped_is_pulled_by_grpc_at_once(server, client, fields):
+    with client.prefill(MODEL, TOKENS, **fields) as prompt:
+        assert prompt.transport == "grpc"
+        next(iter(prompt))
+    assert pulls(server) == [GRPC]
+
+
+def test_a_pinned_pull_in_another_type_is_refused(server, connect):
+    with pytest.raises(PrefilldError) as caught:
+        with connect("posix_shm").prefill(MODEL, TOKENS, kv_dtype="f16") as prompt:
+            list(prompt)
+    assert caught.value.code is FAILED_PRECONDITION
+
+
+def test_pinned_grpc_maps_nothing_and_asks_nothing(server, connect):
+    client = connect("grpc")
+    with client.prefill(MODEL, TOKENS) as prompt:
+        check(list(prompt))
+        assert prompt.transport == "grpc" and not server.segments
+    assert client.attend(*qkv()).transport == "grpc"
+    assert server.calls["Prefill"][0].destination.transport == GRPC
+    assert not server.calls["Negotiate"]
+
+
+@pytest.mark.parametrize("why", ["not offered", "another /dev/shm"])
+def test_where_posix_shm_is_not_possible(server, connect, why):
+    if why == "not offered":
+        server.shm = False
+    else:
+        server.shm_domain = shm_domain() + "0"
+    with connect().prefill(MODEL, TOKENS) as prompt:
+        check(list(prompt))
+        assert prompt.transport == "grpc"
+    assert connect().attend(*qkv()).transport == "grpc"
+    pinned = connect("posix_shm")
+    for call in (lambda: pinned.prefill(MODEL, TOKENS), lambda: pinned.attend(*qkv()),
+                 lambda: pinned.pull(prompt.lease, MODEL), lambda: pinned.negotiate()):
+        with pytest.raises(PrefilldError, match="not possible here") as caught:
+            call()
+        assert caught.value.code is FAILED_PRECONDITION
+    assert len(server.calls["Prefill"]) == 1 and len(server.calls["Attend"]) == 1
+
+
+def test_an_answer_for_another_dev_shm_is_not_believed(server, client, monkeypatch):
+    answer = kv.NegotiateResponse(transport=SHM, shm_domain="elsewhere:1", boot_id="boot")
+    monkeypatch.setattr(client, "_negotiator", type(client._negotiator)(
+        lambda request, timeout: answer, None))
+    with client.prefill(MODEL, TOKENS) as prompt:
+        assert prompt.transport == "grpc"
+
+
+def test_a_server_that_cannot_negotiate_gets_grpc(server, connect):
+    unimplemented = Abort(grpc.StatusCode.UNIMPLEMENTED)
+    server.faults["Negotiate"] = [unimplemented]
+    assert connect().attend(*qkv()).transport == "grpc"
+    server.faults["Negotiate"] = [unimplemented]
+    with pytest.raises(PrefilldError, match="UNIMPLEMENTED"):
+        connect("posix_shm").attend(*qkv())
+
+
+def test_names_of_transports(server):
+    with pytest.raises(PrefilldError, match="'rdma' is not one of grpc, posix_shm"):
+        PrefillClient(server.target, transport="rdma")
+
+
+# --- negotiating
+
+
+def test_negotiated_once_by_many_threads(server, client):
+    start = threading.Barrier(8)
+    used = []
+
+    def attend():
+        start.wait()
+        used.append(client.attend(*qkv()).transport)
+
+    threads = [threading.Thread(target=attend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert used == ["posix_shm"] * 8
+    assert len(server.calls["Negotiate"]) == 1
+    request = server.calls["Negotiate"][0]
+    assert not request.transports and request.shm_domain == shm.domain() == shm_domain()
+
+
+def test_negotiated_again_with_another_server_process(server, client):
+    def prefill():
+        with client.prefill(MODEL, TOKENS) as prompt:
+            check(list(prompt))
+            return prompt.transport
+
+    assert (prefill(), prefill()) == ("posix_shm", "posix_shm")
+    assert len(server.calls["Negotiate"]) == 1
+    server.boot_id, server.shm = "boot2", False  # as if started again with other flags
+    assert (prefill(), prefill()) == ("grpc", "grpc")
+    server.boot_id, server.shm = "boot3", True
+    assert (prefill(), prefill()) == ("posix_shm", "posix_shm")
+    assert len(server.calls["Negotiate"]) == 2  # "boot2" said at admission that it maps nothing
+    assert pulls(server) == [SHM, SHM, GRPC, GRPC, SHM, SHM]
+
+
+def test_the_answer_is_what_the_client_would_use(server, connect):
+    assert connect().negotiate(MODEL).transport == SHM
+    assert connect("grpc").negotiate(MODEL).transport == GRPC
+    assert connect("posix_shm").negotiate(MODEL).transport == SHM
+
+
+# --- attend
+
+
+def test_attend(server, client):
+    q, k, v = qkv(tokens=3000)
+    seen = []
+    result = client.attend(q, k, v, progress=lambda *step: seen.append(step))
+    assert result.transport == "posix_shm"
+    np.testing.assert_array_equal(result.o, q)
+    assert server.uploaded == [x.tobytes() for x in (q, k, v)]
+    assert server.calls["Attend"][0].transport == SHM
+    assert (1.0, "upload") in seen and (1.0, "download") in seen
+    result.o[:] = 0  # the caller's own
+
+
+def test_attend_with_strided_and_bfloat16_arrays(server, client):
+    q, k, v = qkv()
+    np.testing.assert_array_equal(client.attend(q[::-1], k[:, :, ::-1], v).o, q[::-1])
+    assert server.uploaded[1] == k[:, :, ::-1].tobytes()
+    bits = [(x.view(np.uint32) >> 16).astype(np.uint16) for x in (q, k, v)]
+    result = client.attend(*bits, dtype="bf16")
+    assert result.o.dtype == np.uint16
+    np.testing.assert_array_equal(result.o, bits[0])
+
+
+def test_attend_goes_on_over_grpc(server, connect):
+    """The server was started again without posix_shm, or its names mean nothing here."""
+    client, (q, k, v) = connect(), qkv()
+    assert client.attend(q, k, v).transport == "posix_shm"
+    server.shm = False
+    result = client.attend(q, k, v)
+    assert result.transport == "grpc"
+    np.testing.assert_array_equal(result.o, q)
+    server.shm = True
+    client = connect()
+
+    def rename(buffers):
+        for buffer in buffers:
+            buffer.name = "/prefilld-fake-gone"
+        return buffers
+
+    server.change_buffers = rename
+    server.faults["Attend"] = [None, Abort(grpc.StatusCode.ALREADY_EXISTS)]  # not yet cleared away
+    result = client.attend(q, k, v)
+    assert result.transport == "grpc"
+    np.testing.assert_array_equal(result.o, q)
+    with pytest.raises(PrefilldError, match="cannot be mapped here") as caught:
+        connect("posix_shm").attend(q, k, v)
+    assert caught.value.code is FAILED_PRECONDITION
+
+
+def test_attend_with_a_full_dev_shm(server, connect):
+    full = Abort(grpc.StatusCode.RESOURCE_EXHAUSTED,
+                 error_details_pb2.ErrorInfo(reason="shm_memory"))
+    server.faults["Attend"] = [full]
+    assert connect().attend(*qkv()).transport == "grpc"
+    server.faults["Attend"] = [full]
+    with pytest.raises(PrefilldError) as caught:
+        connect("posix_shm").attend(*qkv())
+    assert caught.value.reason == "shm_memory"
+
+
+def test_attend_is_tried_again_when_the_connection_breaks(server, client):
+    server.faults["Attend"] = [Abort(grpc.StatusCode.UNAVAILABLE)]
+    assert client.attend(*qkv()).transport == "posix_shm"
+
+
+def grow(buffers):
+    buffers[0].byte_length += 64
+    return buffers
+
+
+@pytest.mark.parametrize("change, message", [
+    (grow, "a tensor of"),
+    (lambda buffers: buffers[:2], "2 buffers for 3 tensors"),
+    (lambda buffers: [], "0 buffers for 3 tensors"),
+])
+def test_attend_never_writes_where_it_must_not(server, client, change, message):
+    server.change_buffers = change
+    with pytest.raises(PrefilldError, match=message) as caught:
+        client.attend(*qkv())
+    assert caught.value.code is DATA_LOSS
+
+
+def no_buffers(number, outputs):
+    outputs.ClearField("buffers")
+    return outputs
+
+
+def longer(number, outputs):
+    outputs.tensors[0].shape[0] += 1
+    return outputs
+
+
+@pytest.mark.parametrize("change, message", [(no_buffers, "0 buffers"), (longer, "a tensor of")])
+def test_attend_with_outputs_that_cannot_be_true(server, client, change, message):
+    server.faults["Attend"] = [Tamper(change)]
+    with pytest.raises(PrefilldError, match=message) as caught:
+        client.attend(*qkv())
+    assert caught.value.code is DATA_LOSS
+
+
+# --- Segments alone
+
+
+def test_huge_shapes_do_not_overflow():
+    segment = Segment([64])
+    try:
+        reference = segment.reference(0)
+        reference.byte_length = 2**40
+        with pytest.raises(PrefilldError, match="of segment"):
+            shm.Segments().array(reference, np.dtype("<f4"), (2**20, 2**18))
+        with pytest.raises(PrefilldError, match="a tensor of 64 bytes"):  # 2**66 elements
+            reference.byte_length = 64
+            shm.Segments().array(reference, np.dtype("u1"), (2**33, 2**33))
+    finally:
+        segment.close()
