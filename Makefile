@@ -7,6 +7,7 @@ SHELL := /bin/bash
 JOBS := $(shell nproc)
 PYTHON := build/venv/bin/python
 BENCH_PYTHON := build/bench-venv/bin/python
+VLLM_PYTHON := build/vllm-venv/bin/python
 MODEL := build/models/SmolLM2-135M-Instruct
 
 .PHONY: help
@@ -17,6 +18,10 @@ help:  ## list the commands
 demo: programs build/venv/.complete $(MODEL)  ## a real prompt, prefilled, handed over and decoded
 	@$(PYTHON) client/python/examples/demo.py --build=build
 
+.PHONY: demo-vllm
+demo-vllm: programs build/vllm-venv/.complete $(MODEL)  ## stock vLLM answers from prefilld's KV; installs 6 GB, asks first (YES=1: does not)
+	@$(VLLM_PYTHON) client/python/examples/demo_vllm.py --build=build
+
 .PHONY: build
 build: configured  ## everything in C++, tests included
 	@cmake --build build -j$(JOBS)
@@ -25,6 +30,10 @@ build: configured  ## everything in C++, tests included
 test: build build/venv/.complete  ## unit tests, then end-to-end tests
 	@ctest --test-dir build --output-on-failure -L unit
 	@ctest --test-dir build --output-on-failure -L e2e
+
+.PHONY: test-vllm
+test-vllm: programs build/vllm-venv/.complete $(MODEL)  ## vLLM and transformers on prefilld's KV; installs 6 GB, asks first (YES=1: does not)
+	@ctest --test-dir build --output-on-failure -L vllm
 
 .PHONY: test-sanitized
 test-sanitized: packages  ## unit tests under the address and undefined-behaviour sanitizers
@@ -61,6 +70,14 @@ build/venv/.complete: client/python/requirements.txt client/python/pyproject.tom
 	@python3 -m venv build/venv
 	@$(PYTHON) -m pip install --no-deps -r client/python/requirements.txt
 	@$(PYTHON) -m pip install --no-deps --no-build-isolation -e client/python
+	@touch $@
+
+build/vllm-venv/.complete: client/python/requirements-vllm.txt client/python/pyproject.toml | packages
+	@test "$(YES)" = 1 || test -e build/vllm-venv || { read -r -p "This installs vLLM, about 6 GB, under build/vllm-venv. Go on? [y/N] " answer && [[ "$$answer" == [yY]* ]]; } \
+		|| { echo "not installed; YES=1 does not ask" >&2; exit 1; }
+	@python3 -m venv build/vllm-venv
+	@$(VLLM_PYTHON) -m pip install --no-deps -r client/python/requirements-vllm.txt
+	@$(VLLM_PYTHON) -m pip install --no-deps --no-build-isolation -e client/python
 	@touch $@
 
 build/bench-venv/.complete: tests/bench/requirements.txt client/python/pyproject.toml | packages

@@ -1,0 +1,96 @@
+"""The fingerprint of a model directory, computed on this side: equal to prefilld's for the same
+model (Model.fingerprint), so that a decode engine can tell that the KV it pulls is of the weights
+it runs. Needs config.json and *.safetensors, no other package."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import mmap
+import pathlib
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+_PIECE_BYTES = 64 << 20
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@functools.lru_cache(maxsize=8)
+def fingerprint(directory: str | pathlib.Path) -> str:
+    """SHA-256 (hex) over the model's id and revision, the shape of its KV, its norms' epsilon, its
+    rope, and name, dtype, shape and CRC32C of every tensor. Reads every weight once (about a
+    second a GiB when the files are in memory). OSError, ValueError or KeyError when the directory
+    is no such model."""
+    root = pathlib.Path(directory)
+    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    tensors = sorted(_tensors(root))
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    dtype = _DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "")
+    if dtype is None:
+        dtype = next(kind for name, kind, _, _ in tensors if name == "model.embed_tokens.weight")
+    eps = float(np.float32(config.get("rms_norm_eps") or 1e-6))
+    text = (
+        f"id {_escape(config.get('_name_or_path') or '')}\n"
+        f"revision {_escape(config.get('_commit_hash') or '')}\n"
+        f"layers {config['num_hidden_layers']} "
+        f"kv_heads {config.get('num_key_value_heads') or heads} head_dim {head_dim} "
+        f"dtype {dtype} eps {eps:.9g}\n"
+        "rope {theta:.17g} {scaling} {factor:.17g} {low:.17g} {high:.17g} {original}\n".format(
+            **_rope(config)))
+    for name, kind, shape, crc in tensors:
+        text += f"{_escape(name)} {kind} [{','.join(map(str, shape))}] {crc:08x}\n"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Both forms of config.json: rope_scaling beside rope_theta, or rope_parameters."""
+    fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    scaling = {"default": "none"}.get(kind, kind)
+    used = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                              "original_max_position_embeddings")}.get(scaling, ())
+    value = {key: fields[key] for key in used}
+    return {"theta": float(fields.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            "scaling": scaling, "factor": float(value.get("factor", 1)),
+            "low": float(value.get("low_freq_factor", 1)),
+            "high": float(value.get("high_freq_factor", 4)),
+            "original": value.get("original_max_position_embeddings", 8192)}
+
+
+def _tensors(root: pathlib.Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """(name, dtype, shape, CRC32C) of every tensor of the files that the index names, or of all."""
+    index = root / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        with open(root / name, "rb") as file, \
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            (header_bytes,) = struct.unpack_from("<Q", data)
+            header = json.loads(data[8:8 + header_bytes])
+            for tensor, entry in header.items():
+                if tensor == "__metadata__":
+                    continue
+                begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+                yield tensor, entry["dtype"], tuple(entry["shape"]), _crc32c(data, begin, end)
+
+
+def _crc32c(data: mmap.mmap, begin: int, end: int) -> int:
+    crc = 0
+    for at in range(begin, end, _PIECE_BYTES):
+        crc = google_crc32c.extend(crc, data[at:min(at + _PIECE_BYTES, end)])
+    return crc
+
+
+def _escape(text: str) -> str:
+    """As absl::CEscape: what is not printable ASCII becomes an octal escape."""
+    special = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "'": "\\'", "\\": "\\\\"}
+    return "".join(special.get(chr(byte)) or (chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}")
+                   for byte in text.encode())

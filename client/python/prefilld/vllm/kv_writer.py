@@ -1,0 +1,89 @@
+"""Writes pulled K and V into vLLM's paged KV cache: on CPUs by vLLM's own operator (its blocks are
+packed for the instruction set), on GPUs by index, in whatever form the cache has."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+# Writes K and V, [kv_heads, tokens, head_dim], to the slots [tokens] (block * block_size + offset).
+Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+TORCH_TYPES = {np.dtype("<f4"): torch.float32, np.dtype("<f2"): torch.float16,
+               np.dtype("<u2"): torch.bfloat16}  # numpy has no bfloat16: its bits are uint16
+KV_DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def slots(block_ids: Sequence[int], block_size: int, first: int, count: int) -> torch.Tensor:
+    """[count] int64: where the tokens `first`, `first` + 1, ... of a request lie. block_ids: of all
+    its blocks, from token 0."""
+    tokens = torch.arange(first, first + count)
+    blocks = torch.tensor(block_ids, dtype=torch.int64)
+    return blocks[tokens // block_size] * block_size + tokens % block_size
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array's memory as a tensor, read-only memory included (nobody writes to it here)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(TORCH_TYPES[array.dtype])
+
+
+def cpu_writer(cache: torch.Tensor, layer: Any) -> Write:
+    """cache: [blocks, kv_heads, block_size, 2 * head_dim], of vLLM's CPU backend. layer: its
+    Attention, which knows how the backend packs a block (`isa`)."""
+    from vllm import _custom_ops
+
+    blocks, heads, block_size, width = cache.shape
+    keys, values = cache.view(blocks, heads, 2 * block_size, width // 2).chunk(2, dim=2)
+
+    def write(k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> None:
+        _custom_ops.cpu_attn_reshape_and_cache(
+            k.transpose(0, 1), v.transpose(0, 1), keys, values, slot, layer.isa)
+
+    return write
+
+
+def strided_writer(cache: torch.Tensor, kv_heads: int, head_dim: int) -> Write:
+    """For every form in which a block's rows are plain [.., head_dim] rows, on any device."""
+    keys, values = block_views(cache, kv_heads, head_dim)
+    block_size = keys.shape[1]
+
+    def write(k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> None:
+        slot = slot.to(cache.device)
+        place = (slot // block_size, slot % block_size)
+        keys[place] = k.transpose(0, 1).to(cache.device)
+        values[place] = v.transpose(0, 1).to(cache.device)
+
+    return write
+
+
+def block_views(cache: torch.Tensor, kv_heads: int,
+                head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as [blocks, block_size, kv_heads, head_dim] views of vLLM's cache of one layer, read
+    off its shape; strides stay as they are, so NHD and HND memory are the same to us. The forms:
+
+    (2, blocks, block, heads, d), (blocks, 2, block, heads, d); heads before block in either;
+    (blocks, heads, block, 2d), (blocks, block, heads, 2d): K, then V, in the last axis.
+
+    Where heads and block size are equal the first reading of each line is taken. ValueError for
+    any other form."""
+    shape = tuple(cache.shape)
+    if cache.dim() == 4 and shape[3] == 2 * head_dim and kv_heads in shape[1:3]:
+        packed = cache.transpose(1, 2) if shape[1] == kv_heads else cache
+        return packed[..., :head_dim], packed[..., head_dim:]
+    if cache.dim() == 5 and shape[4] == head_dim and kv_heads in shape[2:4]:
+        # A cache of two blocks could be either; no engine has so few.
+        axis = 0 if shape[0] == 2 else 1
+        if shape[axis] == 2:
+            keys, values = cache.unbind(axis)
+            if shape[3] != kv_heads:
+                keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            return keys, values
+    raise ValueError(f"a KV cache of shape {shape} is of no form known here, for {kv_heads} kv "
+                     f"heads of {head_dim}")

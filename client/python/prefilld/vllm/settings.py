@@ -1,0 +1,198 @@
+"""What the operator sets (kv_connector_extra_config) and what a request may say
+(kv_transfer_params). Nothing here needs vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+
+from ..errors import PrefilldError
+from ..pull import Lease
+from ..sparsity import METHODS, Policy
+
+POLICY_KEYS = tuple(Policy.__annotations__)
+SPARSE_BY_DEFAULT = "joint"  # what prefilld runs when no method is named
+_ID_BYTES_MAX = 128
+
+
+class BadParams(ValueError):
+    """What a request said cannot be used; names the key, the value and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """kv_connector_extra_config. Every key is optional.
+
+    target: HOST:PORT of prefilld, or a list of them; the first is the default, and a request may
+        name only these. Without it no prompt is sent away by the connector itself, and leases of
+        any target are pulled: keep such a vLLM behind its router.
+    model: prefilld's name of the model; default: the only one that it serves.
+    method, gamma, ...: the policy of Prefill calls (see prefilld.Policy); default: the server's.
+    min_tokens: prompts with fewer tokens left to compute (after vLLM's own prefix cache) stay
+        here; default 128, one KV block.
+    timeout_s: seconds from the start of a load to its end, at most; then it has failed. 120.
+    max_loads: loads at a time; others wait. 16.
+    transport: "grpc" or "posix_shm"; default: the best that both sides have.
+    """
+
+    targets: tuple[str, ...] = ()
+    model: str | None = None
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    min_tokens: int = 128
+    timeout_s: float = 120.0
+    max_loads: int = 16
+    transport: str | None = None
+
+    @classmethod
+    def from_config(cls, extra: Mapping[str, Any]) -> Settings:
+        """ValueError names the key that is wrong."""
+        known = {"target", "model", "min_tokens", "timeout_s", "max_loads", "transport",
+                 *POLICY_KEYS}
+        unknown = sorted(set(extra) - known)
+        if unknown:
+            raise ValueError(f"kv_connector_extra_config: unknown {', '.join(unknown)}; known are "
+                             f"{', '.join(sorted(known))}")
+        target = extra.get("target") or ()
+        targets = (target,) if isinstance(target, str) else tuple(target)
+        transport = extra.get("transport")
+        if transport not in (None, "grpc", "posix_shm"):
+            raise ValueError(f"transport {transport!r} is not grpc or posix_shm")
+        try:
+            return cls(
+                targets=tuple(_target(t) for t in targets), model=_name(extra, "model"),
+                policy=_policy(extra), min_tokens=_integer(extra, "min_tokens", 128, 1),
+                timeout_s=_seconds(extra, "timeout_s", 120.0),
+                max_loads=_integer(extra, "max_loads", 16, 1), transport=transport)
+        except BadParams as error:
+            raise ValueError(f"kv_connector_extra_config: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the KV of one request comes here: by a Prefill of our own, or by a lease that a router
+    handed over. `error`: by neither, the load will fail with this."""
+
+    target: str = ""
+    model: str | None = None
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    min_tokens: int = 1
+    lease: Lease | None = None
+    fingerprint: str = ""   # of the lease's model, as the router got it at admission
+    error: str = ""
+
+    @property
+    def sparse(self) -> str:
+        """Names the policy where blocks may have been skipped, else empty."""
+        method = self.policy.get("method") or SPARSE_BY_DEFAULT
+        if method == "dense":
+            return ""
+        return ",".join([method, *(f"{key}={value}" for key, value in sorted(self.policy.items())
+                                   if key not in ("method", "report_level"))])
+
+
+def plan_request(params: Mapping[str, Any] | None, settings: Settings) -> Plan | None:
+    """None: the request is vLLM's alone.
+
+    params: kv_transfer_params. Handed over: {target, lease, tokens, fingerprint}, lease as
+    prefilld.Lease has it. Otherwise each of target, model, min_tokens and the policy's keys stands
+    in for the setting of that name.
+    """
+    params = params or {}
+    try:
+        if not isinstance(params, Mapping):
+            raise BadParams(f"kv_transfer_params is {type(params).__name__}, not an object")
+        if params.get("lease") is not None:
+            return _handed_over(params, settings)
+        target = params.get("target")
+        if target is None and not settings.targets:
+            return None
+        policy = Policy(**{**settings.policy, **_policy(params)})
+        return Plan(target=_allowed(target, settings), model=_name(params, "model")
+                    or settings.model, policy=policy,
+                    min_tokens=_integer(params, "min_tokens", settings.min_tokens, 1))
+    except BadParams as error:
+        return Plan(error=f"kv_transfer_params: {error}")
+
+
+def _handed_over(params: Mapping[str, Any], settings: Settings) -> Plan:
+    raw = params["lease"]
+    fields = {field.name: field.type for field in dataclasses.fields(Lease)}
+    if not isinstance(raw, Mapping) or set(raw) != set(fields):
+        raise BadParams(f"lease needs exactly {', '.join(fields)}")
+    for key, kind in fields.items():
+        value = raw[key]
+        good = (isinstance(value, str) and len(value) <= _ID_BYTES_MAX if kind == "str"
+                else isinstance(value, (int, float)) and not isinstance(value, bool)
+                and value >= 0 and (kind == "float" or isinstance(value, int)))
+        if not good:
+            raise BadParams(f"lease.{key} is {str(value)[:64]!r}, not a {kind}")
+    lease = Lease(**raw)
+    tokens = params.get("tokens", lease.tokens)
+    if tokens != lease.tokens:
+        raise BadParams(f"tokens is {tokens}, the lease has {lease.tokens}")
+    fingerprint = params.get("fingerprint") or ""
+    if not isinstance(fingerprint, str) or len(fingerprint) > _ID_BYTES_MAX:
+        raise BadParams(f"fingerprint is no string of at most {_ID_BYTES_MAX} bytes")
+    return Plan(target=_allowed(params.get("target"), settings),
+                model=_name(params, "model") or settings.model, policy=_policy(params),
+                lease=lease, fingerprint=fingerprint)
+
+
+def _allowed(target: Any, settings: Settings) -> str:
+    if target is None:
+        if not settings.targets:
+            raise BadParams("target is missing: HOST:PORT of the prefilld that granted the lease")
+        return settings.targets[0]
+    if settings.targets and target not in settings.targets:
+        raise BadParams(f"target {str(target)[:128]!r} is not one of the configured "
+                        f"{', '.join(settings.targets)}")
+    return _target(target)
+
+
+def _target(value: Any) -> str:
+    host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if not host or not colon or not port.isdecimal() or not 0 < int(port) < 65536 \
+            or "/" in host or len(host) > 255:
+        raise BadParams(f"target {str(value)[:128]!r} is not HOST:PORT")
+    return value
+
+
+def _policy(source: Mapping[str, Any]) -> Policy:
+    policy = {key: source[key] for key in POLICY_KEYS if source.get(key) is not None}
+    method = policy.get("method")
+    if method is not None and method not in METHODS:
+        raise BadParams(f"method {str(method)[:64]!r} is not one of {', '.join(METHODS)}")
+    for key, value in policy.items():
+        if key not in ("method", "report_level") and (
+                not isinstance(value, (int, float)) or isinstance(value, bool)):
+            raise BadParams(f"{key} is {str(value)[:64]!r}, not a number")
+    return Policy(**policy)
+
+
+def _name(source: Mapping[str, Any], key: str) -> str | None:
+    value = source.get(key)
+    if value is not None and (not isinstance(value, str) or not 0 < len(value) <= _ID_BYTES_MAX):
+        raise BadParams(f"{key} is no name of 1 to {_ID_BYTES_MAX} bytes")
+    return value
+
+
+def _integer(source: Mapping[str, Any], key: str, default: int, least: int) -> int:
+    value = source.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise BadParams(f"{key} is {str(value)[:64]!r}, not a whole number of at least {least}")
+    return value
+
+
+def _seconds(source: Mapping[str, Any], key: str, default: float) -> float:
+    value = source.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 86400:
+        raise BadParams(f"{key} is {str(value)[:64]!r}, not a number of seconds from 0 to 86400")
+    return float(value)
+
+
+def refused(message: str) -> PrefilldError:
+    """FAILED_PRECONDITION: both sides work, but not together."""
+    return PrefilldError(grpc.StatusCode.FAILED_PRECONDITION, message)

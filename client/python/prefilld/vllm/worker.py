@@ -1,0 +1,296 @@
+"""The worker's half: loads KV into vLLM's blocks on threads of its own, layer by layer as prefilld
+has them, while the engine decodes other requests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+
+from ..client import PrefillClient
+from ..errors import PrefilldError, RetryPolicy
+from ..prefill import Prefill
+from ..pull import KvPull, Lease
+from .kv_writer import Write, as_tensor, cpu_writer, slots, strided_writer
+from .metrics import LoadStats
+from .model_check import ModelCheck
+from .scheduler import LoadOrder, Orders, only_model
+from .settings import Plan, Settings, refused
+
+logger = init_logger("vllm.prefilld")
+
+# A server that is down is given up quickly: vLLM can compute the prompt itself.
+_RETRY = RetryPolicy(attempts=3, initial_backoff=0.1, max_backoff=1.0)
+_IDLE_WAIT_S = 0.02  # between looks of an engine that only waits; a new request waits as long at most
+_RENEWAL_S = 5.0  # of leases that wait for blocks; short beside any sensible ttl
+
+
+@dataclasses.dataclass
+class _Load:
+    order: LoadOrder
+    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+    source: Prefill | KvPull | None = None  # to be told of a cancel
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+        source = self.source
+        with contextlib.suppress(PrefilldError):
+            if isinstance(source, Prefill):
+                source.release(consumed=False)
+            elif source is not None:
+                source.cancel()
+
+    def check(self) -> None:
+        if self.cancelled.is_set():
+            raise PrefilldError(grpc.StatusCode.CANCELLED, "the request was aborted")
+
+
+class WorkerHalf:
+    """vLLM's worker thread calls it; nothing here waits for the network on that thread."""
+
+    def __init__(self, settings: Settings, check: ModelCheck, config: VllmConfig):
+        self._settings = settings
+        self._check = check
+        self._block_size = config.cache_config.block_size
+        self._layers = config.compilation_config.static_forward_context
+        self._writers: list[Write] = []
+        self._threads = ThreadPoolExecutor(settings.max_loads, thread_name_prefix="prefilld-load")
+        self._errands = ThreadPoolExecutor(1, thread_name_prefix="prefilld-lease")
+        self._lock = threading.Lock()  # guards what follows
+        self._load_ended = threading.Condition(self._lock)
+        self._clients: dict[str, PrefillClient] = {}
+        self._loads: dict[str, _Load] = {}
+        self._ended: set[str] = set()         # since the last finished()
+        self._ended_blocks: set[int] = set()  # of failed loads among them
+        self._failed_blocks: set[int] = set()  # to be told with what finished() told last
+        self._stats = LoadStats()
+        self._held: dict[str, Plan] = {}      # by lease name
+        self._closed = threading.Event()
+        self._renewer: threading.Thread | None = None
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """kv_caches: by layer name. ValueError for a form of cache that cannot be written."""
+        names = sorted(kv_caches, key=extract_layer_index)
+        self._writers = [self._writer(name, kv_caches[name]) for name in names]
+
+    def _writer(self, name: str, cache: torch.Tensor) -> Write:
+        layer = self._layers[name]
+        if cache.device.type == "cpu":
+            return cpu_writer(cache, layer)
+        return strided_writer(cache, layer.num_kv_heads, layer.head_size)
+
+    def take(self, orders: Orders) -> None:
+        for plan in orders.hold:
+            self._hold(plan)
+        for order in orders.loads:
+            load = _Load(order)
+            with self._lock:
+                self._loads[order.request_id] = load
+                self._stats.running(len(self._loads))
+            self._threads.submit(self._run, load)
+        for request_id in orders.cancel:
+            with self._lock:
+                load = self._loads.get(request_id)
+            if load is not None:
+                self._errands.submit(load.cancel)
+        for plan in orders.abandon:
+            self._errands.submit(self._abandon, plan)
+
+    def finished(self, idle: bool) -> set[str]:
+        """Requests whose loads have ended since the last call, for better or worse. idle: the engine
+        has nothing to compute, and would ask again at once: waits a moment for a load to end."""
+        with self._lock:
+            if idle and self._loads and not self._ended:
+                self._load_ended.wait(_IDLE_WAIT_S)
+            ended, self._ended = self._ended, set()
+            self._failed_blocks |= self._ended_blocks
+            self._ended_blocks = set()
+        return ended
+
+    def failed_blocks(self) -> set[int]:
+        """Those of the loads that finished() told of and that have failed."""
+        with self._lock:
+            failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def stats(self) -> LoadStats | None:
+        with self._lock:
+            if self._stats.is_empty():
+                return None
+            stats, self._stats = self._stats, LoadStats()
+        return stats
+
+    def close(self) -> None:
+        """Ends running loads; their leases are abandoned."""
+        self._closed.set()
+        with self._lock:
+            loads, held = list(self._loads.values()), list(self._held.values())
+        for load in loads:
+            load.cancel()
+        for plan in held:
+            self._abandon(plan)
+        self._errands.shutdown(cancel_futures=False)
+        self._threads.shutdown(cancel_futures=True)
+        for client in self._clients.values():
+            client.close()
+
+    # --- one load, on a thread of its own ---
+
+    def _run(self, load: _Load) -> None:
+        order, begin = load.order, time.monotonic()
+        error: PrefilldError | None = None
+        transport = ""
+        try:
+            transport = self._load(load, begin + self._settings.timeout_s)
+        except PrefilldError as failure:
+            error = failure
+        except Exception as failure:  # a bug must fail this request, not hang it
+            logger.exception("prefilld: request %s", order.request_id)
+            error = PrefilldError(grpc.StatusCode.INTERNAL, repr(failure))
+        seconds = time.monotonic() - begin
+        tokens = order.end - order.begin
+        if error is None:
+            logger.info("prefilld: request %s: %d tokens from %s over %s in %.3f s",
+                        order.request_id, tokens, order.plan.target, transport, seconds)
+        elif not load.cancelled.is_set():
+            logger.error("prefilld: request %s: loading %d tokens from %s failed: %s",
+                         order.request_id, tokens, order.plan.target or "prefilld", error)
+        with self._lock:
+            del self._loads[order.request_id]
+            self._ended.add(order.request_id)
+            if error is None:
+                self._stats.loaded(seconds, tokens, tokens * self._bytes_per_token())
+            elif load.cancelled.is_set():
+                self._stats.aborted()
+            else:
+                self._stats.failed(order.request_id, error)
+            if error is not None:
+                self._ended_blocks.update(order.block_ids[order.begin // self._block_size:])
+            self._stats.running(len(self._loads))
+            self._load_ended.notify()
+
+    def _bytes_per_token(self) -> int:
+        layer = next(iter(self._layers.values()))
+        width = {"f32": 4, "f16": 2, "bf16": 2}[self._check.dtype]
+        return 2 * len(self._writers) * layer.num_kv_heads * layer.head_size * width
+
+    def _load(self, load: _Load, deadline: float) -> str:
+        """Fills the blocks; returns the transport."""
+        plan = load.order.plan
+        if plan.error:
+            raise PrefilldError(grpc.StatusCode.INVALID_ARGUMENT, plan.error)
+        client = self._client(plan.target)
+        try:
+            load.check()
+            with self._source(client, load, deadline) as source:
+                order = load.order
+                slot = slots(order.block_ids, self._block_size, order.begin,
+                             order.end - order.begin)
+                for layer in source:
+                    load.check()
+                    k, v = (as_tensor(array)[:, order.begin:order.end]
+                            for array in (layer.k, layer.v))
+                    self._writers[layer.index](k, v, slot)
+                if torch.cuda.is_available():
+                    torch.cuda.current_stream().synchronize()
+                return source.transport
+        except PrefilldError:
+            load.check()  # the abort is the reason, not what it made of the calls
+            raise
+
+    @contextlib.contextmanager
+    def _source(self, client: PrefillClient, load: _Load,
+                deadline: float) -> Iterator[Prefill | KvPull]:
+        """The layers: of a lease that was handed over, or of a Prefill of our own. At the end the
+        lease is released, consumed or abandoned."""
+        plan, order = load.order.plan, load.order
+        if plan.lease is None:
+            model = self._model(client, plan)
+            with client.prefill(model.name, order.prompt, kv_dtype=self._check.dtype, widen=False,
+                                timeout=_left(deadline), **plan.policy) as load.source:
+                load.check()
+                yield load.source
+            return
+        consumed = False
+        try:
+            model = self._model(client, plan)
+            load.source = client.pull(plan.lease, model.name, kv_dtype=self._check.dtype,
+                                      widen=False, timeout=_left(deadline))
+            load.check()
+            self._let_go(plan.lease)  # the pull renews it from here on
+            yield load.source
+            consumed = True
+        finally:
+            self._let_go(plan.lease)
+            with contextlib.suppress(PrefilldError):
+                client.release(plan.lease, consumed=consumed)
+
+    def _model(self, client: PrefillClient, plan: Plan) -> Any:
+        """The model there, which must be the one here."""
+        if plan.fingerprint:
+            found = [m for m in client.models() if m.fingerprint == plan.fingerprint]
+            if not found:
+                raise refused(f"the lease's fingerprint {plan.fingerprint} is of no model at "
+                              f"{plan.target}")
+            model = found[0]
+        elif plan.model:
+            model = client.model(plan.model)
+        else:
+            try:
+                model = only_model(client.models(), plan.target)
+            except ValueError as error:
+                raise refused(str(error)) from None
+        self._check.check(model)
+        return model
+
+    def _client(self, target: str) -> PrefillClient:
+        with self._lock:
+            if target not in self._clients:
+                self._clients[target] = PrefillClient(target, retry=_RETRY,
+                                                      transport=self._settings.transport)
+            return self._clients[target]
+
+    # --- leases that wait ---
+
+    def _hold(self, plan: Plan) -> None:
+        if plan.error or plan.lease is None:
+            return
+        with self._lock:
+            self._held[plan.lease.name] = plan
+            if self._renewer is None:
+                self._renewer = threading.Thread(target=self._renew, name="prefilld-renew",
+                                                 daemon=True)
+                self._renewer.start()
+
+    def _let_go(self, lease: Lease) -> None:
+        with self._lock:
+            self._held.pop(lease.name, None)
+
+    def _renew(self) -> None:
+        while not self._closed.wait(_RENEWAL_S):
+            with self._lock:
+                held = list(self._held.values())
+            for plan in held:
+                with contextlib.suppress(PrefilldError):  # the load has the better error
+                    self._client(plan.target).renew(plan.lease)
+
+    def _abandon(self, plan: Plan) -> None:
+        assert plan.lease is not None
+        self._let_go(plan.lease)
+        if plan.target:
+            with contextlib.suppress(PrefilldError):  # then the ttl ends it
+                self._client(plan.target).release(plan.lease, consumed=False)
+
+
+def _left(deadline: float) -> float:
+    return max(0.001, deadline - time.monotonic())
