@@ -22,6 +22,7 @@ constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
 constexpr int kKeepaliveTimeoutMs = 20'000;
+constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
 constexpr int kStreamsPerConnectionMax = 1024;
 
 absl::StatusOr<std::string> ReadFile(const std::string& path, const char* flag) {
@@ -190,6 +191,8 @@ absl::Status Server::StartGrpc() {
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                             kPeersKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsPerConnectionMax);
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
   builder.RegisterService(prefill_service_.get());

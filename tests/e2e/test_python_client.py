@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import signal
 import threading
 import time
 
@@ -104,6 +105,23 @@ def test_a_full_memory_is_waited_for(start_server, tiny):
             with client.prefill("tiny", tiny.tokens(1200), timeout=30) as prompt:
                 assert len(list(prompt)) == 4
         timer.join()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_noticed(start_server, tiny):
+    """Long before the deadline: by pings, which a busy server answers and a stopped one does not."""
+    with start_server(models=[("tiny", tiny.directory)]) as server, \
+            prefilld.PrefillClient(server.target, transport="grpc",
+                                   retry=prefilld.RetryPolicy(attempts=1)) as client:
+        with pytest.raises(prefilld.PrefilldError) as failed:
+            with client.prefill("tiny", tiny.tokens(3000), retain=False) as prompt:
+                next(iter(prompt))
+                os.kill(server.process.pid, signal.SIGSTOP)
+                try:
+                    assert prompt.summary
+                finally:
+                    os.kill(server.process.pid, signal.SIGCONT)
+        assert failed.value.code is grpc.StatusCode.UNAVAILABLE
 
 
 def test_health_models_and_negotiation(client, server, tiny):

@@ -31,6 +31,10 @@ LONG_CALL_S = 3600.0   # deadline of calls that compute or move tensors, unless 
 _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5000),
+    # A server that hangs, or is gone without a word, is noticed while it has calls of ours.
+    ("grpc.keepalive_time_ms", 10000),
+    ("grpc.keepalive_timeout_ms", 10000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 

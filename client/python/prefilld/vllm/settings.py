@@ -33,7 +33,8 @@ class Settings:
     method, gamma, ...: the policy of Prefill calls (see prefilld.Policy); default: the server's.
     min_tokens: prompts with fewer tokens left to compute (after vLLM's own prefix cache) stay
         here; default 128, one KV block.
-    timeout_s: seconds from the start of a load to its end, at most; then it has failed. 120.
+    timeout_s: seconds from the start of a load to its end, at most; then it has failed. 600: prompts
+        that arrive together wait for each other. A server that hangs is noticed within a minute.
     max_loads: loads at a time; others wait. 16.
     transport: "grpc" or "posix_shm"; default: the best that both sides have.
     """
@@ -42,7 +43,7 @@ class Settings:
     model: str | None = None
     policy: Policy = dataclasses.field(default_factory=Policy)
     min_tokens: int = 128
-    timeout_s: float = 120.0
+    timeout_s: float = 600.0
     max_loads: int = 16
     transport: str | None = None
 
@@ -64,7 +65,7 @@ class Settings:
             return cls(
                 targets=tuple(_target(t) for t in targets), model=_name(extra, "model"),
                 policy=_policy(extra), min_tokens=_integer(extra, "min_tokens", 128, 1),
-                timeout_s=_seconds(extra, "timeout_s", 120.0),
+                timeout_s=_seconds(extra, "timeout_s", 600.0),
                 max_loads=_integer(extra, "max_loads", 16, 1), transport=transport)
         except BadParams as error:
             raise ValueError(f"kv_connector_extra_config: {error}") from None
