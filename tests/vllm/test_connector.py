@@ -45,7 +45,7 @@ def test_settings_are_the_policy_of_prompts_unless_they_say_otherwise():
 
 
 @pytest.mark.parametrize("params", [
-    [1], {"method": "fast"}, {"target": "elsewhere:1"}, {"target": 7}, {"min_tokens": "x"},
+    [1], {"method": "fast"}, {"method": []}, {"method": {}}, {"report_level": []}, {"gamma": []}, {"target": "elsewhere:1"}, {"target": 7}, {"min_tokens": "x"},
     {"lease": 1}, {"lease": {"name": "l"}}, {"lease": {**LEASE, "layers": -1}},
     {"lease": {**LEASE, "generation": True}}, {"lease": {**LEASE, "name": "x" * 200}},
     {"lease": {**LEASE, "ttl": "long"}}, {"lease": LEASE, "tokens": 41},
@@ -154,6 +154,18 @@ def test_a_lease_of_another_prompt_fails(half):
     assert half.matched_tokens(r, 0) == (38, True)  # vLLM's policy decides what follows
     half.allocated(r, Blocks(), 38)
     assert "40 tokens, the prompt 39" in half.take_orders().loads[0].plan.error
+
+
+def test_a_lease_serves_one_request(half):
+    params = {"target": "h:1", "lease": LEASE}
+    half.on_new_request(request(params=params, request_id="0_r"))
+    half.on_new_request(request(params=params, request_id="1_r"))  # n = 2
+    orders = half.take_orders()
+    assert len(orders.hold) == 1
+    half.request_finished("1_r")
+    assert not half.take_orders().abandon  # it is still the first one's
+    half.request_finished("0_r")
+    assert len(half.take_orders().abandon) == 1
 
 
 def test_sparse_blocks_have_a_prefix_cache_of_their_own(half):

@@ -114,8 +114,32 @@ def test_a_lease_of_another_prompt_is_computed_again(vllm, prefilld, document):
         run = client.prefill("smol", prompt + prompt[:1], method="dense")
         params = {"target": prefilld.target, "lease": dataclasses.asdict(run.detach())}
         assert vllm.complete(prompt, params, NEW_TOKENS) == own
-        client.release(run.lease, consumed=False)
     assert vllm.metric("vllm:prefilld_load_failures_total", reason="invalid_argument") == 1
+
+
+def test_a_lease_that_claims_other_layers_is_computed_again(vllm, prefilld, document):
+    prompt = document[1500:1900]
+    own = own_text(vllm, prompt)
+    for layers in (0, 1, 31):
+        with PrefillClient(prefilld.target) as client:
+            run = client.prefill("smol", prompt, method="dense")
+            lease = {**dataclasses.asdict(run.detach()), "layers": layers}
+        params = {"target": prefilld.target, "lease": lease, "method": "dense"}
+        with counted(vllm) as moved:
+            assert vllm.complete(prompt, params, NEW_TOKENS, cache_salt=str(layers)) == own
+        assert moved["external_kv_transfer"] == 0
+
+
+def test_one_lease_for_two_answers_loads_once(vllm, prefilld, document):
+    prompt = document[2500:2900]
+    own = own_text(vllm, prompt)
+    with PrefillClient(prefilld.target) as client:
+        lease = dataclasses.asdict(client.prefill("smol", prompt, method="dense").detach())
+    status, body = vllm.post("/v1/completions", prompt=prompt, n=2, max_tokens=NEW_TOKENS, seed=1,
+                             temperature=0.7, top_k=1, return_token_ids=True,
+                             kv_transfer_params={"target": prefilld.target, "lease": lease})
+    assert status == 200, body
+    assert [choice["token_ids"] for choice in body["choices"]] == [own, own]
 
 
 def test_chat_and_text_go_the_same_way(vllm, document):

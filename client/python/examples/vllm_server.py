@@ -2,6 +2,7 @@
 tests. On CPUs, greedy, float32."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -75,7 +76,8 @@ class VllmServer:
 
     def kill(self) -> None:
         """Its whole session: the engine runs in processes of its own."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def _wait_ready(self) -> None:

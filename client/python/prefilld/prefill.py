@@ -63,7 +63,7 @@ class Prefill:
             with self._changed:
                 self._pull = pull
         except BaseException:  # KeyboardInterrupt included: nobody else can stop the work
-            self._cancel()
+            self.cancel()
             raise
 
     @property
@@ -126,7 +126,7 @@ class Prefill:
         if owned:
             self._release(self.lease, consumed)
         if not consumed:
-            self._cancel()
+            self.cancel()
 
     def detach(self) -> Lease:
         """Leaves the lease to somebody else: it is no longer released here."""
@@ -144,11 +144,13 @@ class Prefill:
         try:
             self.release(consumed)
         except PrefilldError:
-            self._cancel()
+            self.cancel()
             if kind is None:  # else the first error is the one to see
                 raise
 
-    def _cancel(self) -> None:
+    def cancel(self) -> None:
+        """Ends the iteration, and every wait, with CANCELLED, without a word to the server: the end
+        of the `with` block abandons the lease."""
         self._retry.cancel()
         with self._changed:
             call, pull = self._call, self._pull

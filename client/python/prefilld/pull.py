@@ -160,13 +160,14 @@ def _renewed(stub: kv_handoff_service_pb2_grpc.KvHandoffServiceStub,
     """Renews the lease three times a TTL while the block runs. A failure is left for the pull to
     find: it has the better error."""
     stop = threading.Event()
+    period = min(max(lease.ttl / 3, 0.05), 3600.0)  # seconds; a lease may come from anywhere
 
     def renew() -> None:
         request = kv_handoff_service_pb2.RenewLeaseRequest(
             lease=lease.name, generation=lease.generation)
-        while not stop.wait(lease.ttl / 3):
+        while not stop.wait(period):
             with contextlib.suppress(grpc.RpcError):
-                stub.RenewLease(request, timeout=lease.ttl / 3)
+                stub.RenewLease(request, timeout=period)
 
     thread = threading.Thread(target=renew, name="prefilld-renew", daemon=True)
     if lease.ttl > 0:

@@ -3,7 +3,6 @@ half moves the bytes; vLLM makes one of each, in different processes where it ru
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -16,19 +15,17 @@ from .scheduler import Orders, SchedulerHalf
 from .settings import Settings
 from .worker import WorkerHalf
 
-# Newer versions ask connectors to say that they cope with several groups of KV caches.
-_SupportsHMA: Any = getattr(base, "SupportsHMA", object)
 
-
-class PrefilldConnector(base.KVConnectorBase_V1, _SupportsHMA):
+class PrefilldConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     """See the package's docstring for how to switch it on, settings.Settings for its settings."""
 
     def __init__(self, vllm_config: VllmConfig, role: base.KVConnectorRole,
-                 kv_cache_config: Any = None):
-        if "kv_cache_config" in inspect.signature(base.KVConnectorBase_V1.__init__).parameters:
-            super().__init__(vllm_config, role, kv_cache_config)
-        else:  # before vLLM 0.12
-            super().__init__(vllm_config, role)
+                 kv_cache_config: Any):
+        if not hasattr(base.KVConnectorBase_V1, "on_new_request"):
+            raise ValueError("PrefilldConnector: this vLLM does not tell connectors of new requests, "
+                             "without which sparse and dense blocks would share its prefix cache; "
+                             "0.32 does")
+        super().__init__(vllm_config, role, kv_cache_config)
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         settings = Settings.from_config(extra)
         groups = getattr(kv_cache_config, "kv_cache_groups", None)

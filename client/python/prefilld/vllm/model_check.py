@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -47,6 +48,9 @@ class ModelCheck:
             **_rope(model.hf_text_config),
         }
         self._directory = _directory(model)
+        # Read while the engine starts, for no load to wait for it.
+        self._ours = None if self._directory is None else ThreadPoolExecutor(1).submit(
+            fingerprint, self._directory)
         self._lock = threading.Lock()
         self._matched: set[str] = set()  # fingerprints
 
@@ -71,12 +75,12 @@ class ModelCheck:
         if different:
             raise refused(f"prefilld's model {model.name!r} is not this engine's: "
                           + "; ".join(different))
-        if self._directory is None:
+        if self._ours is None:
             logger.warning("prefilld: the weights of %r cannot be compared with this engine's (no "
                            "safetensors directory here); its shape is the same", model.name)
             return
         try:
-            ours = fingerprint(self._directory)
+            ours = self._ours.result()
         except (OSError, ValueError, KeyError) as error:
             logger.warning("prefilld: the weights of %r cannot be compared with %s: %s",
                            model.name, self._directory, error)

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from ..client import PrefillClient
 from ..errors import PrefilldError, RetryPolicy
+from ..pull import Lease
 from .model_check import ModelCheck
 from .settings import Plan, Settings, plan_request
 
@@ -129,13 +130,24 @@ class SchedulerHalf:
             plan = plan_request(request.kv_transfer_params, self._settings)
             if plan is not None and not _can_load(request):
                 plan = None
-            if plan is not None and plan.lease is not None \
-                    and plan.lease.tokens != request.num_prompt_tokens:
-                plan = dataclasses.replace(plan, error=(
-                    f"the lease has {plan.lease.tokens} tokens, the prompt "
-                    f"{request.num_prompt_tokens}"))
+            if plan is not None and plan.lease is not None:
+                plan = self._for_this_prompt(plan, plan.lease, request.num_prompt_tokens)
             self._requests[request.request_id] = _Tracked(plan) if plan is not None else None
         return self._requests[request.request_id]
+
+
+    def _for_this_prompt(self, plan: Plan, lease: Lease, tokens: int) -> Plan:
+        """`plan`, or the reason why its lease cannot serve this request: it is of another prompt, or
+        another request of the same call (several prompts, n > 1) has it."""
+        if any(other is not None and other.plan.lease is not None
+               and (other.plan.target, other.plan.lease.name) == (plan.target, lease.name)
+               for other in self._requests.values()):
+            return Plan(error=f"the lease {lease.name!r} is another request's: it is good for one "
+                              "prompt with one answer")  # and stays with that one
+        if lease.tokens != tokens:
+            return dataclasses.replace(
+                plan, error=f"the lease has {lease.tokens} tokens, the prompt {tokens}")
+        return plan
 
 
 def _end(request: Any) -> int:

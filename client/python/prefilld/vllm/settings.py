@@ -11,7 +11,7 @@ import grpc
 
 from ..errors import PrefilldError
 from ..pull import Lease
-from ..sparsity import METHODS, Policy
+from ..sparsity import METHODS, REPORT_LEVELS, Policy
 
 POLICY_KEYS = tuple(Policy.__annotations__)
 SPARSE_BY_DEFAULT = "joint"  # what prefilld runs when no method is named
@@ -116,6 +116,8 @@ def plan_request(params: Mapping[str, Any] | None, settings: Settings) -> Plan |
                     min_tokens=_integer(params, "min_tokens", settings.min_tokens, 1))
     except BadParams as error:
         return Plan(error=f"kv_transfer_params: {error}")
+    except Exception as error:  # one request's words must never end the engine
+        return Plan(error=f"kv_transfer_params: {error!r}"[:512])
 
 
 def _handed_over(params: Mapping[str, Any], settings: Settings) -> Plan:
@@ -163,9 +165,10 @@ def _target(value: Any) -> str:
 
 def _policy(source: Mapping[str, Any]) -> Policy:
     policy = {key: source[key] for key in POLICY_KEYS if source.get(key) is not None}
-    method = policy.get("method")
-    if method is not None and method not in METHODS:
-        raise BadParams(f"method {str(method)[:64]!r} is not one of {', '.join(METHODS)}")
+    for key, names in (("method", METHODS), ("report_level", REPORT_LEVELS)):
+        value = policy.get(key)
+        if value is not None and (not isinstance(value, str) or value not in names):
+            raise BadParams(f"{key} {str(value)[:64]!r} is not one of {', '.join(names)}")
     for key, value in policy.items():
         if key not in ("method", "report_level") and (
                 not isinstance(value, (int, float)) or isinstance(value, bool)):

@@ -21,6 +21,7 @@ from ..client import PrefillClient
 from ..errors import PrefilldError, RetryPolicy
 from ..prefill import Prefill
 from ..pull import KvPull, Lease
+from ..tensors import data_loss
 from .kv_writer import Write, as_tensor, cpu_writer, slots, strided_writer
 from .metrics import LoadStats
 from .model_check import ModelCheck
@@ -32,6 +33,8 @@ logger = init_logger("vllm.prefilld")
 # A server that is down is given up quickly: vLLM can compute the prompt itself.
 _RETRY = RetryPolicy(attempts=3, initial_backoff=0.1, max_backoff=1.0)
 _IDLE_WAIT_S = 0.02  # between looks of an engine that only waits; a new request waits as long at most
+_ERRANDS = 4         # calls about leases at a time: one server that hangs does not hold up the others
+_CLIENTS_MAX = 64    # connections; idle ones are closed beyond that
 _RENEWAL_S = 5.0  # of leases that wait for blocks; short beside any sensible ttl
 
 
@@ -42,13 +45,11 @@ class _Load:
     source: Prefill | KvPull | None = None  # to be told of a cancel
 
     def cancel(self) -> None:
+        """Waits for nothing: the load's own thread gives the lease back."""
         self.cancelled.set()
         source = self.source
-        with contextlib.suppress(PrefilldError):
-            if isinstance(source, Prefill):
-                source.release(consumed=False)
-            elif source is not None:
-                source.cancel()
+        if source is not None:
+            source.cancel()
 
     def check(self) -> None:
         if self.cancelled.is_set():
@@ -64,8 +65,9 @@ class WorkerHalf:
         self._block_size = config.cache_config.block_size
         self._layers = config.compilation_config.static_forward_context
         self._writers: list[Write] = []
+        self._device: torch.device | None = None  # of the KV cache
         self._threads = ThreadPoolExecutor(settings.max_loads, thread_name_prefix="prefilld-load")
-        self._errands = ThreadPoolExecutor(1, thread_name_prefix="prefilld-lease")
+        self._errands = ThreadPoolExecutor(_ERRANDS, thread_name_prefix="prefilld-lease")
         self._lock = threading.Lock()  # guards what follows
         self._load_ended = threading.Condition(self._lock)
         self._clients: dict[str, PrefillClient] = {}
@@ -81,6 +83,7 @@ class WorkerHalf:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """kv_caches: by layer name. ValueError for a form of cache that cannot be written."""
         names = sorted(kv_caches, key=extract_layer_index)
+        self._device = kv_caches[names[0]].device
         self._writers = [self._writer(name, kv_caches[name]) for name in names]
 
     def _writer(self, name: str, cache: torch.Tensor) -> Write:
@@ -102,7 +105,7 @@ class WorkerHalf:
             with self._lock:
                 load = self._loads.get(request_id)
             if load is not None:
-                self._errands.submit(load.cancel)
+                load.cancel()
         for plan in orders.abandon:
             self._errands.submit(self._abandon, plan)
 
@@ -138,10 +141,12 @@ class WorkerHalf:
         for load in loads:
             load.cancel()
         for plan in held:
-            self._abandon(plan)
-        self._errands.shutdown(cancel_futures=False)
+            self._errands.submit(self._abandon, plan)
+        self._errands.shutdown()
         self._threads.shutdown(cancel_futures=True)
-        for client in self._clients.values():
+        with self._lock:
+            clients = list(self._clients.values())
+        for client in clients:
             client.close()
 
     # --- one load, on a thread of its own ---
@@ -188,21 +193,26 @@ class WorkerHalf:
         """Fills the blocks; returns the transport."""
         plan = load.order.plan
         if plan.error:
+            if plan.lease is not None:
+                self._errands.submit(self._abandon, plan)
             raise PrefilldError(grpc.StatusCode.INVALID_ARGUMENT, plan.error)
         client = self._client(plan.target)
         try:
-            load.check()
             with self._source(client, load, deadline) as source:
                 order = load.order
                 slot = slots(order.block_ids, self._block_size, order.begin,
                              order.end - order.begin)
+                layers = 0
                 for layer in source:
                     load.check()
                     k, v = (as_tensor(array)[:, order.begin:order.end]
                             for array in (layer.k, layer.v))
                     self._writers[layer.index](k, v, slot)
-                if torch.cuda.is_available():
-                    torch.cuda.current_stream().synchronize()
+                    layers += 1
+                if layers != len(self._writers):
+                    raise data_loss(f"{layers} layers came, this engine has {len(self._writers)}")
+                if self._device is not None and self._device.type == "cuda":
+                    torch.cuda.current_stream(self._device).synchronize()
                 return source.transport
         except PrefilldError:
             load.check()  # the abort is the reason, not what it made of the calls
@@ -220,10 +230,15 @@ class WorkerHalf:
                                 timeout=_left(deadline), **plan.policy) as load.source:
                 load.check()
                 yield load.source
+                with contextlib.suppress(PrefilldError):  # everything is here: then the ttl ends it
+                    load.source.release(consumed=True)
             return
         consumed = False
         try:
+            load.check()
             model = self._model(client, plan)
+            if plan.lease.layers != model.layers:
+                raise refused(f"the lease has {plan.lease.layers} layers, the model {model.layers}")
             load.source = client.pull(plan.lease, model.name, kv_dtype=self._check.dtype,
                                       widen=False, timeout=_left(deadline))
             load.check()
@@ -256,9 +271,17 @@ class WorkerHalf:
     def _client(self, target: str) -> PrefillClient:
         with self._lock:
             if target not in self._clients:
+                if len(self._clients) >= _CLIENTS_MAX:
+                    self._close_idle_clients()
                 self._clients[target] = PrefillClient(target, retry=_RETRY,
                                                       transport=self._settings.transport)
             return self._clients[target]
+
+    def _close_idle_clients(self) -> None:
+        busy = {load.order.plan.target for load in self._loads.values()}
+        busy |= {plan.target for plan in self._held.values()}
+        for target in set(self._clients) - busy:
+            self._clients.pop(target).close()
 
     # --- leases that wait ---
 
@@ -281,8 +304,12 @@ class WorkerHalf:
             with self._lock:
                 held = list(self._held.values())
             for plan in held:
-                with contextlib.suppress(PrefilldError):  # the load has the better error
-                    self._client(plan.target).renew(plan.lease)
+                if not self._closed.is_set():
+                    self._errands.submit(self._renew_one, plan)
+
+    def _renew_one(self, plan: Plan) -> None:
+        with contextlib.suppress(PrefilldError):  # the load has the better error
+            self._client(plan.target).renew(plan.lease)
 
     def _abandon(self, plan: Plan) -> None:
         assert plan.lease is not None
