@@ -152,7 +152,7 @@ def test_chat_and_text_go_the_same_way(vllm, document):
             choice = answer["choices"][0]
             return choice.get("text") or choice["message"]["content"]
 
-        own = ask(kv_transfer_params=ALONE, cache_salt=path)
+        own = ask(kv_transfer_params=ALONE, cache_salt="words")
         with counted(vllm) as moved:
             assert ask() == own
         assert moved["local_compute"] == 1
