@@ -1,5 +1,6 @@
 """Stock vLLM decodes from prefilld's KV and produces its own text."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 
@@ -169,12 +170,19 @@ def test_an_aborted_request_abandons_its_lease(vllm, prefilld, document):
     assert vllm.complete(prompt, tokens=4) == own_text(vllm, prompt, 4)
 
 
-def test_preempted_requests_go_on_with_their_own_text(vllm, document):
-    prompts = [document[i:][:2020] for i in (0, 500, 1000, 1500)]
-    tokens = 200  # 18 blocks each, of which there are not enough for all four
-    own = [own_text(vllm, prompt, tokens) for prompt in prompts]
+def test_preempted_requests_go_on_with_their_own_text(vllm, prefilld, document):
+    prompts = [document[i:][:1270] for i in range(0, 3000, 500)]
+    tokens = 290  # 13 blocks each in the end, of which there are not enough for all six
+    own = vllm.complete_all(prompts, ALONE, tokens=tokens, cache_salt="alone")
+    with PrefillClient(prefilld.target) as client:  # finished caches: all start at once
+        runs = [client.prefill("smol", prompt, method="dense") for prompt in prompts]
+        assert all(run.summary for run in runs)
+        handed = [{"target": prefilld.target, "lease": dataclasses.asdict(run.detach())}
+                  for run in runs]
     before = vllm.metric("vllm:num_preemptions_total")
-    assert vllm.complete_all(prompts, tokens=tokens) == own
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as threads:
+        texts = list(threads.map(lambda p, h: vllm.complete(p, h, tokens), prompts, handed))
+    assert texts == own
     assert vllm.metric("vllm:num_preemptions_total") > before
 
 
