@@ -1,0 +1,631 @@
+// Stage 3 on Hopper (sm_90a): block-sparse causal attention, TMA loads, wgmma products, one
+// persistent thread block an SM.
+//
+// A task is one (query head, block of 128 queries). Three warpgroups: one loads, two compute, 64
+// queries each, against the same blocks of keys. In every step a consumer issues S' = Q K'^T of the
+// next block and O += P V of the present one, and computes the softmax of S' while the second product
+// runs; the two consumers take turns at the tensor cores, so that one's softmax hides behind the
+// other's products (FlashAttention-3, Shah et al. 2024, section 3).
+//
+// Roofline at d = 128: 8.4 MFLOP a pair of blocks, 2.05 K cycles of the tensor cores at their peak,
+// against 16 K exponentials (1.02 K cycles, hidden) and 64 KB of K and V from L2 (32 bytes a cycle,
+// hidden). So the floor is executed FLOPs over the tensor cores' rate; dense cuDNN reaches 560 TFLOP/s
+// of it on an H200, limited by power.
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace prefilld::cuda {
+namespace {
+
+constexpr int kBlock = 128;           // queries of a task, keys of a step: the block of the index
+constexpr int kRows = 64;             // queries of a consumer: the M of wgmma
+constexpr int kWarpRows = 16;         // of a warp of them
+constexpr int kConsumers = 2;         // warpgroups that compute
+constexpr int kThreads = (1 + kConsumers) * 128;
+constexpr int kHalf = kBlock * 64;    // elements of 64 channels of a block: what one TMA box holds
+// Named barriers: whose turn it is at the tensor cores (two), both consumers.
+constexpr int kTurn = 1, kBoth = 3;
+constexpr int kTasks = 4;             // tasks known ahead: hides the latency of finding them
+// 65,536 registers over three warpgroups: the loader needs few, S, O and P of a consumer many.
+constexpr int kLoaderRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+
+// One (head, row of blocks), looked up once for the whole block of threads.
+struct Task {
+  int32_t head;         // -1: there are no more
+  int32_t count;        // blocks of keys
+  int32_t q_token;      // of row 0 of the tile; rows outside [first, end) are none of ours
+  int32_t first, end;   // rows of the tile
+  int32_t key_begin;    // row of the sequence's first key in k, or its first entry in pages
+  int32_t diagonal;     // the last block is that of the queries
+  int32_t tail;         // its keys that exist
+  const uint16_t* index;
+};
+
+template <int D>
+struct Plan {
+  static constexpr int kHalves = D / 64;
+  static constexpr int kStages = D == 128 ? 2 : 4;  // 64 KB of keys and 64 KB of values, whatever D
+  static constexpr int kTile = kBlock * D;          // elements
+};
+
+template <typename T, int D>
+struct alignas(1024) Shared {
+  using P = Plan<D>;
+  T q[2][P::kTile];  // of this task and the next
+  T k[P::kStages][P::kTile];
+  T v[P::kStages][P::kTile];
+  T o[P::kTile];
+  uint64_t q_full[2], q_empty[2];
+  uint64_t k_full[P::kStages], k_empty[P::kStages];
+  uint64_t v_full[P::kStages], v_empty[P::kStages];
+  uint64_t task_full[kTasks], task_empty[kTasks];
+  Task task[kTasks];
+};
+
+// A place in a ring of barriers, and the parity of the round.
+template <int kSize>
+struct Place {
+  int at = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Next() {
+    if (++at == kSize) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Params {
+  Problem problem;
+  const uint32_t* order;
+  int32_t* next;  // zero at launch
+  int32_t tasks;
+  float scale_log2;  // softmax_scale / ln 2
+};
+
+__device__ Task FindTask(const Params& params, int32_t at) {
+  const Problem& p = params.problem;
+  Task task = {};
+  task.head = -1;
+  if (at >= params.tasks) return task;
+  const uint32_t id = params.order[at];
+  task.head = static_cast<int32_t>(id / p.rows);
+  const int32_t row = static_cast<int32_t>(id % p.rows);
+  int low = 0, high = p.sequences - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (p.sequence[middle].row_begin <= row) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const Sequence s = p.sequence[low];
+  const int32_t block = s.first_q_block + row - s.row_begin;
+  const int32_t begin = block * kBlock;  // absolute position
+  task.count = p.count[id];
+  task.index = p.index + static_cast<int64_t>(id) * p.index_stride;
+  task.q_token = s.q_begin + begin - s.prefix;
+  task.first = max(0, s.prefix - begin);
+  task.end = min(kBlock, s.sk - begin);
+  task.key_begin = p.pages == nullptr ? s.k_begin : s.page_begin;
+  task.tail = task.end;
+  task.diagonal = task.count > 0 && task.index[task.count - 1] == block;
+  return task;
+}
+
+// The one warp that finds tasks, well before they are needed.
+template <typename T, int D>
+__device__ void RunScheduler(const Params& params, Shared<T, D>& shared) {
+  if (threadIdx.x % 32 != 0) return;
+  Place<kTasks> place;
+  for (;;) {
+    const Task task = FindTask(params, atomicAdd(params.next, 1));
+    BarrierWait(&shared.task_empty[place.at], place.parity ^ 1);
+    shared.task[place.at] = task;
+    BarrierArrive(&shared.task_full[place.at]);
+    if (task.head < 0) return;
+    place.Next();
+  }
+}
+
+// The one warp that loads: Q of a task, then K and V of its blocks, the last block first.
+template <typename T, int D>
+__device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUtensorMap& q_map,
+                          const CUtensorMap& k_map, const CUtensorMap& v_map) {
+  using P = Plan<D>;
+  const Problem& p = params.problem;
+  const int lane = threadIdx.x % 32;
+  const int group = p.q_heads / p.kv_heads;
+  Place<kTasks> at_task;
+  Place<2> at_q;
+  Place<P::kStages> at_kv;
+  for (;;) {
+    BarrierWait(&shared.task_full[at_task.at], at_task.parity);
+    const Task task = shared.task[at_task.at];
+    __syncwarp();
+    if (lane == 0) BarrierArrive(&shared.task_empty[at_task.at]);
+    at_task.Next();
+    if (task.head < 0) return;
+    if (task.count == 0) continue;
+    const int g = task.head / group;
+
+    if (lane == 0) {
+      BarrierWait(&shared.q_empty[at_q.at], at_q.parity ^ 1);
+      BarrierArriveExpect(&shared.q_full[at_q.at], P::kTile * sizeof(T));
+      for (int half = 0; half < P::kHalves; ++half) {
+        TmaLoad(&q_map, shared.q[at_q.at] + half * kHalf, &shared.q_full[at_q.at], half * 64,
+                task.head, task.q_token);
+      }
+    }
+    at_q.Next();
+
+    for (int32_t done = 0; done < task.count; done += 32) {
+      // Each lane finds one block, so that the latency of pages and index is paid once for 32.
+      const int32_t mine = task.count - 1 - done - lane;
+      int32_t k_row = 0, v_row = 0;
+      if (mine >= 0) {
+        const int32_t block = task.index[mine];
+        if (p.pages == nullptr) {
+          k_row = v_row = task.key_begin + block * kBlock;
+        } else {
+          k_row = (p.pages[task.key_begin + block] * p.kv_heads + g) * 2 * kBlock;
+          v_row = k_row + kBlock;
+        }
+      }
+      const int kv_head = p.pages == nullptr ? g : 0;
+      const int32_t here = min(32, task.count - done);
+      for (int32_t i = 0; i < here; ++i) {
+        const int32_t k_at = __shfl_sync(~0u, k_row, i), v_at = __shfl_sync(~0u, v_row, i);
+        if (lane == 0) {
+          BarrierWait(&shared.k_empty[at_kv.at], at_kv.parity ^ 1);
+          BarrierArriveExpect(&shared.k_full[at_kv.at], P::kTile * sizeof(T));
+          for (int half = 0; half < P::kHalves; ++half) {
+            TmaLoad(&k_map, shared.k[at_kv.at] + half * kHalf, &shared.k_full[at_kv.at], half * 64,
+                    kv_head, k_at);
+          }
+          BarrierWait(&shared.v_empty[at_kv.at], at_kv.parity ^ 1);
+          BarrierArriveExpect(&shared.v_full[at_kv.at], P::kTile * sizeof(T));
+          for (int half = 0; half < P::kHalves; ++half) {
+            TmaLoad(&v_map, shared.v[at_kv.at] + half * kHalf, &shared.v_full[at_kv.at], half * 64,
+                    kv_head, v_at);
+          }
+        }
+        at_kv.Next();
+      }
+    }
+  }
+}
+
+// c[j] of a consumer's thread lies in row 16 warp + lane / 4 (+ 8 where j & 2) and column
+// 8 (j / 4) + 2 (lane % 4) + j % 2 (PTX, wgmma's D fragment).
+template <typename T>
+__device__ __forceinline__ uint32_t Pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(both);
+  } else {
+    const __half2 both = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+}
+
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The running softmax of the two rows of a thread.
+struct Softmax {
+  float max[2] = {-INFINITY, -INFINITY};  // unscaled
+  float sum[2] = {0, 0};                  // of this thread's columns only
+  float correction[2] = {1, 1};           // what O is multiplied with before it grows
+
+  // s becomes exp2(s * scale_log2 - max).
+  __device__ __forceinline__ void Step(float (&s)[64], float scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = s[2 * r];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        largest = fmaxf(largest, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      largest = fmaxf(largest, max[r]);
+      // Where all is -infinity so far, zero keeps exp2 away from infinity minus infinity.
+      const float scaled = largest == -INFINITY ? 0 : largest * scale_log2;
+      correction[r] = Exp2(max[r] * scale_log2 - scaled);
+      max[r] = largest;
+      float total = 0;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          float& value = s[4 * j + 2 * r + x];
+          value = Exp2(value * scale_log2 - scaled);
+          total += value;
+        }
+      }
+      sum[r] = sum[r] * correction[r] + total;
+    }
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ void ToFragments(const float (&s)[64], uint32_t (&p)[8][4]) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+#pragma unroll
+    for (int x = 0; x < 4; ++x) p[k][x] = Pack<T>(s[8 * k + 2 * x], s[8 * k + 2 * x + 1]);
+  }
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void IssueQk(float (&s)[64], const T* q, const T* k) {
+  const uint64_t a = MatrixDescriptor(q, 16, 1024), b = MatrixDescriptor(k, 16, 1024);
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    // 16 channels are 32 bytes of a swizzled row; 64 channels fill it.
+    const uint64_t offset = ((step / 4) * kHalf * sizeof(T) + (step % 4) * 32) >> 4;
+    WgmmaQk<T>(s, a + offset, b + offset, step != 0);
+  }
+  WgmmaCommit();
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void IssuePv(float (&o)[D / 2], const uint32_t (&p)[8][4], const T* v) {
+  const uint64_t b = MatrixDescriptor(v, kHalf * sizeof(T), 1024);
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    WgmmaPv<T>(o, p[step], b + ((step * 2048) >> 4), true);
+  }
+  WgmmaCommit();
+}
+
+// Causal, inside the diagonal block: column c of row r is seen where c <= r.
+__device__ __forceinline__ void MaskDiagonal(float (&s)[64], int row) {
+  const int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int j = 0; j < 64; ++j) {
+    const int c = 8 * (j / 4) + column + j % 2, r = row + ((j & 2) ? 8 : 0);
+    if (c > r) s[j] = -INFINITY;
+  }
+}
+
+// Values behind the end of the sequence are somebody else's: zero times NaN would be NaN.
+template <typename T, int D>
+__device__ void ClearTail(T* v, int tail, int thread) {
+  constexpr int kVectors = D / 8;  // 16 bytes each; a swizzle permutes them within a row
+  for (int i = tail * kVectors + thread; i < kBlock * kVectors; i += kConsumers * 128) {
+    const int row = i / kVectors, vector = i % kVectors;
+    T* to = v + (vector / 8) * kHalf + row * 64 + (vector % 8) * 8;
+    *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+  }
+  FenceAsyncProxy();
+}
+
+// Divides, rounds, and stores whole rows by way of shared memory; and the LSE. Every warp stores its
+// own 16 rows and waits for no other.
+template <typename T, int D>
+__device__ __forceinline__ void StoreOutput(const Params& params, const Task& task, int row,
+                                            const float (&o)[D / 2], const Softmax& softmax,
+                                            T* staged, const CUtensorMap& o_map) {
+  const Problem& p = params.problem;
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) TmaStoreWait();  // what was staged last is read
+  __syncwarp();
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = softmax.sum[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    inverse[r] = sum == 0 ? 0 : 1 / sum;
+    const int at = row + lane / 4 + 8 * r;
+    if (p.lse != nullptr && lane % 4 == 0 && at >= task.first && at < task.end) {
+      p.lse[static_cast<int64_t>(task.head) * p.total_q + task.q_token + at] =
+          sum == 0 ? -INFINITY : softmax.max[r] * p.softmax_scale + logf(sum);
+    }
+  }
+  // Halves of 64 channels, each in rows of 128 bytes swizzled as TMA has them.
+  constexpr int kHalfRows = kWarpRows * 64;
+#pragma unroll
+  for (int j = 0; j < D / 2; j += 8) {  // 16 channels: four matrices of 8 x 8
+    const int at = lane % 16, vector = j / 4 + lane / 16;
+    T* to = staged + (vector / 8) * kHalfRows + at * 64 + ((vector ^ at) & 7) * 8;
+    StoreMatrices(to, Pack<T>(o[j] * inverse[0], o[j + 1] * inverse[0]),
+                  Pack<T>(o[j + 2] * inverse[1], o[j + 3] * inverse[1]),
+                  Pack<T>(o[j + 4] * inverse[0], o[j + 5] * inverse[0]),
+                  Pack<T>(o[j + 6] * inverse[1], o[j + 7] * inverse[1]));
+  }
+  if (task.first <= row && task.end >= row + kWarpRows) {
+    FenceAsyncProxy();
+    __syncwarp();
+    if (lane == 0) {
+      for (int half = 0; half < D / 64; ++half) {
+        TmaStore(&o_map, staged + half * kHalfRows, half * 64, task.head, task.q_token + row);
+      }
+      TmaStoreCommit();
+    }
+    return;
+  }
+  __syncwarp();
+  constexpr int kVectors = D / 8;  // of 16 bytes
+  for (int i = lane; i < kWarpRows * kVectors; i += 32) {
+    const int at = i / kVectors, vector = i % kVectors;
+    if (row + at < task.first || row + at >= task.end) continue;
+    T* to = static_cast<T*>(p.o.data) +
+            (static_cast<int64_t>(task.q_token) + row + at) * p.o.token_stride +
+            task.head * p.o.head_stride + vector * 8;
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
+        staged + (vector / 8) * kHalfRows + at * 64 + ((vector ^ at) & 7) * 8);
+  }
+}
+
+// The steps of all tasks are one stream: the first product of a task is issued together with the last
+// one of the task before, so that short rows keep the tensor cores as busy as long ones.
+template <typename T, int D>
+__device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CUtensorMap& o_map,
+                            int consumer) {
+  using P = Plan<D>;
+  const int thread = threadIdx.x % 128;
+  const int row = consumer * kRows + thread / 32 * kWarpRows;  // of the tile: this warp's first
+  const int my_turn = kTurn + consumer, other_turn = kTurn + 1 - consumer;
+  T* const staged = shared.o + row * D;
+  Place<kTasks> at_task;
+  Place<2> at_q;
+  Place<P::kStages> at_k, at_v;
+
+  // Takes the next task that has blocks; those without are stored as zeros on the way.
+  const auto next_task = [&] {
+    for (;;) {
+      BarrierWait(&shared.task_full[at_task.at], at_task.parity);
+      const Task task = shared.task[at_task.at];
+      __syncwarp();
+      if (thread % 32 == 0) BarrierArrive(&shared.task_empty[at_task.at]);
+      at_task.Next();
+      if (task.head < 0 || task.count > 0) return task;
+      float zeros[D / 2] = {};
+      StoreOutput<T, D>(params, task, row, zeros, Softmax(), staged, o_map);
+    }
+  };
+  Task task = next_task();
+  if (task.head < 0) return;
+
+  float s[64], o[D / 2];
+  uint32_t fragments[8][4];
+  const T* q = shared.q[at_q.at] + consumer * kRows * 64;
+  BarrierWait(&shared.q_full[at_q.at], at_q.parity);
+  BarrierWait(&shared.k_full[at_k.at], at_k.parity);
+  if (consumer == 1) NamedArrive(other_turn, 256);  // the first consumer begins
+  NamedSync(my_turn, 256);
+  WgmmaFence();
+  IssueQk<T, D>(s, q, shared.k[at_k.at]);
+  NamedArrive(other_turn, 256);
+  WgmmaWait<0>();
+  if (thread == 0) BarrierArrive(&shared.k_empty[at_k.at]);
+  at_k.Next();
+
+  for (;;) {
+    if (task.diagonal) {
+      MaskDiagonal(s, row + thread % 32 / 4);
+      if (task.tail < kBlock) {
+        BarrierWait(&shared.v_full[at_v.at], at_v.parity);
+        ClearTail<T, D>(shared.v[at_v.at], task.tail, consumer * 128 + thread);
+        NamedSync(kBoth, 256);
+      }
+    }
+    Softmax softmax;
+    softmax.Step(s, params.scale_log2);
+    ToFragments<T>(s, fragments);
+#pragma unroll
+    for (int j = 0; j < D / 2; ++j) o[j] = 0;
+
+#pragma unroll 1
+    for (int32_t i = 1; i < task.count; ++i) {
+      BarrierWait(&shared.k_full[at_k.at], at_k.parity);
+      NamedSync(my_turn, 256);
+      WgmmaFence();
+      IssueQk<T, D>(s, q, shared.k[at_k.at]);
+#pragma unroll
+      for (int j = 0; j < D / 2; ++j) o[j] *= softmax.correction[(j / 2) % 2];
+      BarrierWait(&shared.v_full[at_v.at], at_v.parity);
+      WgmmaFence();
+      IssuePv<T, D>(o, fragments, shared.v[at_v.at]);
+      NamedArrive(other_turn, 256);
+      WgmmaWait<1>();
+      if (thread == 0) BarrierArrive(&shared.k_empty[at_k.at]);
+      at_k.Next();
+      softmax.Step(s, params.scale_log2);
+      WgmmaWait<0>();
+      if (thread == 0) BarrierArrive(&shared.v_empty[at_v.at]);
+      at_v.Next();
+      ToFragments<T>(s, fragments);
+    }
+    if (thread == 0) BarrierArrive(&shared.q_empty[at_q.at]);
+    at_q.Next();
+
+    const Task next = next_task();
+    const bool more = next.head >= 0;
+    if (more) {
+      q = shared.q[at_q.at] + consumer * kRows * 64;
+      BarrierWait(&shared.q_full[at_q.at], at_q.parity);
+      BarrierWait(&shared.k_full[at_k.at], at_k.parity);
+    }
+    NamedSync(my_turn, 256);
+    WgmmaFence();
+    // Without a next task this multiplies what lies there, and nobody reads the product.
+    IssueQk<T, D>(s, q, shared.k[at_k.at]);
+#pragma unroll
+    for (int j = 0; j < D / 2; ++j) o[j] *= softmax.correction[(j / 2) % 2];
+    BarrierWait(&shared.v_full[at_v.at], at_v.parity);
+    WgmmaFence();
+    IssuePv<T, D>(o, fragments, shared.v[at_v.at]);
+    NamedArrive(other_turn, 256);
+    WgmmaWait<0>();
+    if (thread == 0) BarrierArrive(&shared.v_empty[at_v.at]);
+    at_v.Next();
+    if (more) {
+      if (thread == 0) BarrierArrive(&shared.k_empty[at_k.at]);
+      at_k.Next();
+    }
+    StoreOutput<T, D>(params, task, row, o, softmax, staged, o_map);
+    if (!more) break;
+    task = next;
+  }
+  if (thread % 32 == 0) TmaStoreWait();
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads, 1)
+    AttendKernel(const __grid_constant__ Params params, const __grid_constant__ CUtensorMap q_map,
+                 const __grid_constant__ CUtensorMap k_map,
+                 const __grid_constant__ CUtensorMap v_map,
+                 const __grid_constant__ CUtensorMap o_map) {
+  using P = Plan<D>;
+  extern __shared__ __align__(1024) uint8_t memory[];
+  Shared<T, D>& shared = *reinterpret_cast<Shared<T, D>*>(memory);
+  if (threadIdx.x == 0) {
+    TmaPrefetch(&q_map);
+    TmaPrefetch(&k_map);
+    TmaPrefetch(&v_map);
+    TmaPrefetch(&o_map);
+    for (int i = 0; i < 2; ++i) {
+      BarrierInit(&shared.q_full[i], 1);
+      BarrierInit(&shared.q_empty[i], kConsumers);
+    }
+    for (int i = 0; i < P::kStages; ++i) {
+      BarrierInit(&shared.k_full[i], 1);
+      BarrierInit(&shared.k_empty[i], kConsumers);
+      BarrierInit(&shared.v_full[i], 1);
+      BarrierInit(&shared.v_empty[i], kConsumers);
+    }
+    for (int i = 0; i < kTasks; ++i) {
+      BarrierInit(&shared.task_full[i], 1);
+      BarrierInit(&shared.task_empty[i], 1 + kConsumers * 4);
+    }
+    BarrierInitFence();
+  }
+  __syncthreads();
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) {
+      RunLoader<T, D>(params, shared, q_map, k_map, v_map);
+    } else if (warp == 1) {
+      RunScheduler<T, D>(params, shared);
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+    RunConsumer<T, D>(params, shared, o_map, warpgroup - 1);
+  }
+}
+
+// Boxes of 64 channels, one head, some rows, in rows of 128 bytes swizzled as wgmma reads them.
+// [rows, heads, d] with strides in elements.
+bool EncodeMap(CUtensorMap* map, DType dtype, const void* data, int d, int64_t heads, int64_t rows,
+               int64_t head_stride, int64_t row_stride, int box_rows) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                              const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                              const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static const Encode encode = [] {  // of the driver, so that nothing links against it
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
+                                     &result);
+    return reinterpret_cast<Encode>(found);
+  }();
+  if (encode == nullptr) return false;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(d), static_cast<cuuint64_t>(heads),
+                              static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(head_stride) * 2,
+                                static_cast<cuuint64_t>(row_stride) * 2};
+  const cuuint32_t box[] = {64, 1, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[] = {1, 1, 1};
+  return encode(map,
+                dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                3, const_cast<void*>(data), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename T, int D>
+cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
+                   cudaStream_t stream) {
+  Params params = {.problem = problem};
+  params.order = static_cast<const uint32_t*>(workspace);
+  params.next = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) +
+                                           AttendWorkspace(problem) - 256);
+  params.tasks = static_cast<int32_t>(problem.rows * problem.q_heads);
+  params.scale_log2 = problem.softmax_scale * 1.44269504f;
+
+  CUtensorMap q_map, k_map, v_map, o_map;
+  const int64_t paged_rows = problem.arena_pages * problem.kv_heads * 2 * kBlock;
+  const auto encode_kv = [&](CUtensorMap* map, const Tensor& x) {
+    return problem.pages != nullptr
+               ? EncodeMap(map, problem.dtype, problem.arena, D, 1, paged_rows, D, D, kBlock)
+               : EncodeMap(map, problem.dtype, x.data, D, problem.kv_heads, problem.total_k,
+                           x.head_stride, x.token_stride, kBlock);
+  };
+  const auto encode_q = [&](CUtensorMap* map, const Tensor& x, int box_rows) {
+    return EncodeMap(map, problem.dtype, x.data, D, problem.q_heads, problem.total_q,
+                     x.head_stride, x.token_stride, box_rows);
+  };
+  if (!encode_q(&q_map, problem.q, kBlock) || !encode_q(&o_map, problem.o, kWarpRows) ||
+      !encode_kv(&k_map, problem.k) || !encode_kv(&v_map, problem.v)) {
+    return cudaErrorInvalidValue;
+  }
+  cudaError_t error = OrderTasks(problem, static_cast<uint32_t*>(workspace), stream);
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(params.next, 0, sizeof(int32_t), stream);
+  }
+  const int bytes = sizeof(Shared<T, D>);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(AttendKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 bytes);
+  }
+  if (error != cudaSuccess) return error;
+  const int blocks = params.tasks < multiprocessors ? params.tasks : multiprocessors;
+  AttendKernel<T, D><<<blocks, kThreads, bytes, stream>>>(params, q_map, k_map, v_map, o_map);
+  return cudaGetLastError();
+}
+
+struct Row {
+  DType dtype;
+  int head_dim;
+  cudaError_t (*launch)(const Problem&, void*, int, cudaStream_t);
+};
+constexpr Row kTable[] = {
+    {DType::kBF16, 64, Launch<__nv_bfloat16, 64>},
+    {DType::kBF16, 128, Launch<__nv_bfloat16, 128>},
+    {DType::kF16, 64, Launch<__half, 64>},
+    {DType::kF16, 128, Launch<__half, 128>},
+};
+
+}  // namespace
+
+bool HasAttendSm90(DType dtype, int head_dim, int block_size) {
+  for (const Row& row : kTable) {
+    if (row.dtype == dtype && row.head_dim == head_dim) return block_size == kBlock;
+  }
+  return false;
+}
+
+cudaError_t AttendSm90(const Problem& problem, void* workspace, int multiprocessors,
+                       cudaStream_t stream) {
+  for (const Row& row : kTable) {
+    if (row.dtype == problem.dtype && row.head_dim == problem.head_dim) {
+      return row.launch(problem, workspace, multiprocessors, stream);
+    }
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace prefilld::cuda
