@@ -25,7 +25,8 @@ constexpr int kThreads = (1 + kConsumers) * 128;
 constexpr int kHalf = kBlock * 64;    // elements of 64 channels of a block: what one TMA box holds
 // Named barriers: whose turn it is at the tensor cores (two), both consumers.
 constexpr int kTurn = 1, kBoth = 3;
-constexpr int kTasks = 4;             // tasks known ahead: hides the latency of finding them
+// Tasks known ahead. One hides the latency of finding it; more would wait here while others idle.
+constexpr int kTasks = 1;
 // 65,536 registers over three warpgroups: the loader needs few, S, O and P of a consumer many.
 constexpr int kLoaderRegisters = 40;
 constexpr int kConsumerRegisters = 232;
@@ -121,8 +122,8 @@ __device__ void RunScheduler(const Params& params, Shared<T, D>& shared) {
   if (threadIdx.x % 32 != 0) return;
   Place<kTasks> place;
   for (;;) {
-    const Task task = FindTask(params, atomicAdd(params.next, 1));
     BarrierWait(&shared.task_empty[place.at], place.parity ^ 1);
+    const Task task = FindTask(params, atomicAdd(params.next, 1));
     shared.task[place.at] = task;
     BarrierArrive(&shared.task_full[place.at]);
     if (task.head < 0) return;
