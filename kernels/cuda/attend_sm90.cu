@@ -145,8 +145,7 @@ __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUte
   for (;;) {
     BarrierWait(&shared.task_full[at_task.at], at_task.parity);
     const Task task = shared.task[at_task.at];
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.task_empty[at_task.at]);
+    BarrierArrive(&shared.task_empty[at_task.at]);
     at_task.Next();
     if (task.head < 0) return;
     if (task.count == 0) continue;
@@ -385,8 +384,7 @@ __device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CU
     for (;;) {
       BarrierWait(&shared.task_full[at_task.at], at_task.parity);
       const Task task = shared.task[at_task.at];
-      __syncwarp();
-      if (thread % 32 == 0) BarrierArrive(&shared.task_empty[at_task.at]);
+      BarrierArrive(&shared.task_empty[at_task.at]);
       at_task.Next();
       if (task.head < 0 || task.count > 0) return task;
       float zeros[D / 2] = {};
@@ -506,7 +504,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kTasks; ++i) {
       BarrierInit(&shared.task_full[i], 1);
-      BarrierInit(&shared.task_empty[i], 1 + kConsumers * 4);
+      BarrierInit(&shared.task_empty[i], 32 + kConsumers * 128);  // all who read it
     }
     BarrierInitFence();
   }
@@ -610,23 +608,27 @@ constexpr Row kTable[] = {
     {DType::kF16, 128, Launch<__half, 128>},
 };
 
+// Null: there is none.
+const Row* Find(DType dtype, int head_dim, int block_size) {
+  if (block_size != kBlock) return nullptr;
+  for (const Row& row : kTable) {
+    if (row.dtype == dtype && row.head_dim == head_dim) return &row;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 bool HasAttendSm90(DType dtype, int head_dim, int block_size) {
-  for (const Row& row : kTable) {
-    if (row.dtype == dtype && row.head_dim == head_dim) return block_size == kBlock;
-  }
-  return false;
+  return Find(dtype, head_dim, block_size) != nullptr;
 }
 
 cudaError_t AttendSm90(const Problem& problem, void* workspace, int multiprocessors,
                        cudaStream_t stream) {
-  for (const Row& row : kTable) {
-    if (row.dtype == problem.dtype && row.head_dim == problem.head_dim) {
-      return row.launch(problem, workspace, multiprocessors, stream);
-    }
-  }
-  return cudaErrorInvalidValue;
+  const Row* row = Find(problem.dtype, problem.head_dim, problem.block_size);
+  if (row == nullptr) return cudaErrorNotSupported;
+  if (problem.rows == 0) return cudaSuccess;
+  return row->launch(problem, workspace, multiprocessors, stream);
 }
 
 }  // namespace prefilld::cuda
