@@ -25,8 +25,9 @@ constexpr int kThreads = (1 + kConsumers) * 128;
 constexpr int kHalf = kBlock * 64;    // elements of 64 channels of a block: what one TMA box holds
 // Named barriers: whose turn it is at the tensor cores (two), both consumers.
 constexpr int kTurn = 1, kBoth = 3;
-// Tasks known ahead. One hides the latency of finding it; more would wait here while others idle.
-constexpr int kTasks = 1;
+// Tasks known ahead: the loader looks one further than the consumers. More would wait here while other
+// multiprocessors idle.
+constexpr int kTasks = 2;
 // 65,536 registers over three warpgroups: the loader needs few, S, O and P of a consumer many.
 constexpr int kLoaderRegisters = 40;
 constexpr int kConsumerRegisters = 232;
@@ -131,71 +132,99 @@ __device__ void RunScheduler(const Params& params, Shared<T, D>& shared) {
   }
 }
 
-// The one warp that loads: Q of a task, then K and V of its blocks, the last block first.
+// Where a block of keys and its values lie: rows of the tensor maps.
+struct KvRows {
+  int32_t k = 0, v = 0;
+};
+
+// The one warp that loads: K and V of a task's blocks, the last block first; early among them Q of the
+// next task and where its blocks are. K runs one block ahead of V, across tasks too: consumers need
+// it so, and neither waits for the other's place.
 template <typename T, int D>
 __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUtensorMap& q_map,
                           const CUtensorMap& k_map, const CUtensorMap& v_map) {
   using P = Plan<D>;
+  constexpr uint32_t kTileBytes = P::kTile * sizeof(T);
   const Problem& p = params.problem;
   const int lane = threadIdx.x % 32;
   const int group = p.q_heads / p.kv_heads;
   Place<kTasks> at_task;
   Place<2> at_q;
-  Place<P::kStages> at_kv;
-  for (;;) {
+  Place<P::kStages> at_k, at_v;
+
+  const auto load = [&](const CUtensorMap& map, T* to, uint64_t* full, uint64_t* empty,
+                        uint32_t parity, int head, int row) {
+    if (lane != 0) return;
+    BarrierWait(empty, parity ^ 1);
+    BarrierArriveExpect(full, kTileBytes);
+    for (int half = 0; half < P::kHalves; ++half) {
+      TmaLoad(&map, to + half * kHalf, full, half * 64, head, row);
+    }
+  };
+  // The next task, its Q under way.
+  const auto next_task = [&] {
     BarrierWait(&shared.task_full[at_task.at], at_task.parity);
     const Task task = shared.task[at_task.at];
     BarrierArrive(&shared.task_empty[at_task.at]);
     at_task.Next();
-    if (task.head < 0) return;
-    if (task.count == 0) continue;
-    const int g = task.head / group;
+    if (task.head >= 0 && task.count > 0) {
+      load(q_map, shared.q[at_q.at], &shared.q_full[at_q.at], &shared.q_empty[at_q.at],
+           at_q.parity, task.head, task.q_token);
+      at_q.Next();
+    }
+    return task;
+  };
+  // Each lane finds one block, so that the latency of index and pages is paid once for 32.
+  const auto find_rows = [&](const Task& task, int32_t done) {
+    KvRows rows;
+    const int32_t mine = task.count - 1 - done - lane;
+    if (task.head < 0 || mine < 0) return rows;
+    const int32_t block = task.index[mine];
+    if (p.pages == nullptr) {
+      rows.k = rows.v = task.key_begin + block * kBlock;
+    } else {
+      rows.k = (p.pages[task.key_begin + block] * p.kv_heads + task.head / group) * 2 * kBlock;
+      rows.v = rows.k + kBlock;
+    }
+    return rows;
+  };
 
-    if (lane == 0) {
-      BarrierWait(&shared.q_empty[at_q.at], at_q.parity ^ 1);
-      BarrierArriveExpect(&shared.q_full[at_q.at], P::kTile * sizeof(T));
-      for (int half = 0; half < P::kHalves; ++half) {
-        TmaLoad(&q_map, shared.q[at_q.at] + half * kHalf, &shared.q_full[at_q.at], half * 64,
-                task.head, task.q_token);
+  Task task = next_task();
+  KvRows rows = find_rows(task, 0);
+  int32_t late_head = -1, late_row = 0;  // of the V that is still to come
+  const auto load_late = [&] {
+    if (late_head < 0) return;
+    load(v_map, shared.v[at_v.at], &shared.v_full[at_v.at], &shared.v_empty[at_v.at], at_v.parity,
+         late_head, late_row);
+    at_v.Next();
+    late_head = -1;
+  };
+  while (task.head >= 0) {
+    const int32_t kv_head = p.pages == nullptr ? task.head / group : 0;
+    Task next;
+    KvRows next_rows;
+    for (int32_t i = 0; i < task.count; ++i) {
+      if (i > 0 && i % 32 == 0) rows = find_rows(task, i);
+      load(k_map, shared.k[at_k.at], &shared.k_full[at_k.at], &shared.k_empty[at_k.at],
+           at_k.parity, kv_head, __shfl_sync(~0u, rows.k, i % 32));
+      at_k.Next();
+      load_late();
+      late_head = kv_head;
+      late_row = __shfl_sync(~0u, rows.v, i % 32);
+      if (i == 0) {
+        next = next_task();
+        next_rows = find_rows(next, 0);
       }
     }
-    at_q.Next();
-
-    for (int32_t done = 0; done < task.count; done += 32) {
-      // Each lane finds one block, so that the latency of pages and index is paid once for 32.
-      const int32_t mine = task.count - 1 - done - lane;
-      int32_t k_row = 0, v_row = 0;
-      if (mine >= 0) {
-        const int32_t block = task.index[mine];
-        if (p.pages == nullptr) {
-          k_row = v_row = task.key_begin + block * kBlock;
-        } else {
-          k_row = (p.pages[task.key_begin + block] * p.kv_heads + g) * 2 * kBlock;
-          v_row = k_row + kBlock;
-        }
-      }
-      const int kv_head = p.pages == nullptr ? g : 0;
-      const int32_t here = min(32, task.count - done);
-      for (int32_t i = 0; i < here; ++i) {
-        const int32_t k_at = __shfl_sync(~0u, k_row, i), v_at = __shfl_sync(~0u, v_row, i);
-        if (lane == 0) {
-          BarrierWait(&shared.k_empty[at_kv.at], at_kv.parity ^ 1);
-          BarrierArriveExpect(&shared.k_full[at_kv.at], P::kTile * sizeof(T));
-          for (int half = 0; half < P::kHalves; ++half) {
-            TmaLoad(&k_map, shared.k[at_kv.at] + half * kHalf, &shared.k_full[at_kv.at], half * 64,
-                    kv_head, k_at);
-          }
-          BarrierWait(&shared.v_empty[at_kv.at], at_kv.parity ^ 1);
-          BarrierArriveExpect(&shared.v_full[at_kv.at], P::kTile * sizeof(T));
-          for (int half = 0; half < P::kHalves; ++half) {
-            TmaLoad(&v_map, shared.v[at_kv.at] + half * kHalf, &shared.v_full[at_kv.at], half * 64,
-                    kv_head, v_at);
-          }
-        }
-        at_kv.Next();
-      }
+    if (task.count == 0) {  // consumers take the next one when they have all of what was before
+      load_late();
+      next = next_task();
+      next_rows = find_rows(next, 0);
     }
+    task = next;
+    rows = next_rows;
   }
+  load_late();
 }
 
 // c[j] of a consumer's thread lies in row 16 warp + lane / 4 (+ 8 where j & 2) and column
@@ -558,7 +587,8 @@ bool EncodeMap(CUtensorMap* map, DType dtype, const void* data, int d, int64_t h
 template <typename T, int D>
 cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
                    cudaStream_t stream) {
-  Params params = {.problem = problem};
+  Params params;
+  params.problem = problem;
   params.order = static_cast<const uint32_t*>(workspace);
   params.next = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) +
                                            AttendWorkspace(problem) - 256);

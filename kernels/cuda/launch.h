@@ -108,9 +108,10 @@ cudaError_t AttendSm80(const Problem& problem, void* workspace, int multiprocess
 bool HasAttendSm90(DType dtype, int head_dim, int block_size);
 bool HasAttendSm80(DType dtype, int head_dim, int block_size);
 
-// The order in which stage 3 takes its (head, row of blocks) tasks: grouped by (sequence, kv head) so
-// that what runs together shares K and V in L2, within a group the longest rows first. Writes
-// order[q_heads * rows]: h * rows + row. Called by AttendSm80 and AttendSm90.
+// The order in which stage 3 takes its (head, row of blocks) tasks: first the rows that are long beside
+// what one multiprocessor has to do, then the others, grouped by (sequence, kv head) so that what runs
+// together shares K and V in L2, within a group the longest rows first. Writes order[q_heads * rows]:
+// h * rows + row. `order` begins the workspace of stage 3. Called by AttendSm80 and AttendSm90.
 cudaError_t OrderTasks(const Problem& problem, uint32_t* order, cudaStream_t stream);
 
 }  // namespace prefilld::cuda
