@@ -26,9 +26,15 @@ demo-vllm: programs build/vllm-venv/.complete $(MODEL)  ## stock vLLM answers fr
 build: configured  ## everything in C++, tests included
 	@cmake --build build -j$(JOBS)
 
+.PHONY: cuda
+cuda: packages  ## the programs with the CUDA kernels, or an error where there is no nvcc
+	@cmake --preset cuda
+	@cmake --build build -j$(JOBS) --target prefilld prefillctl
+
 .PHONY: test
-test: build build/venv/.complete  ## unit tests, then end-to-end tests
+test: build build/venv/.complete  ## unit tests, those that need a GPU, then end-to-end tests
 	@ctest --test-dir build --output-on-failure -L unit
+	@ctest --test-dir build --output-on-failure -L gpu --no-tests=ignore
 	@ctest --test-dir build --output-on-failure -L e2e
 
 .PHONY: test-vllm

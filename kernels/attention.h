@@ -43,6 +43,8 @@ struct SparsityPolicy {
 };
 inline constexpr int64_t kFlexPrefillMinBudget = 1024;
 
+inline constexpr int64_t kKeyBlocksMax = 65536;  // of a sequence: a block index is 16 bits wide
+
 struct AttentionShape {
   DType dtype = DType::kF32;
   int q_heads = 0;
@@ -74,15 +76,16 @@ int64_t TotalRows(const std::vector<SequenceBlocks>& sequences);     // sum of q
 int64_t MaxKeyBlocks(const std::vector<SequenceBlocks>& sequences);  // max of k_blocks
 
 // For each (head, row of blocks) the ascending key blocks to read, relative to their sequence.
-// Rows of all sequences are concatenated. Entries at and beyond count are unspecified.
+// Rows of all sequences are concatenated. Entries at and beyond count are unspecified. 16 bits name
+// 65536 blocks: a sequence of 1M tokens has 8192 or 16384, and its index must fit beside it.
 struct BlockIndexView {
-  int32_t* count = nullptr;  // [q_heads, rows]
-  int32_t* index = nullptr;  // [q_heads, rows, stride]
+  int32_t* count = nullptr;   // [q_heads, rows]
+  uint16_t* index = nullptr;  // [q_heads, rows, stride]
   int64_t rows = 0;
   int64_t stride = 0;  // >= MaxKeyBlocks
 
   int32_t& count_at(int64_t h, int64_t row) const { return count[h * rows + row]; }
-  int32_t* row_at(int64_t h, int64_t row) const { return index + (h * rows + row) * stride; }
+  uint16_t* row_at(int64_t h, int64_t row) const { return index + (h * rows + row) * stride; }
 };
 
 // Why a head ran dense although its policy is sparse.
@@ -112,7 +115,10 @@ struct AttentionArgs {
   HeadsView o;               // [total_q, q_heads, d], the dtype of q
   float* lse = nullptr;      // [q_heads, total_q] natural log, or null
   BlockIndexView index;
-  HeadReport* report = nullptr;  // [sequences, q_heads], never null
+  // [sequences, q_heads], never null. On a device that does not compute in host memory it is the
+  // host's all the same, from Device::AllocateHost: the stages write it there, and it can be read
+  // after Synchronize.
+  HeadReport* report = nullptr;
   // When it turns true, stage 3 may stop early and leave o and lse unspecified. May be null.
   const std::atomic<bool>* cancelled = nullptr;
 };

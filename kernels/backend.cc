@@ -6,11 +6,22 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/cpu_backend.h"
+#ifdef PREFILLD_CUDA
+#include "kernels/cuda/cuda_backend.h"
+#endif
 
 namespace prefilld {
 namespace {
 
 constexpr int kThreadsMax = 1024;  // OpenMP ends the process when it cannot start a thread
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCuda([[maybe_unused]] std::string_view kernels) {
+#ifdef PREFILLD_CUDA
+  return cuda::CudaBackend::Create(kernels);
+#else
+  return absl::UnimplementedError("backend cuda is not in this build (cpu)");
+#endif
+}
 
 }  // namespace
 
@@ -25,20 +36,27 @@ Buffer::~Buffer() {
   if (data_ != nullptr && free_ != nullptr) free_(data_, bytes_);
 }
 
-absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads) {
-  const absl::string_view asked(name.data(), name.size());
+absl::StatusOr<std::string> Device::Export(const Buffer&) {
+  return absl::UnimplementedError(
+      absl::StrCat("memory of ", std::string(name()), " is not shared with other processes"));
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads,
+                                                       std::string_view cuda_kernels) {
   if (threads < 0 || threads > kThreadsMax) {
     return absl::InvalidArgumentError(
         absl::StrCat("threads ", threads, " is not between 0 and ", kThreadsMax));
   }
-  if (name == "cpu" || name == "auto") {
-    return std::make_unique<cpu::CpuBackend>(threads > 0 ? threads : omp_get_num_procs());
+  if (name != "auto" && name != "cpu" && name != "cuda") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("backend \"", std::string(name), "\" is unknown (auto, cpu, cuda)"));
   }
-  if (name == "cuda") {
-    return absl::UnimplementedError("backend cuda is not in this build (cpu)");
+  if (name != "cpu") {
+    auto cuda = CreateCuda(cuda_kernels);
+    const bool none = absl::IsUnavailable(cuda.status()) || absl::IsUnimplemented(cuda.status());
+    if (name == "cuda" || !none) return cuda;
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("backend \"", asked, "\" is unknown (auto, cpu, cuda)"));
+  return std::make_unique<cpu::CpuBackend>(threads > 0 ? threads : omp_get_num_procs());
 }
 
 }  // namespace prefilld

@@ -5,9 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -16,12 +19,14 @@
 
 namespace prefilld {
 
-// Device memory, freed with its owner.
+// Memory, freed with its owner: the device's or the host's, as whoever made it says. Without a Free
+// it is somebody else's.
 class Buffer {
  public:
-  using Free = void (*)(void* data, size_t bytes);
+  using Free = std::function<void(void* data, size_t bytes)>;
   Buffer() = default;
-  Buffer(void* data, size_t bytes, Free free) : data_(data), bytes_(bytes), free_(free) {}
+  Buffer(void* data, size_t bytes, Free free)
+      : data_(data), bytes_(bytes), free_(std::move(free)) {}
   Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept;
   ~Buffer();
@@ -36,20 +41,63 @@ class Buffer {
  private:
   void* data_ = nullptr;
   size_t bytes_ = 0;
-  Free free_ = nullptr;
+  Free free_;
 };
 
+// One device and its memory. Threads: any. Only Synchronize waits for work on the device.
+//
+// Work is enqueued on streams. Stream{} is the one that the stages run on; upload_stream() is a
+// second one, where copies for the next job run beside them. On the CPU both run inline.
 class Device {
  public:
   virtual ~Device() = default;
   virtual std::string_view name() const = 0;  // for logs: CPU model, GPU name
-  // Zeroed memory, 64-byte aligned; RESOURCE_EXHAUSTED when there is none. On the CPU pages are
-  // taken from the system at first touch.
+  // The stages compute in host memory, AllocateHost and Allocate give the same: nothing need be
+  // copied. True of the CPU.
+  virtual bool host_memory() const = 0;
+
+  // Zeroed device memory, 64-byte aligned; RESOURCE_EXHAUSTED when there is none. On the CPU pages
+  // are taken from the system at first touch.
   virtual absl::StatusOr<Buffer> Allocate(size_t bytes) = 0;
+  // Host memory that the device reads and writes directly and copies at full speed; its contents
+  // are unspecified. Taking more of it is slow, so what is freed is kept for the next, up to a bound.
+  // Free it only when no enqueued work uses it any more.
+  virtual absl::StatusOr<Buffer> AllocateHost(size_t bytes) = 0;
   // The contents of this part of a buffer are of no use any more: what the system can have of its
   // memory it gets, until the part is written again. Unspecified until then.
   virtual void Discard(void* data, size_t bytes) = 0;
+
+  virtual Stream upload_stream() const = 0;
+  // Enqueues a copy in any direction between device memory and host memory; both stay until it is
+  // done. Host memory that is neither AllocateHost's nor pinned may make the caller wait for it.
+  virtual absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) = 0;
+  // What is enqueued on `stream` from now on starts after all that is on `before` now.
+  virtual absl::Status Wait(Stream stream, Stream before) = 0;
+  // Blocks until all that is enqueued on the stream is done, and tells how it went.
   virtual absl::Status Synchronize(Stream stream) = 0;
+  // The clock of a stream: Mark notes when the work enqueued before it is done, under one of kMarks
+  // numbers; Seconds lie between two marks, once the stream was synchronized. One thread.
+  static constexpr int kMarks = 6;
+  virtual absl::Status Mark(int mark, Stream stream) = 0;
+  virtual double Seconds(int from, int to) = 0;
+  // Empty until something happens after which no work can run in this process any more, whatever is
+  // called then fails; then its kind, one of kFaultKinds.
+  virtual std::string_view fault() const { return {}; }
+  static constexpr const char* kFaultKinds[] = {"illegal_address", "launch_failure", "ecc", "other"};
+
+  // Bytes that the device's allocations hold now, by kind; empty where the system's tools tell.
+  struct Memory {
+    const char* kind;
+    uint64_t bytes;
+  };
+  virtual std::vector<Memory> memory() const { return {}; }
+
+  // Device memory shared with other processes of this host. The uuid names the device to them
+  // ("GPU-..."), Export gives a handle (CUDA: the bytes of a cudaIpcMemHandle_t) under which they map
+  // a whole buffer of Allocate's, from its first byte, and nothing else; they see zeroes there. May
+  // wait for a step. Empty and UNIMPLEMENTED where there is no such thing.
+  virtual std::string_view uuid() const { return {}; }
+  virtual absl::StatusOr<std::string> Export(const Buffer& buffer);
 };
 
 class Backend {
@@ -72,10 +120,18 @@ class Backend {
   virtual absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) = 0;
   // Stage 3: attention over the blocks in args.index; reads nothing else of the method.
   virtual absl::Status Attend(const AttentionArgs& args, Stream stream) = 0;
+
+  // For tests of what follows: leaves the device as an illegal memory access leaves it.
+  virtual absl::Status InjectFault(Stream) {
+    return absl::UnimplementedError("this backend has no fault to inject");
+  }
 };
 
-// The closed table of backends: "auto" picks the best one that this build and machine have.
-// threads: 0 means all processors. INVALID_ARGUMENT for an unknown name.
-absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads);
+// The closed table of backends: "cpu", "cuda", and "auto", which is cuda where this build and machine
+// have it, else cpu. threads: of the CPU, 0 means all processors. cuda_kernels: which set of kernels
+// cuda runs, "sm80", "sm90" or "auto", the best that the device has. INVALID_ARGUMENT for an unknown
+// name, UNAVAILABLE where there is no device for it.
+absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads,
+                                                       std::string_view cuda_kernels = "auto");
 
 }  // namespace prefilld

@@ -45,7 +45,7 @@ struct QueryBlock {
   int rows;
   int d;
   int64_t position;       // absolute, of the first row
-  const int32_t* blocks;  // [count] ascending
+  const uint16_t* blocks;  // [count] ascending
   int count;
   int block_size;
   const float* keys;    // [tiles, d, kTileKeys]

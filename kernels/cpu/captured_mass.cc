@@ -16,7 +16,7 @@ void MeasureHead(const AttentionArgs& args, const SequenceBlocks& blocks, int64_
   for (size_t r = 0; r < rows.size(); ++r) {
     const int64_t I = (blocks.prefix + rows[r]) / args.policy.block_size;
     const int64_t row = blocks.row_begin + I - blocks.first_q_block;
-    const int32_t* index = args.index.row_at(h, row);
+    const uint16_t* index = args.index.row_at(h, row);
     double share = 0;
     for (int32_t x = 0; x < args.index.count_at(h, row); ++x) {
       share += mass[r * blocks.k_blocks + index[x]];

@@ -47,4 +47,18 @@ void CpuDevice::Discard(void* data, size_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
+absl::Status CpuDevice::Copy(void* dst, const void* src, size_t bytes, Stream) {
+  std::memcpy(dst, src, bytes);
+  return absl::OkStatus();
+}
+
+absl::Status CpuDevice::Mark(int mark, Stream) {
+  marks_[mark] = std::chrono::steady_clock::now();
+  return absl::OkStatus();
+}
+
+double CpuDevice::Seconds(int from, int to) {
+  return std::chrono::duration<double>(marks_[to] - marks_[from]).count();
+}
+
 }  // namespace prefilld::cpu

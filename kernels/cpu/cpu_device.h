@@ -1,6 +1,8 @@
 // Host memory as a device. Threads: any. Nothing here blocks.
 #pragma once
 
+#include <array>
+#include <chrono>
 #include <cstddef>
 #include <string>
 #include <string_view>
@@ -20,11 +22,20 @@ class CpuDevice : public Device {
   CpuDevice();
 
   std::string_view name() const override { return name_; }
+  bool host_memory() const override { return true; }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocatePages(bytes); }
+  absl::StatusOr<Buffer> AllocateHost(size_t bytes) override { return AllocatePages(bytes); }
   void Discard(void* data, size_t bytes) override;
-  absl::Status Synchronize(Stream) override { return absl::OkStatus(); }  // all work runs inline
+  Stream upload_stream() const override { return {}; }
+  absl::Status Copy(void* dst, const void* src, size_t bytes, Stream) override;
+  // All work runs inline.
+  absl::Status Wait(Stream, Stream) override { return absl::OkStatus(); }
+  absl::Status Synchronize(Stream) override { return absl::OkStatus(); }
+  absl::Status Mark(int mark, Stream) override;
+  double Seconds(int from, int to) override;
 
  private:
+  std::array<std::chrono::steady_clock::time_point, kMarks> marks_;
   std::string name_;  // "AMD EPYC 9755 (AVX3)"
 };
 

@@ -43,10 +43,10 @@ void Head::PackKeys(int64_t begin, int keys, float* tile) const {
 
 int64_t Head::WriteRow(int64_t I, const std::vector<uint8_t>& keep) const {
   const int64_t row = I - blocks.first_q_block;
-  int32_t* out = index_ + row * index_stride_;
+  uint16_t* out = index_ + row * index_stride_;
   int32_t count = 0;
   for (int64_t J = 0; J <= I; ++J) {
-    if (keep[J]) out[count++] = static_cast<int32_t>(J);
+    if (keep[J]) out[count++] = static_cast<uint16_t>(J);
   }
   return count_[row] = count;
 }
@@ -54,8 +54,8 @@ int64_t Head::WriteRow(int64_t I, const std::vector<uint8_t>& keep) const {
 int64_t Head::WriteCausal() const {
   for (int64_t row = 0; row < blocks.q_blocks; ++row) {
     count_[row] = static_cast<int32_t>(blocks.first_q_block + row + 1);
-    int32_t* out = index_ + row * index_stride_;
-    std::iota(out, out + count_[row], 0);
+    uint16_t* out = index_ + row * index_stride_;
+    std::iota(out, out + count_[row], uint16_t{0});
   }
   return blocks.causal_blocks();
 }

@@ -36,7 +36,7 @@ struct Head {
   const char* k_;
   int64_t q_stride_, k_stride_;  // elements
   int32_t* count_;               // [q_blocks]
-  int32_t* index_;               // [q_blocks, index_stride_]
+  uint16_t* index_;              // [q_blocks, index_stride_]
   int64_t index_stride_;
 };
 

@@ -48,7 +48,7 @@ int64_t WriteMask(const AttentionArgs& args, const SequenceBlocks& blocks, int h
     int32_t count = 0;
     for (int64_t j = 0; j <= blocks.first_q_block + i; ++j) {
       if (keep[blocks.first_q_block + i][j]) {
-        args.index.row_at(h, row)[count++] = static_cast<int32_t>(j);
+        args.index.row_at(h, row)[count++] = static_cast<uint16_t>(j);
       }
     }
     args.index.count_at(h, row) = count;

@@ -24,6 +24,7 @@ ENDS_IN = {
     r"grpc|google/(rpc|protobuf)/|prefilld/v1/": r"server/rpc/|proto/wire/|client/|server/server\.",
     r"(dnnl|hwy)\b": r"kernels/cpu/",
     r"omp\.h": r"kernels/cpu/|kernels/backend\.cc",
+    r"(cuda|cudnn|cublas|nvtx)\w*(\.h|/)": r"kernels/cuda/",
     r"prometheus/": r"server/metrics\.|server/http\.cc",
 }
 
@@ -36,6 +37,10 @@ def folder(path: str) -> str:
 
 
 def broken(path: str, header: str) -> bool:
+    if header.startswith("kernels/cuda/") and not path.startswith("kernels/cuda/"):
+        return path != "kernels/backend.cc"  # the table of backends
+    if path.endswith((".cu", ".cuh")) and header.startswith("absl/"):
+        return True  # what nvcc compiles gets plain parameters
     if re.match(r"(kernels|server|client|proto|tests)/", header):
         return (folder(header) not in MAY_INCLUDE[folder(path)] | {folder(path)}
                 and (path, header) not in EXCEPT)
@@ -45,7 +50,7 @@ def broken(path: str, header: str) -> bool:
 
 def test_sources_include_what_their_folder_may():
     files = {str(path.relative_to(ROOT)): path for top in ("kernels", "server", "client", "proto")
-             for path in (ROOT / top).rglob("*") if path.suffix in (".cc", ".h")}
+             for path in (ROOT / top).rglob("*") if path.suffix in (".cc", ".h", ".cu", ".cuh")}
     assert {folder(path) for path in files} == set(MAY_INCLUDE)
     assert not [f"{path} includes {header}" for path in sorted(files)
                 for header in INCLUDE.findall(files[path].read_text()) if broken(path, header)]
@@ -54,6 +59,8 @@ def test_sources_include_what_their_folder_may():
 @pytest.mark.parametrize(("path", "header"), [
     ("kernels/ops.h", "server/job.h"), ("server/kv/layout.cc", "server/engine/engine.h"),
     ("client/cpp/call.cc", "server/errors.h"), ("server/job.h", "prefilld/v1/tensor.pb.h"),
-    ("server/model/config.cc", "dnnl.hpp"), ("server/rpc/call.h", "prometheus/counter.h")])
+    ("server/model/config.cc", "dnnl.hpp"), ("server/rpc/call.h", "prometheus/counter.h"),
+    ("server/engine/engine.cc", "cuda_runtime_api.h"), ("kernels/cpu/ops.cc", "kernels/cuda/launch.h"),
+    ("kernels/attention.cc", "cudnn_frontend.h"), ("kernels/cuda/order.cu", "absl/status/status.h")])
 def test_a_broken_rule_is_found(path, header):
     assert broken(path, header)

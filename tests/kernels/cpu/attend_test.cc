@@ -103,7 +103,7 @@ class Call {
     const int64_t rows = TotalRows(sequences);
     const int64_t stride = MaxKeyBlocks(sequences) + 1;
     count_.resize(static_cast<size_t>(problem.q_heads * rows));
-    index_.assign(static_cast<size_t>(problem.q_heads * rows * stride), -1);
+    index_.assign(static_cast<size_t>(problem.q_heads * rows * stride), 0xffff);
     args.index = {count_.data(), index_.data(), rows, stride};
     for (int h = 0; h < problem.q_heads; ++h) {
       for (const SequenceBlocks& sequence : sequences) {
@@ -113,7 +113,7 @@ class Call {
           int32_t kept = 0;
           for (int64_t j = 0; j <= diagonal; ++j) {
             if (j == diagonal || static_cast<int>(random_() % 100) < problem.keep_percent) {
-              args.index.row_at(h, row)[kept++] = static_cast<int32_t>(j);
+              args.index.row_at(h, row)[kept++] = static_cast<uint16_t>(j);
             }
           }
           args.index.count_at(h, row) = kept;
@@ -123,7 +123,8 @@ class Call {
   }
 
   std::mt19937 random_{20};
-  std::vector<int32_t> count_, index_;
+  std::vector<int32_t> count_;
+  std::vector<uint16_t> index_;
 };
 
 // Runs the problem and compares all it wrote.

@@ -30,9 +30,13 @@ void ExpectStatus(const absl::Status& status, absl::StatusCode code, const std::
 
 TEST(CreateBackend, KnowsAClosedTable) {
   EXPECT_EQ((*CreateBackend("cpu", 1))->name(), "cpu");
-  EXPECT_EQ((*CreateBackend("auto", 0))->name(), "cpu");
-  ExpectStatus(CreateBackend("cuda", 1).status(), absl::StatusCode::kUnimplemented,
-               "backend cuda is not in this build (cpu)");
+  // What "auto" and "cuda" give depends on the build and the machine.
+  const auto cuda = CreateBackend("cuda", 1);
+  EXPECT_EQ((*CreateBackend("auto", 0))->name(), cuda.ok() ? (*cuda)->name() : "cpu");
+  if (!cuda.ok()) {
+    EXPECT_THAT(std::string(cuda.status().message()),
+                testing::AnyOf(HasSubstr("cuda is not in this build (cpu)"), HasSubstr("no CUDA")));
+  }
   ExpectStatus(CreateBackend("tpu", 1).status(), absl::StatusCode::kInvalidArgument,
                "backend \"tpu\" is unknown (auto, cpu, cuda)");
   ExpectStatus(CreateBackend("cpu", -1).status(), absl::StatusCode::kInvalidArgument, "threads -1");
@@ -156,7 +160,8 @@ TEST(CpuBackend, RunsTheStagesInOrder) {
     constexpr int kHeadDim = 64, kHeads = 2;
     std::vector<float> q(kTokens * kHeads * kHeadDim), k(kTokens * kHeadDim, 1), v(k), o(q);
     for (int64_t t = 0; t < kTokens; ++t) v[t * kHeadDim] = static_cast<float>(t);
-    std::vector<int32_t> count(kHeads * kRows), index(kHeads * kRows * kRows);
+    std::vector<int32_t> count(kHeads * kRows);
+    std::vector<uint16_t> index(kHeads * kRows * kRows);
     std::vector<HeadReport> report(kHeads);
     AttentionArgs args{.shape = {DType::kF32, kHeads, 1, kHeadDim, {0, kTokens}, {0, kTokens}},
                        .policy = {.method = method, .gamma = 0.999, .min_budget_tokens = 1024},

@@ -59,7 +59,7 @@ class Case {
     const auto sequences = SplitIntoBlocks(shape_, policy.block_size);
     const int64_t rows = TotalRows(sequences), stride = MaxKeyBlocks(sequences);
     count_.assign(shape_.q_heads * rows, -1);
-    index_.assign(shape_.q_heads * rows * stride, -1);
+    index_.assign(shape_.q_heads * rows * stride, 0xffff);
     report_.assign(sequences.size() * shape_.q_heads, HeadReport());
     AttentionArgs args;
     args.shape = shape_;
@@ -147,7 +147,8 @@ class Case {
   AttentionShape shape_;
   std::vector<float> q_, k_, v_;
   std::vector<uint16_t> q_narrow_, k_narrow_, v_narrow_;
-  std::vector<int32_t> count_, index_;
+  std::vector<int32_t> count_;
+  std::vector<uint16_t> index_;
   std::vector<HeadReport> report_;
 };
 
@@ -161,7 +162,7 @@ inline Selected Copy(const AttentionArgs& args) {
   Selected selected;
   for (int h = 0; h < args.shape.q_heads; ++h) {
     for (int64_t row = 0; row < args.index.rows; ++row) {
-      const int32_t* begin = args.index.row_at(h, row);
+      const uint16_t* begin = args.index.row_at(h, row);
       selected.rows.emplace_back(begin, begin + args.index.count_at(h, row));
     }
   }

@@ -1,0 +1,138 @@
+#include "kernels/cuda/cuda_backend.h"
+
+#include <cstring>
+#include <utility>
+
+#include "kernels/cuda/fault.h"
+#include "kernels/cuda/ops.h"
+
+namespace prefilld::cuda {
+
+absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(std::string_view kernels) {
+  auto device = CudaDevice::Open();
+  if (!device.ok()) return device.status();
+  auto set = ChooseKernelSet(kernels, (*device)->capability());
+  if (!set.ok()) return set.status();
+  return std::unique_ptr<CudaBackend>(new CudaBackend(*std::move(device), *set));
+}
+
+CudaBackend::CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set)
+    : device_(std::move(device)), set_(set), ops_(CreateOps()), dense_(*device_) {}
+
+absl::Status CudaBackend::Supports(const AttentionShape& shape,
+                                   const SparsityPolicy& policy) const {
+  return CheckSupported(set_, shape, policy);
+}
+
+// Everything of a call that may fail for want of memory, and the sequences on the device.
+absl::Status CudaBackend::Prepare(const AttentionArgs& args, Stream stream) {
+  absl::Status status = CheckTensors(args);
+  if (!status.ok()) return status;
+  std::vector<Sequence> sequences;
+  Problem problem = MakeProblem(args, &sequences);
+  layout_ = LayOut(problem, args.policy.method);
+  bool written = sequences.size() == sequences_.size() &&
+                 std::memcmp(sequences.data(), sequences_.data(),
+                             sequences.size() * sizeof(Sequence)) == 0;
+  if (workspace_.bytes() < layout_.bytes) {
+    workspace_ = Buffer();  // the old one goes first
+    sequences_.clear();
+    auto workspace = device_->Allocate(layout_.bytes);
+    if (!workspace.ok()) return workspace.status();
+    workspace_ = *std::move(workspace);
+    written = false;
+  }
+  auto* on_device = reinterpret_cast<Sequence*>(workspace_.as<std::byte>() + layout_.sequences);
+  if (!written) {
+    sequences_ = std::move(sequences);
+    status = device_->Check(WriteSequences(sequences_.data(), static_cast<int>(sequences_.size()),
+                                           on_device, device_->stream(stream)),
+                            "sequences");
+    if (!status.ok()) sequences_.clear();
+  }
+  problem_ = problem;
+  problem_.host_sequence = sequences_.data();
+  problem_.sequence = on_device;
+  return status;
+}
+
+Selection CudaBackend::SelectionOf(const AttentionArgs& args) const {
+  return {.problem = problem_,
+          .gamma = args.policy.gamma,
+          .tau = args.policy.tau,
+          .min_budget_tokens = args.policy.min_budget_tokens,
+          .max_budget_tokens = args.policy.max_budget_tokens,
+          .workspace = workspace_.as<std::byte>() + layout_.stage,
+          .report = args.report};
+}
+
+absl::Status CudaBackend::EstimatePattern(const AttentionArgs& args, Stream stream) {
+  absl::Status status = Prepare(args, stream);
+  if (!status.ok()) return status;
+  const int multiprocessors = device_->multiprocessors();
+  switch (args.policy.method) {
+    case Method::kDense:
+      dense_.Plan(problem_);
+      return absl::OkStatus();
+    case Method::kJoint:
+      return device_->Check(
+          JointEstimate(SelectionOf(args), multiprocessors, device_->stream(stream)), "estimate");
+    case Method::kFlexPrefill:
+      return device_->Check(
+          FlexPrefillEstimate(SelectionOf(args), multiprocessors, device_->stream(stream)),
+          "estimate");
+  }
+  return absl::InternalError("unknown method");
+}
+
+absl::Status CudaBackend::SelectBlocks(const AttentionArgs& args, Stream stream) {
+  absl::Status status = Prepare(args, stream);
+  if (!status.ok()) return status;
+  const int multiprocessors = device_->multiprocessors();
+  const Selection selection = SelectionOf(args);
+  switch (args.policy.method) {
+    case Method::kDense:
+      return device_->Check(SelectCausal(selection, device_->stream(stream)), "select");
+    case Method::kJoint:
+      return device_->Check(JointSelect(selection, multiprocessors, device_->stream(stream)),
+                            "select");
+    case Method::kFlexPrefill:
+      return device_->Check(FlexPrefillSelect(selection, multiprocessors, device_->stream(stream)),
+                            "select");
+  }
+  return absl::InternalError("unknown method");
+}
+
+absl::Status CudaBackend::MeasureCapturedMass(const AttentionArgs& args, Stream stream) {
+  // Dense attention captures everything, as the report already says.
+  if (args.policy.method == Method::kDense) return absl::OkStatus();
+  absl::Status status = Prepare(args, stream);
+  if (!status.ok()) return status;
+  return device_->Check(
+      cuda::MeasureCapturedMass(SelectionOf(args), args.policy.min_captured_mass,
+                                device_->multiprocessors(), device_->stream(stream)),
+      "captured mass");
+}
+
+absl::Status CudaBackend::Attend(const AttentionArgs& args, Stream stream) {
+  if (args.cancelled != nullptr && *args.cancelled) return absl::OkStatus();
+  absl::Status status = Prepare(args, stream);
+  if (!status.ok()) return status;
+  const cudaStream_t on = device_->stream(stream);
+  // Every causal block is what the vendor's kernel computes without reading an index.
+  if (args.policy.method == Method::kDense && dense_.Plan(problem_)) {
+    return dense_.Attend(problem_, on);
+  }
+  void* workspace = workspace_.as<std::byte>() + layout_.stage;
+  const int multiprocessors = device_->multiprocessors();
+  return device_->Check(RunsSm90(set_, problem_)
+                            ? AttendSm90(problem_, workspace, multiprocessors, on)
+                            : AttendSm80(problem_, workspace, multiprocessors, on),
+                        "attend");
+}
+
+absl::Status CudaBackend::InjectFault(Stream stream) {
+  return device_->Check(WriteToNull(device_->stream(stream)), "injected fault");
+}
+
+}  // namespace prefilld::cuda

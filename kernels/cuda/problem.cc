@@ -1,0 +1,148 @@
+#include "kernels/cuda/problem.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/validate.h"
+
+namespace prefilld::cuda {
+namespace {
+
+constexpr size_t kAlignment = 256;
+constexpr int64_t kStrideUnit = 8;  // elements: 16 bytes
+constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
+constexpr int kHeadDims[] = {64, 96, 128, 256};
+
+size_t Aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+template <typename View>
+absl::Status CheckTensor(const char* name, const View& view) {
+  if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(name, " is not 16-byte aligned"));
+  }
+  if (view.token_stride % kStrideUnit != 0 || view.head_stride % kStrideUnit != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        name, " has strides of ", view.token_stride, " and ", view.head_stride,
+        " elements between tokens and heads; multiples of ", kStrideUnit, " are needed"));
+  }
+  return absl::OkStatus();
+}
+
+template <typename View>
+Tensor TensorOf(const View& view) {
+  return {const_cast<void*>(view.data), view.token_stride, view.head_stride};
+}
+
+}  // namespace
+
+absl::StatusOr<KernelSet> ChooseKernelSet(std::string_view asked, int capability) {
+  const bool hopper = capability == 90;
+  if (asked == "auto") return hopper ? KernelSet::kSm90 : KernelSet::kSm80;
+  if (asked == "sm80") return KernelSet::kSm80;
+  if (asked != "sm90") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cuda kernels \"", std::string(asked), "\" are unknown (auto, sm80, sm90)"));
+  }
+  if (hopper) return KernelSet::kSm90;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "cuda kernels sm90 run on compute capability 9.0 alone; this device has ", capability / 10,
+      ".", capability % 10));
+}
+
+const char* BackendName(KernelSet set) {
+  return set == KernelSet::kSm90 ? "cuda-sm90" : "cuda-sm80";
+}
+
+bool RunsSm90(KernelSet set, const Problem& problem) {
+  return set == KernelSet::kSm90 &&
+         HasAttendSm90(problem.dtype, problem.head_dim, problem.block_size);
+}
+
+absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
+                            const SparsityPolicy& policy) {
+  absl::Status status = ValidateAttention(
+      shape, policy, {.backend = BackendName(set), .dtypes = kDTypes, .head_dims = kHeadDims});
+  if (!status.ok()) return status;
+  if (!HasAttendSm80(shape.dtype, shape.head_dim, policy.block_size)) {
+    return absl::UnimplementedError(absl::StrCat("head_dim ", shape.head_dim, " with block_size ",
+                                                 policy.block_size, " not supported by ",
+                                                 BackendName(set)));
+  }
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  const int64_t rows = TotalRows(SplitIntoBlocks(shape, policy.block_size));
+  if (shape.total_k() > kMax || rows * shape.q_heads > kMax) {
+    return absl::UnimplementedError(
+        absl::StrCat(shape.total_k(), " keys and ", rows, " rows of blocks in ", shape.q_heads,
+                     " heads not supported by ", BackendName(set), " (below 2^31 each)"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckTensors(const AttentionArgs& args) {
+  absl::Status status = CheckTensor("q", args.q);
+  if (status.ok()) status = CheckTensor("k", args.k);
+  if (status.ok()) status = CheckTensor("v", args.v);
+  if (status.ok()) status = CheckTensor("o", args.o);
+  return status;
+}
+
+Problem MakeProblem(const AttentionArgs& args, std::vector<Sequence>* sequences) {
+  const AttentionShape& shape = args.shape;
+  Problem problem;
+  problem.dtype = shape.dtype;
+  problem.q_heads = shape.q_heads;
+  problem.kv_heads = shape.kv_heads;
+  problem.head_dim = shape.head_dim;
+  problem.block_size = args.policy.block_size;
+  problem.sequences = shape.sequences();
+  problem.total_q = shape.total_q();
+  problem.total_k = shape.total_k();
+  const std::vector<SequenceBlocks> blocks = SplitIntoBlocks(shape, args.policy.block_size);
+  problem.rows = TotalRows(blocks);
+  problem.k_blocks_max = static_cast<int32_t>(MaxKeyBlocks(blocks));
+  sequences->clear();
+  for (const SequenceBlocks& from : blocks) {
+    const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
+    sequences->push_back({.q_begin = narrow(from.q_begin),
+                          .k_begin = narrow(from.k_begin),
+                          .sq = narrow(from.sq),
+                          .sk = narrow(from.sk),
+                          .prefix = narrow(from.prefix),
+                          .first_q_block = narrow(from.first_q_block),
+                          .q_blocks = narrow(from.q_blocks),
+                          .k_blocks = narrow(from.k_blocks),
+                          .row_begin = narrow(from.row_begin),
+                          .page_begin = 0});
+    const Sequence& to = sequences->back();
+    problem.q_blocks_max = std::max(problem.q_blocks_max, to.q_blocks);
+    problem.sq_max = std::max(problem.sq_max, to.sq);
+    problem.sk_max = std::max(problem.sk_max, to.sk);
+  }
+  problem.host_sequence = sequences->data();
+  problem.softmax_scale = static_cast<float>(args.softmax_scale);
+  problem.q = TensorOf(args.q);
+  problem.k = TensorOf(args.k);
+  problem.v = TensorOf(args.v);
+  problem.o = TensorOf(args.o);
+  problem.lse = args.lse;
+  problem.count = args.index.count;
+  problem.index = args.index.index;
+  problem.index_stride = args.index.stride;
+  return problem;
+}
+
+WorkspaceLayout LayOut(const Problem& problem, Method method) {
+  size_t stage = AttendWorkspace(problem);
+  if (method == Method::kJoint) stage = std::max(stage, JointWorkspace(problem));
+  if (method == Method::kFlexPrefill) stage = std::max(stage, FlexPrefillWorkspace(problem));
+  if (method != Method::kDense) stage = std::max(stage, CapturedMassWorkspace(problem));
+  WorkspaceLayout layout;
+  layout.stage = Aligned(static_cast<size_t>(problem.sequences) * sizeof(Sequence));
+  layout.bytes = layout.stage + Aligned(stage);
+  return layout;
+}
+
+}  // namespace prefilld::cuda

@@ -1,0 +1,324 @@
+// Stage 3 on the GPU, both kernel sets, against the double-precision oracle on the same index.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/launch.h"
+#include "tests/kernels/cuda/cuda_case.h"
+
+namespace prefilld::cuda {
+namespace {
+
+constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
+constexpr int kHeadDims[] = {64, 96, 128, 256};
+constexpr int kBlockSizes[] = {64, 128};
+constexpr int64_t kPrefixes[][2] = {{1, 2},     {1, 1000},  {128, 256}, {100, 300},
+                                    {172, 300}, {129, 514}, {200, 201}};
+
+struct KernelSet {
+  const char* name;
+  CudaCase::Attend attend;
+  bool (*has)(DType dtype, int head_dim, int block_size);
+  int capability;  // of the oldest GPU, major
+};
+void PrintTo(const KernelSet& set, std::ostream* out) { *out << set.name; }
+const KernelSet kSets[] = {{"sm80", AttendSm80, HasAttendSm80, 8},
+                           {"sm90", AttendSm90, HasAttendSm90, 9}};
+
+bool Runs(const KernelSet& set) {
+  int major = 0;
+  return HasDevice() &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
+         major >= set.capability;
+}
+
+class AttendOnGpu : public testing::TestWithParam<KernelSet> {
+ protected:
+  void SetUp() override {
+    if (!Runs(GetParam())) GTEST_SKIP() << "no GPU for " << GetParam().name;
+  }
+  bool Has(const CaseOptions& options) const {
+    return GetParam().has(options.dtype, options.head_dim, options.block_size);
+  }
+  Output Run(CudaCase* input, int poison = 0xFF) { return input->Run(GetParam().attend, poison); }
+
+  void ExpectMatches(const CaseOptions& options, int keep_percent = 50) {
+    if (!Has(options)) return;
+    SCOPED_TRACE(Describe(options));
+    CudaCase input(options);
+    const CudaCase::Rows rows = input.RandomRows(keep_percent);
+    input.SetIndex(rows);
+    ExpectMatchesOracle(input, rows, Run(&input));
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Every, AttendOnGpu, testing::ValuesIn(kSets),
+                         [](const auto& set) { return std::string(set.param.name); });
+
+// Small enough for compute-sanitizer: every path once.
+TEST_P(AttendOnGpu, Smoke) {
+  for (int d : kHeadDims) ExpectMatches({.q_heads = 2, .kv_heads = 1, .head_dim = d, .sq = {300}});
+  ExpectMatches({.q_heads = 2, .kv_heads = 1, .block_size = 64, .sq = {200}});
+  ExpectMatches({.q_heads = 2,
+                 .kv_heads = 1,
+                 .sq = {100, 1, 130},
+                 .sk = {290, 1, 130},
+                 .layout = Layout::kPaged});
+}
+
+TEST_P(AttendOnGpu, MatchesTheOracleAtEveryLength) {
+  for (int64_t tokens : {1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 1000}) {
+    for (int block_size : kBlockSizes) {
+      ExpectMatches({.q_heads = 3, .kv_heads = 1, .block_size = block_size, .sq = {tokens}});
+    }
+  }
+}
+
+TEST_P(AttendOnGpu, MatchesTheOracleInEveryDTypeHeadDimAndBlockSize) {
+  for (DType dtype : kDTypes) {
+    for (int d : kHeadDims) {
+      for (int block_size : kBlockSizes) {
+        for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
+          ExpectMatches({.dtype = dtype,
+                         .head_dim = d,
+                         .block_size = block_size,
+                         .sq = {450},
+                         .sk = {600},
+                         .layout = layout});
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AttendOnGpu, AlignsQueriesAfterAPrefixToAbsolutePositions) {
+  for (const auto& [sq, sk] : kPrefixes) {
+    for (int block_size : kBlockSizes) {
+      for (Layout layout : {Layout::kTokens, Layout::kPaged}) {
+        ExpectMatches({.block_size = block_size, .sq = {sq}, .sk = {sk}, .layout = layout});
+      }
+    }
+  }
+}
+
+TEST_P(AttendOnGpu, KeepsRaggedSequencesApart) {
+  for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
+    for (int d : {64, 128}) {
+      ExpectMatches({.q_heads = 6,
+                     .kv_heads = 2,
+                     .head_dim = d,
+                     .sq = {1, 300, 7, 128, 1, 513},
+                     .sk = {1, 300, 200, 128, 129, 700},
+                     .layout = layout});
+    }
+  }
+}
+
+TEST_P(AttendOnGpu, GroupsQueryHeadsOverTheirKvHead) {
+  for (const auto& [q_heads, kv_heads] : {std::pair{8, 8}, {8, 2}, {7, 1}, {1, 1}, {12, 4}}) {
+    ExpectMatches({.q_heads = q_heads, .kv_heads = kv_heads, .sq = {260}});
+  }
+}
+
+TEST_P(AttendOnGpu, EveryCausalBlockIsDense) {
+  for (int d : {64, 128}) ExpectMatches({.head_dim = d, .sq = {700}}, 100);
+}
+
+TEST_P(AttendOnGpu, StaysAccurateWithPeakedScores) {
+  for (float amplitude : {4.0f, 16.0f}) ExpectMatches({.sq = {600}, .amplitude = amplitude});
+}
+
+TEST_P(AttendOnGpu, MatchesSampledRowsOfALongSequence) {
+  for (int64_t tokens : {4097, 20000}) {
+    for (int keep_percent : {3, 40, 100}) {
+      const CaseOptions options{.q_heads = 8, .kv_heads = 2, .sq = {tokens}};
+      CudaCase input(options);
+      const CudaCase::Rows rows = input.RandomRows(keep_percent);
+      input.SetIndex(rows);
+      ExpectMatchesOracle(input, rows, Run(&input), tokens > 10000 ? 1 : 4);
+    }
+  }
+}
+
+// An index is obeyed, whatever a method may choose: rows without their diagonal, without block 0,
+// of one block, of none.
+TEST_P(AttendOnGpu, ObeysAnyAscendingRows) {
+  for (int block_size : kBlockSizes) {
+    const CaseOptions options{.block_size = block_size, .sq = {700}, .sk = {900}};
+    if (!Has(options)) continue;
+    CudaCase input(options);
+    CudaCase::Rows rows = input.RandomRows(50, 3);
+    for (size_t row = 0; row < rows.size(); ++row) {
+      if (row % 4 == 1) rows[row].pop_back();
+      if (row % 5 == 2) rows[row].erase(rows[row].begin());
+      if (row % 7 == 3) rows[row].resize(std::min<size_t>(1, rows[row].size()));
+    }
+    for (std::vector<int32_t>& row : rows) {
+      if (row.empty()) row = {0};
+    }
+    input.SetIndex(rows);
+    ExpectMatchesOracle(input, rows, Run(&input));
+
+    rows[1].clear();
+    rows.back().clear();
+    input.SetIndex(rows);
+    const Output output = Run(&input);
+    const auto expect_empty = [&](int64_t t, int64_t h) {
+      EXPECT_EQ(output.lse[h * input.problem().total_q + t],
+                -std::numeric_limits<float>::infinity());
+      for (int c = 0; c < options.head_dim; ++c) {
+        ASSERT_EQ(output.o[(t * options.q_heads + h) * options.head_dim + c], 0)
+            << "token " << t << " channel " << c;
+      }
+    };
+    const int64_t prefix = 200, first = (prefix / block_size + 1) * block_size - prefix;
+    for (int64_t t = first; t < first + block_size; ++t) expect_empty(t, 0);
+    for (int64_t t = (899 / block_size) * block_size - prefix; t < 700; ++t) expect_empty(t, 3);
+  }
+}
+
+TEST_P(AttendOnGpu, GivesTheSameBitsEveryTime) {
+  CudaCase input({.q_heads = 8, .kv_heads = 2, .sq = {3000, 1100}, .sk = {3000, 1500}});
+  input.SetIndex(input.RandomRows(30));
+  const Output first = Run(&input);
+  for (int poison : {0xFF, 0x00, 0x5A}) EXPECT_TRUE(first == Run(&input, poison)) << poison;
+}
+
+TEST_P(AttendOnGpu, WorksInAGraph) {
+  CudaCase input({.q_heads = 8, .kv_heads = 2, .sq = {1500}});
+  input.SetIndex(input.RandomRows(30));
+  const Output expected = Run(&input);
+  Graph graph([&](cudaStream_t stream) {
+    EXPECT_CUDA_OK(
+        GetParam().attend(input.problem(), input.attend_workspace(), Multiprocessors(), stream));
+  });
+  for (int replay = 0; replay < 3; ++replay) {
+    input.PoisonOutput();
+    graph.Replay();
+    EXPECT_TRUE(expected == input.GetOutput()) << "replay " << replay;
+  }
+}
+
+TEST_P(AttendOnGpu, NeedsNoLse) {
+  CudaCase input({.sq = {300}});
+  input.SetIndex(input.RandomRows(50));
+  const Output expected = Run(&input);
+  Problem problem = input.problem();
+  problem.lse = nullptr;
+  input.PoisonOutput();
+  EXPECT_CUDA_OK(GetParam().attend(problem, input.attend_workspace(), Multiprocessors(), nullptr));
+  EXPECT_CUDA_OK(cudaDeviceSynchronize());
+  EXPECT_EQ(expected.o, input.GetOutput().o);
+}
+
+TEST_P(AttendOnGpu, PermutedHeadsGivePermutedOutput) {
+  const CaseOptions options{.q_heads = 4, .kv_heads = 1, .sq = {700}};
+  const int64_t d = options.head_dim;
+  CudaCase input(options);
+  CudaCase permuted(options, [&](cpu::Case* wide) {
+    std::vector<float> q = wide->q();
+    for (int64_t t = 0; t < 700; ++t) {
+      for (int64_t h = 0; h < 4; ++h) {
+        std::copy_n(&q[(t * 4 + (h + 1) % 4) * d], d, &wide->q()[(t * 4 + h) * d]);
+      }
+    }
+  });
+  const CudaCase::Rows rows = input.RandomRows(40);
+  CudaCase::Rows turned = rows;
+  std::rotate(turned.begin(), turned.begin() + input.problem().rows, turned.end());
+  input.SetIndex(rows);
+  permuted.SetIndex(turned);
+  const Output a = Run(&input), b = Run(&permuted);
+  for (int64_t t = 0; t < 700; ++t) {
+    for (int64_t h = 0; h < 4; ++h) {
+      for (int64_t c = 0; c < d; ++c) {
+        ASSERT_EQ(b.o[(t * 4 + h) * d + c], a.o[(t * 4 + (h + 1) % 4) * d + c])
+            << "token " << t << " head " << h;
+      }
+    }
+  }
+}
+
+TEST_P(AttendOnGpu, HandlesZeros) {
+  ExpectMatches({.sq = {500}, .sk = {700}, .family = Family::kZero});
+}
+
+// What is not a number stays where it is visible: in its sequence, behind its position, within the
+// rows that read its block.
+TEST_P(AttendOnGpu, KeepsNaNToItself) {
+  for (const float poison :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    for (Layout layout : {Layout::kTokens, Layout::kPaged}) {
+      const CaseOptions options{.q_heads = 2,
+                                .kv_heads = 1,
+                                .sq = {200, 300, 250},
+                                .sk = {200, 400, 250},
+                                .layout = layout};
+      const int64_t d = options.head_dim;
+      CudaCase clean(options);
+      CudaCase dirty(options, [&](cpu::Case* wide) {
+        // All of the second sequence, and the last key of the third. Not its value: what is masked
+        // has weight zero, and zero times infinity is NaN for the rows of that block.
+        std::fill(&wide->q()[200 * 2 * d], &wide->q()[500 * 2 * d], poison);
+        std::fill(&wide->k()[200 * d], &wide->k()[600 * d], poison);
+        std::fill(&wide->v()[200 * d], &wide->v()[600 * d], poison);
+        std::fill(&wide->k()[849 * d], &wide->k()[850 * d], poison);
+      });
+      const CudaCase::Rows rows = clean.RandomRows(60);
+      clean.SetIndex(rows);
+      dirty.SetIndex(rows);
+      const Output a = Run(&clean), b = Run(&dirty);
+      for (int64_t t = 0; t < 749; ++t) {
+        if (t >= 200 && t < 500) continue;
+        for (int64_t at = t * 2 * d; at < (t + 1) * 2 * d; ++at) {
+          ASSERT_EQ(a.o[at], b.o[at]) << "token " << t << " poison " << poison;
+        }
+        for (int64_t h : {0, 1}) {
+          ASSERT_EQ(a.lse[h * 750 + t], b.lse[h * 750 + t]) << "token " << t;
+        }
+      }
+    }
+  }
+}
+
+// NaN and infinities anywhere: no crash, no hang, nothing written but the output, and the next call
+// is right.
+TEST_P(AttendOnGpu, SurvivesAnyInput) {
+  const float inf = std::numeric_limits<float>::infinity();
+  for (const float poison : {std::numeric_limits<float>::quiet_NaN(), inf, -inf, 3e38f}) {
+    for (int which : {0, 1, 2}) {
+      CudaCase input({.sq = {500}}, [&](cpu::Case* wide) {
+        std::vector<float>& x = which == 0 ? wide->q() : which == 1 ? wide->k() : wide->v();
+        for (size_t i = 0; i < x.size(); i += 1001) x[i] = poison;
+      });
+      input.SetIndex(input.RandomRows(50));
+      Run(&input);
+    }
+  }
+  ExpectMatches({.sq = {500}});
+}
+
+// Every head_dim, dtype and block size has a kernel in some set of this GPU.
+TEST(AttendTable, CoversWhatTheServerOffers) {
+  for (DType dtype : kDTypes) {
+    for (int d : kHeadDims) {
+      for (int block_size : kBlockSizes) {
+        EXPECT_TRUE(HasAttendSm80(dtype, d, block_size) || HasAttendSm90(dtype, d, block_size))
+            << Name(dtype) << " d " << d << " block " << block_size;
+      }
+    }
+    EXPECT_TRUE(HasAttendSm90(dtype, 64, 128) && HasAttendSm90(dtype, 128, 128));
+    EXPECT_TRUE(HasAttendSm80(dtype, 64, 128) && HasAttendSm80(dtype, 128, 128));
+    EXPECT_FALSE(HasAttendSm80(dtype, 80, 128) || HasAttendSm90(dtype, 80, 128));
+    EXPECT_FALSE(HasAttendSm80(dtype, 128, 32) || HasAttendSm90(dtype, 128, 32));
+  }
+  EXPECT_FALSE(HasAttendSm80(DType::kF32, 128, 128) || HasAttendSm90(DType::kF32, 128, 128));
+}
+
+}  // namespace
+}  // namespace prefilld::cuda

@@ -1,0 +1,113 @@
+// The steps between method and attention on the GPU: sequences, bitmaps to block indices, the full
+// index of dense, the order of tasks.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "kernels/cuda/launch.h"
+#include "tests/kernels/cuda/cuda_case.h"
+
+namespace prefilld::cuda {
+namespace {
+
+const CaseOptions kCases[] = {
+    {.sq = {1}},
+    {.sq = {128}},
+    {.sq = {5000}},
+    {.block_size = 64, .sq = {5000}},
+    {.q_heads = 7, .kv_heads = 1, .head_dim = 64, .sq = {1, 300, 7, 513}, .sk = {1, 900, 200, 513}},
+    {.q_heads = 2, .kv_heads = 2, .head_dim = 64, .sq = {40000}},
+    {.q_heads = 2, .kv_heads = 1, .head_dim = 64, .block_size = 64, .sq = {3}, .sk = {140000}},
+};
+
+class IndexOnGpu : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!HasDevice()) GTEST_SKIP() << "no GPU";
+  }
+};
+
+TEST_F(IndexOnGpu, SequencesTravelAsTheyAre) {
+  for (int count : {1, 7, 64, 100, 1000}) {
+    std::vector<Sequence> host(count);
+    int32_t next = 0;
+    for (Sequence& s : host) {
+      s = {next++, next++, next++, next++, next++, next++, next++, next++, next++, next++};
+    }
+    const std::vector<Sequence> expected = host;
+    DeviceArray<Sequence> device(count);
+    EXPECT_CUDA_OK(WriteSequences(host.data(), count, device.data(), nullptr));
+    std::fill(host.begin(), host.end(), Sequence{});  // it need not stay
+    EXPECT_CUDA_OK(cudaDeviceSynchronize());
+    device.ExpectGuardsIntact("sequences");
+    const std::vector<Sequence> got = device.Get();
+    for (int s = 0; s < count; ++s) {
+      EXPECT_EQ(got[s].q_begin, expected[s].q_begin) << s << " of " << count;
+      EXPECT_EQ(got[s].page_begin, expected[s].page_begin) << s << " of " << count;
+    }
+  }
+}
+
+TEST_F(IndexOnGpu, BitmapsBecomeAscendingRows) {
+  for (const CaseOptions& options : kCases) {
+    SCOPED_TRACE(Describe(options));
+    for (int keep_percent : {0, 3, 50, 100}) {
+      CudaCase input(options);
+      const Selection selection = input.SelectionOf({.method = Method::kJoint});
+      input.PoisonSelection(0xFF);
+      const CudaCase::Rows rows = input.RandomRows(keep_percent);
+      const int64_t words = BitmapWords(input.problem());
+      std::vector<uint32_t> bits(rows.size() * words);
+      for (size_t row = 0; row < rows.size(); ++row) {
+        for (int32_t J : rows[row]) bits[row * words + J / 32] |= 1u << (J % 32);
+      }
+      const DeviceArray<uint32_t> bitmap(bits);
+      EXPECT_CUDA_OK(WriteIndex(selection, bitmap.data(), nullptr));
+      EXPECT_CUDA_OK(cudaDeviceSynchronize());
+      const Selected selected = input.GetSelected();
+      EXPECT_EQ(selected.rows, rows);
+      ExpectDensities(input, selected);
+    }
+  }
+}
+
+TEST_F(IndexOnGpu, DenseReadsEveryCausalBlock) {
+  for (const CaseOptions& options : kCases) {
+    SCOPED_TRACE(Describe(options));
+    CudaCase input(options);
+    const Selected selected = input.Select({.method = Method::kDense});
+    EXPECT_EQ(selected.rows, input.RandomRows(100));
+    for (const HeadReport& report : selected.report) {
+      EXPECT_EQ(report.pattern, Pattern::kDense);
+      EXPECT_EQ(report.dense_reason, DenseReason::kNone);
+      EXPECT_EQ(report.density, 1);
+    }
+  }
+}
+
+TEST_F(IndexOnGpu, TheOrderTakesEveryTaskOnce) {
+  for (const CaseOptions& options : kCases) {
+    SCOPED_TRACE(Describe(options));
+    CudaCase input(options);
+    input.SetIndex(input.RandomRows(20));
+    const int64_t tasks = input.problem().q_heads * input.problem().rows;
+    // The order begins the workspace of stage 3.
+    const auto words = static_cast<int64_t>(AttendWorkspace(input.problem()) / sizeof(uint32_t));
+    ASSERT_GE(words, tasks);
+    DeviceArray<uint32_t> order(words);
+    EXPECT_CUDA_OK(OrderTasks(input.problem(), order.data(), nullptr));
+    EXPECT_CUDA_OK(cudaDeviceSynchronize());
+    order.ExpectGuardsIntact("order");
+    std::vector<uint32_t> got = order.Get(), expected(tasks);
+    got.resize(tasks);
+    std::sort(got.begin(), got.end());
+    std::iota(expected.begin(), expected.end(), 0);
+    EXPECT_EQ(got, expected);
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::cuda
