@@ -101,24 +101,27 @@ absl::Status AddModels(const std::vector<std::string>& texts, std::vector<ModelS
 }
 
 // Names of what is served; gRPC always is, named or not.
-void AddTransports(CLI::App& app, bool* posix_shm) {
+void AddTransports(CLI::App& app, Config* config) {
   app.add_option_function<std::vector<std::string>>(
          "--transports",
-         [posix_shm](const std::vector<std::string>& names) {
-           *posix_shm = false;
+         [config](const std::vector<std::string>& names) {
+           config->posix_shm = false;
+           config->cuda_ipc = false;
            for (const std::string& name : names) {
              if (name == "posix_shm") {
-               *posix_shm = true;
+               config->posix_shm = true;
+             } else if (name == "cuda_ipc") {
+               config->cuda_ipc = true;
              } else if (name != "grpc") {
                throw CLI::ValidationError("--transports",
-                                          "'" + name + "' is neither grpc nor posix_shm");
+                                          "'" + name + "' is not grpc, posix_shm or cuda_ipc");
              }
            }
          },
-         "How tensors travel; grpc is always there")
+         "How tensors travel; grpc is always there, cuda_ipc needs the cuda backend")
       ->delimiter(',')
       ->type_name("NAMES")
-      ->default_str("grpc,posix_shm");
+      ->default_str("grpc,posix_shm,cuda_ipc");
 }
 
 // Open to the network only when somebody said so.
@@ -192,12 +195,18 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddEndpoint(app, "--listen", &config.listen, "gRPC address; port 0 picks one");
   AddEndpoint(app, "--http", &config.http, "Address of /metrics and /debug/sparsity");
   app.add_flag("--insecure_listen", insecure_listen, "Allow addresses beyond loopback without TLS");
-  app.add_option("--backend", config.backend, "auto, cpu or cuda");
+  app.add_option("--backend", config.backend,
+                 "cpu, cuda, or auto: cuda where there is a GPU and no --model, else cpu");
+  app.add_option("--cuda_kernels", config.cuda_kernels, "auto, sm80 or sm90 (Hopper alone)")
+      ->check(CLI::IsMember({"auto", "sm80", "sm90"}));
+  app.add_option("--inject_fault", config.inject_fault)
+      ->check(CLI::Range(0, 1 << 20))
+      ->group("");  // not in --help: for tests
   app.add_option("--threads", config.threads, "CPU threads; 0: all processors")
       ->check(CLI::Range(0, 4096));
   app.add_option("--model", models, "NAME=DIR of a Hugging Face model; repeatable")
       ->type_name("NAME=DIR");
-  AddTransports(app, &config.posix_shm);
+  AddTransports(app, &config);
   AddSize(app, "--kv_memory", &config.kv_memory,
           "Memory of all KV caches; default: half of the machine's, at most 8GiB");
   AddSize(app, "--attend_memory", &config.attend_memory,

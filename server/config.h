@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,8 +31,13 @@ struct Config {
   Endpoint http{"127.0.0.1", 9464};
   std::string backend = "auto";
   int threads = 0;  // of the CPU backend; 0: all processors
+  std::string cuda_kernels = "auto";  // of the cuda backend: sm80, sm90, or the best for the device
+  int inject_fault = 0;               // for tests: the n-th Attend breaks the device; 0: none
   std::vector<ModelSource> models;
-  bool posix_shm = true;  // offered beside gRPC, where /dev/shm can be used
+  // Offered beside gRPC: posix_shm where /dev/shm can be used, cuda_ipc (empty: where the backend
+  // has it) for the tensors of Attend.
+  bool posix_shm = true;
+  std::optional<bool> cuda_ipc;
 
   // Bytes. Touched as they are used; 0: what half (kv) or a quarter (attend) of the machine's
   // memory allows, at most 8 and 4 GiB.

@@ -20,9 +20,10 @@ namespace prefilld {
 class KvCache;
 class Transformer;
 
-// How tensors reach their reader: sent, or mapped by a caller on this host.
-enum class Transport { kGrpc, kPosixShm };
-inline constexpr std::array<const char*, 2> kTransportNames = {"grpc", "posix_shm"};
+// How tensors reach their reader: sent, or in memory that a caller on this host, or on this device,
+// opens.
+enum class Transport { kGrpc, kPosixShm, kCudaIpc };
+inline constexpr std::array<const char*, 3> kTransportNames = {"grpc", "posix_shm", "cuda_ipc"};
 constexpr const char* Name(Transport transport) {
   return kTransportNames[static_cast<size_t>(transport)];
 }
@@ -57,12 +58,19 @@ struct AttendWork {
   double softmax_scale = 0;
   bool return_lse = false;
   bool return_block_index = false;
-  Buffer q, k, v;  // written by the RPC thread until Scheduler::UploadDone
-  // Outputs, allocated at admission (o) or by the engine (the rest).
-  Buffer o;                          // [total_q, q_heads, d]
-  std::shared_ptr<const void> held;  // keeps q, k, v and o where they lie in a segment
-  std::vector<float> lse;            // [q_heads, total_q]
-  std::vector<int32_t> block_count;  // [q_heads, rows]
+  // Where the stages read and write, allocated at admission; lse only when it is returned. Device
+  // memory: a caller on the same device writes q, k and v there itself, else the RPC thread
+  // enqueues copies on Device::upload_stream() until Scheduler::UploadDone.
+  Buffer q, k, v;
+  Buffer o;    // [total_q, q_heads, d]
+  Buffer lse;  // F32 [q_heads, total_q]
+  // Where the engine copies o and lse when they are done, pinned. Empty where they need not move:
+  // the device computes in host memory, or the caller reads them on the device.
+  Buffer host_o, host_lse;
+  // A segment that the buffers above point into, or the Staging that copies into them. Goes before
+  // them.
+  std::shared_ptr<const void> held;
+  std::vector<int32_t> block_count;  // [q_heads, rows], by the engine
   std::vector<int32_t> block_index;  // [q_heads, rows, max], -1 padding
   int64_t rows = 0, max_blocks = 0;
 };

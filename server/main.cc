@@ -1,4 +1,5 @@
-// prefilld: flags -> Config -> Server::Start -> wait for SIGTERM or SIGINT -> drain -> exit 0.
+// prefilld: flags -> Config -> Server::Start -> wait for SIGTERM or SIGINT -> drain -> exit 0, or 1 when a fault took
+// the device.
 #include <signal.h>
 #include <unistd.h>
 
@@ -51,7 +52,7 @@ int Run(int argc, char** argv) {
   (*server)->Drain();
   Log(Level::kInfo, "stopped");
   // Nothing is left to save, and taking gRPC apart can take it ten seconds after a peer was killed.
-  _exit(0);
+  _exit((*server)->device_lost() ? 1 : 0);
 }
 
 }  // namespace

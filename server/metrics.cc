@@ -31,6 +31,7 @@ constexpr const char* kRejections[] = {"queue_full",
                                        "attend_memory",
                                        "shm_memory",
                                        "draining",
+                                       "device_lost",
                                        "deadline_infeasible",
                                        "deadline_passed",
                                        "invalid_argument",
@@ -137,7 +138,11 @@ Metrics::Metrics()
       handoff_failures_(
           Counters(*registry_, "prefilld_handoff_failures_total", "Pulls that did not complete")),
       handoff_transport_info_(
-          Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")) {
+          Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")),
+      gpu_memory_(Gauges(*registry_, "prefilld_gpu_memory_bytes",
+                         "Held by the server on the device, and of the host pinned for it")),
+      gpu_faults_(Counters(*registry_, "prefilld_gpu_faults_total",
+                           "Faults that no CUDA context survives: the server ends")) {
   for (const char* method : kMethods) {
     for (const char* code : kCodes) requests_.Add({{"method", method}, {"code", code}});
     request_duration_.Add({{"method", method}}, Seconds());
@@ -149,13 +154,14 @@ Metrics::Metrics()
     DenseFallback(reason, 0);
   }
   for (const char* state : kBlockStateNames) kv_blocks_.Add({{"state", state}});
-  for (Transport transport : {Transport::kGrpc, Transport::kPosixShm}) {
+  for (Transport transport : {Transport::kGrpc, Transport::kPosixShm, Transport::kCudaIpc}) {
     HandoffBytes(transport, 0);
     handoff_duration_.Add({{"transport", Name(transport)}}, Seconds());
     for (const char* reason : kHandoffFailures) {
       handoff_failures_.Add({{"transport", Name(transport)}, {"reason", reason}});
     }
   }
+  for (const char* kind : Device::kFaultKinds) gpu_faults_.Add({{"kind", kind}});
   OfferTransport(Transport::kGrpc);
   AddModel(kAttendModel);
   Gauges(*registry_, "prefilld_build_info", "The version that runs")
@@ -221,6 +227,14 @@ void Metrics::DenseFallback(DenseReason reason, int64_t heads) {
 void Metrics::SetKvBlocks(BlockState state, int64_t blocks) {
   kv_blocks_.Add({{"state", kBlockStateNames[static_cast<size_t>(state)]}})
       .Set(static_cast<double>(blocks));
+}
+
+void Metrics::GpuFault(std::string_view kind) {
+  gpu_faults_.Add({{"kind", std::string(kind)}}).Increment();
+}
+
+void Metrics::SetGpuMemory(const char* kind, uint64_t bytes) {
+  gpu_memory_.Add({{"kind", kind}}).Set(static_cast<double>(bytes));
 }
 
 std::vector<prometheus::MetricFamily> Metrics::Collect() {

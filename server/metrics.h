@@ -8,11 +8,13 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "kernels/attention.h"
+#include "kernels/backend.h"
 #include "prometheus/counter.h"
 #include "prometheus/family.h"
 #include "prometheus/gauge.h"
@@ -66,6 +68,10 @@ struct Metrics {
   prometheus::Gauge& leases_active;                    // set by on_scrape
   void SetKvBlocks(BlockState state, int64_t blocks);  // by on_scrape
 
+  // --- device; no series where there is no GPU but the faults' ---
+  void GpuFault(std::string_view kind);                 // one of Device::kFaultKinds; by the engine
+  void SetGpuMemory(const char* kind, uint64_t bytes);  // one of Device::memory's; by on_scrape
+
   prometheus::Gauge& ready;  // 1 while the server takes new work
 
   // Runs before every collection, to set what is only looked at then. Set before serving.
@@ -97,6 +103,8 @@ struct Metrics {
   Family<prometheus::Histogram>& handoff_duration_;
   Family<prometheus::Counter>& handoff_failures_;
   Family<prometheus::Gauge>& handoff_transport_info_;
+  Family<prometheus::Gauge>& gpu_memory_;
+  Family<prometheus::Counter>& gpu_faults_;
 };
 
 }  // namespace prefilld

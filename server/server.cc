@@ -4,6 +4,8 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server_builder.h>
+#include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -12,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
+#include "server/kv/ipc_memory.h"
 #include "server/log.h"
 #include "server/version.h"
 
@@ -20,6 +23,7 @@ namespace {
 
 constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
+constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
@@ -66,11 +70,14 @@ absl::Status Explain(const char* what, const absl::Status& status) {
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   std::unique_ptr<Server> server(new Server(config));
-  auto backend = CreateBackend(config.backend, config.threads);
+  // Models need the operations that the CPU alone has.
+  const bool model_needs_cpu = config.backend == "auto" && !config.models.empty();
+  auto backend = CreateBackend(model_needs_cpu ? "cpu" : config.backend, config.threads,
+                               config.cuda_kernels);
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
-  server->OpenSharedMemory();
+  if (absl::Status status = server->OpenSharedMemory(); !status.ok()) return status;
 
   server->leases_ = std::make_unique<LeaseTable>(
       LeaseTable::Events{.ended = [s = server.get()](const LeaseInfo& lease, LeaseEnd why) {
@@ -82,7 +89,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
              {"reason", kWhy[static_cast<int>(why)]}});
         s->prefills_.Remove(lease.name, lease.generation);
       }});
-  server->engine_ = std::make_unique<Engine>(*server->backend_, server->metrics_);
+  server->engine_ =
+      std::make_unique<Engine>(*server->backend_, server->metrics_, config.inject_fault);
   if (absl::Status status = server->engine_->Calibrate(); !status.ok()) {
     return Explain("calibration", status);
   }
@@ -93,6 +101,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
 
   server->metrics_.on_scrape = [s = server.get()](Metrics& metrics) {
     metrics.leases_active.Set(static_cast<double>(s->leases_->active()));
+    for (const Device::Memory& memory : s->backend_->device().memory()) {
+      metrics.SetGpuMemory(memory.kind, memory.bytes);
+    }
     if (!s->pool_) return;
     const auto counts = s->pool_->CountByState();
     for (size_t i = 0; i < counts.size(); ++i) {
@@ -112,7 +123,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
        {"device", std::string(server->backend_->device().name())},
        {"models", server->models_.size()},
        {"kv_blocks", server->pool_ ? server->pool_->total() : 0},
-       {"shm_domain", server->shm_ ? server->shm_->name() : ""}});
+       {"shm_domain", server->shm_ ? server->shm_->name() : ""},
+       {"cuda_ipc_domain", server->cuda_ipc_domain_}});
   return server;
 }
 
@@ -144,9 +156,21 @@ absl::Status Server::LoadModels() {
   return absl::OkStatus();
 }
 
+absl::Status Server::OpenSharedMemory() {
+  const bool shares = !backend_->device().uuid().empty();
+  if (config_.cuda_ipc.value_or(false) && !shares) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("--transports: cuda_ipc is not possible with the ",
+                     std::string(backend_->name()), " backend: it needs --backend=cuda"));
+  }
+  if (shares && config_.cuda_ipc.value_or(true)) cuda_ipc_domain_ = CudaIpcDomain();
+  if (!cuda_ipc_domain_.empty()) metrics_.OfferTransport(Transport::kCudaIpc);
+  if (config_.posix_shm) OpenDevShm();
+  return absl::OkStatus();
+}
+
 // Callers elsewhere are served without it, so that a /dev/shm of no use is no reason not to start.
-void Server::OpenSharedMemory() {
-  if (!config_.posix_shm) return;
+void Server::OpenDevShm() {
   auto shm = ShmDomain::Open(boot_id_);
   if (!shm.ok()) {
     Log(Level::kWarning, "posix_shm_not_offered",
@@ -172,10 +196,13 @@ absl::Status Server::StartGrpc() {
                                        .attend_bytes_max = config_.attend_memory,
                                        .lease_ttl = config_.lease_ttl,
                                        .lease_ttl_max = config_.lease_ttl_max,
-                                       .posix_shm = shm_ != nullptr},
+                                       .posix_shm = shm_ != nullptr,
+                                       .cuda_ipc = !cuda_ipc_domain_.empty(),
+                                       .device_memory = !backend_->device().host_memory()},
                             .waiting_jobs_max = config_.waiting_jobs_max,
                             .upload_timeout = config_.upload_timeout,
-                            .boot_id = boot_id_});
+                            .boot_id = boot_id_,
+                            .cuda_ipc_domain = cuda_ipc_domain_});
   prefill_service_ = std::make_unique<PrefillServiceImpl>(*rpc_);
   handoff_service_ = std::make_unique<KvHandoffServiceImpl>(*rpc_);
   model_service_ = std::make_unique<ModelServiceImpl>(*rpc_);
@@ -214,10 +241,18 @@ absl::Status Server::StartGrpc() {
   return absl::OkStatus();
 }
 
-// Running with no progress is not healthy: orchestrators restart what is not live.
+// Running with no progress is not healthy: orchestrators restart what is not live. A lost device is
+// the end of the process: nothing in it can make a new one.
 void Server::Watch() {
   bool healthy = true;
   while (!stopping_.WaitForNotificationWithTimeout(kWatchInterval)) {
+    const std::string_view fault = backend_->device().fault();
+    if (!fault.empty()) {
+      Log(Level::kError, "device_lost", {{"kind", std::string(fault)}});
+      grpc_->GetHealthCheckService()->SetServingStatus("", false);
+      kill(getpid(), SIGTERM);  // main drains
+      return;
+    }
     const bool stalled = scheduler_->Stalled(config_.stall_timeout);
     if (stalled != healthy) continue;
     healthy = !stalled;
@@ -227,7 +262,10 @@ void Server::Watch() {
 }
 
 void Server::Drain() {
-  const absl::Time deadline = absl::Now() + config_.drain_timeout;
+  // Without a device every job fails at once: only their answers are waited for.
+  const absl::Time deadline =
+      absl::Now() + (device_lost() ? std::min(config_.drain_timeout, kLostDeviceTimeout)
+                                   : config_.drain_timeout);
   Log(Level::kInfo, "draining", {{"leases", leases_->active()}});
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
   metrics_.ready.Set(0);

@@ -29,6 +29,8 @@ class Server {
   // Not ready from now on; finishes what runs and waits until leases are consumed or expired, all
   // within the drain timeout; then cuts off what is left. Blocks; once.
   void Drain();
+  // A fault took the device: the process ends by SIGTERM to itself, and must not exit with 0.
+  bool device_lost() const { return !backend_->device().fault().empty(); }
   // Takes our segments out of /dev/shm: for an exit that destroys nothing. Any thread; no call can
   // have a new segment afterwards.
   void RemoveSegments();
@@ -36,7 +38,8 @@ class Server {
  private:
   explicit Server(Config config);
   absl::Status LoadModels();
-  void OpenSharedMemory();
+  absl::Status OpenSharedMemory();
+  void OpenDevShm();
   absl::Status StartGrpc();
   void Watch();
 
@@ -50,6 +53,7 @@ class Server {
   std::unique_ptr<Backend> backend_;
   Models models_;
   std::unique_ptr<ShmDomain> shm_;   // null when posix_shm is not offered
+  std::string cuda_ipc_domain_;      // empty when cuda_ipc is not
   std::unique_ptr<BlockPool> pool_;  // null without models
   std::unique_ptr<LeaseTable> leases_;
   std::unique_ptr<Engine> engine_;

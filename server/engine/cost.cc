@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace prefilld {
 namespace {
@@ -19,55 +20,99 @@ double SelectFlops(int q_heads, int head_dim, int64_t sk) {
   return 2.0 * 128 * q_heads * head_dim * static_cast<double>(sk);
 }
 
-void Follow(std::atomic<double>& rate, double seen) {
+void Follow(std::atomic<double>& value, double seen, double share) {
   if (!std::isfinite(seen) || seen <= 0) return;
-  rate.store(0.9 * rate.load(std::memory_order_relaxed) + 0.1 * seen, std::memory_order_relaxed);
+  const double old = value.load(std::memory_order_relaxed);
+  value.store((1 - share) * old + share * seen, std::memory_order_relaxed);
 }
 
 double Fit(int64_t k_blocks) { return std::min(1.0, 0.14 + 9.0 / static_cast<double>(k_blocks)); }
 
 }  // namespace
 
+void CostCurve::Set(std::vector<Point> points) {
+  std::erase_if(points, [](const Point& point) { return point.flops <= 0 || point.seconds <= 0; });
+  if (points.empty()) return;
+  std::sort(points.begin(), points.end(),
+            [](const Point& a, const Point& b) { return a.flops < b.flops; });
+  points_ = std::move(points);
+  least_flops_ = points_.front().flops / 4;
+  speed_ = 1;
+}
+
+double CostCurve::Measured(double flops) const {
+  const auto above = std::find_if(points_.begin(), points_.end(),
+                                  [flops](const Point& point) { return point.flops >= flops; });
+  if (above == points_.begin() || above == points_.end()) {
+    const Point& end = above == points_.end() ? points_.back() : points_.front();
+    return end.seconds * flops / end.flops;
+  }
+  const Point &low = above[-1], &high = *above;
+  const double share = std::log(flops / low.flops) / std::log(high.flops / low.flops);
+  return low.seconds * std::pow(high.seconds / low.seconds, share);
+}
+
+double CostCurve::Seconds(double flops) const {
+  return Measured(flops) / speed_.load(std::memory_order_relaxed);
+}
+
+void CostCurve::Observe(double flops, double seconds) {
+  if (flops >= least_flops_) Follow(speed_, Measured(flops) / seconds, 0.1);
+}
+
+CostModel::Work CostModel::WorkOf(int q_heads, int head_dim, int64_t sq, int64_t sk) {
+  return {.dense = AttentionFlops(q_heads, head_dim, sq, sk),
+          .select = SelectFlops(q_heads, head_dim, sk),
+          .k_blocks = (sk + 127) / 128};
+}
+
+CostModel::Work CostModel::WorkOf(const AttentionShape& shape) {
+  Work sum;
+  for (int s = 0; s < shape.sequences(); ++s) {
+    const Work one = WorkOf(shape.q_heads, shape.head_dim,
+                            shape.cu_seqlens_q[s + 1] - shape.cu_seqlens_q[s],
+                            shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s]);
+    sum.dense += one.dense;
+    sum.select += one.select;
+    sum.k_blocks = std::max(sum.k_blocks, one.k_blocks);
+  }
+  return sum;
+}
+
 double CostModel::PredictedDensity(int64_t k_blocks) const {
   return std::clamp(Fit(k_blocks) * density_ratio_.load(std::memory_order_relaxed), 0.01, 1.0);
-}
-
-double CostModel::AttentionSeconds(int q_heads, int head_dim, int64_t sq, int64_t sk,
-                                   double density) const {
-  return density * AttentionFlops(q_heads, head_dim, sq, sk) / attention_flops_;
-}
-
-double CostModel::SelectSeconds(int q_heads, int head_dim, int64_t sk) const {
-  return SelectFlops(q_heads, head_dim, sk) / select_flops_;
 }
 
 double CostModel::LinearSeconds(int64_t tokens, int64_t layer_weights) const {
   return 2.0 * static_cast<double>(tokens) * static_cast<double>(layer_weights) / linear_flops_;
 }
 
-bool CostModel::SparseIsFaster(int q_heads, int head_dim, int64_t sq, int64_t sk) const {
-  const double density = PredictedDensity((sk + 127) / 128);
-  return SelectSeconds(q_heads, head_dim, sk) +
-             AttentionSeconds(q_heads, head_dim, sq, sk, density) <
-         AttentionSeconds(q_heads, head_dim, sq, sk, 1);
+bool CostModel::SparseIsFaster(const Work& work) const {
+  return SelectSeconds(work) + SparseSeconds(work, PredictedDensity(work.k_blocks)) <
+         DenseSeconds(work);
 }
 
-void CostModel::ObserveAttention(int q_heads, int head_dim, int64_t sq, int64_t sk, double density,
-                                 double seconds) {
-  Follow(attention_flops_, density * AttentionFlops(q_heads, head_dim, sq, sk) / seconds);
+bool CostModel::SparseIsFaster(const Work& work, double density) const {
+  return SparseSeconds(work, density) < DenseSeconds(work);
 }
 
-void CostModel::ObserveSelect(int q_heads, int head_dim, int64_t sk, double seconds) {
-  Follow(select_flops_, SelectFlops(q_heads, head_dim, sk) / seconds);
+void CostModel::SetCurves(std::vector<CostCurve::Point> dense,
+                          std::vector<CostCurve::Point> sparse,
+                          std::vector<CostCurve::Point> select) {
+  dense_.Set(std::move(dense));
+  sparse_.Set(std::move(sparse));
+  select_.Set(std::move(select));
 }
 
 void CostModel::ObserveLinear(int64_t tokens, int64_t layer_weights, double seconds) {
-  Follow(linear_flops_,
-         2.0 * static_cast<double>(tokens) * static_cast<double>(layer_weights) / seconds);
+  const double flops = 2.0 * static_cast<double>(tokens) * static_cast<double>(layer_weights);
+  Follow(linear_flops_, flops / seconds, 0.1);
 }
 
 void CostModel::ObserveDensity(int64_t k_blocks, double density) {
-  Follow(density_ratio_, density / Fit(k_blocks));
+  Follow(density_ratio_, density / Fit(k_blocks), 0.1);
 }
+
+void CostModel::ForgetDensity() { Follow(density_ratio_, 1, 0.01); }
 
 }  // namespace prefilld

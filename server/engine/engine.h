@@ -32,8 +32,9 @@ struct Batch {
 
 class Engine {
  public:
-  Engine(Backend& backend, Metrics& metrics);
-  // Times small calls to learn this device's rates; less than a second.
+  // inject_fault_after: for tests, the attention of the n-th Attend breaks the device; 0: none.
+  Engine(Backend& backend, Metrics& metrics, int inject_fault_after = 0);
+  // Times calls of a few lengths to learn this device's rates; less than two seconds.
   absl::Status Calibrate();
 
   // Seconds the rest of a job will take, by the cost model, when `layers_done` are behind it.
@@ -51,22 +52,43 @@ class Engine {
 
   absl::Status RunAttend(Job& job);
 
+  // UNAVAILABLE once a fault has taken the device: no job can run any more. Thread: any.
+  absl::Status CheckDevice() const;
+
  private:
-  absl::Status RunStages(AttentionArgs& args, PhaseSeconds& phases, DenseReason dense_reason);
-  void Observe(const AttentionArgs& args, const PhaseSeconds& phases);
+  // One call of the stages.
+  struct StagesCall {
+    AttentionArgs args;  // all but index and report
+    bool open = false;   // the method was left open: dense may still take its place
+    DenseReason dense_reason = DenseReason::kNone;
+    void *host_o = nullptr, *host_lse = nullptr;  // where o and lse are copied, or null
+    size_t o_bytes = 0, lse_bytes = 0;
+    std::vector<HeadReport> report;  // [sequences, q_heads], out
+    PhaseSeconds phases{};           // out
+  };
+  absl::Status RunStages(StagesCall& call);
+  absl::Status Enqueue(StagesCall& call, const CostModel::Work& work);
+  absl::Status CalibrateAttention();
+  absl::Status CalibrateLinear();
+  void Observe(const StagesCall& call);
   void Observe(const std::string& model, const HeadReport& head, bool measured);
-  SparsityPolicy Decide(const Job& job, const AttentionShape& shape, DenseReason* reason) const;
+  SparsityPolicy Decide(const Job& job, const AttentionShape& shape, DenseReason* reason);
+  void NoteFault();
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);
   static void TakePhases(const Batch& batch, Job& job);
-  static void CopyIndex(const BlockIndexView& index, int heads, AttendWork& work);
+  absl::Status CopyIndex(const BlockIndexView& index, int heads, AttendWork& work);
 
   Backend& backend_;
   Metrics& metrics_;
   CostModel cost_;
   Buffer scratch_;  // q, k, v, o of one layer, F32; grows to the largest batch seen
   LayerScratch layer_{};
-  std::vector<int32_t> index_count_, index_;
+  // The block index and the reports of the call that runs; grow to the largest seen.
+  Buffer index_count_, index_, report_;
+  Buffer index_staging_;  // host: where a block index passes through on its way to a caller
+  int attends_to_fault_;
+  bool fault_noted_ = false;
 };
 
 }  // namespace prefilld

@@ -38,6 +38,10 @@ std::vector<v1::TensorSpec> Specs(const Job& job, bool ragged, int64_t rows, int
 
 }  // namespace
 
+v1::BufferRef AttendSegment::BufferAt(uint64_t offset, uint64_t bytes) const {
+  return shm != nullptr ? BufferIn(*shm, offset, bytes) : BufferIn(*ipc, offset, bytes);
+}
+
 uint64_t BytesOf(const v1::TensorSpec& spec) {
   uint64_t bytes = spec.data_type() == v1::DATA_TYPE_U8 ? 1
                    : spec.data_type() == v1::DATA_TYPE_F32 || spec.data_type() == v1::DATA_TYPE_I32
@@ -61,10 +65,11 @@ AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged,
     held->captured_mass.push_back(entry.captured_mass);
   }
   const AttendWork& work = *job->attend;
+  const bool moved = work.host_o.data() != nullptr;
   for (v1::TensorSpec& spec : Specs(*job, ragged, work.rows, work.max_blocks)) {
     const std::string& name = spec.name();
-    const void* data = name == "o"             ? work.o.data()
-                       : name == "lse"         ? work.lse.data()
+    const void* data = name == "o"             ? (moved ? work.host_o : work.o).data()
+                       : name == "lse"         ? (moved ? work.host_lse : work.lse).data()
                        : name == "block_count" ? work.block_count.data()
                        : name == "block_index" ? work.block_index.data()
                        : name == "pattern"     ? static_cast<const void*>(held->pattern.data())
@@ -75,13 +80,22 @@ AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged,
   }
   held->job = std::move(job);
   held_ = std::move(held);
-  if (segment == nullptr) return;
+}
+
+absl::Status AttendOutputs::Place(Device& device) {
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    std::byte* place = segment->memory->data() + segment->outputs[i];
-    const void* data = tensors_[i].data;
-    if (data != place) std::memcpy(place, data, tensors_[i].bytes);  // all but o
+    std::byte* place = segment_->data() + segment_->outputs[i];
+    const Tensor& tensor = tensors_[i];
+    if (reinterpret_cast<const std::byte*>(tensor.data) == place) continue;  // o and lse
+    if (segment_->shm != nullptr) {
+      std::memcpy(place, tensor.data, tensor.bytes);
+    } else if (absl::Status status = device.Copy(place, tensor.data, tensor.bytes, Stream{});
+               !status.ok()) {
+      return status;
+    }
   }
   current_ = tensors_.size();
+  return segment_->ipc != nullptr ? device.Synchronize(Stream{}) : absl::OkStatus();
 }
 
 v1::OutputSpecs AttendOutputs::specs() const {
@@ -89,7 +103,7 @@ v1::OutputSpecs AttendOutputs::specs() const {
   for (size_t i = 0; i < tensors_.size(); ++i) {
     *specs.add_tensors() = tensors_[i].spec;
     if (segment_ == nullptr) continue;
-    *specs.add_buffers() = BufferIn(*segment_->memory, segment_->outputs[i], tensors_[i].bytes);
+    *specs.add_buffers() = segment_->BufferAt(segment_->outputs[i], tensors_[i].bytes);
   }
   return specs;
 }

@@ -1,6 +1,6 @@
 // The tensors that an Attend answers with, and their chunks. The bytes stay where the engine wrote
-// them: slices refer to the job, which lives until gRPC has let go of the last of them. In a
-// segment there are no chunks: what the engine has not written there is copied.
+// them: slices refer to the job, which lives until gRPC has let go of the last of them. In memory
+// that the caller opens there are no chunks: what the engine has not written there is copied.
 #pragma once
 
 #include <grpcpp/support/byte_buffer.h>
@@ -12,6 +12,7 @@
 #include "prefilld/v1/prefill_service.pb.h"
 #include "prefilld/v1/tensor.pb.h"
 #include "server/job.h"
+#include "server/kv/ipc_memory.h"
 #include "server/kv/shm_segment.h"
 
 namespace prefilld {
@@ -22,17 +23,26 @@ std::vector<v1::TensorSpec> AnnouncedOutputs(const Job& job, bool ragged);
 
 uint64_t BytesOf(const v1::TensorSpec& spec);
 
-// Where the tensors of one Attend over posix_shm lie: the announced inputs, then the outputs, each
-// with room for its upper bound.
+// Where the tensors of one Attend lie that are not sent: the announced inputs, then the outputs,
+// each with room for its upper bound.
 struct AttendSegment {
-  std::shared_ptr<ShmSegment> memory;
+  std::shared_ptr<ShmSegment> shm;        // over posix_shm
+  std::shared_ptr<IpcMemory> ipc;         // over cuda_ipc
   std::vector<uint64_t> inputs, outputs;  // offsets
+
+  bool exists() const { return shm != nullptr || ipc != nullptr; }
+  std::byte* data() const { return shm != nullptr ? shm->data() : ipc->data(); }
+  v1::BufferRef BufferAt(uint64_t offset, uint64_t bytes) const;
 };
 
 class AttendOutputs {
  public:
-  // job: finished with OK. `segment`: of a call over posix_shm, else null; outlives this.
+  // job: finished with OK. `segment`: where the outputs have to be, else null; outlives this.
   AttendOutputs(std::shared_ptr<const Job> job, bool ragged, const AttendSegment* segment);
+
+  // Puts what is not there yet into the segment; then there is nothing to send. Waits for `device`
+  // where that is its memory.
+  absl::Status Place(Device& device);
 
   v1::OutputSpecs specs() const;
   uint64_t total_bytes() const { return total_; }

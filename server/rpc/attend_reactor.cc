@@ -2,6 +2,7 @@
 
 #include <array>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
@@ -17,6 +18,24 @@ std::pair<uint64_t, uint64_t> TensorBytes(const AttentionShape& shape) {
   const uint64_t row = static_cast<uint64_t>(shape.head_dim) * SizeOf(shape.dtype);
   return {static_cast<uint64_t>(shape.total_q()) * shape.q_heads * row,
           static_cast<uint64_t>(shape.total_k()) * shape.kv_heads * row};
+}
+
+uint64_t LseBytes(const AttendWork& work) {
+  const AttentionShape& shape = work.shape;
+  return work.return_lse ? static_cast<uint64_t>(shape.q_heads) * shape.total_q() * sizeof(float)
+                         : 0;
+}
+
+// Memory that there is none of now may be there later.
+absl::Status NoMemory(const absl::Status& status) {
+  if (!absl::IsResourceExhausted(status)) return status;
+  return RetryLater(status.code(), "attend_memory", status.message(), absl::Seconds(1));
+}
+
+absl::Status Take(absl::StatusOr<Buffer> memory, Buffer* buffer) {
+  if (!memory.ok()) return NoMemory(memory.status());
+  *buffer = *std::move(memory);
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -52,12 +71,15 @@ void AttendReactor::OnReadDone(bool ok) {
       return;
     }
     if (!ok) {  // the caller has closed its side
-      if (!upload_->complete()) {
-        if (context_->IsCancelled()) return End(WhyCancelled(deadline_));
-        End(absl::DataLossError(absl::StrCat("the upload ended after ", upload_->received_bytes(),
-                                             " of ", upload_->total_bytes(), " bytes")));
+      if (upload_->complete()) {
+        peer_closed_ = true;
+        if (summary_written_) WriteNext();  // it may be what was waited for
+        return;
       }
-      return;
+      if (context_->IsCancelled()) return End(WhyCancelled(deadline_));
+      return End(
+          absl::DataLossError(absl::StrCat("the upload ended after ", upload_->received_bytes(),
+                                           " of ", upload_->total_bytes(), " bytes")));
     }
   }
   // The copy happens outside the lock: a cancel need not wait for it.
@@ -101,8 +123,8 @@ absl::Status AttendReactor::OnHeader() {
     return status;
   }
   // After the budget: what is refused has taken nothing.
-  const bool shared = valid->transport == Transport::kPosixShm;
-  absl::Status placed = shared ? AllocateSegment(*valid) : AllocateBuffers(work, valid->roles);
+  const bool sent = valid->transport == Transport::kGrpc;
+  absl::Status placed = sent ? AllocateBuffers(*valid) : AllocateSegment(*valid);
   if (!placed.ok()) {
     rpc_.scheduler.Cancel(job, placed);
     rpc_.attends.Release(job->request_id);
@@ -124,8 +146,8 @@ absl::Status AttendReactor::OnHeader() {
   }
   admission.set_transport(ProtoOf(valid->transport));
   for (size_t i = 0; i < segment_.inputs.size(); ++i) {
-    *admission.add_buffers() = BufferIn(*segment_.memory, segment_.inputs[i],
-                                        BytesOf(request.header().tensors(static_cast<int>(i))));
+    *admission.add_buffers() = segment_.BufferAt(
+        segment_.inputs[i], BytesOf(request.header().tensors(static_cast<int>(i))));
   }
   Log(Level::kInfo, "attend_admitted",
       {{"request_id", job->request_id},
@@ -137,69 +159,122 @@ absl::Status AttendReactor::OnHeader() {
   return absl::OkStatus();
 }
 
-absl::Status AttendReactor::AllocateBuffers(AttendWork& work, const std::array<int, 3>& roles) {
+// The device's side of the tensors, where nobody else has made it.
+absl::Status AttendReactor::AllocateOnDevice(AttendWork& work) {
   const auto [q_bytes, kv_bytes] = TensorBytes(work.shape);
-  Device& device = rpc_.backend.device();
-  for (auto [buffer, bytes] : {std::pair(&work.q, q_bytes), std::pair(&work.k, kv_bytes),
-                               std::pair(&work.v, kv_bytes), std::pair(&work.o, q_bytes)}) {
-    auto memory = device.Allocate(bytes);
-    if (!memory.ok()) {
-      return RetryLater(absl::StatusCode::kResourceExhausted, "attend_memory",
-                        memory.status().message(), absl::Seconds(1));
+  for (auto [buffer, bytes] :
+       {std::pair(&work.q, q_bytes), std::pair(&work.k, kv_bytes), std::pair(&work.v, kv_bytes),
+        std::pair(&work.o, q_bytes), std::pair(&work.lse, LseBytes(work))}) {
+    if (bytes == 0) continue;
+    if (absl::Status status = Take(rpc_.backend.device().Allocate(bytes), buffer); !status.ok()) {
+      return status;
     }
-    *buffer = *std::move(memory);
   }
-  const std::array<Upload::Tensor, 3> by_role = {
-      {{work.q.data(), q_bytes}, {work.k.data(), kv_bytes}, {work.v.data(), kv_bytes}}};
-  upload_.emplace(
-      std::vector<Upload::Tensor>{by_role[roles[0]], by_role[roles[1]], by_role[roles[2]]});
+  return absl::OkStatus();
+}
+
+// And where they are on the host, on their way there and back.
+absl::Status AttendReactor::AllocateStaging(const ValidAttend& valid) {
+  AttendWork& work = *valid.job->attend;
+  Device& device = rpc_.backend.device();
+  absl::Status status = AllocateOnDevice(work);
+  if (status.ok()) status = Take(device.AllocateHost(work.o.bytes()), &work.host_o);
+  if (status.ok() && work.return_lse) {
+    status = Take(device.AllocateHost(work.lse.bytes()), &work.host_lse);
+  }
+  if (!status.ok()) return status;
+  const std::array<const Buffer*, 3> by_role = {&work.q, &work.k, &work.v};
+  std::vector<Staging::Tensor> tensors;
+  for (int role : valid.roles) tensors.push_back({by_role[role]->data(), by_role[role]->bytes()});
+  auto staging = Staging::Create(device, std::move(tensors));
+  if (!staging.ok()) return NoMemory(staging.status());
+  staging_ = staging->get();
+  work.held = *std::move(staging);
+  return absl::OkStatus();
+}
+
+absl::Status AttendReactor::AllocateBuffers(const ValidAttend& valid) {
+  AttendWork& work = *valid.job->attend;
+  const bool in_place = rpc_.backend.device().host_memory();
+  absl::Status status = in_place ? AllocateOnDevice(work) : AllocateStaging(valid);
+  if (!status.ok()) return status;
+  const std::array<const Buffer*, 3> by_role = {&work.q, &work.k, &work.v};
+  std::vector<Upload::Tensor> tensors;
+  for (size_t i = 0; i < valid.roles.size(); ++i) {
+    const Buffer& buffer = *by_role[valid.roles[i]];
+    tensors.push_back({in_place ? buffer.data() : staging_->tensors()[i].host, buffer.bytes()});
+  }
+  upload_.emplace(std::move(tensors));
   return absl::OkStatus();
 }
 
 // Lengths are bounded by attend_bytes_max, which counts every tensor.
 absl::Status AttendReactor::AllocateSegment(const ValidAttend& valid) {
   AttendWork& work = *valid.job->attend;
+  Device& device = rpc_.backend.device();
   const auto [q_bytes, kv_bytes] = TensorBytes(work.shape);
   uint64_t end = 0;
   const auto place = [&](uint64_t bytes) { return std::exchange(end, end + ShmAligned(bytes)); };
-  std::vector<uint64_t> inputs, outputs;
-  for (int role : valid.roles) inputs.push_back(place(role == 0 ? q_bytes : kv_bytes));
+  for (int role : valid.roles) segment_.inputs.push_back(place(role == 0 ? q_bytes : kv_bytes));
   for (const v1::TensorSpec& spec : AnnouncedOutputs(*valid.job, valid.ragged)) {
-    outputs.push_back(place(BytesOf(spec)));
+    segment_.outputs.push_back(place(BytesOf(spec)));
   }
-  auto memory = rpc_.shm->Create(end);
-  if (!memory.ok()) return memory.status();
-  segment_ = {*std::move(memory), std::move(inputs), std::move(outputs)};
-  std::byte* const base = segment_.memory->data();
-  Buffer* const by_role[] = {&work.q, &work.k, &work.v};
+  const bool on_device = valid.transport == Transport::kCudaIpc;
+  if (on_device) {
+    auto memory = IpcMemory::Create(device, end);
+    if (!memory.ok()) return NoMemory(memory.status());
+    segment_.ipc = *std::move(memory);
+    work.held = segment_.ipc;
+  } else {
+    auto memory = rpc_.shm->Create(end);
+    if (!memory.ok()) return memory.status();
+    segment_.shm = *std::move(memory);
+    work.held = segment_.shm;
+  }
+  std::byte* const base = segment_.data();
   std::vector<Upload::Tensor> tensors;
   for (size_t i = 0; i < valid.roles.size(); ++i) {
-    const uint64_t bytes = valid.roles[i] == 0 ? q_bytes : kv_bytes;
-    *by_role[valid.roles[i]] = Buffer(base + segment_.inputs[i], bytes, nullptr);
-    tensors.push_back({base + segment_.inputs[i], bytes});
+    tensors.push_back({base + segment_.inputs[i], valid.roles[i] == 0 ? q_bytes : kv_bytes});
   }
-  work.o = Buffer(base + segment_.outputs[0], q_bytes, nullptr);
-  work.held = segment_.memory;
+  if (!on_device && !device.host_memory()) {
+    if (absl::Status status = AllocateStaging(valid); !status.ok()) return status;
+  } else {  // the job is computed in it
+    const std::array<Buffer*, 3> by_role = {&work.q, &work.k, &work.v};
+    for (size_t i = 0; i < valid.roles.size(); ++i) {
+      *by_role[valid.roles[i]] = Buffer(tensors[i].data, tensors[i].bytes, nullptr);
+    }
+    work.o = Buffer(base + segment_.outputs[0], q_bytes, nullptr);
+    if (work.return_lse) work.lse = Buffer(base + segment_.outputs[1], LseBytes(work), nullptr);
+  }
   upload_.emplace(std::move(tensors));
   return absl::OkStatus();
 }
 
 absl::Status AttendReactor::OnTensors() {
-  if (segment_.memory != nullptr) {
+  if (segment_.exists()) {
     v1::AttendRequest request;
     if (FirstField(read_) != kAttendWritten || !ParseMessage(&read_, &request)) {
-      return absl::DataLossError("over TRANSPORT_POSIX_SHM only `written` follows the header");
+      return absl::DataLossError(absl::StrCat(
+          "over ", segment_.shm != nullptr ? "TRANSPORT_POSIX_SHM" : "TRANSPORT_CUDA_IPC",
+          " only `written` follows the header"));
     }
-    return upload_->Written();
+    absl::Status status = upload_->Written();
+    for (size_t i = 0; status.ok() && staging_ != nullptr && i < segment_.inputs.size(); ++i) {
+      status = staging_->CopyFrom(i, segment_.data() + segment_.inputs[i]);
+    }
+    return status;
   }
   if (FirstField(read_) == kAttendWritten) {
-    return absl::DataLossError("`written` is of TRANSPORT_POSIX_SHM; here tensors come as chunks");
+    return absl::DataLossError(
+        "`written` is of TRANSPORT_POSIX_SHM and TRANSPORT_CUDA_IPC; here tensors come as chunks");
   }
   auto chunk = ParseChunk(read_, kAttendChunk);
   if (!chunk.ok()) return absl::DataLossError(chunk.status().message());
   absl::Status status = upload_->Take(*chunk);
   read_.Clear();
-  return status;
+  if (!status.ok() || staging_ == nullptr) return status;
+  return staging_->Arrived(chunk->header.tensor_index,
+                           chunk->header.byte_offset + chunk->payload_bytes);
 }
 
 void AttendReactor::OnFinished(const absl::Status& status) {
@@ -207,14 +282,55 @@ void AttendReactor::OnFinished(const absl::Status& status) {
   job_ended_ = true;
   if (ended_) return;
   if (!status.ok()) return End(status);
-  computing_ = false;
-  progress_ = absl::Now();
   AttendWork& work = *job_->attend;
-  // Only the outputs are needed until the caller has them.
+  // Only the outputs are needed until the caller has them. What the caller opened stays as a whole.
   for (Buffer* input : {&work.q, &work.k, &work.v}) *input = Buffer();
+  const bool staged = staging_ != nullptr;
+  if (staged) {  // o and lse are on the host
+    staging_->Computed();
+    staging_ = nullptr;
+    work.held.reset();
+    work.o = Buffer();
+    work.lse = Buffer();
+  }
   rpc_.reports.Add({job_->request_id, kAttendModel, job_->policy.method, job_->policy.gamma,
                     job_->tokens(), job_->report});
-  outputs_.emplace(job_, ragged_, segment_.memory != nullptr ? &segment_ : nullptr);
+  outputs_ =
+      std::make_shared<AttendOutputs>(job_, ragged_, segment_.exists() ? &segment_ : nullptr);
+  if (!segment_.exists()) return Answer();
+  if (segment_.shm != nullptr && staged) {  // too much for the scheduler's thread: one of gRPC's
+    place_ = std::make_unique<grpc::Alarm>();
+    place_->Set(absl::ToChronoTime(absl::Now()), [weak = weak_from_this()](bool fired) {
+      const auto self = fired ? weak.lock() : nullptr;
+      if (self) self->PlaceOutputs();
+    });
+    return;
+  }
+  if (absl::Status placed = outputs_->Place(rpc_.backend.device()); !placed.ok()) {
+    return End(placed);
+  }
+  Answer();
+}
+
+void AttendReactor::PlaceOutputs() {
+  std::shared_ptr<AttendOutputs> outputs;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (ended_) return;
+    outputs = outputs_;
+  }
+  const absl::Time begin = absl::Now();
+  const absl::Status status = outputs->Place(rpc_.backend.device());
+  absl::MutexLock lock(&mutex_);
+  if (ended_) return;
+  if (!status.ok()) return End(status);
+  placing_ = absl::Now() - begin;
+  Answer();
+}
+
+void AttendReactor::Answer() {
+  computing_ = false;
+  progress_ = absl::Now();
   v1::AttendResponse response;
   *response.mutable_outputs() = outputs_->specs();
   next_ = EncodeMessage(response);
@@ -233,15 +349,18 @@ void AttendReactor::WriteNext() {
   if (writing_ || !outputs_) return;
   if (next_) {
     Write(*std::exchange(next_, std::nullopt));
-  } else {
+  } else if (segment_.ipc == nullptr || peer_closed_) {
     return End(absl::OkStatus());
+  } else {
+    return;  // the peer may have our memory open: its end of the stream tells that it has not
   }
   if (!outputs_->done()) {
     next_ = outputs_->NextChunk();
   } else if (!summary_written_) {
     summary_written_ = true;
     v1::AttendResponse response;
-    *response.mutable_summary() = SummaryOf(*job_, upload_->total_bytes(), outputs_->total_bytes());
+    *response.mutable_summary() =
+        SummaryOf(*job_, upload_->total_bytes(), outputs_->total_bytes(), placing_);
     next_ = EncodeMessage(response);
   }
 }
@@ -265,7 +384,7 @@ void AttendReactor::End(const absl::Status& status) {
   ended_ = true;
   rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_));
   bytes_to_come_ = 0;
-  if (segment_.memory != nullptr) segment_.memory->Unlink();  // the job may still compute in it
+  if (segment_.shm != nullptr) segment_.shm->Unlink();  // the job may still compute in it
   if (job_ && !job_ended_) rpc_.scheduler.Cancel(job_, status);
   const grpc::Status wire = record_.End(status);
   if (job_) {

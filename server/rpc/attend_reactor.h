@@ -1,6 +1,8 @@
 // One Attend call: header, admission, upload, computation, outputs, summary. Raw buffers, so that
-// tensor bytes are copied once on their way in and not at all on their way out. Over posix_shm the
-// caller writes into a segment that the job computes in, and reads its outputs there.
+// tensor bytes are copied once on their way in and not at all on their way out. Over posix_shm and
+// cuda_ipc the caller writes into memory that the job computes in, and reads its outputs there. A
+// device with memory of its own gets them from pinned host memory while they arrive (Staging), and
+// the outputs come back there; only over cuda_ipc nothing moves.
 //
 // Lifetime: shared by gRPC (until OnDone) and the job (as its sink).
 // Threads: gRPC's and the scheduler's; every member is guarded by one mutex but the upload, which
@@ -12,7 +14,6 @@
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/server_callback.h>
 
-#include <array>
 #include <memory>
 #include <optional>
 #include <string>
@@ -20,6 +21,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "server/job.h"
+#include "server/kv/staging.h"
 #include "server/rpc/attend_outputs.h"
 #include "server/rpc/call.h"
 #include "server/rpc/context.h"
@@ -46,9 +48,13 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
 
   absl::Status OnHeader() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Status AllocateBuffers(AttendWork& work, const std::array<int, 3>& roles);
+  absl::Status AllocateOnDevice(AttendWork& work);
+  absl::Status AllocateStaging(const ValidAttend& valid);
+  absl::Status AllocateBuffers(const ValidAttend& valid);
   absl::Status AllocateSegment(const ValidAttend& valid);
   absl::Status OnTensors();
+  void PlaceOutputs();
+  void Answer() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Write(const grpc::ByteBuffer& message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -60,7 +66,9 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   const absl::Time deadline_;
   grpc::ByteBuffer read_;         // of the outstanding read
   std::optional<Upload> upload_;  // the outstanding read's thread
-  AttendSegment segment_;         // set once, with the job; empty over gRPC
+  // Set once, with the job.
+  AttendSegment segment_;       // empty over gRPC
+  Staging* staging_ = nullptr;  // the job's; null where nothing moves to a device
 
   absl::Mutex mutex_;
   std::shared_ptr<AttendReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
@@ -70,15 +78,18 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   bool ragged_ ABSL_GUARDED_BY(mutex_) = false;
   bool computing_ ABSL_GUARDED_BY(mutex_) = false;  // uploaded, the peer has nothing to do
   bool job_ended_ ABSL_GUARDED_BY(mutex_) = false;
-  bool ended_ ABSL_GUARDED_BY(mutex_) = false;  // Finish was called
+  bool peer_closed_ ABSL_GUARDED_BY(mutex_) = false;  // its side of the stream, after the upload
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;        // Finish was called
   uint64_t bytes_to_come_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::optional<AttendOutputs> outputs_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<AttendOutputs> outputs_ ABSL_GUARDED_BY(mutex_);
+  absl::Duration placing_ ABSL_GUARDED_BY(mutex_);  // outputs, after the job
   bool summary_written_ ABSL_GUARDED_BY(mutex_) = false;
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   grpc::ByteBuffer write_ ABSL_GUARDED_BY(mutex_);                // of the outstanding write
   std::optional<grpc::ByteBuffer> next_ ABSL_GUARDED_BY(mutex_);  // encoded while it is written
   absl::Time progress_ ABSL_GUARDED_BY(mutex_) = absl::Now();
   std::unique_ptr<grpc::Alarm> alarm_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<grpc::Alarm> place_ ABSL_GUARDED_BY(mutex_);  // calls PlaceOutputs
 };
 
 }  // namespace prefilld

@@ -43,6 +43,7 @@ struct RpcContext {
   // An Attend whose peer moves no chunk for this long, in either direction, is given up.
   absl::Duration upload_timeout = absl::Seconds(30);
   std::string boot_id;
+  std::string cuda_ipc_domain;  // see CudaIpcDomain; when limits.cuda_ipc
 };
 
 }  // namespace prefilld

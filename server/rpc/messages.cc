@@ -41,12 +41,23 @@ v1::DataType ProtoOf(DType dtype) {
 }
 
 v1::Transport ProtoOf(Transport transport) {
-  return transport == Transport::kPosixShm ? v1::TRANSPORT_POSIX_SHM : v1::TRANSPORT_GRPC;
+  return transport == Transport::kCudaIpc    ? v1::TRANSPORT_CUDA_IPC
+         : transport == Transport::kPosixShm ? v1::TRANSPORT_POSIX_SHM
+                                             : v1::TRANSPORT_GRPC;
 }
 
 v1::BufferRef BufferIn(const ShmSegment& segment, uint64_t offset, uint64_t bytes) {
   v1::BufferRef buffer;
   buffer.set_name(segment.name());
+  buffer.set_byte_offset(offset);
+  buffer.set_byte_length(bytes);
+  return buffer;
+}
+
+v1::BufferRef BufferIn(const IpcMemory& memory, uint64_t offset, uint64_t bytes) {
+  v1::BufferRef buffer;
+  buffer.set_cuda_ipc_handle(memory.handle());
+  buffer.set_device_uuid(memory.device_uuid());
   buffer.set_byte_offset(offset);
   buffer.set_byte_length(bytes);
   return buffer;
@@ -91,7 +102,8 @@ v1::SparsityReport ProtoOf(const JobReport& report) {
   return proto;
 }
 
-v1::Summary SummaryOf(const Job& job, uint64_t bytes_in, uint64_t bytes_out) {
+v1::Summary SummaryOf(const Job& job, uint64_t bytes_in, uint64_t bytes_out,
+                      absl::Duration handoff) {
   v1::Summary summary;
   const auto phase = [&](Phase p) {
     return ProtoOf(absl::Seconds(job.phases[static_cast<size_t>(p)]));
@@ -102,7 +114,8 @@ v1::Summary SummaryOf(const Job& job, uint64_t bytes_in, uint64_t bytes_out) {
   *summary.mutable_select() = phase(Phase::kSelect);
   *summary.mutable_attention() = phase(Phase::kAttention);
   *summary.mutable_linear() = phase(Phase::kLinear);
-  *summary.mutable_handoff() = phase(Phase::kHandoff);
+  *summary.mutable_handoff() =
+      ProtoOf(absl::Seconds(job.phases[static_cast<size_t>(Phase::kHandoff)]) + handoff);
   *summary.mutable_sparsity() = ProtoOf(job.report);
   summary.set_bytes_in(bytes_in);
   summary.set_bytes_out(bytes_out);

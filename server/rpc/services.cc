@@ -14,14 +14,52 @@
 namespace prefilld {
 namespace {
 
-// The transport to use: the first acceptable one that is possible here. Memory is shared with a
-// caller that sees the same /dev/shm.
+constexpr int kTransportsMax = 8;
+constexpr int kDeviceUuidsMax = 64;
+
+// Memory is shared with a caller that sees the same /dev/shm.
+absl::Status CheckShm(const RpcContext& rpc, const v1::NegotiateRequest& request) {
+  if (rpc.shm == nullptr) {
+    return absl::FailedPreconditionError(
+        "transports: TRANSPORT_POSIX_SHM is not offered by this server");
+  }
+  if (request.shm_domain() == rpc.shm->name()) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      "transports: TRANSPORT_POSIX_SHM is not possible: shm_domain '",
+      request.shm_domain().substr(0, 128), "' is not the server's '", rpc.shm->name(), "'"));
+}
+
+// Device memory is shared with a caller of this host that has its tensors on the same GPU.
+absl::Status CheckCudaIpc(const RpcContext& rpc, const v1::NegotiateRequest& request) {
+  if (!rpc.limits.cuda_ipc) {
+    return absl::FailedPreconditionError(
+        "transports: TRANSPORT_CUDA_IPC is not offered by this server");
+  }
+  if (request.cuda_ipc_domain() != rpc.cuda_ipc_domain) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("transports: TRANSPORT_CUDA_IPC is not possible: cuda_ipc_domain '",
+                     request.cuda_ipc_domain().substr(0, 128), "' is not the server's '",
+                     rpc.cuda_ipc_domain, "'"));
+  }
+  const std::string uuid(rpc.backend.device().uuid());
+  for (const std::string& other : request.device_uuids()) {
+    if (other == uuid) return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(absl::StrCat(
+      "transports: TRANSPORT_CUDA_IPC is not possible: the server computes on ", uuid,
+      ", which is none of the caller's ", request.device_uuids_size(), " device_uuids"));
+}
+
+// The transport to use: the first acceptable one that is possible here.
 absl::StatusOr<v1::Transport> PickTransport(const RpcContext& rpc,
                                             const v1::NegotiateRequest& request) {
-  constexpr int kTransportsMax = 8;
   if (request.transports_size() > kTransportsMax) {
     return InvalidField("transports", absl::StrCat(request.transports_size(),
                                                    " transports, the limit is ", kTransportsMax));
+  }
+  if (request.device_uuids_size() > kDeviceUuidsMax) {
+    return InvalidField("device_uuids", absl::StrCat(request.device_uuids_size(),
+                                                     " devices, the limit is ", kDeviceUuidsMax));
   }
   for (int i = 0; i < request.transports_size(); ++i) {
     if (!v1::Transport_IsValid(request.transports(i))) {
@@ -29,29 +67,21 @@ absl::StatusOr<v1::Transport> PickTransport(const RpcContext& rpc,
                           absl::StrCat("unknown transport ", request.transports(i)));
     }
   }
-  const bool shared = rpc.shm != nullptr && request.shm_domain() == rpc.shm->name();
-  const v1::Transport best = shared ? v1::TRANSPORT_POSIX_SHM : v1::TRANSPORT_GRPC;
+  const absl::Status shm = CheckShm(rpc, request), ipc = CheckCudaIpc(rpc, request);
+  const v1::Transport best = ipc.ok()   ? v1::TRANSPORT_CUDA_IPC
+                             : shm.ok() ? v1::TRANSPORT_POSIX_SHM
+                                        : v1::TRANSPORT_GRPC;
   if (request.transports_size() == 0) return best;
-  bool asked_for_shm = false;
+  absl::Status refusal;  // of the first that was acceptable
   for (int transport : request.transports()) {
     if (transport == v1::TRANSPORT_UNSPECIFIED) return best;
     if (transport == v1::TRANSPORT_GRPC) return v1::TRANSPORT_GRPC;
-    if (transport != v1::TRANSPORT_POSIX_SHM) continue;
-    if (shared) return v1::TRANSPORT_POSIX_SHM;
-    asked_for_shm = true;
+    const bool device = transport == v1::TRANSPORT_CUDA_IPC;
+    const absl::Status& possible = device ? ipc : shm;
+    if (possible.ok()) return device ? v1::TRANSPORT_CUDA_IPC : v1::TRANSPORT_POSIX_SHM;
+    refusal.Update(possible);
   }
-  if (!asked_for_shm) {
-    return absl::UnimplementedError(
-        "none of the acceptable transports is served yet; served are TRANSPORT_GRPC and "
-        "TRANSPORT_POSIX_SHM");
-  }
-  if (rpc.shm == nullptr) {
-    return absl::FailedPreconditionError(
-        "transports: TRANSPORT_POSIX_SHM is not offered by this server");
-  }
-  return absl::FailedPreconditionError(absl::StrCat(
-      "transports: TRANSPORT_POSIX_SHM is not possible: shm_domain '",
-      request.shm_domain().substr(0, 128), "' is not the server's '", rpc.shm->name(), "'"));
+  return refusal;
 }
 
 void FillLimits(const RpcContext& rpc, const ModelInfo* model, v1::Limits* limits) {
@@ -72,6 +102,10 @@ absl::Status FillNegotiated(const RpcContext& rpc, const v1::NegotiateRequest& r
   response->set_transport(*transport);
   response->set_boot_id(rpc.boot_id);
   if (rpc.shm != nullptr) response->set_shm_domain(rpc.shm->name());
+  if (rpc.limits.cuda_ipc) {
+    response->set_cuda_ipc_domain(rpc.cuda_ipc_domain);
+    response->add_device_uuids(std::string(rpc.backend.device().uuid()));
+  }
   response->set_server_version(kVersion);
   const ModelInfo* info = nullptr;
   if (!request.model().empty()) {

@@ -112,18 +112,23 @@ absl::Status CheckSequences(const v1::AttendHeader& header, AttentionShape* shap
   return absl::OkStatus();
 }
 
-// Tensors, outputs and the block index, which the engine needs whether it is returned or not. Over
-// posix_shm the small outputs exist twice: the engine's, and those in the segment.
-uint64_t AttendBytes(const AttentionShape& shape, int block_size, const v1::AttendHeader& header) {
+// Tensors, outputs and the block index, which the engine needs whether it is returned or not. Where
+// the caller reads its outputs in memory that we hand out, the index exists twice: the engine's,
+// and that one. For a device with memory of its own a segment's tensors are copied once more; that
+// memory counts its own.
+uint64_t AttendBytes(const AttentionShape& shape, int block_size, const v1::AttendHeader& header,
+                     const RequestLimits& limits) {
   const uint64_t q = static_cast<uint64_t>(shape.total_q()) * shape.q_heads;
   const uint64_t kv = static_cast<uint64_t>(shape.total_k()) * shape.kv_heads;
   const auto sequences = SplitIntoBlocks(shape, block_size);
   const uint64_t index = static_cast<uint64_t>(shape.q_heads) * TotalRows(sequences) *
                          (MaxKeyBlocks(sequences) + 1) * sizeof(int32_t);
-  const uint64_t copies = header.transport() == v1::TRANSPORT_POSIX_SHM ? 2 : 1;
-  return (2 * q + 2 * kv) * shape.head_dim * SizeOf(shape.dtype) +
-         (header.return_lse() ? copies * q * sizeof(float) : 0) +
-         (header.return_block_index() ? copies * index : 0) + index;
+  const uint64_t tensors = (2 * q + 2 * kv) * shape.head_dim * SizeOf(shape.dtype) +
+                           (header.return_lse() ? q * sizeof(float) : 0);
+  const bool twice = header.transport() == v1::TRANSPORT_POSIX_SHM && limits.device_memory;
+  const uint64_t indices = header.transport() > v1::TRANSPORT_GRPC ? 2 : 1;
+  return tensors + (twice ? tensors : 0) + (header.return_block_index() ? indices * index : 0) +
+         index;
 }
 
 }  // namespace
@@ -158,10 +163,11 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
   if (!id.ok()) return id.status();
   if (header.buffers_size() > 0) {
     return absl::UnimplementedError(
-        "buffers of the caller are not served; with transport TRANSPORT_POSIX_SHM the server hands "
-        "out its own");
+        "buffers of the caller are not served; with transport TRANSPORT_POSIX_SHM or "
+        "TRANSPORT_CUDA_IPC the server hands out its own");
   }
-  absl::Status status = ValidateTransport(header.transport(), "transport", limits);
+  absl::Status status =
+      ValidateTransport(header.transport(), "transport", Carries::kTensors, limits);
   if (!status.ok()) return status;
   if (status = CheckPriority(header.priority()); !status.ok()) return status;
   auto policy = ValidatePolicy(header.sparsity());
@@ -215,7 +221,7 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
         "cu_seqlens_q",
         absl::StrCat(entries, " heads over all sequences, the limit is ", kReportHeadsMax));
   }
-  const uint64_t bytes = AttendBytes(work->shape, policy->policy.block_size, header);
+  const uint64_t bytes = AttendBytes(work->shape, policy->policy.block_size, header, limits);
   if (bytes > limits.attend_bytes_max) {
     return InvalidField("tensors", absl::StrCat("inputs, outputs and block index take ", bytes,
                                                 " bytes, the limit is ", limits.attend_bytes_max));
@@ -232,6 +238,7 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
   work->return_block_index = header.return_block_index();
 
   if (header.transport() == v1::TRANSPORT_POSIX_SHM) valid.transport = Transport::kPosixShm;
+  if (header.transport() == v1::TRANSPORT_CUDA_IPC) valid.transport = Transport::kCudaIpc;
   valid.ragged = header.cu_seqlens_q_size() > 0;
   valid.job = std::make_shared<Job>();
   valid.job->request_id = *std::move(id);
@@ -258,7 +265,8 @@ absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
   }
 
   const v1::KvDestination& destination = request.destination();
-  absl::Status status = ValidateTransport(destination.transport(), "destination.transport", limits);
+  absl::Status status = ValidateTransport(destination.transport(), "destination.transport",
+                                          Carries::kKvCache, limits);
   if (!status.ok()) return status;
   auto dtype = ValidateLayout(destination.layout(), "destination.layout", info.kv_heads,
                               info.head_dim, info.dtype);
@@ -302,19 +310,21 @@ absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
   return valid;
 }
 
-absl::Status ValidateTransport(v1::Transport transport, const std::string& field,
+absl::Status ValidateTransport(v1::Transport transport, const std::string& field, Carries what,
                                const RequestLimits& limits) {
   if (!v1::Transport_IsValid(transport)) {
     return InvalidField(field, absl::StrCat("unknown transport ", transport));
   }
-  if (transport > v1::TRANSPORT_POSIX_SHM) {
+  if (transport == v1::TRANSPORT_CUDA_IPC && what == Carries::kKvCache) {
     return absl::UnimplementedError(
-        absl::StrCat(v1::Transport_Name(transport),
-                     " is not served yet; served are TRANSPORT_GRPC and TRANSPORT_POSIX_SHM"));
+        absl::StrCat(field,
+                     ": TRANSPORT_CUDA_IPC carries the tensors of Attend only; a KV cache "
+                     "leaves by TRANSPORT_GRPC or TRANSPORT_POSIX_SHM"));
   }
-  if (transport == v1::TRANSPORT_POSIX_SHM && !limits.posix_shm) {
+  if ((transport == v1::TRANSPORT_POSIX_SHM && !limits.posix_shm) ||
+      (transport == v1::TRANSPORT_CUDA_IPC && !limits.cuda_ipc)) {
     return absl::FailedPreconditionError(
-        absl::StrCat(field, ": TRANSPORT_POSIX_SHM is not offered by this server"));
+        absl::StrCat(field, ": ", v1::Transport_Name(transport), " is not offered by this server"));
   }
   return absl::OkStatus();
 }
@@ -394,7 +404,8 @@ absl::StatusOr<DType> ValidateLayout(const v1::KvLayout& layout, const std::stri
 absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request, const KvCache& cache,
                                        const RequestLimits& limits) {
   const KvGeometry& geometry = cache.geometry();
-  absl::Status status = ValidateTransport(request.transport(), "transport", limits);
+  absl::Status status =
+      ValidateTransport(request.transport(), "transport", Carries::kKvCache, limits);
   if (!status.ok()) return status;
   const bool mapped = request.transport() == v1::TRANSPORT_POSIX_SHM;
   if (mapped && !cache.in_segment()) {

@@ -25,7 +25,9 @@ struct RequestLimits {
   uint64_t attend_bytes_max = uint64_t{4} << 30;  // q, k, v, outputs and block index of one Attend
   absl::Duration lease_ttl = absl::Minutes(1);    // when the request names none
   absl::Duration lease_ttl_max = absl::Minutes(10);
-  bool posix_shm = false;  // is offered
+  bool posix_shm = false;      // is offered
+  bool cuda_ipc = false;       // is offered, for Attend
+  bool device_memory = false;  // the device has memory of its own
 };
 inline constexpr int kSequencesMax = 1024;  // of one Attend
 
@@ -60,8 +62,10 @@ inline constexpr size_t kRequestIdBytesMax = 64;
 // FAILED_PRECONDITION for a layout that is legal but not served. Returns the dtype to send.
 absl::StatusOr<DType> ValidateLayout(const v1::KvLayout& layout, const std::string& field,
                                      int kv_heads, int head_dim, DType cache_dtype);
-// UNIMPLEMENTED for one that is not built, FAILED_PRECONDITION for one that is not offered.
-absl::Status ValidateTransport(v1::Transport transport, const std::string& field,
+// UNIMPLEMENTED for one that is not built, FAILED_PRECONDITION for one that is not offered. What
+// carries the tensors of an Attend may not carry a KV cache.
+enum class Carries { kTensors, kKvCache };
+absl::Status ValidateTransport(v1::Transport transport, const std::string& field, Carries what,
                                const RequestLimits& limits);
 // `absent` when the message is; else > 0 and at most limits.lease_ttl_max.
 absl::StatusOr<absl::Duration> ValidateLeaseTtl(bool present, const google::protobuf::Duration& ttl,

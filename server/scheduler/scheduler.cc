@@ -49,6 +49,7 @@ absl::Status Scheduler::CheckOpen(const Job& job) const {
   const double seconds = engine_.PredictSeconds(job);
   absl::MutexLock lock(&mutex_);
   if (draining_ || stop_) return Draining();
+  if (absl::Status lost = engine_.CheckDevice(); !lost.ok()) return lost;
   // gRPC rounds a deadline up: less than a millisecond left is none.
   if (job.deadline <= now + absl::Milliseconds(1)) {
     return absl::DeadlineExceededError("the deadline has passed already");

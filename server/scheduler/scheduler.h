@@ -41,7 +41,8 @@ class Scheduler {
   // is not run before UploadDone. UNAVAILABLE when draining, DEADLINE_EXCEEDED when late,
   // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts).
   absl::Status Admit(const std::shared_ptr<Job>& job);
-  // The part of Admit that needs no place yet: not draining, not late, not hopeless. Ask before
+  // The part of Admit that needs no place yet: not draining, not late, not hopeless, the device
+  // there. Ask before
   // other memory is taken for the job.
   absl::Status CheckOpen(const Job& job) const;
   void UploadDone(const std::shared_ptr<Job>& job);

@@ -75,7 +75,8 @@ void Fma(benchmark::State& state) {
 // of every row: the first, the diagonal, and others at random.
 struct Call {
   std::vector<uint8_t> q, k, v, o;
-  std::vector<int32_t> count, index;
+  std::vector<int32_t> count;
+  std::vector<uint16_t> index;
   std::vector<float> lse;
   AttentionArgs args;
   double flops = 0;
@@ -125,7 +126,7 @@ struct Call {
         for (int64_t block = 0; block <= row; ++block) {
           const bool keep =
               block == 0 || block == row || static_cast<int>(random() % 100) < percent;
-          if (keep) args.index.row_at(h, row)[kept++] = static_cast<int32_t>(block);
+          if (keep) args.index.row_at(h, row)[kept++] = static_cast<uint16_t>(block);
         }
         args.index.count_at(h, row) = kept;
         const double queries = static_cast<double>(std::min<int64_t>(128, tokens - row * 128));

@@ -32,7 +32,9 @@ class Server:
 
     def __init__(self, *flags, log_path, models=(), pass_fds=()):
         self.log_path = pathlib.Path(log_path)
-        command = [str(PREFILLD), "--listen=127.0.0.1:0", "--http=127.0.0.1:0", "--backend=cpu"]
+        command = [str(PREFILLD), "--listen=127.0.0.1:0", "--http=127.0.0.1:0"]
+        if not any(flag.startswith("--backend=") for flag in flags):
+            command.append("--backend=cpu")
         command += [f"--model={name}={path}" for name, path in models] + list(flags)
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,

@@ -89,7 +89,7 @@ def test_the_domain_is_what_the_contract_says(server):
     ([kv.TRANSPORT_CUDA_IPC, SHM], SHM, FAILED_PRECONDITION),
     ([kv.TRANSPORT_CUDA_IPC, kv.TRANSPORT_UNSPECIFIED], SHM, kv.TRANSPORT_GRPC),
     ([SHM], SHM, FAILED_PRECONDITION),
-    ([kv.TRANSPORT_CUDA_IPC], UNIMPLEMENTED, UNIMPLEMENTED),
+    ([kv.TRANSPORT_CUDA_IPC], FAILED_PRECONDITION, FAILED_PRECONDITION),
 ])
 def test_the_first_possible_transport_is_agreed_on(server, transports, here, elsewhere):
     for domain, expected in ((mapping.domain(), here), ("", elsewhere), ("another:1", elsewhere)):
@@ -513,7 +513,7 @@ def test_a_side_that_closes_before_it_has_written_is_data_loss(server, qkv):
 
 @pytest.mark.parametrize("change,code", [
     (lambda head: head.buffers.add(name="/prefilld-x", byte_length=1), UNIMPLEMENTED),
-    (lambda head: setattr(head, "transport", kv.TRANSPORT_CUDA_IPC), UNIMPLEMENTED),
+    (lambda head: setattr(head, "transport", kv.TRANSPORT_CUDA_IPC), FAILED_PRECONDITION),
     (lambda head: setattr(head, "transport", 42), INVALID),
 ])
 def test_headers_that_are_refused(server, qkv, change, code):

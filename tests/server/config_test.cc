@@ -80,6 +80,12 @@ TEST(Config, GrpcIsOfferedWhateverElseIs) {
   EXPECT_TRUE(Parse({"--transports=posix_shm"})->config.posix_shm);
 }
 
+TEST(Config, CudaIpcIsOfferedWhereThereIsCudaUnlessSomebodySays) {
+  EXPECT_FALSE(Parse({})->config.cuda_ipc.has_value());
+  EXPECT_EQ(Parse({"--transports=posix_shm,cuda_ipc"})->config.cuda_ipc, true);
+  EXPECT_EQ(Parse({"--transports=posix_shm"})->config.cuda_ipc, false);
+}
+
 TEST(Config, BadFlagsAreNamed) {
   const std::pair<const char*, const char*> cases[] = {
       {"--nonsense=1", "nonsense"},
@@ -91,11 +97,11 @@ TEST(Config, BadFlagsAreNamed) {
       {"--http=x:y", "--http"},
       {"--threads=-1", "--threads"},
       {"--threads=many", "--threads"},
+      {"--cuda_kernels=sm70", "--cuda_kernels"},
       {"--model=justaname", "--model"},
       {"--model==/dir", "--model"},
       {"--model=name=", "--model"},
       {"--transports=", "--transports"},
-      {"--transports=cuda_ipc", "cuda_ipc"},
       {"--transports=grpc,shm", "'shm'"},
       {"--kv_memory=-1", "--kv_memory"},
       {"--kv_memory=lots", "--kv_memory"},

@@ -56,6 +56,10 @@ TEST_F(MetricsTest, ZerosAreThereFromTheStart) {
   for (const char* state : kBlockStateNames) {
     EXPECT_TRUE(Find("prefilld_kv_blocks", {{"state", state}})) << state;
   }
+  for (const char* kind : Device::kFaultKinds) {
+    EXPECT_EQ(Counter("prefilld_gpu_faults_total", {{"kind", kind}}), 0);
+  }
+  EXPECT_EQ(Counter("prefilld_requests_rejected_total", {{"reason", "device_lost"}}), 0);
   for (const char* phase : kPhaseNames) {
     EXPECT_TRUE(Find("prefilld_phase_duration_seconds", {{"phase", phase}})) << phase;
   }
@@ -83,6 +87,7 @@ TEST_F(MetricsTest, ObservationsAddNoSeries) {
   metrics_.CapturedMass("m", 0.9);
   metrics_.DenseFallback(DenseReason::kMinCapturedMass);
   metrics_.SetKvBlocks(BlockState::kLeased, 3);
+  for (const char* kind : Device::kFaultKinds) metrics_.GpuFault(kind);
   EXPECT_EQ(series(), before);
   metrics_.LayerDensity("m", 0, 0.3);
   metrics_.LayerDensity("m", 0, 0.4);

@@ -283,7 +283,7 @@ TEST_F(ServerTest, NegotiatesLayoutTransportAndFingerprint) {
   EXPECT_EQ(negotiate(request, &response), grpc::StatusCode::FAILED_PRECONDITION);
   request.clear_fingerprint();
   request.mutable_transports()->RemoveLast();  // a pinned transport never falls back
-  EXPECT_EQ(negotiate(request, &response), grpc::StatusCode::UNIMPLEMENTED);
+  EXPECT_EQ(negotiate(request, &response), grpc::StatusCode::FAILED_PRECONDITION);
 }
 
 TEST_F(ServerTest, SharesMemoryWithWhoSeesTheSame) {

@@ -7,7 +7,7 @@
             print(prompt.report.mean_density)
 """
 
-from .attend import AttendResult
+from .attend import AttendResult, InPlaceAttend
 from .client import Health, PrefillClient
 from .errors import PrefilldError, RetryPolicy
 from .prefill import Prefill
@@ -15,6 +15,6 @@ from .pull import KvPull, Layer, Lease
 from .sparsity import PATTERNS, Policy, SparsityReport, Summary
 
 __all__ = [
-    "PATTERNS", "AttendResult", "Health", "KvPull", "Layer", "Lease", "Policy", "Prefill",
+    "PATTERNS", "AttendResult", "Health", "InPlaceAttend", "KvPull", "Layer", "Lease", "Policy", "Prefill",
     "PrefillClient", "PrefilldError", "RetryPolicy", "SparsityReport", "Summary",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import grpc
 import numpy as np
 
+from . import cuda_ipc, torch_tensors, tensors as numpy_tensors
 from .errors import PrefilldError, Retry
 from .shm import Segments
 from .sparsity import SparsityReport, Summary
-from .tensors import (DTYPES, NUMPY_TYPES, Assembly, chunks, data_loss, dtype_name,
-                      invalid, wire_array)
+from .tensors import DTYPES, NUMPY_TYPES, Assembly, chunks, data_loss, invalid
 from .transport import TRANSPORTS, Transport
 from .v1 import prefill_service_pb2, prefill_service_pb2_grpc, tensor_pb2
 
@@ -27,8 +28,9 @@ class AttendResult:
     them [sequences, q_heads]; rows of blocks of all sequences are concatenated, key blocks count
     from the start of their sequence.
 
-    Over posix_shm the arrays are views of one piece of shared memory, which nobody else uses any
-    more: all of it, q, k and v included, is in use until the last of them is gone."""
+    Where q was a torch tensor all of them are, on q's device. Over posix_shm the arrays are views
+    of one piece of shared memory, which nobody else uses any more: all of it, q, k and v included,
+    is in use until the last of them is gone. Over cuda_ipc they are the caller's own."""
 
     o: np.ndarray                      # [total_q, q_heads, head_dim], of q's type
     lse: np.ndarray | None             # [q_heads, total_q] float32, natural log
@@ -37,7 +39,7 @@ class AttendResult:
     pattern: np.ndarray | None         # uint8, index into PATTERNS
     captured_mass: np.ndarray | None   # float32
     summary: Summary
-    transport: str = "grpc"            # the one that was used, "grpc" or "posix_shm"
+    transport: str = "grpc"            # the one that was used: "grpc", "posix_shm" or "cuda_ipc"
 
     @property
     def report(self) -> SparsityReport:
@@ -47,50 +49,86 @@ class AttendResult:
     def request_id(self) -> str:
         return self.summary.request_id
 
+    def clone(self) -> AttendResult:
+        """The same with torch tensors of its own."""
+        tensors = {name: tensor.clone() for name, tensor in vars(self).items()
+                   if torch_tensors.is_tensor(tensor)}
+        return dataclasses.replace(self, **tensors)
+
 
 class AttendCall:
     """Everything of one call that does not change between attempts."""
 
-    def __init__(self, header: prefill_service_pb2.AttendHeader, tensors: dict[str, np.ndarray],
+    def __init__(self, header: prefill_service_pb2.AttendHeader, tensors: dict[str, Any],
                  dtype: str | None, progress: Progress):
-        self._q_type = tensors["q"].dtype
-        self._payloads: list[np.ndarray] = []  # as on the wire, but strided as the caller's
+        """tensors: all numpy arrays, or all torch tensors."""
+        self._tensors = list(tensors.values())
+        torch = [torch_tensors.is_tensor(tensor) for tensor in self._tensors]
+        if any(torch) and not all(torch):
+            raise invalid("q, k and v are neither all numpy arrays nor all torch tensors")
+        self._types = torch_tensors if any(torch) else numpy_tensors
+        self._device = self._tensors[0].device if any(torch) else None
+        self._kinds: list[str] = []
         self._progress = progress
-        for name, array in tensors.items():
-            if array.ndim != 3 or array.size == 0:
-                raise invalid(f"{name} has shape {array.shape}: expected three dimensions, "
+        for name, tensor in tensors.items():
+            if tensor.ndim != 3 or min(tensor.shape) < 1:
+                raise invalid(f"{name} has shape {tuple(tensor.shape)}: expected three dimensions, "
                               "each at least 1")
-            kind = dtype_name(array, dtype)
-            header.tensors.add(name=name, data_type=DTYPES[kind][0], shape=array.shape)
-            self._payloads.append(wire_array(array, kind))
+            self._kinds.append(self._types.dtype_name(tensor, dtype))
+            header.tensors.add(name=name, data_type=DTYPES[self._kinds[-1]][0], shape=tensor.shape)
         self._header = header
-        self._total = sum(payload.nbytes for payload in self._payloads)
+        self._payloads: list[np.ndarray] = []  # as on the wire, but strided as the caller's
+        self._total = sum(math.prod(spec.shape) * DTYPES[kind][1].itemsize
+                          for spec, kind in zip(header.tensors, self._kinds))
+
+    @property
+    def gpu(self) -> str:
+        """The uuid of the one that all tensors lie on, or empty."""
+        return "" if self._device is None else cuda_ipc.uuid_of(self._tensors)
 
     def run(self, stub: prefill_service_pb2_grpc.PrefillServiceStub, retry: Retry,
             transport: Transport) -> AttendResult:
         """Tries until it succeeds, is refused for good, or time is up. transport: this call's own.
         """
         while True:
-            self._header.transport = transport.value
-            admitted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-            call = None
             try:
-                call = stub.Attend(self._requests(admitted), timeout=retry.remaining())
-                return self._receive(call, admitted, transport)
+                if transport.on_device:
+                    return self._run_on_device(stub, retry.remaining())
+                return self._run(stub, retry.remaining(), transport)
             except (grpc.RpcError, PrefilldError) as error:
                 failure = (error if isinstance(error, PrefilldError)
                            else PrefilldError.from_rpc(error))
                 if transport.falls_back(failure):
                     continue
-                if failure is error:  # found on this side: the same would come again
-                    raise
-                # The server may not have seen yet that the call over posix_shm is over.
+                if failure is error and not isinstance(error.__cause__, grpc.RpcError):
+                    raise  # found on this side: the same would come again
+                # The server may not have seen yet that the call over shared memory is over.
                 retry.after(failure, resumable=transport.fell_back
                             and failure.code is grpc.StatusCode.ALREADY_EXISTS)
-            finally:
-                if call is not None:
-                    call.cancel()    # nothing to do when it ended by itself
-                admitted.put(False)  # lets the thread that feeds the upload go
+
+    def _run_on_device(self, stub: prefill_service_pb2_grpc.PrefillServiceStub,
+                       timeout: float) -> AttendResult:
+        with InPlaceAttend(stub, self._header, self._device, timeout, self._progress) as call:
+            written = 0
+            for place, tensor in zip((call.q, call.k, call.v), self._tensors):
+                place.copy_(tensor)
+                written += tensor.nbytes
+                self._progress(written / self._total, "upload")
+            return call.run().clone()
+
+    def _run(self, stub: prefill_service_pb2_grpc.PrefillServiceStub, timeout: float,
+             transport: Transport) -> AttendResult:
+        if not self._payloads:
+            self._payloads = [self._types.wire_array(tensor, kind)
+                              for tensor, kind in zip(self._tensors, self._kinds)]
+        self._header.transport = transport.value
+        admitted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        call = stub.Attend(self._requests(admitted), timeout=timeout)
+        try:
+            return self._receive(call, admitted, transport)
+        finally:
+            call.cancel()        # nothing to do when it ended by itself
+            admitted.put(False)  # lets the thread that feeds the upload go
 
     def _requests(self, admitted: queue.SimpleQueue[bool]
                   ) -> Iterator[prefill_service_pb2.AttendRequest]:
@@ -153,13 +191,109 @@ class AttendCall:
             raise data_loss("the stream of Attend ended before its last output or its summary")
 
         outputs = {spec.name: array for spec, array in zip(specs, arrays)}
-        if "o" not in outputs:
-            raise data_loss(f"Attend returned {', '.join(outputs)}, but no o")
-        return AttendResult(
-            o=outputs["o"].view(self._q_type), lse=outputs.get("lse"),
-            block_count=outputs.get("block_count"), block_index=outputs.get("block_index"),
-            pattern=outputs.get("pattern"), captured_mass=outputs.get("captured_mass"),
-            summary=summary, transport=transport.name)
+        if self._device is not None:
+            outputs = {spec.name: torch_tensors.from_wire(array, _kind(spec), self._device)
+                       for spec, array in zip(specs, arrays)}
+        result = _result(outputs, summary, transport.name)
+        return (result if self._device is not None
+                else dataclasses.replace(result, o=result.o.view(self._tensors[0].dtype)))
+
+
+class InPlaceAttend:
+    """One Attend in the server's memory on a GPU that is this process's too (cuda_ipc): nothing is
+    copied. Use it as a context manager: on entry the call is admitted and `q`, `k` and `v` are
+    tensors to fill; `run` computes; on exit the memory goes, so nothing in it may be used after
+    that. The server takes the memory back from a caller that keeps it idle (--upload_timeout).
+
+    From any thread, one at a time. Not tried again. Raises what `attend` does."""
+
+    def __init__(self, stub: prefill_service_pb2_grpc.PrefillServiceStub,
+                 header: prefill_service_pb2.AttendHeader, device: Any, timeout: float,
+                 progress: Progress):
+        """header: complete but for the transport. device: torch's."""
+        header.transport = TRANSPORTS["cuda_ipc"]
+        self._stub, self._header, self._timeout = stub, header, timeout
+        self._progress = progress
+        self._requests: queue.SimpleQueue[prefill_service_pb2.AttendRequest | None] = (
+            queue.SimpleQueue())
+        self._memory = cuda_ipc.Memory(device)
+        self._complete = False
+
+    def __enter__(self) -> InPlaceAttend:
+        self._call = self._stub.Attend(iter(self._requests.get, None), timeout=self._timeout)
+        self._requests.put(prefill_service_pb2.AttendRequest(header=self._header))
+        self._progress(0.0, "queue")
+        try:
+            buffers = self._receive("admission").buffers
+            if len(buffers) != len(self._header.tensors):
+                raise data_loss(f"{len(buffers)} buffers for {len(self._header.tensors)} tensors")
+            self.q, self.k, self.v = (
+                self._memory.tensor(buffer, *_kind_and_shape(spec))
+                for buffer, spec in zip(buffers, self._header.tensors))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            self._memory.close()
+        finally:
+            self._requests.put(None)  # tells the server that nobody looks at its memory any more
+            try:
+                if self._complete:
+                    for _ in self._call:
+                        pass
+            except grpc.RpcError as error:
+                raise PrefilldError.from_rpc(error) from error
+            finally:
+                self._call.cancel()  # nothing to do when it ended by itself
+
+    def run(self) -> AttendResult:
+        """Computes what q, k and v hold by the order of the current stream. Once. The tensors of
+        the result lie in the server's memory."""
+        self._memory.synchronize()
+        self._requests.put(prefill_service_pb2.AttendRequest(
+            written=prefill_service_pb2.TensorsWritten()))
+        self._progress(0.0, "compute")
+        outputs = self._receive("outputs")
+        if len(outputs.buffers) != len(outputs.tensors):
+            raise data_loss(f"{len(outputs.buffers)} buffers for {len(outputs.tensors)} outputs")
+        tensors = {spec.name: self._memory.tensor(buffer, *_kind_and_shape(spec))
+                   for spec, buffer in zip(outputs.tensors, outputs.buffers)}
+        self._progress(1.0, "download")
+        summary = Summary.from_message(self._receive("summary"))
+        self._complete = True
+        return _result(tensors, summary, "cuda_ipc")
+
+    def _receive(self, expected: str) -> Any:
+        try:
+            response = next(self._call, None)
+        except grpc.RpcError as error:
+            raise PrefilldError.from_rpc(error) from error
+        part = None if response is None else response.WhichOneof("part")
+        if part != expected:
+            raise data_loss(f"Attend sent {part} instead of its {expected}")
+        return getattr(response, part)
+
+
+def _result(outputs: dict[str, Any], summary: Summary, transport: str) -> AttendResult:
+    if "o" not in outputs:
+        raise data_loss(f"Attend returned {', '.join(outputs)}, but no o")
+    return AttendResult(
+        o=outputs["o"], lse=outputs.get("lse"), block_count=outputs.get("block_count"),
+        block_index=outputs.get("block_index"), pattern=outputs.get("pattern"),
+        captured_mass=outputs.get("captured_mass"), summary=summary, transport=transport)
+
+
+def _kind(spec: tensor_pb2.TensorSpec) -> str:
+    """Its name in DTYPES."""
+    _shape_and_type(spec)
+    return next(name for name, (kind, _) in DTYPES.items() if kind == spec.data_type)
+
+
+def _kind_and_shape(spec: tensor_pb2.TensorSpec) -> tuple[str, tuple[int, ...]]:
+    return _kind(spec), tuple(spec.shape)
 
 
 def _shape_and_type(spec: tensor_pb2.TensorSpec) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 
-from .attend import AttendCall, AttendResult
+from . import cuda_ipc
+from .attend import AttendCall, AttendResult, InPlaceAttend
 from .errors import PrefilldError, Retry, RetryPolicy
 from .prefill import Prefill
 from .pull import KvPull, Lease
@@ -21,7 +22,10 @@ from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_serv
                  model_service_pb2_grpc, prefill_service_pb2, prefill_service_pb2_grpc)
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Unpack
+
+    Tensor = np.ndarray | torch.Tensor
 
 Progress = Callable[[float, str], None]
 
@@ -63,15 +67,17 @@ class PrefillClient:
 
     `transport` is how K, V and the tensors of attend travel. "grpc": in the calls, with checksums.
     "posix_shm": not at all; they lie in shared memory of the server's host, and arrays are views
-    of it. Default: the best that both have, negotiated at the first call that needs it; where a
-    call cannot use shared memory after all, it goes on over grpc. A transport that was named is
-    never left for another: calls raise what the server said, or FAILED_PRECONDITION.
+    of it. "cuda_ipc": attend alone, of torch tensors that lie on the server's GPU; they are copied
+    there and back by the GPU. Default: the best that both have, negotiated at the first call that
+    needs it; where a call cannot use shared memory after all, it goes on over grpc. A transport
+    that was named is never left for another: calls raise what the server said,
+    FAILED_PRECONDITION or UNIMPLEMENTED.
     """
 
     def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None,
                  retry: RetryPolicy = RetryPolicy(), transport: str | None = None):
         """target: HOST:PORT. credentials: for TLS; without them the connection is in the clear.
-        transport: "grpc" or "posix_shm"; default: negotiated."""
+        transport: "grpc", "posix_shm" or "cuda_ipc"; default: negotiated."""
         self._negotiator = Negotiator(self._negotiate, transport)
         self._channel = (
             grpc.insecure_channel(target, options=_CHANNEL_OPTIONS) if credentials is None
@@ -95,7 +101,7 @@ class PrefillClient:
         """Closes the connection; running calls end with CANCELLED."""
         self._channel.close()
 
-    def attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, dtype: str | None = None,
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, dtype: str | None = None,
                softmax_scale: float | None = None, cu_seqlens_q: Sequence[int] | None = None,
                cu_seqlens_k: Sequence[int] | None = None, priority: int = 0,
                return_lse: bool = False, return_block_index: bool = False,
@@ -104,20 +110,46 @@ class PrefillClient:
         """Attention over the caller's tensors, causal, queries at the end of the keys.
 
         q: [total_q, q_heads, head_dim]; k, v: [total_k, kv_heads, head_dim]. All float32, float16
-            or bfloat16: as an ml_dtypes array, or as uint16 together with dtype="bf16".
+            or bfloat16: torch tensors, or numpy arrays, where bfloat16 is an ml_dtypes array, or
+            uint16 together with dtype="bf16".
         softmax_scale: default 1 / sqrt(head_dim).
         cu_seqlens_q, cu_seqlens_k: [sequences + 1], from 0, where several sequences lie one after
             the other.
         policy: what may be skipped, see Policy.
         """
-        header = prefill_service_pb2.AttendHeader(
-            request_id=request_id or str(uuid.uuid4()), sparsity=policy_message(policy),
-            softmax_scale=softmax_scale, cu_seqlens_q=_integers(cu_seqlens_q),
-            cu_seqlens_k=_integers(cu_seqlens_k), priority=priority, return_lse=return_lse,
-            return_block_index=return_block_index)
+        header = _attend_header(
+            softmax_scale=softmax_scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            priority=priority, return_lse=return_lse, return_block_index=return_block_index,
+            request_id=request_id, **policy)
         call = AttendCall(header, {"q": q, "k": k, "v": v}, dtype, progress or _no_progress)
         retry = self._retry(timeout)
-        return call.run(self._prefill, retry, self._negotiator.choose(retry.remaining()))
+        transport = self._negotiator.choose(retry.remaining(), gpu=call.gpu)
+        return call.run(self._prefill, retry, transport)
+
+    def attend_in_place(self, q_shape: Sequence[int], kv_shape: Sequence[int], dtype: str, *,
+                        device: Any = "cuda", timeout: float | None = None,
+                        progress: Progress | None = None, **options: Any) -> InPlaceAttend:
+        """Attention over tensors that the caller makes where the server computes: on a GPU that
+        both use, without a copy. See InPlaceAttend.
+
+        dtype: "f16" or "bf16". device: torch's. options: as attend's, from softmax_scale on.
+        FAILED_PRECONDITION: the server computes on another GPU or host, or offers no cuda_ipc.
+        """
+        import torch
+
+        device = torch.device(device)
+        if device.index is None:
+            device = torch.device(device.type, torch.cuda.current_device())
+        header = _attend_header(**options)
+        for name, shape in (("q", q_shape), ("k", kv_shape), ("v", kv_shape)):
+            header.tensors.add(name=name, data_type=data_type(dtype), shape=shape)
+        retry = self._retry(timeout)
+        transport = self._negotiator.choose(retry.remaining(), gpu=cuda_ipc.uuid(device))
+        if not transport.on_device:
+            raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
+                                f"cuda_ipc is not possible with this server and {device}")
+        return InPlaceAttend(self._prefill, header, device, retry.remaining(),
+                             progress or _no_progress)
 
     def prefill(self, model: str, token_ids: Sequence[int] | np.ndarray, *, retain: bool = True,
                 kv_dtype: str | None = None, widen: bool = True, lease_ttl: float | None = None,
@@ -236,6 +268,20 @@ class PrefillClient:
                 return method(request, timeout=retry.remaining())
             except grpc.RpcError as error:
                 retry.after(PrefilldError.from_rpc(error))
+
+
+def _attend_header(*, softmax_scale: float | None = None,
+                   cu_seqlens_q: Sequence[int] | None = None,
+                   cu_seqlens_k: Sequence[int] | None = None, priority: int = 0,
+                   return_lse: bool = False, return_block_index: bool = False,
+                   request_id: str | None = None,
+                   **policy: Unpack[Policy]) -> prefill_service_pb2.AttendHeader:
+    """All but the tensors."""
+    return prefill_service_pb2.AttendHeader(
+        request_id=request_id or str(uuid.uuid4()), sparsity=policy_message(policy),
+        softmax_scale=softmax_scale, cu_seqlens_q=_integers(cu_seqlens_q),
+        cu_seqlens_k=_integers(cu_seqlens_k), priority=priority, return_lse=return_lse,
+        return_block_index=return_block_index)
 
 
 def _integers(values: Sequence[int] | np.ndarray | None) -> list[int]:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import grpc
 
-from . import shm
+from . import cuda_ipc, shm
 from .errors import PrefilldError
 from .tensors import invalid
 from .v1 import kv_handoff_service_pb2 as kv
 
-TRANSPORTS = {"grpc": kv.TRANSPORT_GRPC, "posix_shm": kv.TRANSPORT_POSIX_SHM}
+TRANSPORTS = {"grpc": kv.TRANSPORT_GRPC, "posix_shm": kv.TRANSPORT_POSIX_SHM,
+              "cuda_ipc": kv.TRANSPORT_CUDA_IPC}
 _NAMES = {value: name for name, value in TRANSPORTS.items()}
 
 
@@ -22,7 +23,7 @@ def transport_name(value: int) -> str:
 
 
 class Transport:
-    """The transport of one call: `name` is the one in use, "grpc" or "posix_shm"."""
+    """The transport of one call: `name` is the one in use, one of TRANSPORTS."""
 
     def __init__(self, name: str, pinned: bool, forget: Callable[[], None]):
         self.name = name
@@ -35,15 +36,19 @@ class Transport:
         return self.name == "posix_shm"
 
     @property
+    def on_device(self) -> bool:
+        return self.name == "cuda_ipc"
+
+    @property
     def value(self) -> kv.Transport:
         """The wire's."""
         return TRANSPORTS[self.name]
 
     def falls_back(self, failure: PrefilldError) -> bool:
         """True: `failure` was about shared memory, and from now on `name` is "grpc". The server has
-        no segment for the call, it offers none any more, or it cannot be opened from here. Never
+        no memory for the call, it offers none any more, or it cannot be opened from here. Never
         with a transport that the user chose."""
-        if not self.mapped or self._pinned or not (
+        if self.name == "grpc" or self._pinned or not (
                 failure.code is grpc.StatusCode.FAILED_PRECONDITION
                 or failure.reason == "shm_memory"):
             return False
@@ -66,8 +71,9 @@ class Negotiator:
         self._negotiate = negotiate
         self._wanted = wanted
         self._lock = threading.Lock()
-        self._agreed: str | None = None  # None: to be asked
-        self._boot_id = ""               # of the server that was asked
+        # By the GPU that the tensors lie on, "" where they do not or where there are none: the name,
+        # and the boot_id of the server that was asked.
+        self._agreed: dict[str, tuple[str, str]] = {}
 
     @property
     def destination(self) -> kv.Transport:
@@ -75,29 +81,42 @@ class Negotiator:
         agreed on: whoever pulls the cache may see another /dev/shm than this process."""
         return kv.TRANSPORT_UNSPECIFIED if self._wanted is None else TRANSPORTS[self._wanted]
 
-    def request(self) -> kv.NegotiateRequest:
-        """With what this process accepts; the caller may add to it."""
-        return kv.NegotiateRequest(
+    def request(self, gpu: str = "") -> kv.NegotiateRequest:
+        """With what this process accepts; the caller may add to it. gpu: where the tensors of an
+        attend lie; default: any GPU, where cuda_ipc is pinned."""
+        request = kv.NegotiateRequest(
             transports=[] if self._wanted is None else [TRANSPORTS[self._wanted]],
             shm_domain=shm.domain())
+        if gpu or self._wanted == "cuda_ipc":
+            request.cuda_ipc_domain = cuda_ipc.domain()
+            request.device_uuids.extend([gpu] if gpu else cuda_ipc.uuids())
+        return request
 
-    def choose(self, timeout: float, boot_id: str = "", *, possible: bool = True) -> Transport:
+    def choose(self, timeout: float, boot_id: str = "", *, possible: bool = True,
+               gpu: str = "") -> Transport:
         """For one call. Blocks while it asks, `timeout` seconds at most.
 
         boot_id: of the server, where that is known. possible: False where the call is one that
-            posix_shm cannot serve; grpc then, unless posix_shm is pinned.
-        FAILED_PRECONDITION, UNIMPLEMENTED: posix_shm is pinned and not possible.
+            posix_shm cannot serve; grpc then, unless posix_shm is pinned. gpu: the one that the
+            tensors of an attend lie on; only these can go by cuda_ipc.
+        FAILED_PRECONDITION, UNIMPLEMENTED: a transport is pinned and not possible.
         """
         pinned = self._wanted is not None
+        if self._wanted == "cuda_ipc" and not gpu:
+            raise PrefilldError(grpc.StatusCode.UNIMPLEMENTED,
+                                "transport cuda_ipc carries attend() of torch tensors that lie on "
+                                "one GPU; for anything else take another client")
         if self._wanted == "grpc" or not (possible or pinned):
-            return Transport("grpc", pinned, self._forget)
+            return Transport("grpc", pinned, lambda: None)
+        if self._wanted == "posix_shm":
+            gpu = ""
         with self._lock:
-            if self._agreed is None or boot_id not in ("", self._boot_id):
-                self._agreed, self._boot_id = self._ask(timeout)
-            return Transport(self._agreed, pinned, self._forget)
+            if gpu not in self._agreed or boot_id not in ("", self._agreed[gpu][1]):
+                self._agreed[gpu] = self._ask(timeout, gpu)
+            return Transport(self._agreed[gpu][0], pinned, lambda: self._forget(gpu))
 
-    def _ask(self, timeout: float) -> tuple[str, str]:
-        request = self.request()
+    def _ask(self, timeout: float, gpu: str) -> tuple[str, str]:
+        request = self.request(gpu)
         try:
             answer = self._negotiate(request, timeout)
         except PrefilldError as failure:
@@ -107,11 +126,14 @@ class Negotiator:
         name = transport_name(answer.transport)
         if name == "posix_shm" and answer.shm_domain != request.shm_domain:
             name = "grpc"  # names of another /dev/shm mean nothing here
+        if name == "cuda_ipc" and (answer.cuda_ipc_domain != request.cuda_ipc_domain
+                                   or gpu not in answer.device_uuids):
+            name = "grpc"  # nor do handles of another host's memory, or another GPU's
         if self._wanted not in (None, name):
             raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
                                 f"the server answered {name} when asked for {self._wanted}")
         return name, answer.boot_id
 
-    def _forget(self) -> None:
+    def _forget(self, gpu: str) -> None:
         with self._lock:
-            self._agreed = None
+            self._agreed.pop(gpu, None)

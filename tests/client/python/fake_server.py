@@ -2,7 +2,8 @@
 
 Each RPC takes the next entry of its list in `faults`, if there is one, and does as that says;
 otherwise it answers well. Attend returns q as o. The cache of a prompt is made of the numbers that
-`expected_layer` computes. With `shm` it offers posix_shm, with files of its own in /dev/shm.
+`expected_layer` computes. With `shm` it offers posix_shm, with files of its own in /dev/shm; with
+`gpu` cuda_ipc, with memory of its own that a fake driver opens.
 """
 
 import collections
@@ -18,6 +19,7 @@ import grpc
 import numpy as np
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+from prefilld import cuda_ipc
 from prefilld.v1 import (kv_handoff_service_pb2 as kv, kv_handoff_service_pb2_grpc,
                          model_service_pb2, model_service_pb2_grpc, prefill_service_pb2 as pb,
                          prefill_service_pb2_grpc, sparsity_pb2, tensor_pb2)
@@ -120,6 +122,26 @@ class Segment:
             self.file.close()
 
 
+class DeviceMemory:
+    """What Segment is for posix_shm. driver: a fake_torch.Driver."""
+
+    def __init__(self, sizes, gpu, driver):
+        self.gpu, self.driver = gpu, driver
+        self.offsets = [256 * sum(-(-size // 256) for size in sizes[:i]) for i in range(len(sizes))]
+        self.sizes = list(sizes)
+        self.array = np.zeros(self.offsets[-1] + sizes[-1], np.uint8)
+        self.address = self.array.ctypes.data
+        driver.sizes[self.address] = self.array.size
+
+    def place(self, index):
+        return self.array[self.offsets[index]:self.offsets[index] + self.sizes[index]]
+
+    def reference(self, index):
+        return tensor_pb2.BufferRef(
+            cuda_ipc_handle=self.address.to_bytes(8, "little") + bytes(56), device_uuid=self.gpu,
+            byte_offset=self.offsets[index], byte_length=self.sizes[index])
+
+
 class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
                  kv_handoff_service_pb2_grpc.KvHandoffServiceServicer,
                  model_service_pb2_grpc.ModelServiceServicer):
@@ -134,6 +156,9 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.renewed = threading.Semaphore(0)        # one permit per renewal
         self.shm = False                             # offer posix_shm
         self.shm_domain = shm_domain()
+        self.gpu = self.driver = None                # offer cuda_ipc on this one
+        self.cuda_ipc_domain = cuda_ipc.domain()
+        self.closed_before_end = []                  # of each Attend over cuda_ipc: what was open
         self.boot_id = "boot"
         self.segments = {}                           # of caches, by the lease's name
         self.change_buffers = None                   # Attend: what to do with Admission.buffers
@@ -157,6 +182,9 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         fault = self._start("Attend", context)
         if header.transport == kv.TRANSPORT_POSIX_SHM:
             yield from self._attend_mapped(header, requests, fault, context)
+            return
+        if header.transport == kv.TRANSPORT_CUDA_IPC:
+            yield from self._attend_on_device(header, requests, fault, context)
             return
         arrived = threading.Event()
         parts = [[] for _ in header.tensors]
@@ -216,6 +244,39 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
             yield pb.AttendResponse(summary=self._summary(header.request_id, spec.shape[0], 1))
         finally:
             segment.close()
+
+    def _attend_on_device(self, header, requests, fault, context):
+        if self.gpu is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "cuda_ipc is not offered")
+        width = 4 if header.tensors[0].data_type == tensor_pb2.DATA_TYPE_F32 else 2
+        sizes = [width * int(np.prod(spec.shape)) for spec in header.tensors]
+        memory = DeviceMemory(sizes + sizes[:1] + [12], self.gpu, self.driver)
+        buffers = [memory.reference(i) for i in range(3)]
+        if self.change_buffers is not None:
+            buffers = self.change_buffers(buffers)
+        yield pb.AttendResponse(admission=pb.Admission(
+            request_id=header.request_id, transport=kv.TRANSPORT_CUDA_IPC, buffers=buffers))
+        part = next(requests, None)
+        if part is None:  # the caller goes without a word
+            return
+        assert part.WhichOneof("part") == "written", part
+        self.uploaded = [memory.place(i).tobytes() for i in range(3)]
+        memory.place(3)[:] = memory.place(0)
+        memory.place(4)[:] = np.arange(3, dtype="<i4").view(np.uint8)
+        spec = header.tensors[0]
+        outputs = pb.OutputSpecs(
+            tensors=[tensor_pb2.TensorSpec(name="o", data_type=spec.data_type, shape=spec.shape),
+                     tensor_pb2.TensorSpec(name="block_count", shape=[3],
+                                           data_type=tensor_pb2.DATA_TYPE_I32)],
+            buffers=[memory.reference(3), memory.reference(4)])
+        if isinstance(fault, Abort):
+            fault.raise_in(context)
+        yield pb.AttendResponse(
+            outputs=fault.change(0, outputs) if isinstance(fault, Tamper) else outputs)
+        yield pb.AttendResponse(summary=self._summary(header.request_id, spec.shape[0], 1))
+        assert next(requests, None) is None
+        self.closed_before_end.append(memory.address not in self.driver.open_now)
+        memory.array[:] = 0xCD  # it is somebody else's now
 
     def Prefill(self, request, context):
         self.calls["Prefill"].append(request)
@@ -292,14 +353,22 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.calls["Negotiate"].append(request)
         self._start("Negotiate", context)
         transport = kv.TRANSPORT_GRPC
-        if kv.TRANSPORT_GRPC not in request.transports:
+        on_device = (self.gpu is not None and self.gpu in request.device_uuids
+                     and request.cuda_ipc_domain == self.cuda_ipc_domain)
+        if kv.TRANSPORT_CUDA_IPC in request.transports and not on_device:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "cuda_ipc is not possible here")
+        if on_device and (not request.transports or kv.TRANSPORT_CUDA_IPC in request.transports):
+            transport = kv.TRANSPORT_CUDA_IPC
+        elif kv.TRANSPORT_GRPC not in request.transports:
             if self.shm and request.shm_domain == self.shm_domain:
                 transport = kv.TRANSPORT_POSIX_SHM
             elif kv.TRANSPORT_POSIX_SHM in request.transports:
                 context.abort(grpc.StatusCode.FAILED_PRECONDITION, "posix_shm is not possible here")
         return kv.NegotiateResponse(
             transport=transport, fingerprint="f" * 64, boot_id=self.boot_id,
-            shm_domain=self.shm_domain if self.shm else "")
+            shm_domain=self.shm_domain if self.shm else "",
+            cuda_ipc_domain=self.cuda_ipc_domain if self.gpu else "",
+            device_uuids=[self.gpu] if self.gpu else [])
 
     # --- ModelService
 

@@ -3,9 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <random>
 
+#include "server/errors.h"
 #include "server/kv/kv_cache.h"
+#include "tests/server/fake_device.h"
 
 namespace prefilld {
 namespace {
@@ -57,10 +60,11 @@ TEST_F(EngineTest, CalibratesToPlausibleRates) {
 
 TEST_F(EngineTest, AttendReturnsWhatWasAskedFor) {
   auto job = NewAttend(1000, {.method = Method::kJoint});
-  job->attend->return_lse = job->attend->return_block_index = true;
+  job->attend->return_block_index = true;
+  job->attend->lse = *backend_->device().Allocate(2000 * sizeof(float));
   ASSERT_TRUE(engine_.RunAttend(*job).ok());
   const AttendWork& work = *job->attend;
-  EXPECT_EQ(work.lse.size(), 2000u);
+  for (int i = 0; i < 2000; ++i) ASSERT_NE(work.lse.as<float>()[i], 0) << i;
   EXPECT_EQ(work.rows, 8);
   EXPECT_EQ(work.block_count.size(), 16u);
   EXPECT_EQ(work.block_index.size(), static_cast<size_t>(16 * work.max_blocks));
@@ -110,6 +114,54 @@ TEST_F(EngineTest, HeadsBelowTheMinimumMassRunDense) {
     EXPECT_EQ(head.dense_reason, DenseReason::kMinCapturedMass);
     EXPECT_EQ(head.density, 1);
   }
+}
+
+// On a device with memory of its own outputs are copied to where the caller wants them, and only
+// there.
+TEST_F(EngineTest, OutputsFollowToTheHost) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_);
+  auto plain = NewAttend(300, {.method = Method::kJoint}), job = NewAttend(300, plain->policy);
+  ASSERT_TRUE(engine_.RunAttend(*plain).ok());
+  AttendWork& work = *job->attend;
+  work.return_block_index = true;
+  work.host_o = *fake.device().AllocateHost(work.o.bytes());
+  work.lse = *fake.device().Allocate(600 * sizeof(float));
+  ASSERT_TRUE(engine.RunAttend(*job).ok());
+  EXPECT_EQ(std::memcmp(work.host_o.data(), plain->attend->o.data(), work.o.bytes()), 0);
+  for (const FakeDevice::Copied& copy : fake.device().copied()) {
+    EXPECT_NE(copy.src, work.lse.data()) << "nobody asked for it on the host";
+  }
+  EXPECT_EQ(work.block_count, std::vector<int32_t>({1, 2, 3, 1, 2, 3}));
+  EXPECT_EQ(work.block_index, std::vector<int32_t>(
+                                  {0, -1, -1, 0, 1, -1, 0, 1, 2, 0, -1, -1, 0, 1, -1, 0, 1, 2}));
+  EXPECT_EQ(job->report.entries[1].density, 1);
+}
+
+TEST_F(EngineTest, ALostDeviceFailsEveryJobAndIsCountedOnce) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_, /*inject_fault_after=*/2);
+  EXPECT_TRUE(engine.RunAttend(*NewAttend(100, {})).ok());
+  EXPECT_TRUE(engine.CheckDevice().ok());
+  EXPECT_EQ(engine.RunAttend(*NewAttend(100, {})).code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(engine.RunAttend(*NewAttend(100, {})).code(), absl::StatusCode::kUnavailable);
+  const absl::Status lost = engine.CheckDevice();
+  EXPECT_EQ(FactsOf(lost).reason, "device_lost");
+  EXPECT_TRUE(FactsOf(lost).retry_after.has_value());
+  double faults = 0;
+  for (const auto& family : metrics_.Collect()) {
+    if (family.name != "prefilld_gpu_faults_total") continue;
+    for (const auto& metric : family.metric) faults += metric.counter.value;
+  }
+  EXPECT_EQ(faults, 1);
+}
+
+TEST_F(EngineTest, NoDeviceMemoryIsSaidAndTheNextJobRuns) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_);
+  fake.device().Limit(FakeDevice::Kind::kDevice, 1000);
+  EXPECT_EQ(engine.RunAttend(*NewAttend(3000, {})).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(engine.RunAttend(*NewAttend(100, {})).ok());
 }
 
 // Two prompts in one ragged batch, one of them taken out half way: the other's K, V and logits are

@@ -85,7 +85,8 @@ absl::Status RunDense(Transformer& model, Backend& backend,
   args.o = {scratch.o, int64_t{info.q_heads} * info.head_dim, info.head_dim};
   const auto sequences = SplitIntoBlocks(args.shape, args.policy.block_size);
   const int64_t rows = TotalRows(sequences), stride = MaxKeyBlocks(sequences);
-  std::vector<int32_t> count(info.q_heads * rows), index(count.size() * stride);
+  std::vector<int32_t> count(info.q_heads * rows);
+  std::vector<uint16_t> index(count.size() * stride);
   args.index = {count.data(), index.data(), rows, stride};
   std::vector<HeadReport> report(sequences.size() * info.q_heads);
   args.report = report.data();

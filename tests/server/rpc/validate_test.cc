@@ -171,7 +171,8 @@ TEST(ValidateAttend, SharedMemoryIsTakenWhereItIsOffered) {
   EXPECT_EQ(ValidateAttend(header, {.posix_shm = true})->transport, Transport::kPosixShm);
   header.set_transport(v1::TRANSPORT_CUDA_IPC);
   EXPECT_EQ(ValidateAttend(header, {.posix_shm = true}).status().code(),
-            absl::StatusCode::kUnimplemented);
+            absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ValidateAttend(header, {.cuda_ipc = true})->transport, Transport::kCudaIpc);
   header.set_transport(v1::Transport(50));
   EXPECT_EQ(FactsOf(ValidateAttend(header, {}).status()).field, "transport");
 }
@@ -182,8 +183,14 @@ TEST(ValidateAttend, CountsWhatASegmentHoldsASecondTime) {
   header.set_return_block_index(true);
   const uint64_t sent = ValidateAttend(header, {})->job->held_bytes;
   header.set_transport(v1::TRANSPORT_POSIX_SHM);
-  // lse: 4 heads x 10 x 4 bytes; index: 4 heads x 1 row x (1 + 1) x 4.
-  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true})->job->held_bytes, sent + 160 + 32);
+  // The index: 4 heads x 1 row x (1 + 1) x 4 bytes. o and lse are written where they stay.
+  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true})->job->held_bytes, sent + 32);
+  header.set_transport(v1::TRANSPORT_CUDA_IPC);
+  EXPECT_EQ(ValidateAttend(header, {.cuda_ipc = true})->job->held_bytes, sent + 32);
+  // On their way to a device the tensors are there once more; the index beside them is not.
+  header.set_transport(v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true, .device_memory = true})->job->held_bytes,
+            2 * (sent - 2 * 32) + 3 * 32);
 }
 
 TEST(ValidateAttend, BuffersOfTheCallerAreNotServed) {

@@ -115,21 +115,25 @@ class Limits(_message.Message):
     def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_attend_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., default_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_waiting_jobs: _Optional[int] = ...) -> None: ...
 
 class NegotiateRequest(_message.Message):
-    __slots__ = ("model", "transports", "layout", "fingerprint", "shm_domain")
+    __slots__ = ("model", "transports", "layout", "fingerprint", "shm_domain", "cuda_ipc_domain", "device_uuids")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHM_DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    CUDA_IPC_DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUIDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     transports: _containers.RepeatedScalarFieldContainer[Transport]
     layout: KvLayout
     fingerprint: str
     shm_domain: str
-    def __init__(self, model: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., shm_domain: _Optional[str] = ...) -> None: ...
+    cuda_ipc_domain: str
+    device_uuids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NegotiateResponse(_message.Message):
-    __slots__ = ("transport", "layout", "fingerprint", "limits", "boot_id", "server_version", "shm_domain")
+    __slots__ = ("transport", "layout", "fingerprint", "limits", "boot_id", "server_version", "shm_domain", "cuda_ipc_domain", "device_uuids")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +141,8 @@ class NegotiateResponse(_message.Message):
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     SHM_DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    CUDA_IPC_DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUIDS_FIELD_NUMBER: _ClassVar[int]
     transport: Transport
     layout: KvLayout
     fingerprint: str
@@ -144,7 +150,9 @@ class NegotiateResponse(_message.Message):
     boot_id: str
     server_version: str
     shm_domain: str
-    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., boot_id: _Optional[str] = ..., server_version: _Optional[str] = ..., shm_domain: _Optional[str] = ...) -> None: ...
+    cuda_ipc_domain: str
+    device_uuids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., boot_id: _Optional[str] = ..., server_version: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PullKvRequest(_message.Message):
     __slots__ = ("lease", "generation", "boot_id", "layout", "transport", "first_layer", "layer_count", "resume_tensor_index", "resume_byte_offset", "chunk_bytes")

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prefilld/v1/tensor.proto\x12\x0bprefilld.v1\"S\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\tdata_type\x18\x02 \x01(\x0e\x32\x15.prefilld.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x9b\x01\n\x0bTensorChunk\x12\x14\n\x0ctensor_index\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0b\x62yte_offset\x18\x03 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12&\n\x06\x62uffer\x18\x06 \x01(\x0b\x32\x16.prefilld.v1.BufferRef\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"C\n\tBufferRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62yte_offset\x18\x02 \x01(\x04\x12\x13\n\x0b\x62yte_length\x18\x03 \x01(\x04*\x84\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDATA_TYPE_F32\x10\x01\x12\x12\n\x0e\x44\x41TA_TYPE_BF16\x10\x02\x12\x11\n\rDATA_TYPE_F16\x10\x03\x12\x11\n\rDATA_TYPE_I32\x10\x04\x12\x10\n\x0c\x44\x41TA_TYPE_U8\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prefilld/v1/tensor.proto\x12\x0bprefilld.v1\"S\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\tdata_type\x18\x02 \x01(\x0e\x32\x15.prefilld.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x9b\x01\n\x0bTensorChunk\x12\x14\n\x0ctensor_index\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0b\x62yte_offset\x18\x03 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12&\n\x06\x62uffer\x18\x06 \x01(\x0b\x32\x16.prefilld.v1.BufferRef\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"q\n\tBufferRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62yte_offset\x18\x02 \x01(\x04\x12\x13\n\x0b\x62yte_length\x18\x03 \x01(\x04\x12\x17\n\x0f\x63uda_ipc_handle\x18\x04 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x05 \x01(\t*\x84\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDATA_TYPE_F32\x10\x01\x12\x12\n\x0e\x44\x41TA_TYPE_BF16\x10\x02\x12\x11\n\rDATA_TYPE_F16\x10\x03\x12\x11\n\rDATA_TYPE_I32\x10\x04\x12\x10\n\x0c\x44\x41TA_TYPE_U8\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefilld.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=354
-  _globals['_DATATYPE']._serialized_end=486
+  _globals['_DATATYPE']._serialized_start=400
+  _globals['_DATATYPE']._serialized_end=532
   _globals['_TENSORSPEC']._serialized_start=41
   _globals['_TENSORSPEC']._serialized_end=124
   _globals['_TENSORCHUNK']._serialized_start=127
   _globals['_TENSORCHUNK']._serialized_end=282
   _globals['_BUFFERREF']._serialized_start=284
-  _globals['_BUFFERREF']._serialized_end=351
+  _globals['_BUFFERREF']._serialized_end=397
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,183 @@
+// A device with memory of its own, made of the host's: its stages are the CPU's. Copies on the
+// upload stream wait until somebody waits for them, as on a real one, and memory that is freed
+// under such a copy is told. Threads: any.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "kernels/backend.h"
+
+namespace prefilld {
+
+class FakeDevice : public Device {
+ public:
+  enum class Kind { kDevice, kHost };
+  struct Copied {
+    const void* dst;
+    const void* src;
+    size_t bytes;
+    bool upload;  // on the upload stream
+  };
+
+  std::string_view name() const override { return "fake"; }
+  bool host_memory() const override { return false; }
+  absl::StatusOr<Buffer> Allocate(size_t bytes) override { return Take(Kind::kDevice, bytes, 0); }
+  absl::StatusOr<Buffer> AllocateHost(size_t bytes) override {
+    return Take(Kind::kHost, bytes, 0xCD);
+  }
+  void Discard(void*, size_t) override {}
+  Stream upload_stream() const override { return {const_cast<char*>(&upload_)}; }
+  absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override {
+    absl::MutexLock lock(&mutex_);
+    const Copied copy = {dst, src, bytes, stream.handle != nullptr};
+    copied_.push_back(copy);
+    if (copy.upload) {
+      pending_.push_back(copy);
+    } else {
+      std::memcpy(dst, src, bytes);
+    }
+    return absl::OkStatus();
+  }
+  absl::Status Wait(Stream, Stream before) override { return Synchronize(before); }
+  absl::Status Synchronize(Stream stream) override {
+    if (lost_) return absl::InternalError("an illegal memory access");
+    absl::MutexLock lock(&mutex_);
+    if (stream.handle == nullptr) return absl::OkStatus();
+    for (const Copied& copy : std::exchange(pending_, {})) {
+      std::memcpy(const_cast<void*>(copy.dst), copy.src, copy.bytes);
+    }
+    return absl::OkStatus();
+  }
+  absl::Status Mark(int, Stream) override { return absl::OkStatus(); }
+  double Seconds(int, int) override { return 0; }
+  std::string_view fault() const override { return lost_ ? "illegal_address" : ""; }
+  std::string_view uuid() const override { return "GPU-fake"; }
+  // The address, with which this process can do what others do with a real one.
+  absl::StatusOr<std::string> Export(const Buffer& buffer) override {
+    const void* data = buffer.data();
+    return std::string(reinterpret_cast<const char*>(&data), sizeof data).append(56, '\0');
+  }
+  static std::byte* Open(const std::string& handle) {
+    void* data;
+    std::memcpy(&data, handle.data(), sizeof data);
+    return static_cast<std::byte*>(data);
+  }
+
+  void Lose() { lost_ = true; }
+  // From now on no more than this of a kind at a time.
+  void Limit(Kind kind, size_t bytes) {
+    absl::MutexLock lock(&mutex_);
+    limits_[kind] = bytes;
+  }
+  size_t live_bytes(Kind kind) const {
+    absl::MutexLock lock(&mutex_);
+    return LiveBytes(kind);
+  }
+  std::vector<Copied> copied() const {
+    absl::MutexLock lock(&mutex_);
+    return copied_;
+  }
+  void ForgetCopied() {
+    absl::MutexLock lock(&mutex_);
+    copied_.clear();
+  }
+  size_t pending() const {
+    absl::MutexLock lock(&mutex_);
+    return pending_.size();
+  }
+  bool freed_under_a_copy() const {
+    absl::MutexLock lock(&mutex_);
+    return freed_under_a_copy_;
+  }
+
+ private:
+  struct Live {
+    Kind kind;
+    size_t bytes;
+  };
+
+  absl::StatusOr<Buffer> Take(Kind kind, size_t bytes, int fill) {
+    absl::MutexLock lock(&mutex_);
+    const auto limit = limits_.find(kind);
+    if (limit != limits_.end() && LiveBytes(kind) + bytes > limit->second) {
+      return absl::ResourceExhaustedError(absl::StrCat("no ", bytes, " bytes"));
+    }
+    void* data = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    std::memset(data, fill, bytes);
+    live_[data] = {kind, bytes};
+    return Buffer(data, bytes, [this](void* taken, size_t) {
+      Give(taken);
+      std::free(taken);
+    });
+  }
+
+  void Give(void* data) {
+    absl::MutexLock lock(&mutex_);
+    const char* begin = static_cast<const char*>(data);
+    const char* end = begin + live_[data].bytes;
+    for (const Copied& copy : pending_) {
+      for (const void* place : {copy.dst, copy.src}) {
+        const char* at = static_cast<const char*>(place);
+        if (at >= begin && at < end) freed_under_a_copy_ = true;
+      }
+    }
+    live_.erase(data);
+  }
+
+  size_t LiveBytes(Kind kind) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    size_t bytes = 0;
+    for (const auto& [data, live] : live_) bytes += live.kind == kind ? live.bytes : 0;
+    return bytes;
+  }
+
+  std::atomic<bool> lost_{false};
+  char upload_ = 0;  // its address names the stream
+  mutable absl::Mutex mutex_;
+  std::map<const void*, Live> live_ ABSL_GUARDED_BY(mutex_);
+  std::map<Kind, size_t> limits_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Copied> copied_ ABSL_GUARDED_BY(mutex_), pending_ ABSL_GUARDED_BY(mutex_);
+  bool freed_under_a_copy_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+// The CPU's stages on that device.
+class FakeBackend : public Backend {
+ public:
+  std::string_view name() const override { return "fake"; }
+  FakeDevice& device() override { return device_; }
+  Ops& ops() override { return cpu_->ops(); }
+  absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
+    return cpu_->Supports(shape, policy);
+  }
+  absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override {
+    return cpu_->EstimatePattern(args, stream);
+  }
+  absl::Status SelectBlocks(const AttentionArgs& args, Stream stream) override {
+    return cpu_->SelectBlocks(args, stream);
+  }
+  absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) override {
+    return cpu_->MeasureCapturedMass(args, stream);
+  }
+  absl::Status Attend(const AttentionArgs& args, Stream stream) override {
+    return cpu_->Attend(args, stream);
+  }
+  absl::Status InjectFault(Stream) override {
+    device_.Lose();
+    return absl::OkStatus();
+  }
+
+ private:
+  FakeDevice device_;
+  std::unique_ptr<Backend> cpu_ = *CreateBackend("cpu", 1);
+};
+
+}  // namespace prefilld

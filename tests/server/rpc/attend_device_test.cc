@@ -1,0 +1,393 @@
+// Attend on a device with memory of its own, over every transport: what is copied when, what is
+// held how long, and what a refusal leaves. The device is a fake, the stages are the CPU's.
+#include <fcntl.h>
+#include <grpcpp/create_channel.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "proto/wire/chunk.h"
+#include "server/kv/staging.h"
+#include "server/rpc/services.h"
+#include "tests/server/fake_device.h"
+
+namespace prefilld {
+namespace {
+
+using Kind = FakeDevice::Kind;
+using Tensors = std::map<std::string, std::string>;  // bytes by name
+
+constexpr int kQHeads = 2, kDim = 64;
+constexpr char kDomain[] = "here";
+
+class AttendOnDeviceTest : public testing::Test {
+ protected:
+  AttendOnDeviceTest() {
+    rpc_.limits.posix_shm = rpc_.limits.cuda_ipc = true;
+    rpc_.cuda_ipc_domain = kDomain;
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+    builder.RegisterService(&prefill_service_);
+    builder.RegisterService(&handoff_service_);
+    server_ = builder.BuildAndStart();
+    auto channel = grpc::CreateChannel("127.0.0.1:" + std::to_string(port),
+                                       grpc::InsecureChannelCredentials());
+    prefill_ = v1::PrefillService::NewStub(channel);
+    handoff_ = v1::KvHandoffService::NewStub(channel);
+    // The engine's own memory is there from now on.
+    Attend(v1::TRANSPORT_GRPC, 700);
+    WaitUntilFree();
+    at_rest_ = device_.live_bytes(Kind::kDevice);
+    host_at_rest_ = device_.live_bytes(Kind::kHost);
+    device_.ForgetCopied();
+  }
+
+  ~AttendOnDeviceTest() override {
+    WaitUntilFree();
+    if (at_rest_ > 0) {
+      EXPECT_EQ(device_.live_bytes(Kind::kDevice), at_rest_);
+      EXPECT_EQ(device_.live_bytes(Kind::kHost), host_at_rest_);
+    }
+    EXPECT_FALSE(device_.freed_under_a_copy());
+    server_->Shutdown();
+  }
+
+  // No call holds memory: the last slices may go after the call has ended.
+  void WaitUntilFree() {
+    for (int i = 0; i < 500; ++i) {
+      if (device_.live_bytes(Kind::kDevice) == at_rest_ &&
+          device_.live_bytes(Kind::kHost) == host_at_rest_) {
+        return;
+      }
+      absl::SleepFor(absl::Milliseconds(at_rest_ > 0 ? 10 : 1));
+    }
+  }
+
+  static v1::AttendRequest Header(int tokens, v1::Transport transport) {
+    v1::AttendRequest request;
+    v1::AttendHeader& header = *request.mutable_header();
+    for (const char* name : {"q", "k", "v"}) {
+      v1::TensorSpec& spec = *header.add_tensors();
+      spec.set_name(name);
+      spec.set_data_type(v1::DATA_TYPE_F32);
+      for (int dim : {tokens, *name == 'q' ? kQHeads : 1, kDim}) spec.add_shape(dim);
+    }
+    header.set_transport(transport);
+    header.set_return_lse(true);
+    header.set_return_block_index(true);
+    header.mutable_sparsity()->set_method(v1::METHOD_JOINT);
+    return request;
+  }
+
+  // The tensors of a call, always the same, in the header's order.
+  static std::vector<std::string> Inputs(const v1::AttendRequest& header) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    std::vector<std::string> inputs;
+    for (const v1::TensorSpec& spec : header.header().tensors()) {
+      std::vector<float> values(spec.shape(0) * spec.shape(1) * spec.shape(2));
+      for (float& value : values) value = normal(random);
+      inputs.emplace_back(reinterpret_cast<const char*>(values.data()), 4 * values.size());
+    }
+    return inputs;
+  }
+
+  using Stream = grpc::ClientReaderWriter<v1::AttendRequest, v1::AttendResponse>;
+  // Sends the header, expects the admission.
+  static v1::Admission Admit(Stream& stream, const v1::AttendRequest& header) {
+    v1::AttendResponse response;
+    EXPECT_TRUE(stream.Write(header));
+    EXPECT_TRUE(stream.Read(&response));
+    EXPECT_TRUE(response.has_admission()) << response.ShortDebugString();
+    return response.admission();
+  }
+
+  static void Send(Stream& stream, const std::vector<std::string>& inputs, size_t chunk_bytes,
+                   size_t chunks = SIZE_MAX) {
+    for (uint32_t i = 0; i < inputs.size(); ++i) {
+      for (size_t at = 0; at < inputs[i].size() && chunks > 0; at += chunk_bytes, --chunks) {
+        const std::string data = inputs[i].substr(at, chunk_bytes);
+        v1::AttendRequest request;
+        v1::TensorChunk& chunk = *request.mutable_chunk();
+        chunk.set_tensor_index(i);
+        chunk.set_byte_offset(at);
+        chunk.set_data(data);
+        chunk.set_crc32c(Crc32c(0, data.data(), data.size()));
+        chunk.set_last(at + data.size() == inputs[i].size());
+        EXPECT_TRUE(stream.Write(request));
+      }
+    }
+  }
+
+  // Where the caller finds memory that it was given.
+  struct Opened {
+    int fd = -1;
+    std::byte* at(const v1::BufferRef& buffer) {
+      if (!buffer.cuda_ipc_handle().empty()) {
+        return FakeDevice::Open(buffer.cuda_ipc_handle()) + buffer.byte_offset();
+      }
+      if (mapped == nullptr) {
+        fd = shm_open(buffer.name().c_str(), O_RDWR, 0);
+        mapped = static_cast<std::byte*>(
+            mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
+      }
+      return mapped + buffer.byte_offset();
+    }
+    ~Opened() {
+      if (mapped != nullptr) munmap(mapped, kBytes);
+      if (fd >= 0) close(fd);
+    }
+    static constexpr size_t kBytes = 16 << 20;
+    std::byte* mapped = nullptr;
+  };
+
+  static v1::AttendRequest Written() {
+    v1::AttendRequest request;
+    request.mutable_written();
+    return request;
+  }
+
+  // A whole call; its outputs.
+  Tensors Attend(v1::Transport transport, int tokens, v1::Summary* summary = nullptr) {
+    grpc::ClientContext context;
+    auto stream = prefill_->Attend(&context);
+    const v1::AttendRequest header = Header(tokens, transport);
+    const v1::Admission admission = Admit(*stream, header);
+    const std::vector<std::string> inputs = Inputs(header);
+    Opened opened;
+    if (transport == v1::TRANSPORT_GRPC) {
+      Send(*stream, inputs, 100'000);
+    } else {
+      EXPECT_EQ(admission.transport(), transport);
+      EXPECT_EQ(admission.buffers_size(), 3);
+      for (int i = 0; i < 3; ++i) {
+        EXPECT_EQ(admission.buffers(i).byte_length(), inputs[i].size());
+        std::memcpy(opened.at(admission.buffers(i)), inputs[i].data(), inputs[i].size());
+      }
+      EXPECT_TRUE(stream->Write(Written()));
+    }
+    // Only device memory makes the end of the caller's side mean anything.
+    if (transport != v1::TRANSPORT_CUDA_IPC) stream->WritesDone();
+    Tensors outputs;
+    std::vector<std::string> names;
+    for (v1::AttendResponse response; stream->Read(&response);) {
+      if (response.has_chunk()) {
+        outputs[names[response.chunk().tensor_index()]] += response.chunk().data();
+      }
+      for (int i = 0; i < response.outputs().tensors_size(); ++i) {
+        names.push_back(response.outputs().tensors(i).name());
+        if (transport == v1::TRANSPORT_GRPC) continue;
+        const v1::BufferRef& buffer = response.outputs().buffers(i);
+        outputs[names.back()].assign(reinterpret_cast<const char*>(opened.at(buffer)),
+                                     buffer.byte_length());
+      }
+      if (!response.has_summary()) continue;
+      if (summary != nullptr) *summary = response.summary();
+      if (transport == v1::TRANSPORT_CUDA_IPC) stream->WritesDone();  // nothing is open any more
+    }
+    const grpc::Status status = stream->Finish();
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    return outputs;
+  }
+
+  // A call that is refused.
+  grpc::Status Refused(const v1::AttendRequest& header) {
+    grpc::ClientContext context;
+    auto stream = prefill_->Attend(&context);
+    stream->Write(header);
+    v1::AttendResponse response;
+    EXPECT_FALSE(stream->Read(&response));
+    return stream->Finish();
+  }
+
+  size_t Copies(bool upload) const {
+    size_t count = 0;
+    for (const FakeDevice::Copied& copy : device_.copied()) count += copy.upload == upload;
+    return count;
+  }
+
+  FakeBackend backend_;
+  FakeDevice& device_ = backend_.device();
+  Metrics metrics_;
+  ReportTable reports_;
+  LiveIds attends_;
+  PrefillRegistry prefills_;
+  Models models_;
+  std::unique_ptr<ShmDomain> shm_ = *ShmDomain::Open(NewId());
+  LeaseTable leases_{{}};
+  Engine engine_{backend_, metrics_};
+  Scheduler scheduler_{engine_, metrics_, {}};
+  RpcContext rpc_{backend_,  models_,  shm_.get(), nullptr,  leases_, scheduler_,
+                  prefills_, attends_, reports_,   metrics_, {}};
+  PrefillServiceImpl prefill_service_{rpc_};
+  KvHandoffServiceImpl handoff_service_{rpc_};
+  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<v1::PrefillService::Stub> prefill_;
+  std::unique_ptr<v1::KvHandoffService::Stub> handoff_;
+  size_t at_rest_ = 0, host_at_rest_ = 0;
+};
+
+TEST_F(AttendOnDeviceTest, EveryTransportGivesTheSameBytes) {
+  const Tensors sent = Attend(v1::TRANSPORT_GRPC, 700);
+  ASSERT_EQ(sent.size(), 6u);
+  EXPECT_EQ(sent.at("o").size(), 700u * kQHeads * kDim * 4);
+  EXPECT_EQ(sent.at("lse").size(), 700u * kQHeads * 4);
+  EXPECT_EQ(sent.at("o").find("\xCD\xCD\xCD\xCD"), std::string::npos) << "memory nobody wrote";
+  EXPECT_EQ(Attend(v1::TRANSPORT_POSIX_SHM, 700), sent);
+  EXPECT_EQ(Attend(v1::TRANSPORT_CUDA_IPC, 700), sent);
+}
+
+TEST_F(AttendOnDeviceTest, ChunksAreOnTheirWayBeforeTheLastHasArrived) {
+  // q alone is more than a group.
+  const v1::AttendRequest header = Header(12'000, v1::TRANSPORT_GRPC);
+  grpc::ClientContext context;
+  auto stream = prefill_->Attend(&context);
+  Admit(*stream, header);
+  Send(*stream, Inputs(header), 1 << 20, 5);
+  for (int i = 0; i < 500 && Copies(true) == 0; ++i) absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_EQ(Copies(true), 1u);
+  EXPECT_EQ(device_.copied()[0].bytes, Staging::kGroupBytes);
+  // Its copy is still pending when the caller goes.
+  EXPECT_EQ(device_.pending(), 1u);
+  context.TryCancel();
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+}
+
+TEST_F(AttendOnDeviceTest, OverCudaIpcTensorsStayWhereTheyAre) {
+  Attend(v1::TRANSPORT_CUDA_IPC, 700);
+  EXPECT_EQ(Copies(true), 0u);
+  for (const FakeDevice::Copied& copy : device_.copied()) {
+    EXPECT_LT(copy.bytes, 10'000u) << "more than a block index";
+  }
+}
+
+TEST_F(AttendOnDeviceTest, NoDeviceMemoryIsToldAtAdmissionAndTheNextRequestWorks) {
+  for (v1::Transport transport :
+       {v1::TRANSPORT_GRPC, v1::TRANSPORT_POSIX_SHM, v1::TRANSPORT_CUDA_IPC}) {
+    for (Kind kind : {Kind::kDevice, Kind::kHost}) {
+      if (kind == Kind::kHost && transport == v1::TRANSPORT_CUDA_IPC) continue;
+      const size_t used = device_.live_bytes(kind);
+      device_.Limit(kind, used + 400'000);
+      const grpc::Status status = Refused(Header(700, transport));
+      EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED)
+          << status.error_message();
+      WaitUntilFree();
+      EXPECT_EQ(device_.live_bytes(kind), used);
+      device_.Limit(kind, SIZE_MAX);
+      EXPECT_EQ(Attend(transport, 700).size(), 6u);
+      WaitUntilFree();
+    }
+  }
+}
+
+TEST_F(AttendOnDeviceTest, DeviceMemoryIsTheCallersUntilItClosesItsSide) {
+  rpc_.upload_timeout = absl::Milliseconds(500);
+  const v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
+  for (const bool closes : {true, false}) {
+    grpc::ClientContext context;
+    auto stream = prefill_->Attend(&context);
+    Admit(*stream, header);
+    ASSERT_TRUE(stream->Write(Written()));
+    v1::AttendResponse response;
+    while (!response.has_summary()) ASSERT_TRUE(stream->Read(&response));
+    absl::SleepFor(absl::Milliseconds(100));
+    EXPECT_GT(device_.live_bytes(Kind::kDevice), at_rest_);
+    if (closes) stream->WritesDone();
+    EXPECT_FALSE(stream->Read(&response));
+    // A caller that keeps it without a word loses it.
+    EXPECT_EQ(stream->Finish().error_code(),
+              closes ? grpc::StatusCode::OK : grpc::StatusCode::DEADLINE_EXCEEDED);
+    WaitUntilFree();
+    EXPECT_EQ(device_.live_bytes(Kind::kDevice), at_rest_);
+  }
+}
+
+TEST_F(AttendOnDeviceTest, ACallerThatGoesTakesItsMemoryWithIt) {
+  for (v1::Transport transport :
+       {v1::TRANSPORT_GRPC, v1::TRANSPORT_POSIX_SHM, v1::TRANSPORT_CUDA_IPC}) {
+    for (const bool written : {false, true}) {
+      grpc::ClientContext context;
+      auto stream = prefill_->Attend(&context);
+      Admit(*stream, Header(700, transport));
+      if (written && transport != v1::TRANSPORT_GRPC) stream->Write(Written());
+      context.TryCancel();
+      EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+      WaitUntilFree();
+      EXPECT_EQ(device_.live_bytes(Kind::kDevice), at_rest_);
+    }
+  }
+}
+
+TEST_F(AttendOnDeviceTest, OnlyWrittenFollowsTheHeader) {
+  const v1::AttendRequest header = Header(1, v1::TRANSPORT_CUDA_IPC);
+  grpc::ClientContext context;
+  auto stream = prefill_->Attend(&context);
+  Admit(*stream, header);
+  Send(*stream, Inputs(header), 1000, 1);
+  v1::AttendResponse response;
+  EXPECT_FALSE(stream->Read(&response));
+  const grpc::Status status = stream->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DATA_LOSS);
+  EXPECT_NE(status.error_message().find("TRANSPORT_CUDA_IPC"), std::string::npos);
+}
+
+TEST_F(AttendOnDeviceTest, NotOfferedIsNotServed) {
+  rpc_.limits.cuda_ipc = false;
+  EXPECT_EQ(Refused(Header(1, v1::TRANSPORT_CUDA_IPC)).error_code(),
+            grpc::StatusCode::FAILED_PRECONDITION);
+}
+
+TEST_F(AttendOnDeviceTest, NegotiatedByHostAndDevice) {
+  struct Case {
+    std::vector<v1::Transport> transports;
+    std::string domain, uuid;
+    grpc::StatusCode code;
+    v1::Transport agreed;
+  };
+  const auto ok = grpc::StatusCode::OK, no = grpc::StatusCode::FAILED_PRECONDITION;
+  const auto ipc = v1::TRANSPORT_CUDA_IPC, shm = v1::TRANSPORT_POSIX_SHM, rpc = v1::TRANSPORT_GRPC;
+  for (const Case& each : std::vector<Case>{{{}, kDomain, "GPU-fake", ok, ipc},
+                                            {{}, "", "GPU-fake", ok, shm},
+                                            {{}, kDomain, "GPU-other", ok, shm},
+                                            {{}, kDomain, "", ok, shm},
+                                            {{ipc}, kDomain, "GPU-fake", ok, ipc},
+                                            {{ipc}, kDomain, "GPU-other", no, rpc},
+                                            {{ipc}, "there", "GPU-fake", no, rpc},
+                                            {{ipc, rpc}, "there", "GPU-fake", ok, rpc},
+                                            {{rpc, ipc}, kDomain, "GPU-fake", ok, rpc},
+                                            {{ipc, v1::TRANSPORT_UNSPECIFIED}, "", "", ok, shm}}) {
+    v1::NegotiateRequest request;
+    for (v1::Transport transport : each.transports) request.add_transports(transport);
+    request.set_shm_domain(shm_->name());
+    request.set_cuda_ipc_domain(each.domain);
+    if (!each.uuid.empty()) request.add_device_uuids(each.uuid);
+    v1::NegotiateResponse response;
+    grpc::ClientContext context;
+    const grpc::Status status = handoff_->Negotiate(&context, request, &response);
+    EXPECT_EQ(status.error_code(), each.code) << request.ShortDebugString();
+    if (!status.ok()) continue;
+    EXPECT_EQ(response.transport(), each.agreed) << request.ShortDebugString();
+    EXPECT_EQ(response.cuda_ipc_domain(), kDomain);
+    ASSERT_EQ(response.device_uuids_size(), 1);
+    EXPECT_EQ(response.device_uuids(0), "GPU-fake");
+  }
+  v1::NegotiateRequest request;
+  for (int i = 0; i < 65; ++i) request.add_device_uuids("x");
+  v1::NegotiateResponse response;
+  grpc::ClientContext context;
+  EXPECT_EQ(handoff_->Negotiate(&context, request, &response).error_code(),
+            grpc::StatusCode::INVALID_ARGUMENT);
+}
+
+}  // namespace
+}  // namespace prefilld
