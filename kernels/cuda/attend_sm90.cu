@@ -3,30 +3,30 @@
 //
 // A task is one (query head, block of 128 queries). Three warpgroups: one loads, two compute, 64
 // queries each, against the same blocks of keys. In every step a consumer issues S' = Q K'^T of the
-// next block and O += P V of the present one, and computes the softmax of S' while the second product
-// runs; the two consumers take turns at the tensor cores, so that one's softmax hides behind the
-// other's products (FlashAttention-3, Shah et al. 2024, section 3).
+// next block and O += P V of the present one, and computes the softmax of S' while the second
+// product runs; the two consumers take turns at the tensor cores, so that one's softmax hides
+// behind the other's products (FlashAttention-3, Shah et al. 2024, section 3).
 //
 // Roofline at d = 128: 8.4 MFLOP a pair of blocks, 2.05 K cycles of the tensor cores at their peak,
 // against 16 K exponentials (1.02 K cycles, hidden) and 64 KB of K and V from L2 (32 bytes a cycle,
-// hidden). So the floor is executed FLOPs over the tensor cores' rate; dense cuDNN reaches 560 TFLOP/s
-// of it on an H200, limited by power.
+// hidden). So the floor is executed FLOPs over the tensor cores' rate; dense cuDNN reaches 560
+// TFLOP/s of it on an H200, limited by power.
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace prefilld::cuda {
 namespace {
 
-constexpr int kBlock = 128;           // queries of a task, keys of a step: the block of the index
-constexpr int kRows = 64;             // queries of a consumer: the M of wgmma
-constexpr int kWarpRows = 16;         // of a warp of them
-constexpr int kConsumers = 2;         // warpgroups that compute
+constexpr int kBlock = 128;    // queries of a task, keys of a step: the block of the index
+constexpr int kRows = 64;      // queries of a consumer: the M of wgmma
+constexpr int kWarpRows = 16;  // of a warp of them
+constexpr int kConsumers = 2;  // warpgroups that compute
 constexpr int kThreads = (1 + kConsumers) * 128;
-constexpr int kHalf = kBlock * 64;    // elements of 64 channels of a block: what one TMA box holds
+constexpr int kHalf = kBlock * 64;  // elements of 64 channels of a block: what one TMA box holds
 // Named barriers: whose turn it is at the tensor cores (two), both consumers.
 constexpr int kTurn = 1, kBoth = 3;
-// Tasks known ahead: the loader looks one further than the consumers. More would wait here while other
-// multiprocessors idle.
+// Tasks known ahead: the loader looks one further than the consumers. More would wait here while
+// other multiprocessors idle.
 constexpr int kTasks = 2;
 // 65,536 registers over three warpgroups: the loader needs few, S, O and P of a consumer many.
 constexpr int kLoaderRegisters = 40;
@@ -34,13 +34,13 @@ constexpr int kConsumerRegisters = 232;
 
 // One (head, row of blocks), looked up once for the whole block of threads.
 struct Task {
-  int32_t head;         // -1: there are no more
-  int32_t count;        // blocks of keys
-  int32_t q_token;      // of row 0 of the tile; rows outside [first, end) are none of ours
-  int32_t first, end;   // rows of the tile
-  int32_t key_begin;    // row of the sequence's first key in k, or its first entry in pages
-  int32_t diagonal;     // the last block is that of the queries
-  int32_t tail;         // its keys that exist
+  int32_t head;        // -1: there are no more
+  int32_t count;       // blocks of keys
+  int32_t q_token;     // of row 0 of the tile; rows outside [first, end) are none of ours
+  int32_t first, end;  // rows of the tile
+  int32_t key_begin;   // row of the sequence's first key in k, or its first entry in pages
+  int32_t diagonal;    // the last block is that of the queries
+  int32_t tail;        // its keys that exist
   const uint16_t* index;
 };
 
@@ -137,9 +137,9 @@ struct KvRows {
   int32_t k = 0, v = 0;
 };
 
-// The one warp that loads: K and V of a task's blocks, the last block first; early among them Q of the
-// next task and where its blocks are. K runs one block ahead of V, across tasks too: consumers need
-// it so, and neither waits for the other's place.
+// The one warp that loads: K and V of a task's blocks, the last block first; early among them Q of
+// the next task and where its blocks are. K runs one block ahead of V, across tasks too: consumers
+// need it so, and neither waits for the other's place.
 template <typename T, int D>
 __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUtensorMap& q_map,
                           const CUtensorMap& k_map, const CUtensorMap& v_map) {
@@ -168,8 +168,8 @@ __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUte
     BarrierArrive(&shared.task_empty[at_task.at]);
     at_task.Next();
     if (task.head >= 0 && task.count > 0) {
-      load(q_map, shared.q[at_q.at], &shared.q_full[at_q.at], &shared.q_empty[at_q.at],
-           at_q.parity, task.head, task.q_token);
+      load(q_map, shared.q[at_q.at], &shared.q_full[at_q.at], &shared.q_empty[at_q.at], at_q.parity,
+           task.head, task.q_token);
       at_q.Next();
     }
     return task;
@@ -205,8 +205,8 @@ __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUte
     KvRows next_rows;
     for (int32_t i = 0; i < task.count; ++i) {
       if (i > 0 && i % 32 == 0) rows = find_rows(task, i);
-      load(k_map, shared.k[at_k.at], &shared.k_full[at_k.at], &shared.k_empty[at_k.at],
-           at_k.parity, kv_head, __shfl_sync(~0u, rows.k, i % 32));
+      load(k_map, shared.k[at_k.at], &shared.k_full[at_k.at], &shared.k_empty[at_k.at], at_k.parity,
+           kv_head, __shfl_sync(~0u, rows.k, i % 32));
       at_k.Next();
       load_late();
       late_head = kv_head;
@@ -266,7 +266,9 @@ struct Softmax {
       largest = fmaxf(largest, max[r]);
       // Where all is -infinity so far, zero keeps exp2 away from infinity minus infinity.
       const float scaled = largest == -INFINITY ? 0 : largest * scale_log2;
-      correction[r] = Exp2(max[r] * scale_log2 - scaled);
+      // Not contracted to one rounding, which would give 2^epsilon where the maximum stays, step by
+      // step.
+      correction[r] = Exp2(__fmul_rn(max[r], scale_log2) - scaled);
       max[r] = largest;
       float total = 0;
 #pragma unroll
@@ -336,8 +338,8 @@ __device__ void ClearTail(T* v, int tail, int thread) {
   FenceAsyncProxy();
 }
 
-// Divides, rounds, and stores whole rows by way of shared memory; and the LSE. Every warp stores its
-// own 16 rows and waits for no other.
+// Divides, rounds, and stores whole rows by way of shared memory; and the LSE. Every warp stores
+// its own 16 rows and waits for no other.
 template <typename T, int D>
 __device__ __forceinline__ void StoreOutput(const Params& params, const Task& task, int row,
                                             const float (&o)[D / 2], const Softmax& softmax,
@@ -394,8 +396,8 @@ __device__ __forceinline__ void StoreOutput(const Params& params, const Task& ta
   }
 }
 
-// The steps of all tasks are one stream: the first product of a task is issued together with the last
-// one of the task before, so that short rows keep the tensor cores as busy as long ones.
+// The steps of all tasks are one stream: the first product of a task is issued together with the
+// last one of the task before, so that short rows keep the tensor cores as busy as long ones.
 template <typename T, int D>
 __device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CUtensorMap& o_map,
                             int consumer) {
@@ -421,7 +423,10 @@ __device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CU
     }
   };
   Task task = next_task();
-  if (task.head < 0) return;
+  if (task.head < 0) {
+    if (thread % 32 == 0) TmaStoreWait();
+    return;
+  }
 
   float s[64], o[D / 2];
   uint32_t fragments[8][4];
@@ -557,10 +562,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 // [rows, heads, d] with strides in elements.
 bool EncodeMap(CUtensorMap* map, DType dtype, const void* data, int d, int64_t heads, int64_t rows,
                int64_t head_stride, int64_t row_stride, int box_rows) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
-                              const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                              const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  using Encode =
+      CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                   const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                   CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   static const Encode encode = [] {  // of the driver, so that nothing links against it
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -590,8 +595,8 @@ cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
   Params params;
   params.problem = problem;
   params.order = static_cast<const uint32_t*>(workspace);
-  params.next = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) +
-                                           AttendWorkspace(problem) - 256);
+  params.next =
+      reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + AttendWorkspace(problem) - 256);
   params.tasks = static_cast<int32_t>(problem.rows * problem.q_heads);
   params.scale_log2 = problem.softmax_scale * 1.44269504f;
 
@@ -604,8 +609,8 @@ cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
                            x.head_stride, x.token_stride, kBlock);
   };
   const auto encode_q = [&](CUtensorMap* map, const Tensor& x, int box_rows) {
-    return EncodeMap(map, problem.dtype, x.data, D, problem.q_heads, problem.total_q,
-                     x.head_stride, x.token_stride, box_rows);
+    return EncodeMap(map, problem.dtype, x.data, D, problem.q_heads, problem.total_q, x.head_stride,
+                     x.token_stride, box_rows);
   };
   if (!encode_q(&q_map, problem.q, kBlock) || !encode_q(&o_map, problem.o, kWarpRows) ||
       !encode_kv(&k_map, problem.k) || !encode_kv(&v_map, problem.v)) {

@@ -1,6 +1,6 @@
 // The CUDA backend: the stages are kernels enqueued on a stream of one device. Stages allocate only
-// where a call is larger than any before, and then before anything of it is enqueued; they never wait
-// for the device. Called by one thread but for Supports and the device.
+// where a call is larger than any before, and then before anything of it is enqueued; they never
+// wait for the device. Called by one thread but for Supports and the device.
 #pragma once
 
 #include <cstddef>
@@ -48,6 +48,7 @@ class CudaBackend : public Backend {
   WorkspaceLayout layout_;
   std::vector<Sequence> sequences_;  // what the device has
   Problem problem_;
+  bool planned_ = false;  // method dense goes to cuDNN
 };
 
 }  // namespace prefilld::cuda

@@ -45,17 +45,17 @@ absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open() {
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
     cudaGetLastError();
-    return absl::UnavailableError(
-        absl::StrCat("no CUDA device: ", cudaGetErrorString(error != cudaSuccess ? error : cudaErrorNoDevice)));
+    const cudaError_t why = error != cudaSuccess ? error : cudaErrorNoDevice;
+    return absl::UnavailableError(absl::StrCat("no CUDA device: ", cudaGetErrorString(why)));
   }
   std::unique_ptr<CudaDevice> device(new CudaDevice());
   if (absl::Status status = device->Init(); !status.ok()) {
     return absl::UnavailableError(status.message());
   }
   if (device->capability() < kCapabilityMin) {
-    return absl::UnavailableError(absl::StrFormat(
-        "%s has compute capability %d.%d; there are kernels from 8.0 up", device->name_,
-        device->properties_.major, device->properties_.minor));
+    return absl::UnavailableError(
+        absl::StrFormat("%s has compute capability %d.%d; there are kernels from 8.0 up",
+                        device->name_, device->properties_.major, device->properties_.minor));
   }
   return device;
 }
@@ -166,9 +166,9 @@ absl::StatusOr<std::string> CudaDevice::Export(const Buffer& buffer) {
   const size_t mapped = device_pool_->Part(buffer.data());
   if (mapped < buffer.bytes()) return absl::InvalidArgumentError("export: not a device buffer");
   // Peers see all of the allocation, and no stream of ours makes them wait for the zeroes.
-  status = Check(cudaMemsetAsync(buffer.as<char>() + buffer.bytes(), 0, mapped - buffer.bytes(),
-                                 zero_),
-                 "export");
+  status =
+      Check(cudaMemsetAsync(buffer.as<char>() + buffer.bytes(), 0, mapped - buffer.bytes(), zero_),
+            "export");
   if (status.ok()) status = Check(cudaStreamSynchronize(zero_), "export");
   if (!status.ok()) return status;
   return std::string(reinterpret_cast<const char*>(&handle), sizeof handle);

@@ -1,7 +1,7 @@
 // One CUDA device: the first that CUDA_VISIBLE_DEVICES leaves. Threads: any.
 //
-// Every error of a call that goes through Check() or Synchronize() is looked at: one that the context
-// does not survive is remembered for fault().
+// Every error of a call that goes through Check() or Synchronize() is looked at: one that the
+// context does not survive is remembered for fault().
 #pragma once
 
 #include <cuda_runtime_api.h>

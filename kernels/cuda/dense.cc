@@ -82,8 +82,10 @@ std::unique_ptr<fe::graph::Graph> Build(const Shape& shape, cudnnHandle_t handle
   // Bottom right is the same where there are as many queries as keys, but has fewer engines.
   shape.sq == shape.sk ? options.set_causal_mask(true) : options.set_causal_mask_bottom_right(true);
   auto [o, stats] = graph->sdpa(q, k, v, options);
-  o->set_output(true).set_uid(kO).set_dim({1, shape.q_heads, shape.sq, d}).set_stride(
-      {shape.sq * shape.o[0], shape.o[1], shape.o[0], 1});
+  o->set_output(true)
+      .set_uid(kO)
+      .set_dim({1, shape.q_heads, shape.sq, d})
+      .set_stride({shape.sq * shape.o[0], shape.o[1], shape.o[0], 1});
   if (shape.stats != 0) {
     stats->set_output(true)
         .set_uid(kStats)
@@ -99,36 +101,45 @@ std::unique_ptr<fe::graph::Graph> Build(const Shape& shape, cudnnHandle_t handle
 struct Dense::State {
   struct Entry {
     Shape shape;
-    std::unique_ptr<fe::graph::Graph> graph;  // null: no engine
+    int calls = 0;
+    std::unique_ptr<fe::graph::Graph> graph;  // null: not built, or no engine
     int64_t workspace_bytes = 0;
   };
 
   CudaDevice& device;
+  const int calls_before_plan;
   cudnnHandle_t handle = nullptr;  // null: no cuDNN
   std::list<Entry> entries;        // the last used first
   Buffer workspace;
 
-  const Entry& Find(const Shape& shape) {
+  Entry& Find(const Shape& shape) {
     const auto found = std::find_if(entries.begin(), entries.end(),
                                     [&](const Entry& entry) { return entry.shape == shape; });
     if (found != entries.end()) {
       entries.splice(entries.begin(), entries, found);
       return entries.front();
     }
-    Entry entry{.shape = shape};
+    entries.push_front({.shape = shape});
+    if (entries.size() > kPlansMax) entries.pop_back();
+    return entries.front();
+  }
+
+  // One more call of this shape: builds its plan when its time has come.
+  const Entry& Call(const Shape& shape) {
+    Entry& entry = Find(shape);
+    if (entry.calls > calls_before_plan || entry.calls++ < calls_before_plan) return entry;
     try {
       entry.graph = Build(shape, handle);
       if (entry.graph) entry.workspace_bytes = entry.graph->get_workspace_size();
     } catch (const std::exception&) {  // a function that this cuDNN has not
       entry.graph = nullptr;
     }
-    entries.push_front(std::move(entry));
-    if (entries.size() > kPlansMax) entries.pop_back();
-    return entries.front();
+    return entry;
   }
 };
 
-Dense::Dense(CudaDevice& device) : state_(new State{device}) {
+Dense::Dense(CudaDevice& device, int calls_before_plan)
+    : state_(new State{device, calls_before_plan}) {
   fe::cudnn_dlhandle = dlopen(kLibrary, RTLD_NOW);
   if (fe::cudnn_dlhandle == nullptr) return;
   try {
@@ -151,11 +162,13 @@ bool Dense::Plan(const Problem& p) {
   if (p.sequences > 1 && p.total_q < kTokensMin * p.sequences) return false;
   if (static_cast<size_t>(p.sequences) > kPlansMax) return false;
   int64_t bytes = 0;
+  bool all = true;
   for (int s = 0; s < p.sequences; ++s) {
-    const State::Entry& entry = state.Find(ShapeOf(p, p.host_sequence[s]));
-    if (entry.graph == nullptr) return false;
+    const State::Entry& entry = state.Call(ShapeOf(p, p.host_sequence[s]));
+    all &= entry.graph != nullptr;
     bytes = std::max(bytes, entry.workspace_bytes);
   }
+  if (!all) return false;
   if (static_cast<int64_t>(state.workspace.bytes()) < bytes) {
     state.workspace = Buffer();  // the old one goes first
     auto workspace = state.device.Allocate(static_cast<size_t>(bytes));

@@ -12,11 +12,12 @@ namespace prefilld::cuda {
 
 class Dense {
  public:
-  explicit Dense(CudaDevice& device);
+  // calls_before_plan: of a shape, before a plan is built for it.
+  explicit Dense(CudaDevice& device, int calls_before_plan = 0);
   ~Dense();
 
-  // Whether cuDNN computes this problem. The first time for a shape it builds a plan and takes its
-  // workspace: milliseconds. The last shapes are remembered, with a no as well.
+  // Whether cuDNN computes this problem; asked once a call. It takes a plan, which takes
+  // milliseconds to build, and its workspace. The last shapes are remembered, with a no as well.
   bool Plan(const Problem& problem);
   // Enqueues it. Right after Plan has said yes to it.
   absl::Status Attend(const Problem& problem, cudaStream_t stream);

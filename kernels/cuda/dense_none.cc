@@ -5,7 +5,7 @@ namespace prefilld::cuda {
 
 struct Dense::State {};
 
-Dense::Dense(CudaDevice&) {}
+Dense::Dense(CudaDevice&, int) {}
 Dense::~Dense() = default;
 
 bool Dense::Plan(const Problem&) { return false; }

@@ -209,8 +209,10 @@ class KeyRing {
     Advance(&load_);
   }
 
-  // Waits for the next tile. What cp.async wrote is in shared memory once it has arrived at the
-  // barrier: wgmma may read it without a proxy fence, which would wait for the copies under way.
+  // Waits for the next tile. PTX asks for a proxy fence between what cp.async wrote and the reads
+  // of wgmma. There is none, as in CUTLASS's pipelines of cp.async for wgmma: on 9.0, the only chip
+  // with wgmma, what has arrived at the barrier is in shared memory, and a fence would wait for the
+  // copies under way. On later chips tensor cores have been seen to read too early without it.
   __device__ __forceinline__ const char* Wait() {
     WaitParity(&barriers_->full[use_.place], use_.parity);
     return data_ + use_.place * stage_bytes_;

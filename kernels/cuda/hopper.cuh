@@ -26,10 +26,10 @@ __device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 __device__ __forceinline__ void BarrierArriveExpect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   SharedAddress(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Waits until the phase of this parity has ended.
 __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
@@ -67,13 +67,14 @@ __device__ __forceinline__ void TmaLoad(const CUtensorMap* map, void* to, uint64
 __device__ __forceinline__ void TmaPrefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// The other way; what lies outside is not written. Then commit; wait before the memory is used again.
+// The other way; what lies outside is not written. Then commit; wait before the memory is used
+// again.
 __device__ __forceinline__ void TmaStore(const CUtensorMap* map, const void* from, int c0, int c1,
                                          int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
-                   map),
-               "r"(SharedAddress(from)), "r"(c0), "r"(c1), "r"(c2)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(SharedAddress(from)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
 }
 __device__ __forceinline__ void TmaStoreCommit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -85,10 +86,10 @@ __device__ __forceinline__ void TmaStoreWait() {
 // row r of matrix i goes.
 __device__ __forceinline__ void StoreMatrices(void* to, uint32_t a, uint32_t b, uint32_t c,
                                               uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   SharedAddress(to)),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(SharedAddress(to)),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
 }
 // Orders ordinary stores to shared memory before the reads of wgmma and TMA.
 __device__ __forceinline__ void FenceAsyncProxy() {
@@ -121,23 +122,23 @@ __device__ __forceinline__ void WgmmaWait() {
   PREFILLD_C4(c, i), PREFILLD_C4(c, i + 4), PREFILLD_C4(c, i + 8), PREFILLD_C4(c, i + 12)
 #define PREFILLD_C32(c) PREFILLD_C16(c, 0), PREFILLD_C16(c, 16)
 #define PREFILLD_C64(c) PREFILLD_C32(c), PREFILLD_C16(c, 32), PREFILLD_C16(c, 48)
-#define PREFILLD_R32                                                                          \
+#define PREFILLD_R32                                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PREFILLD_R64                                                                           \
-  PREFILLD_R32                                                                                 \
+#define PREFILLD_R64                                                                             \
+  PREFILLD_R32                                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // c[64 x 128] (+)= A B^T over 16 channels: A and B in shared memory, K-major.
 template <typename T>
 __device__ __forceinline__ void WgmmaQk(float (&c)[64], uint64_t a, uint64_t b, bool accumulate) {
-#define PREFILLD_QK(TYPE)                                                                      \
-  asm volatile(                                                                                \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                             \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" PREFILLD_R64           \
-      "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                                                       \
-      : PREFILLD_C64(c)                                                                        \
+#define PREFILLD_QK(TYPE)                                                            \
+  asm volatile(                                                                      \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" PREFILLD_R64 \
+      "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                                             \
+      : PREFILLD_C64(c)                                                              \
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     PREFILLD_QK("bf16");
@@ -151,12 +152,12 @@ __device__ __forceinline__ void WgmmaQk(float (&c)[64], uint64_t a, uint64_t b, 
 template <typename T>
 __device__ __forceinline__ void WgmmaPv(float (&c)[64], const uint32_t (&a)[4], uint64_t b,
                                         bool accumulate) {
-#define PREFILLD_PV(TYPE)                                                                      \
-  asm volatile(                                                                                \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                             \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" PREFILLD_R64           \
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"                                         \
-      : PREFILLD_C64(c)                                                                        \
+#define PREFILLD_PV(TYPE)                                                            \
+  asm volatile(                                                                      \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" PREFILLD_R64 \
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"                               \
+      : PREFILLD_C64(c)                                                              \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     PREFILLD_PV("bf16");
@@ -168,12 +169,12 @@ __device__ __forceinline__ void WgmmaPv(float (&c)[64], const uint32_t (&a)[4], 
 template <typename T>
 __device__ __forceinline__ void WgmmaPv(float (&c)[32], const uint32_t (&a)[4], uint64_t b,
                                         bool accumulate) {
-#define PREFILLD_PV(TYPE)                                                                      \
-  asm volatile(                                                                                \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                             \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" PREFILLD_R32            \
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"                                         \
-      : PREFILLD_C32(c)                                                                        \
+#define PREFILLD_PV(TYPE)                                                           \
+  asm volatile(                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                  \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" PREFILLD_R32 \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"                              \
+      : PREFILLD_C32(c)                                                             \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     PREFILLD_PV("bf16");

@@ -1,9 +1,9 @@
-// The launchers of the CUDA kernels: plain parameters in, cudaError_t out. No absl, no server: every
-// .cu file includes this, and the .cc beside them turns errors into absl::Status.
+// The launchers of the CUDA kernels: plain parameters in, cudaError_t out. No absl, no server:
+// every .cu file includes this, and the .cc beside them turns errors into absl::Status.
 //
 // A launcher checks nothing that Supports() has refused, allocates nothing, waits for nothing and
-// reads no device memory on the host: every call can be captured in a CUDA graph. Pointers are device
-// pointers unless they say host. Lengths are tokens, strides are elements.
+// reads no device memory on the host: every call can be captured in a CUDA graph. Pointers are
+// device pointers unless they say host. Lengths are tokens, strides are elements.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -40,16 +40,16 @@ struct Problem {
   int block_size = 128;  // 64, 128
   int sequences = 0;
   int64_t total_q = 0, total_k = 0;
-  int64_t rows = 0;             // rows of blocks of all sequences
-  int32_t q_blocks_max = 0;     // of one sequence
-  int32_t k_blocks_max = 0;     // of one sequence
+  int64_t rows = 0;          // rows of blocks of all sequences
+  int32_t q_blocks_max = 0;  // of one sequence
+  int32_t k_blocks_max = 0;  // of one sequence
   int32_t sq_max = 0, sk_max = 0;
   const Sequence* sequence = nullptr;       // [sequences], device
   const Sequence* host_sequence = nullptr;  // [sequences], host: for grids, not for kernels
   float softmax_scale = 0;
   Tensor q, k, v, o;  // k and v are not read where pages is set
-  // Paged K and V: block J of sequence s is page pages[sequence[s].page_begin + J] of the arena, laid
-  // out [page][kv_head][k|v][block_size][d]. Null: k and v above.
+  // Paged K and V: block J of sequence s is page pages[sequence[s].page_begin + J] of the arena,
+  // laid out [page][kv_head][k|v][block_size][d]. Null: k and v above.
   const int32_t* pages = nullptr;
   const void* arena = nullptr;
   int64_t arena_pages = 0;
@@ -78,7 +78,8 @@ cudaError_t JointEstimate(const Selection& selection, int multiprocessors, cudaS
 cudaError_t JointSelect(const Selection& selection, int multiprocessors, cudaStream_t stream);
 
 size_t FlexPrefillWorkspace(const Problem& problem);
-cudaError_t FlexPrefillEstimate(const Selection& selection, int multiprocessors, cudaStream_t stream);
+cudaError_t FlexPrefillEstimate(const Selection& selection, int multiprocessors,
+                                cudaStream_t stream);
 cudaError_t FlexPrefillSelect(const Selection& selection, int multiprocessors, cudaStream_t stream);
 
 // Every causal block, for method dense: count, index and report.
@@ -90,15 +91,15 @@ size_t CapturedMassWorkspace(const Problem& problem);
 cudaError_t MeasureCapturedMass(const Selection& selection, double min_captured_mass,
                                 int multiprocessors, cudaStream_t stream);
 
-// From a bitmap of kept blocks [q_heads, rows, bitmap_words(problem)] (bit J of a row: keep block J;
-// only J <= I are set) to count, index, and the density in the report. `pattern` and dense_reason of
-// the report are the method's.
+// From a bitmap of kept blocks [q_heads, rows, bitmap_words(problem)] (bit J of a row: keep block
+// J; only J <= I are set) to count, index, and the density in the report. `pattern` and
+// dense_reason of the report are the method's.
 inline int64_t BitmapWords(const Problem& problem) { return (problem.k_blocks_max + 31) / 32; }
 cudaError_t WriteIndex(const Selection& selection, const uint32_t* bitmap, cudaStream_t stream);
 
 // ---- Stage 3 ----------------------------------------------------------------------------------
-// Both write o and lse of every query, read nothing of the method but count and index, and give the
-// same bits for the same input. A row without a block gets 0 and -infinity.
+// Both write o and lse of every query, read nothing of the method but count and index, and each
+// gives the same bits for the same input every time. A row without a block gets 0 and -infinity.
 size_t AttendWorkspace(const Problem& problem);
 cudaError_t AttendSm90(const Problem& problem, void* workspace, int multiprocessors,
                        cudaStream_t stream);
@@ -108,10 +109,11 @@ cudaError_t AttendSm80(const Problem& problem, void* workspace, int multiprocess
 bool HasAttendSm90(DType dtype, int head_dim, int block_size);
 bool HasAttendSm80(DType dtype, int head_dim, int block_size);
 
-// The order in which stage 3 takes its (head, row of blocks) tasks: first the rows that are long beside
-// what one multiprocessor has to do, then the others, grouped by (sequence, kv head) so that what runs
-// together shares K and V in L2, within a group the longest rows first. Writes order[q_heads * rows]:
-// h * rows + row. `order` begins the workspace of stage 3. Called by AttendSm80 and AttendSm90.
+// The order in which stage 3 takes its (head, row of blocks) tasks: first the rows that are long
+// beside what one multiprocessor has to do, then the others, grouped by (sequence, kv head) so that
+// what runs together shares K and V in L2, within a group the longest rows first. Writes
+// order[q_heads * rows]: h * rows + row. `order` begins the workspace of stage 3. Called by
+// AttendSm80 and AttendSm90.
 cudaError_t OrderTasks(const Problem& problem, uint32_t* order, cudaStream_t stream);
 
 }  // namespace prefilld::cuda

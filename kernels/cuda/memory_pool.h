@@ -18,8 +18,8 @@
 
 namespace prefilld::cuda {
 
-// The device's streams: everything that is enqueued is on one of them. Shared by whoever outlives the
-// device, the buffers of its pools.
+// The device's streams: everything that is enqueued is on one of them. Shared by whoever outlives
+// the device, the buffers of its pools.
 struct Streams {
   cudaStream_t compute = nullptr;  // Stream{}
   cudaStream_t upload = nullptr;   // Device::upload_stream()
@@ -34,11 +34,11 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   MemoryPool(Kind kind, size_t keep_bytes, std::shared_ptr<const Streams> streams);
   ~MemoryPool();  // when the last buffer is gone
 
-  // A buffer of `bytes`, at the begin of an allocation of its own; contents unspecified. It goes back
-  // to the pool, and is handed out again when the work that was enqueued until then is done.
+  // A buffer of `bytes`, at the begin of an allocation of its own; contents unspecified. It goes
+  // back to the pool, and is handed out again when the work that was enqueued until then is done.
   cudaError_t Take(size_t bytes, Buffer* buffer);
-  // This buffer is not kept: other processes may go on mapping it. The bytes of its allocation, all of
-  // which they map.
+  // This buffer is not kept: other processes may go on mapping it. The bytes of its allocation, all
+  // of which they map.
   size_t Part(const void* data);
   // Frees what is kept beyond the bound. May wait for the device: for whom has just waited for it.
   void Trim();

@@ -3,9 +3,7 @@
 namespace prefilld::cuda {
 namespace {
 
-absl::Status NoOps() {
-  return absl::UnimplementedError("models are served by --backend=cpu only");
-}
+absl::Status NoOps() { return absl::UnimplementedError("models are served by --backend=cpu only"); }
 
 class MissingOps : public Ops {
  public:

@@ -5,11 +5,13 @@ namespace prefilld::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kBins = 1024;  // rows whose counts differ by less than 0.1% of the longest are equal
+constexpr int kBins = 1024;   // rows whose counts differ by less than 0.1% of the longest are equal
 constexpr int kClasses = 17;  // of a row: the bits of its count, which is at most 65536
 // Up to this much K and V (8K tokens, 8 heads of 128) lie in L2 together whatever runs: then length
 // alone decides.
 constexpr int64_t kCachedBytes = 36 << 20;
+// Beyond so many groups, which all read each other's census, length alone decides as well.
+constexpr int64_t kGroupsMax = 1024;
 // A row with more than an eighth of what one multiprocessor has to do is long: begun last, it would
 // end long after all others.
 constexpr int64_t kLongShare = 8;
@@ -38,13 +40,14 @@ __device__ Group GroupAt(const Problem& p, int groups) {
 
 // What a group tells the others.
 struct Census {
-  unsigned long long blocks;    // of all its rows
-  int32_t rows[kClasses];       // of each class
+  unsigned long long blocks;  // of all its rows
+  int32_t rows[kClasses];     // of each class
 };
 
 __device__ __forceinline__ int ClassOf(int32_t count) { return 31 - __clz(count | 1); }
 
-// One thread block a group; reads 4 bytes a task: 0.13 MB at 128K tokens and 32 heads, 2 us of latency.
+// One thread block a group; reads 4 bytes a task: 0.13 MB at 128K tokens and 32 heads, 2 us of
+// latency.
 __global__ void __launch_bounds__(kThreads) CensusKernel(Problem p, Census* census) {
   __shared__ Census own;
   if (threadIdx.x == 0) own.blocks = 0;
@@ -61,8 +64,8 @@ __global__ void __launch_bounds__(kThreads) CensusKernel(Problem p, Census* cens
   if (threadIdx.x < kClasses) census[blockIdx.x].rows[threadIdx.x] = own.rows[threadIdx.x];
 }
 
-// A counting sort by length, one thread block a group; a group's tasks are read twice from L2, 5 us.
-// Within a bin the order is whatever the atomics give: it moves time, never a result.
+// A counting sort by length, one thread block a group; a group's tasks are read twice from L2, 5
+// us. Within a bin the order is whatever the atomics give: it moves time, never a result.
 __global__ void __launch_bounds__(kThreads)
     OrderKernel(Problem p, const Census* census, int multiprocessors, uint32_t* order) {
   __shared__ int32_t bin_end[kBins];
@@ -112,8 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < group.tasks(); i += kThreads) {
     const int64_t task = group.Task(p, i);
     const int32_t at = atomicAdd(&bin_end[bin_of(task)], 1);
-    order[at < long_own ? long_before + at
-                        : long_all + group.first - long_before + at - long_own] =
+    order[at < long_own ? long_before + at : long_all + group.first - long_before + at - long_own] =
         static_cast<uint32_t>(task);
   }
 }
@@ -137,8 +139,10 @@ cudaError_t OrderTasks(const Problem& problem, uint32_t* order, cudaStream_t str
   if (error != cudaSuccess) return error;
   const int64_t kv_bytes = 2 * problem.total_k * problem.kv_heads * problem.head_dim *
                            static_cast<int64_t>(SizeOf(problem.dtype));
-  const bool one_group = kv_bytes <= kCachedBytes && problem.rows * problem.q_heads <= 16384;
-  const int groups = one_group ? 1 : problem.sequences * problem.kv_heads;
+  const int64_t all_groups = static_cast<int64_t>(problem.sequences) * problem.kv_heads;
+  const bool one_group = all_groups > kGroupsMax ||
+                         (kv_bytes <= kCachedBytes && problem.rows * problem.q_heads <= 16384);
+  const int groups = one_group ? 1 : static_cast<int>(all_groups);
   Census* census = nullptr;
   if (!one_group) {
     census = reinterpret_cast<Census*>(reinterpret_cast<char*>(order) + CensusAt(problem));
@@ -149,8 +153,7 @@ cudaError_t OrderTasks(const Problem& problem, uint32_t* order, cudaStream_t str
 }
 
 size_t AttendWorkspace(const Problem& problem) {
-  const size_t census = sizeof(Census) * static_cast<size_t>(problem.sequences) * problem.kv_heads;
-  return CensusAt(problem) + (census + 255) / 256 * 256 + 256;
+  return CensusAt(problem) + (kGroupsMax * sizeof(Census) + 255) / 256 * 256 + 256;
 }
 
 }  // namespace prefilld::cuda

@@ -13,6 +13,9 @@ namespace {
 
 constexpr size_t kAlignment = 256;
 constexpr int64_t kStrideUnit = 8;  // elements: 16 bytes
+// Elements from one token to the next: in bytes they fit 32 bits, as attend_sm80 has them.
+constexpr int64_t kTokenStrideMax = (int64_t{1} << 30) - kStrideUnit;
+constexpr int kGridMax = 65535;  // thread blocks of a grid in y and in z
 constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
 constexpr int kHeadDims[] = {64, 96, 128, 256};
 
@@ -27,6 +30,11 @@ absl::Status CheckTensor(const char* name, const View& view) {
     return absl::InvalidArgumentError(absl::StrCat(
         name, " has strides of ", view.token_stride, " and ", view.head_stride,
         " elements between tokens and heads; multiples of ", kStrideUnit, " are needed"));
+  }
+  if (view.token_stride < 0 || view.token_stride > kTokenStrideMax) {
+    return absl::InvalidArgumentError(absl::StrCat(name, " has a stride of ", view.token_stride,
+                                                   " elements between tokens, not from 0 to ",
+                                                   kTokenStrideMax));
   }
   return absl::OkStatus();
 }
@@ -47,9 +55,9 @@ absl::StatusOr<KernelSet> ChooseKernelSet(std::string_view asked, int capability
         absl::StrCat("cuda kernels \"", std::string(asked), "\" are unknown (auto, sm80, sm90)"));
   }
   if (hopper) return KernelSet::kSm90;
-  return absl::InvalidArgumentError(absl::StrCat(
-      "cuda kernels sm90 run on compute capability 9.0 alone; this device has ", capability / 10,
-      ".", capability % 10));
+  return absl::InvalidArgumentError(
+      absl::StrCat("cuda kernels sm90 run on compute capability 9.0 alone; this device has ",
+                   capability / 10, ".", capability % 10));
 }
 
 const char* BackendName(KernelSet set) {
@@ -72,11 +80,25 @@ absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
                                                  BackendName(set)));
   }
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  const int64_t rows = TotalRows(SplitIntoBlocks(shape, policy.block_size));
+  const std::vector<SequenceBlocks> blocks = SplitIntoBlocks(shape, policy.block_size);
+  const int64_t rows = TotalRows(blocks);
   if (shape.total_k() > kMax || rows * shape.q_heads > kMax) {
     return absl::UnimplementedError(
         absl::StrCat(shape.total_k(), " keys and ", rows, " rows of blocks in ", shape.q_heads,
                      " heads not supported by ", BackendName(set), " (below 2^31 each)"));
+  }
+  if (shape.sequences() > kGridMax || shape.q_heads > kGridMax / 3) {  // three to a head at most
+    return absl::UnimplementedError(absl::StrCat(
+        shape.sequences(), " sequences and ", shape.q_heads, " query heads not supported by ",
+        BackendName(set), " (up to ", kGridMax, " and ", kGridMax / 3, ")"));
+  }
+  int64_t longest = 0;
+  for (const SequenceBlocks& sequence : blocks) longest = std::max(longest, sequence.q_blocks);
+  // Tasks of joint's repair, 32 rows each or more: every sequence has as many as the longest.
+  if ((longest + 31) / 32 * shape.sequences() * shape.q_heads > kMax) {
+    return absl::UnimplementedError(absl::StrCat(
+        shape.sequences(), " sequences of up to ", longest, " rows of blocks in ", shape.q_heads,
+        " heads not supported by ", BackendName(set), " (below 2^36 in all)"));
   }
   return absl::OkStatus();
 }

@@ -15,8 +15,8 @@ namespace prefilld::cuda {
 // Two sets of stage-3 kernels over one set of stages 1 and 2.
 enum class KernelSet { kSm80, kSm90 };
 
-// The set that runs on a device of this compute capability (90 for 9.0). INVALID_ARGUMENT for a name
-// that is none of auto, sm80, sm90, and for sm90 elsewhere: its code runs on 9.0 alone.
+// The set that runs on a device of this compute capability (90 for 9.0). INVALID_ARGUMENT for a
+// name that is none of auto, sm80, sm90, and for sm90 elsewhere: its code runs on 9.0 alone.
 absl::StatusOr<KernelSet> ChooseKernelSet(std::string_view asked, int capability);
 const char* BackendName(KernelSet set);  // "cuda-sm90"
 
@@ -27,7 +27,7 @@ bool RunsSm90(KernelSet set, const Problem& problem);
 absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
                             const SparsityPolicy& policy);
 
-// INVALID_ARGUMENT for tensors that the kernels' 16-byte loads cannot take.
+// INVALID_ARGUMENT for tensors that the kernels' 16-byte loads and 32-bit strides cannot take.
 absl::Status CheckTensors(const AttentionArgs& args);
 
 // `sequences` becomes host_sequence, and must stay; device pointers into the workspace are not set.

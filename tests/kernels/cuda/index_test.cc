@@ -21,6 +21,8 @@ const CaseOptions kCases[] = {
     {.q_heads = 7, .kv_heads = 1, .head_dim = 64, .sq = {1, 300, 7, 513}, .sk = {1, 900, 200, 513}},
     {.q_heads = 2, .kv_heads = 2, .head_dim = 64, .sq = {40000}},
     {.q_heads = 2, .kv_heads = 1, .head_dim = 64, .block_size = 64, .sq = {3}, .sk = {140000}},
+    // More K and V than L2 holds: in groups, with long rows and others.
+    {.q_heads = 8, .kv_heads = 4, .sq = {1500, 7, 100}, .sk = {15000, 5000, 100}},
 };
 
 class IndexOnGpu : public testing::Test {

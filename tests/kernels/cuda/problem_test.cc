@@ -98,6 +98,20 @@ TEST(CheckSupported, NothingOverflowsAGrid) {
   shape.q_heads = 1 << 17;
   ExpectStatus(CheckSupported(KernelSet::kSm90, shape, {.method = Method::kJoint}),
                absl::StatusCode::kUnimplemented, "rows of blocks");
+
+  const auto batch = [](int q_heads, int sequences, int64_t longest) {
+    AttentionShape many{DType::kBF16, q_heads, 1, 128, {0}, {0}};
+    for (int s = 0; s < sequences; ++s) many.cu_seqlens_q.push_back(s + longest);
+    many.cu_seqlens_k = many.cu_seqlens_q;
+    return CheckSupported(KernelSet::kSm90, many, {.method = Method::kJoint});
+  };
+  EXPECT_TRUE(batch(1, 65535, 1).ok());
+  ExpectStatus(batch(1, 65536, 1), absl::StatusCode::kUnimplemented, "65536 sequences");
+  EXPECT_TRUE(batch(21845, 1, 1).ok());
+  ExpectStatus(batch(21846, 1, 1), absl::StatusCode::kUnimplemented, "21846 query heads");
+  // Few rows each, but a task for every 32 rows of the longest in every sequence and head.
+  ExpectStatus(batch(128, 10'000, int64_t{65536} * 128), absl::StatusCode::kUnimplemented,
+               "10000 sequences of up to 65536 rows");
 }
 
 TEST(CheckTensors, WhatASixteenByteLoadCannotTakeIsInvalid) {
@@ -112,6 +126,9 @@ TEST(CheckTensors, WhatASixteenByteLoadCannotTakeIsInvalid) {
   args = Args(Shape());
   args.o.head_stride = 130;
   ExpectStatus(CheckTensors(args), absl::StatusCode::kInvalidArgument, "multiples of 8");
+  args = Args(Shape());
+  args.k.token_stride = int64_t{1} << 30;  // 2^31 bytes
+  ExpectStatus(CheckTensors(args), absl::StatusCode::kInvalidArgument, "between tokens, not from");
 }
 
 TEST(MakeProblem, SplitsARaggedBatchAsTheContractDoes) {
@@ -141,9 +158,8 @@ TEST(LayOut, EveryPartIsAlignedAndInside) {
     EXPECT_GE(layout.bytes - layout.stage, AttendWorkspace(problem)) << Name(method);
     if (method == Method::kDense) continue;
     EXPECT_GE(layout.bytes - layout.stage, CapturedMassWorkspace(problem)) << Name(method);
-    EXPECT_GE(layout.bytes - layout.stage, method == Method::kJoint
-                                               ? JointWorkspace(problem)
-                                               : FlexPrefillWorkspace(problem));
+    EXPECT_GE(layout.bytes - layout.stage,
+              method == Method::kJoint ? JointWorkspace(problem) : FlexPrefillWorkspace(problem));
   }
 }
 
