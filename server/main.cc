@@ -1,5 +1,5 @@
-// prefilld: flags -> Config -> Server::Start -> wait for SIGTERM or SIGINT -> drain -> exit 0, or 1 when a fault took
-// the device.
+// prefilld: flags -> Config -> Server::Start -> wait for SIGTERM or SIGINT -> drain -> exit 0, or 1
+// when a fault took the device.
 #include <signal.h>
 #include <unistd.h>
 

@@ -163,9 +163,23 @@ absl::Status Server::OpenSharedMemory() {
         absl::StrCat("--transports: cuda_ipc is not possible with the ",
                      std::string(backend_->name()), " backend: it needs --backend=cuda"));
   }
-  if (shares && config_.cuda_ipc.value_or(true)) cuda_ipc_domain_ = CudaIpcDomain();
-  if (!cuda_ipc_domain_.empty()) metrics_.OfferTransport(Transport::kCudaIpc);
+  if (shares && config_.cuda_ipc.value_or(true)) {
+    if (absl::Status status = OfferCudaIpc(); !status.ok()) {
+      if (config_.cuda_ipc.value_or(false)) return Explain("--transports=cuda_ipc", status);
+      Log(Level::kWarning, "cuda_ipc_not_offered", {{"message", std::string(status.message())}});
+    }
+  }
   if (config_.posix_shm) OpenDevShm();
+  return absl::OkStatus();
+}
+
+// Exports memory once, to see that this system can: callers are told at Negotiate, not in a call.
+absl::Status Server::OfferCudaIpc() {
+  const std::string domain = CudaIpcDomain();
+  if (domain.empty()) return absl::UnavailableError("the system names no boot or PID namespace");
+  if (auto memory = IpcMemory::Create(backend_->device(), 1); !memory.ok()) return memory.status();
+  cuda_ipc_domain_ = domain;
+  metrics_.OfferTransport(Transport::kCudaIpc);
   return absl::OkStatus();
 }
 

@@ -39,6 +39,7 @@ class Server {
   explicit Server(Config config);
   absl::Status LoadModels();
   absl::Status OpenSharedMemory();
+  absl::Status OfferCudaIpc();
   void OpenDevShm();
   absl::Status StartGrpc();
   void Watch();

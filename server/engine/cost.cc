@@ -26,6 +26,9 @@ void Follow(std::atomic<double>& value, double seen, double share) {
   value.store((1 - share) * old + share * seen, std::memory_order_relaxed);
 }
 
+constexpr double kMargin = 0.97;       // of dense: what sparse must stay below
+constexpr double kTriesShare = 0.005;  // of the time of dense: what tries may cost
+
 double Fit(int64_t k_blocks) { return std::min(1.0, 0.14 + 9.0 / static_cast<double>(k_blocks)); }
 
 }  // namespace
@@ -69,9 +72,9 @@ CostModel::Work CostModel::WorkOf(int q_heads, int head_dim, int64_t sq, int64_t
 CostModel::Work CostModel::WorkOf(const AttentionShape& shape) {
   Work sum;
   for (int s = 0; s < shape.sequences(); ++s) {
-    const Work one = WorkOf(shape.q_heads, shape.head_dim,
-                            shape.cu_seqlens_q[s + 1] - shape.cu_seqlens_q[s],
-                            shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s]);
+    const Work one =
+        WorkOf(shape.q_heads, shape.head_dim, shape.cu_seqlens_q[s + 1] - shape.cu_seqlens_q[s],
+               shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s]);
     sum.dense += one.dense;
     sum.select += one.select;
     sum.k_blocks = std::max(sum.k_blocks, one.k_blocks);
@@ -89,15 +92,22 @@ double CostModel::LinearSeconds(int64_t tokens, int64_t layer_weights) const {
 
 bool CostModel::SparseIsFaster(const Work& work) const {
   return SelectSeconds(work) + SparseSeconds(work, PredictedDensity(work.k_blocks)) <
-         DenseSeconds(work);
+         kMargin * DenseSeconds(work);
 }
 
 bool CostModel::SparseIsFaster(const Work& work, double density) const {
-  return SparseSeconds(work, density) < DenseSeconds(work);
+  return SparseSeconds(work, density) < kMargin * DenseSeconds(work);
 }
 
-void CostModel::SetCurves(std::vector<CostCurve::Point> dense,
-                          std::vector<CostCurve::Point> sparse,
+bool CostModel::WorthATry(const Work& work) {
+  const double select = SelectSeconds(work), dense = DenseSeconds(work);
+  if (select + SparseSeconds(work, Fit(work.k_blocks)) >= kMargin * dense) return false;
+  const double tries = tries_.load(std::memory_order_relaxed) + kTriesShare * dense / select;
+  tries_.store(tries >= 1 ? 0 : tries, std::memory_order_relaxed);
+  return tries >= 1;
+}
+
+void CostModel::SetCurves(std::vector<CostCurve::Point> dense, std::vector<CostCurve::Point> sparse,
                           std::vector<CostCurve::Point> select) {
   dense_.Set(std::move(dense));
   sparse_.Set(std::move(sparse));
@@ -109,10 +119,9 @@ void CostModel::ObserveLinear(int64_t tokens, int64_t layer_weights, double seco
   Follow(linear_flops_, flops / seconds, 0.1);
 }
 
+// Half way at once: prompts that follow each other are alike, and a wrong guess costs a selection.
 void CostModel::ObserveDensity(int64_t k_blocks, double density) {
-  Follow(density_ratio_, density / Fit(k_blocks), 0.1);
+  Follow(density_ratio_, density / Fit(k_blocks), 0.5);
 }
-
-void CostModel::ForgetDensity() { Follow(density_ratio_, 1, 0.01); }
 
 }  // namespace prefilld

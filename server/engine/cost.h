@@ -20,18 +20,19 @@ class CostCurve {
   };
   explicit CostCurve(double flops_per_second) : points_{{flops_per_second, 1}} {}
 
-  // Before the first thread that asks. Points without time or work are left out; at least one stays.
+  // Before the first thread that asks. Points without time or work are left out; at least one
+  // stays.
   void Set(std::vector<Point> points);
   double Seconds(double flops) const;
-  // Moves the rate of the whole curve by a tenth towards what was seen. What is much shorter than the
-  // first measured point tells of overheads, not of a rate, and is not learned.
+  // Moves the rate of the whole curve by a tenth towards what was seen. What is much shorter than
+  // the first measured point tells of overheads, not of a rate, and is not learned.
   void Observe(double flops, double seconds);
 
  private:
   double Measured(double flops) const;
 
-  std::vector<Point> points_;  // ascending
-  double least_flops_ = 0;     // that teach
+  std::vector<Point> points_;     // ascending
+  double least_flops_ = 0;        // that teach
   std::atomic<double> speed_{1};  // observed over measured rate
 };
 
@@ -39,8 +40,8 @@ class CostModel {
  public:
   // FLOPs of one call of the stages over all its sequences.
   struct Work {
-    double dense = 0;   // QK and PV over every visible key
-    double select = 0;  // probes and measurement
+    double dense = 0;      // QK and PV over every visible key
+    double select = 0;     // probes and measurement
     int64_t k_blocks = 0;  // of the longest sequence, 128 tokens each
   };
   static Work WorkOf(int q_heads, int head_dim, int64_t sq, int64_t sk);
@@ -58,9 +59,14 @@ class CostModel {
   // Seconds of one layer's linear part: per token and per weight.
   double LinearSeconds(int64_t tokens, int64_t layer_weights) const;
 
-  // Before selecting, by the predicted density; and after, by the one that was found.
+  // Before selecting, by the predicted density; and after, by the one that was found. Faster means
+  // by a margin: predictions are not exact, and a tie is dense.
   bool SparseIsFaster(const Work& work) const;
   bool SparseIsFaster(const Work& work, double density) const;
+  // Whether to select where the prediction says dense, because earlier prompts kept much: this one
+  // may keep less. True as seldom as it takes for tries in vain to cost half a percent on the
+  // average.
+  bool WorthATry(const Work& work);
 
   void SetCurves(std::vector<CostCurve::Point> dense, std::vector<CostCurve::Point> sparse,
                  std::vector<CostCurve::Point> select);
@@ -71,14 +77,12 @@ class CostModel {
   void ObserveSelect(const Work& work, double seconds) { select_.Observe(work.select, seconds); }
   void ObserveLinear(int64_t tokens, int64_t layer_weights, double seconds);
   void ObserveDensity(int64_t k_blocks, double density);
-  // Dense ran unseen what joint would have kept: the prediction drifts back to the fit, so that an
-  // odd prompt does not settle the matter for ever.
-  void ForgetDensity();
 
  private:
   CostCurve dense_{5e10}, sparse_{5e10}, select_{2e10};
   std::atomic<double> linear_flops_{5e10};  // per second
-  std::atomic<double> density_ratio_{1};    // observed over predicted
+  std::atomic<double> density_ratio_{1};    // observed over the fit
+  std::atomic<double> tries_{0};            // whole ones may be made
 };
 
 }  // namespace prefilld

@@ -39,7 +39,8 @@ SparsityPolicy DenseInsteadOf(SparsityPolicy policy) {
   return policy;
 }
 
-// Makes a buffer at least so large; what it held is lost. From what allocates: device or host memory.
+// Makes a buffer at least so large; what it held is lost. From what allocates: device or host
+// memory.
 template <typename Allocate>
 absl::Status Grow(Buffer& buffer, size_t bytes, Allocate&& allocate) {
   if (buffer.bytes() >= bytes) return absl::OkStatus();
@@ -57,7 +58,8 @@ double MeanDensity(const AttentionShape& shape, const HeadReport* report) {
     const double work = CostModel::WorkOf(1, 1, shape.cu_seqlens_q[s + 1] - shape.cu_seqlens_q[s],
                                           shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s])
                             .dense;
-    for (int h = 0; h < shape.q_heads; ++h) computed += work * report[s * shape.q_heads + h].density;
+    for (int h = 0; h < shape.q_heads; ++h)
+      computed += work * report[s * shape.q_heads + h].density;
     all += work * shape.q_heads;
   }
   return computed / all;
@@ -80,8 +82,9 @@ absl::Status Engine::Calibrate() {
   return status;
 }
 
-// Dense attention and selection over random sequences: long enough to reach the kernels' rate, short
-// enough not to be noticed at start-up. A GPU's rate depends on the length, so it is asked at several.
+// Dense attention and selection over random sequences: long enough to reach the kernels' rate,
+// short enough not to be noticed at start-up. A GPU's rate depends on the length, so it is asked at
+// several.
 absl::Status Engine::CalibrateAttention() {
   Device& device = backend_.device();
   const bool host = device.host_memory();
@@ -114,8 +117,8 @@ absl::Status Engine::CalibrateAttention() {
     if (!memory.ok()) return memory.status();
     *buffer = *std::move(memory);
     for (size_t at = 0; at < bytes && buffer != &o; at += period_bytes) {
-      absl::Status status = device.Copy(buffer->as<char>() + at, period,
-                                        std::min(period_bytes, bytes - at), kStream);
+      absl::Status status =
+          device.Copy(buffer->as<char>() + at, period, std::min(period_bytes, bytes - at), kStream);
       if (!status.ok()) return status;
     }
   }
@@ -139,7 +142,7 @@ absl::Status Engine::CalibrateAttention() {
       const double selecting = Of(call.phases, Phase::kEstimate) + Of(call.phases, Phase::kSelect);
       const double attending = Of(call.phases, Phase::kAttention);
       if (round % 2 == 0) {
-        dense_seconds.push_back(selecting + attending);
+        dense_seconds.push_back(Of(call.phases, Phase::kSelect) + attending);
       } else {
         select_seconds.push_back(selecting);
         sparse_seconds.push_back(attending);
@@ -254,13 +257,15 @@ absl::Status Engine::Enqueue(StagesCall& call, const CostModel::Work& work) {
 void Engine::Observe(const StagesCall& call) {
   const AttentionShape& shape = call.args.shape;
   const CostModel::Work work = CostModel::WorkOf(shape);
-  const double select = call.phases[static_cast<size_t>(Phase::kEstimate)] +
-                        call.phases[static_cast<size_t>(Phase::kSelect)];
+  const double estimate = call.phases[static_cast<size_t>(Phase::kEstimate)];
+  const double select = call.phases[static_cast<size_t>(Phase::kSelect)];
   const double attention = call.phases[static_cast<size_t>(Phase::kAttention)];
   if (call.args.policy.method != Method::kDense) {
-    cost_.ObserveSelect(work, select);
+    // What is open becomes joint or dense: the others' selection says nothing about that.
+    if (call.args.policy.method == Method::kJoint) cost_.ObserveSelect(work, estimate + select);
     cost_.ObserveSparse(work, MeanDensity(shape, call.report.data()), attention);
   } else if (!call.open) {  // else the time is that of both
+    // Without the estimate, which of dense is the making of a plan, once a shape.
     cost_.ObserveDense(work, select + attention);
   }
 }
@@ -275,8 +280,9 @@ void Engine::Observe(const std::string& model, const HeadReport& head, bool meas
 // Dense instead of an unspecified method where selecting would cost more than it saves.
 SparsityPolicy Engine::Decide(const Job& job, const AttentionShape& shape, DenseReason* reason) {
   *reason = DenseReason::kNone;
-  if (!job.method_unspecified || cost_.SparseIsFaster(CostModel::WorkOf(shape))) return job.policy;
-  cost_.ForgetDensity();
+  if (!job.method_unspecified) return job.policy;
+  const CostModel::Work work = CostModel::WorkOf(shape);
+  if (cost_.SparseIsFaster(work) || cost_.WorthATry(work)) return job.policy;
   *reason = DenseReason::kBelowCrossover;
   return DenseInsteadOf(job.policy);
 }
@@ -285,8 +291,7 @@ absl::Status Engine::CheckDevice() const {
   const std::string_view fault = backend_.device().fault();
   if (fault.empty()) return absl::OkStatus();
   return RetryLater(absl::StatusCode::kUnavailable, "device_lost",
-                    absl::StrCat("the device is lost (", std::string(fault),
-                                 "): this server ends"),
+                    absl::StrCat("the device is lost (", std::string(fault), "): this server ends"),
                     absl::Seconds(5));
 }
 
@@ -301,8 +306,9 @@ double Engine::PredictSeconds(const Job& job, int layers_done) const {
   const bool dense = job.policy.method == Method::kDense;
   const auto attention = [&](const CostModel::Work& work) {
     if (dense) return cost_.DenseSeconds(work);
-    return cost_.SelectSeconds(work) +
-           cost_.SparseSeconds(work, cost_.PredictedDensity(work.k_blocks));
+    const double sparse = cost_.SelectSeconds(work) +
+                          cost_.SparseSeconds(work, cost_.PredictedDensity(work.k_blocks));
+    return job.method_unspecified ? std::min(sparse, cost_.DenseSeconds(work)) : sparse;
   };
   if (!job.prefill) return attention(CostModel::WorkOf(job.attend->shape));
   const ModelInfo& info = job.prefill->model->info();
@@ -488,6 +494,7 @@ void Engine::Remove(Batch& batch, size_t index) {
 }
 
 absl::Status Engine::RunAttend(Job& job) {
+  NoteFault();  // an RPC thread may have met it first
   absl::Status status = CheckDevice();
   if (!status.ok()) return status;
   if (attends_to_fault_ > 0 && --attends_to_fault_ == 0) {
@@ -540,8 +547,8 @@ absl::Status Engine::RunAttend(Job& job) {
   return absl::OkStatus();
 }
 
-// The rows in use, as wide as the longest one, -1 behind each row's blocks. A long prompt's index is
-// larger than its tensors, so it passes through a staging buffer some rows at a time.
+// The rows in use, as wide as the longest one, -1 behind each row's blocks. A long prompt's index
+// is larger than its tensors, so it passes through a staging buffer some rows at a time.
 absl::Status Engine::CopyIndex(const BlockIndexView& index, int heads, AttendWork& work) {
   Device& device = backend_.device();
   const int64_t rows = heads * index.rows;

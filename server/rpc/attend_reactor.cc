@@ -346,7 +346,7 @@ void AttendReactor::Write(const grpc::ByteBuffer& message) {
 
 // One write is in flight at a time; the message after it is encoded meanwhile.
 void AttendReactor::WriteNext() {
-  if (writing_ || !outputs_) return;
+  if (writing_ || computing_ || !outputs_) return;  // or they are not in their place yet
   if (next_) {
     Write(*std::exchange(next_, std::nullopt));
   } else if (segment_.ipc == nullptr || peer_closed_) {

@@ -153,7 +153,11 @@ class _Driver:
         address, base, size = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_size_t()
         self._check("opened", self._cuda.cuIpcOpenMemHandle_v2(
             address, self._Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS))
-        self._check("measured", self._cuda.cuMemGetAddressRange_v2(base, size, address))
+        try:
+            self._check("measured", self._cuda.cuMemGetAddressRange_v2(base, size, address))
+        except PrefilldError:
+            self.close(address.value)
+            raise
         return address.value, base.value + size.value - address.value
 
     def close(self, address: int) -> None:
