@@ -27,6 +27,8 @@
 #include <cmath>
 #include <type_traits>
 
+#include "kernels/cuda/ampere.cuh"
+#include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace prefilld::cuda {
@@ -167,53 +169,6 @@ __device__ __forceinline__ void CopyAsync4(const void* to, const void* from) {
                : "memory");
 }
 __device__ __forceinline__ void CopyWaitAll() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// Four 8 x 8 matrices, whose rows the lanes name, eight a matrix.
-__device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(from)
-               : "memory");
-}
-__device__ __forceinline__ void LoadTransposed(uint32_t (&r)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(from)
-               : "memory");
-}
-
-template <typename T>
-__device__ __forceinline__ void Multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
-#define PREFILLD_MMA(TYPE)                                                            \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    PREFILLD_MMA("bf16");
-  } else {
-    PREFILLD_MMA("f16");
-  }
-#undef PREFILLD_MMA
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t Pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  } else {
-    const __half2 both = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-}
-
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // ---- A warp's state -----------------------------------------------------------------------------
 
@@ -406,7 +361,7 @@ __device__ __forceinline__ void ScoreStep(const Rows<kD, kTiles>& rows, Scores<k
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) Multiply<T>(s[t][n], rows.q[k][t], b[2 * n], b[2 * n + 1]);
+    for (int t = 0; t < kTiles; ++t) Mma<T>(s[t][n], rows.q[k][t], b[2 * n], b[2 * n + 1]);
   }
 }
 
@@ -416,8 +371,7 @@ __device__ __forceinline__ void ValueStep(Rows<kD, kTiles>& rows, const uint32_t
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-      Multiply<T>(rows.o[t][2 * k + n], p[t], b[2 * n], b[2 * n + 1]);
+    for (int t = 0; t < kTiles; ++t) Mma<T>(rows.o[t][2 * k + n], p[t], b[2 * n], b[2 * n + 1]);
   }
 }
 

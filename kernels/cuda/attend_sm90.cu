@@ -11,6 +11,7 @@
 // against 16 K exponentials (1.02 K cycles, hidden) and 64 KB of K and V from L2 (32 bytes a cycle,
 // hidden). So the floor is executed FLOPs over the tensor cores' rate; dense cuDNN reaches 560
 // TFLOP/s of it on an H200, limited by power.
+#include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -227,26 +228,9 @@ __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUte
   load_late();
 }
 
-// c[j] of a consumer's thread lies in row 16 warp + lane / 4 (+ 8 where j & 2) and column
-// 8 (j / 4) + 2 (lane % 4) + j % 2 (PTX, wgmma's D fragment).
-template <typename T>
-__device__ __forceinline__ uint32_t Pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  } else {
-    const __half2 both = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-}
-
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The running softmax of the two rows of a thread.
+// The running softmax of the two rows of a thread. Element j of a consumer's S or O lies in row
+// 16 warp + lane / 4 (+ 8 where j & 2) and column 8 (j / 4) + 2 (lane % 4) + j % 2 (PTX, wgmma's D
+// fragment).
 struct Softmax {
   float max[2] = {-INFINITY, -INFINITY};  // unscaled
   float sum[2] = {0, 0};                  // of this thread's columns only

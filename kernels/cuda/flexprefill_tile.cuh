@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/ampere.cuh"
+#include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/flexprefill.cuh"
 #include "kernels/cuda/hopper.cuh"
 
@@ -33,12 +35,6 @@ __host__ __device__ constexpr int TileBytes(int rows, int head_dim) {
 __device__ __forceinline__ uint32_t PieceOffset(int row, int piece, int rows) {
   return static_cast<uint32_t>((piece >> 3) * rows * kRowBytes + row * kRowBytes +
                                (((piece & 7) ^ (row & 7)) << 4));
-}
-
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // The nearest bf16, ties to even, as a float: the packing conversion beside a zero.
@@ -242,35 +238,6 @@ class KeyRing {
 };
 
 // ---- the product ------------------------------------------------------------------------------
-template <typename T>
-__device__ __forceinline__ void Mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#define PREFILLD_MMA(TYPE)                                                            \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    PREFILLD_MMA("bf16");
-  } else {
-    PREFILLD_MMA("f16");
-  }
-#undef PREFILLD_MMA
-}
-// Four 8 x 8 matrices, row r of the first at the address of lane r, of the second of lane 8 + r,
-// ...
-__device__ __forceinline__ void LoadMatrices(uint32_t (&x)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void LoadTransposed(uint32_t (&x)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
-}
-
 // c = A B^T for the 64 rows of tile a and the kColumns rows of tile b, by four warps. Warp w of the
 // four has rows 16 w to 16 w + 15; of these c[4 i + 2 x + e] is row lane / 4 + 8 x and column
 // 8 i + 2 (lane % 4) + e. Slabs of a and b are a_slab and b_slab bytes apart.
