@@ -29,6 +29,7 @@
 
 #include "kernels/cuda/ampere.cuh"
 #include "kernels/cuda/arithmetic.cuh"
+#include "kernels/cuda/block_index.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace prefilld::cuda {
@@ -118,16 +119,7 @@ __device__ Task FindTask(const Params& p, int32_t at) {
   const int32_t row = static_cast<int32_t>(id % static_cast<uint32_t>(p.rows));
   task.count = p.count[id];
   task.index = p.index + static_cast<int64_t>(id) * p.index_stride;
-  int low = 0, high = p.sequences - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (p.sequence[middle].row_begin <= row) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const Sequence s = p.sequence[low];
+  const Sequence s = p.sequence[SequenceOfRow(p.sequence, p.sequences, row)];
   const int32_t block = s.first_q_block + row - s.row_begin;
   const int32_t begin = block * kB;  // absolute position
   task.q_token = s.q_begin + begin - s.prefix;

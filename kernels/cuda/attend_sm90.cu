@@ -12,6 +12,7 @@
 // hidden). So the floor is executed FLOPs over the tensor cores' rate; dense cuDNN reaches 560
 // TFLOP/s of it on an H200, limited by power.
 #include "kernels/cuda/arithmetic.cuh"
+#include "kernels/cuda/block_index.cuh"
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -95,16 +96,7 @@ __device__ Task FindTask(const Params& params, int32_t at) {
   const uint32_t id = params.order[at];
   task.head = static_cast<int32_t>(id / p.rows);
   const int32_t row = static_cast<int32_t>(id % p.rows);
-  int low = 0, high = p.sequences - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (p.sequence[middle].row_begin <= row) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const Sequence s = p.sequence[low];
+  const Sequence s = p.sequence[SequenceOfRow(p.sequence, p.sequences, row)];
   const int32_t block = s.first_q_block + row - s.row_begin;
   const int32_t begin = block * kBlock;  // absolute position
   task.count = p.count[id];

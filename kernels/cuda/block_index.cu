@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t task = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (task >= p.q_heads * p.rows) return;
   const int64_t row = task % p.rows;
-  const Sequence s = p.sequence[SequenceOfRow(p, row)];
+  const Sequence s = p.sequence[SequenceOfRow(p.sequence, p.sequences, row)];
   const int I = s.first_q_block + static_cast<int>(row - s.row_begin);
   const int count = WriteRow(bitmap + task * words, I, RowOf(p, task));
   if (threadIdx.x % 32 == 0) p.count[task] = count;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (task >= p.q_heads * p.rows) return;
   const int64_t row = task % p.rows;
-  const Sequence s = p.sequence[SequenceOfRow(p, row)];
+  const Sequence s = p.sequence[SequenceOfRow(p.sequence, p.sequences, row)];
   const int I = s.first_q_block + static_cast<int>(row - s.row_begin);
   WriteCausalRow(I, RowOf(p, task), threadIdx.x % 32, 32);
   if (threadIdx.x % 32 == 0) p.count[task] = I + 1;

@@ -49,12 +49,12 @@ __device__ inline void WriteCausalRow(int I, uint16_t* out, int thread, int thre
   for (int J = thread; J <= I; J += threads) out[J] = static_cast<uint16_t>(J);
 }
 
-// The sequence that row `row` of the block index belongs to.
-__device__ inline int SequenceOfRow(const Problem& p, int64_t row) {
-  int low = 0, high = p.sequences - 1;
+// Which of the `sequences` sequences row `row` of the block index belongs to.
+__device__ inline int SequenceOfRow(const Sequence* sequence, int sequences, int64_t row) {
+  int low = 0, high = sequences - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (p.sequence[middle].row_begin <= row) {
+    if (sequence[middle].row_begin <= row) {
       low = middle;
     } else {
       high = middle - 1;

@@ -319,13 +319,9 @@ double Engine::PredictSeconds(const Job& job, int layers_done) const {
 }
 
 absl::Status Engine::EnsureScratch(const ModelInfo& info, int64_t tokens) {
-  const size_t bytes = static_cast<size_t>(LayerScratchBytes(info, tokens));
-  if (scratch_.bytes() < bytes) {
-    scratch_ = Buffer();  // the old one goes first
-    auto scratch = backend_.device().Allocate(bytes);
-    if (!scratch.ok()) return scratch.status();
-    scratch_ = *std::move(scratch);
-  }
+  absl::Status status = Grow(scratch_, static_cast<size_t>(LayerScratchBytes(info, tokens)),
+                             [&](size_t bytes) { return backend_.device().Allocate(bytes); });
+  if (!status.ok()) return status;
   layer_ = SplitLayerScratch(info, tokens, scratch_.data());
   return absl::OkStatus();
 }
