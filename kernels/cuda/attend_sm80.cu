@@ -29,7 +29,6 @@
 
 #include "kernels/cuda/ampere.cuh"
 #include "kernels/cuda/arithmetic.cuh"
-#include "kernels/cuda/block_index.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace prefilld::cuda {
@@ -71,12 +70,10 @@ struct Plan {
 };
 
 struct Params {
-  const uint32_t* order;
-  int32_t* next;  // zero at launch
-  int32_t tasks, rows, sequences;
+  TaskQueue queue;
+  int32_t tasks, rows;
   int32_t group;  // query heads to one of K and V
   const Sequence* sequence;
-  const int32_t* count;
   const uint16_t* index;
   int64_t index_stride;
   const int32_t* pages;  // or null
@@ -114,13 +111,12 @@ __device__ Task FindTask(const Params& p, int32_t at) {
   Task task = {};
   task.head = -1;
   if (at >= p.tasks) return task;
-  const uint32_t id = p.order[at];
-  task.head = static_cast<int32_t>(id / static_cast<uint32_t>(p.rows));
-  const int32_t row = static_cast<int32_t>(id % static_cast<uint32_t>(p.rows));
-  task.count = p.count[id];
-  task.index = p.index + static_cast<int64_t>(id) * p.index_stride;
-  const Sequence s = p.sequence[SequenceOfRow(p.sequence, p.sequences, row)];
-  const int32_t block = s.first_q_block + row - s.row_begin;
+  const QueuedTask queued = p.queue.task[at];
+  task.head = queued.head;
+  task.count = queued.count;
+  task.index = p.index + (Times(queued.head, p.rows) + queued.row) * p.index_stride;
+  const Sequence s = p.sequence[queued.sequence];
+  const int32_t block = s.first_q_block + queued.row - s.row_begin;
   const int32_t begin = block * kB;  // absolute position
   task.q_token = s.q_begin + begin - s.prefix;
   task.first = max(0, s.prefix - begin);
@@ -632,7 +628,7 @@ __global__ void __launch_bounds__(Plan<kD, kB>::kThreads, Plan<kD, kB>::kBlocksO
     const uint32_t present = turn;
     turn = turn == 2 ? 0 : turn + 1;
     if (threadIdx.x == 0) {
-      const int32_t after = 2 * gridDim.x + atomicAdd(params.next, 1);
+      const int32_t after = 2 * gridDim.x + atomicAdd(params.queue.taken, 1);
       tasks[turn] = FindTask<kB>(params, position);
       position = after;
     }
@@ -708,23 +704,16 @@ cudaError_t AttendSm80(const Problem& problem, void* workspace, int multiprocess
   if (launch == nullptr) return cudaErrorNotSupported;
   if (problem.rows == 0) return cudaSuccess;
   const int64_t tasks = problem.q_heads * problem.rows;
-  uint32_t* order = static_cast<uint32_t*>(workspace);
-  int32_t* next =
-      reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + AttendWorkspace(problem) - 256);
-  cudaError_t error = OrderTasks(problem, order, stream);
-  if (error == cudaSuccess) error = cudaMemsetAsync(next, 0, sizeof(*next), stream);
+  const cudaError_t error = QueueTasks(problem, workspace, stream);
   if (error != cudaSuccess) return error;
 
   constexpr int64_t kSize = 2;  // bytes of an element
   Params p = {};
-  p.order = order;
-  p.next = next;
+  p.queue = TaskQueueIn(workspace, problem);
   p.tasks = static_cast<int32_t>(tasks);
   p.rows = static_cast<int32_t>(problem.rows);
-  p.sequences = problem.sequences;
   p.group = problem.q_heads / problem.kv_heads;
   p.sequence = problem.sequence;
-  p.count = problem.count;
   p.index = problem.index;
   p.index_stride = problem.index_stride;
   p.pages = problem.pages;

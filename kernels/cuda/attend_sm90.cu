@@ -11,8 +11,9 @@
 // against 16 K exponentials (1.02 K cycles, hidden) and 64 KB of K and V from L2 (32 bytes a cycle,
 // hidden). So the floor is executed FLOPs over the tensor cores' rate; dense cuDNN reaches 560
 // TFLOP/s of it on an H200, limited by power.
+#include <climits>
+
 #include "kernels/cuda/arithmetic.cuh"
-#include "kernels/cuda/block_index.cuh"
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -33,6 +34,12 @@ constexpr int kTasks = 2;
 // 65,536 registers over three warpgroups: the loader needs few, S, O and P of a consumer many.
 constexpr int kLoaderRegisters = 40;
 constexpr int kConsumerRegisters = 232;
+
+// Scores above the reference by less than this (powers of two) leave it alone: P stays below 256,
+// and so inside what FP16 holds.
+constexpr float kRaise = 8;
+// The reference of a row whose first scores are all -infinity: anything finite raises it.
+constexpr float kUnset = -4096;
 
 // One (head, row of blocks), looked up once for the whole block of threads.
 struct Task {
@@ -65,6 +72,7 @@ struct alignas(1024) Shared {
   uint64_t v_full[P::kStages], v_empty[P::kStages];
   uint64_t task_full[kTasks], task_empty[kTasks];
   Task task[kTasks];
+  int32_t kv_row[kTasks][32];  // of its last 32 blocks, the last one first
 };
 
 // A place in a ring of barriers, and the parity of the round.
@@ -82,25 +90,33 @@ struct Place {
 
 struct Params {
   Problem problem;
-  const uint32_t* order;
-  int32_t* next;  // zero at launch
+  TaskQueue queue;
   int32_t tasks;
   float scale_log2;  // softmax_scale / ln 2
 };
+
+// Where blocks of keys lie, as rows of the tensor map of K: lane by lane that of block `at` of the
+// index, and 0 for none. Those of V are the same rows of its map, or in pages as many rows behind.
+__device__ __forceinline__ int32_t KvRow(const Problem& p, const Task& task, int32_t at) {
+  if (at < 0) return 0;
+  const int32_t block = task.index[at];
+  if (p.pages == nullptr) return task.key_begin + block * kBlock;
+  const int32_t head = task.head / (p.q_heads / p.kv_heads);
+  return (p.pages[task.key_begin + block] * p.kv_heads + head) * 2 * kBlock;
+}
 
 __device__ Task FindTask(const Params& params, int32_t at) {
   const Problem& p = params.problem;
   Task task = {};
   task.head = -1;
   if (at >= params.tasks) return task;
-  const uint32_t id = params.order[at];
-  task.head = static_cast<int32_t>(id / p.rows);
-  const int32_t row = static_cast<int32_t>(id % p.rows);
-  const Sequence s = p.sequence[SequenceOfRow(p.sequence, p.sequences, row)];
-  const int32_t block = s.first_q_block + row - s.row_begin;
+  const QueuedTask queued = params.queue.task[at];
+  const Sequence s = p.sequence[queued.sequence];
+  const int32_t block = s.first_q_block + queued.row - s.row_begin;
   const int32_t begin = block * kBlock;  // absolute position
-  task.count = p.count[id];
-  task.index = p.index + static_cast<int64_t>(id) * p.index_stride;
+  task.head = queued.head;
+  task.count = queued.count;
+  task.index = p.index + (queued.head * p.rows + queued.row) * p.index_stride;
   task.q_token = s.q_begin + begin - s.prefix;
   task.first = max(0, s.prefix - begin);
   task.end = min(kBlock, s.sk - begin);
@@ -110,37 +126,37 @@ __device__ Task FindTask(const Params& params, int32_t at) {
   return task;
 }
 
-// The one warp that finds tasks, well before they are needed.
+// The warp that finds tasks, and the blocks of each, before there is a place for them: a counter,
+// the queue, the index and the pages, one after the other, take as long as two blocks of keys.
 template <typename T, int D>
 __device__ void RunScheduler(const Params& params, Shared<T, D>& shared) {
-  if (threadIdx.x % 32 != 0) return;
+  const int lane = threadIdx.x % 32;
   Place<kTasks> place;
-  for (;;) {
+  for (int32_t at = blockIdx.x;;) {
+    const Task task = FindTask(params, at);
+    const int32_t row = KvRow(params.problem, task, task.count - 1 - lane);
     BarrierWait(&shared.task_empty[place.at], place.parity ^ 1);
-    const Task task = FindTask(params, atomicAdd(params.next, 1));
-    shared.task[place.at] = task;
+    if (lane == 0) shared.task[place.at] = task;
+    shared.kv_row[place.at][lane] = row;
     BarrierArrive(&shared.task_full[place.at]);
     if (task.head < 0) return;
     place.Next();
+    if (lane == 0) at = gridDim.x + atomicAdd(params.queue.taken, 1);
+    at = __shfl_sync(~0u, at, 0);
   }
 }
 
-// Where a block of keys and its values lie: rows of the tensor maps.
-struct KvRows {
-  int32_t k = 0, v = 0;
-};
-
 // The one warp that loads: K and V of a task's blocks, the last block first; early among them Q of
-// the next task and where its blocks are. K runs one block ahead of V, across tasks too: consumers
-// need it so, and neither waits for the other's place.
+// the next task. K runs one block ahead of V, across tasks too: consumers need it so, and neither
+// waits for the other's place.
 template <typename T, int D>
 __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUtensorMap& q_map,
                           const CUtensorMap& k_map, const CUtensorMap& v_map) {
   using P = Plan<D>;
   constexpr uint32_t kTileBytes = P::kTile * sizeof(T);
   const Problem& p = params.problem;
+  const bool paged = p.pages != nullptr;
   const int lane = threadIdx.x % 32;
-  const int group = p.q_heads / p.kv_heads;
   Place<kTasks> at_task;
   Place<2> at_q;
   Place<P::kStages> at_k, at_v;
@@ -154,36 +170,6 @@ __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUte
       TmaLoad(&map, to + half * kHalf, full, half * 64, head, row);
     }
   };
-  // The next task, its Q under way.
-  const auto next_task = [&] {
-    BarrierWait(&shared.task_full[at_task.at], at_task.parity);
-    const Task task = shared.task[at_task.at];
-    BarrierArrive(&shared.task_empty[at_task.at]);
-    at_task.Next();
-    if (task.head >= 0 && task.count > 0) {
-      load(q_map, shared.q[at_q.at], &shared.q_full[at_q.at], &shared.q_empty[at_q.at], at_q.parity,
-           task.head, task.q_token);
-      at_q.Next();
-    }
-    return task;
-  };
-  // Each lane finds one block, so that the latency of index and pages is paid once for 32.
-  const auto find_rows = [&](const Task& task, int32_t done) {
-    KvRows rows;
-    const int32_t mine = task.count - 1 - done - lane;
-    if (task.head < 0 || mine < 0) return rows;
-    const int32_t block = task.index[mine];
-    if (p.pages == nullptr) {
-      rows.k = rows.v = task.key_begin + block * kBlock;
-    } else {
-      rows.k = (p.pages[task.key_begin + block] * p.kv_heads + task.head / group) * 2 * kBlock;
-      rows.v = rows.k + kBlock;
-    }
-    return rows;
-  };
-
-  Task task = next_task();
-  KvRows rows = find_rows(task, 0);
   int32_t late_head = -1, late_row = 0;  // of the V that is still to come
   const auto load_late = [&] {
     if (late_head < 0) return;
@@ -192,72 +178,111 @@ __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUte
     at_v.Next();
     late_head = -1;
   };
-  while (task.head >= 0) {
-    const int32_t kv_head = p.pages == nullptr ? task.head / group : 0;
-    Task next;
-    KvRows next_rows;
+  Task task, next;
+  int32_t rows, next_rows;  // lane by lane, of 32 blocks
+  // Takes the next task and loads its Q.
+  const auto take_next = [&] {
+    BarrierWait(&shared.task_full[at_task.at], at_task.parity);
+    next = shared.task[at_task.at];
+    next_rows = shared.kv_row[at_task.at][lane];
+    BarrierArrive(&shared.task_empty[at_task.at]);
+    at_task.Next();
+    if (next.head < 0 || next.count == 0) return;
+    load(q_map, shared.q[at_q.at], &shared.q_full[at_q.at], &shared.q_empty[at_q.at], at_q.parity,
+         next.head, next.q_token);
+    at_q.Next();
+  };
+
+  for (take_next(); next.head >= 0;) {
+    task = next;
+    rows = next_rows;
+    const int32_t kv_head = paged ? 0 : task.head / (p.q_heads / p.kv_heads);
     for (int32_t i = 0; i < task.count; ++i) {
-      if (i > 0 && i % 32 == 0) rows = find_rows(task, i);
+      if (i > 0 && i % 32 == 0) rows = KvRow(p, task, task.count - 1 - i - lane);
+      const int32_t row = __shfl_sync(~0u, rows, i % 32);
       load(k_map, shared.k[at_k.at], &shared.k_full[at_k.at], &shared.k_empty[at_k.at], at_k.parity,
-           kv_head, __shfl_sync(~0u, rows.k, i % 32));
+           kv_head, row);
       at_k.Next();
       load_late();
       late_head = kv_head;
-      late_row = __shfl_sync(~0u, rows.v, i % 32);
-      if (i == 0) {
-        next = next_task();
-        next_rows = find_rows(next, 0);
-      }
+      late_row = paged ? row + kBlock : row;
+      // By the third block consumers are through with the task before, and its Q with them.
+      if (i == min(2, task.count - 1)) take_next();
     }
     if (task.count == 0) {  // consumers take the next one when they have all of what was before
       load_late();
-      next = next_task();
-      next_rows = find_rows(next, 0);
+      take_next();
     }
-    task = next;
-    rows = next_rows;
   }
   load_late();
 }
 
-// The running softmax of the two rows of a thread. Element j of a consumer's S or O lies in row
+// The softmax of the two rows of a thread. Element j of a consumer's S or O lies in row
 // 16 warp + lane / 4 (+ 8 where j & 2) and column 8 (j / 4) + 2 (lane % 4) + j % 2 (PTX, wgmma's D
 // fragment).
+//
+// Exponents are relative to a reference of the row, which is raised only where a score exceeds it
+// by more than kRaise: a vote of the warp, rare after the first block. So most steps exchange
+// nothing between lanes and leave O alone.
 struct Softmax {
-  float max[2] = {-INFINITY, -INFINITY};  // unscaled
-  float sum[2] = {0, 0};                  // of this thread's columns only
-  float correction[2] = {1, 1};           // what O is multiplied with before it grows
+  float reference[2];     // in powers of two
+  float sum[2] = {0, 0};  // of this thread's columns only
+  bool raised = false;    // by the last step: O is to be multiplied with `correction`
+  float correction[2];
 
-  // s becomes exp2(s * scale_log2 - max).
-  __device__ __forceinline__ void Step(float (&s)[64], float scale_log2) {
+  // The largest of each row in this thread's columns, by eight chains that do not wait for each
+  // other.
+  static __device__ __forceinline__ void Largest(const float (&s)[64], float (&largest)[2]) {
+    float top[8];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {  // pairs of neighbours, of the rows in turn
+      const int at = 4 * (i / 2) + 2 * (i % 2);
+      const float pair = fmaxf(s[at], s[at + 1]);
+      top[i % 8] = i < 8 ? pair : fmaxf(top[i % 8], pair);
+    }
+    largest[0] = fmaxf(fmaxf(top[0], top[2]), fmaxf(top[4], top[6]));
+    largest[1] = fmaxf(fmaxf(top[1], top[3]), fmaxf(top[5], top[7]));
+  }
+  static __device__ __forceinline__ float OfRow(float largest) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    return fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+  }
+  // s becomes exp2(s * scale_log2 - reference).
+  __device__ __forceinline__ void Exponentiate(float (&s)[64], float scale_log2) {
+#pragma unroll
+    for (int j = 0; j < 64; ++j) {
+      const int r = j / 2 % 2;
+      s[j] = Exp2(fmaf(s[j], scale_log2, -reference[r]));
+      sum[r] += s[j];
+    }
+  }
+  // Of a task's first block.
+  __device__ __forceinline__ void First(float (&s)[64], float scale_log2) {
+    float largest[2];
+    Largest(s, largest);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float largest = s[2 * r];
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        largest = fmaxf(largest, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-      }
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      largest = fmaxf(largest, max[r]);
-      // Where all is -infinity so far, zero keeps exp2 away from infinity minus infinity.
-      const float scaled = largest == -INFINITY ? 0 : largest * scale_log2;
-      // Not contracted to one rounding, which would give 2^epsilon where the maximum stays, step by
-      // step.
-      correction[r] = Exp2(__fmul_rn(max[r], scale_log2) - scaled);
-      max[r] = largest;
-      float total = 0;
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          float& value = s[4 * j + 2 * r + x];
-          value = Exp2(value * scale_log2 - scaled);
-          total += value;
-        }
-      }
-      sum[r] = sum[r] * correction[r] + total;
+      largest[r] = OfRow(largest[r]);
+      reference[r] = largest[r] == -INFINITY ? kUnset : largest[r] * scale_log2;
     }
+    Exponentiate(s, scale_log2);
+  }
+  __device__ __forceinline__ void Step(float (&s)[64], float scale_log2) {
+    float above[2];
+    Largest(s, above);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) above[r] = fmaf(above[r], scale_log2, -reference[r]);
+    raised = __any_sync(~0u, fmaxf(above[0], above[1]) > kRaise);
+    if (raised) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float by = fmaxf(OfRow(above[r]), 0);
+        reference[r] += by;
+        correction[r] = Exp2(-by);
+        sum[r] *= correction[r];
+      }
+    }
+    Exponentiate(s, scale_log2);
   }
 };
 
@@ -270,35 +295,49 @@ __device__ __forceinline__ void ToFragments(const float (&s)[64], uint32_t (&p)[
   }
 }
 
+template <int N>
+__device__ __forceinline__ void Scale(float (&o)[N], const float (&by)[2]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) o[j] *= by[j / 2 % 2];
+}
+
 template <typename T, int D>
 __device__ __forceinline__ void IssueQk(float (&s)[64], const T* q, const T* k) {
-  const uint64_t a = MatrixDescriptor(q, 16, 1024), b = MatrixDescriptor(k, 16, 1024);
+  const Matrix a(q, 16), b(k, 16);
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     // 16 channels are 32 bytes of a swizzled row; 64 channels fill it.
-    const uint64_t offset = ((step / 4) * kHalf * sizeof(T) + (step % 4) * 32) >> 4;
-    WgmmaQk<T>(s, a + offset, b + offset, step != 0);
+    const uint32_t bytes = (step / 4) * kHalf * sizeof(T) + (step % 4) * 32;
+    WgmmaQk<T>(s, a.Descriptor(bytes), b.Descriptor(bytes), step != 0);
   }
   WgmmaCommit();
 }
 
 template <typename T, int D>
 __device__ __forceinline__ void IssuePv(float (&o)[D / 2], const uint32_t (&p)[8][4], const T* v) {
-  const uint64_t b = MatrixDescriptor(v, kHalf * sizeof(T), 1024);
+  const Matrix b(v, kHalf * sizeof(T));
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
-    WgmmaPv<T>(o, p[step], b + ((step * 2048) >> 4), true);
+    WgmmaPv<T>(o, p[step], b.Descriptor(step * 2048), true);
   }
   WgmmaCommit();
 }
 
-// Causal, inside the diagonal block: column c of row r is seen where c <= r.
+// Causal, inside the diagonal block: column c of row r is seen where c <= r; `row` is that of s[0].
+// Minima with infinity or -infinity, made from the sign of a difference: no predicates, which would
+// be waited for, and no branches.
 __device__ __forceinline__ void MaskDiagonal(float (&s)[64], int row) {
-  const int column = 2 * (threadIdx.x % 4);
+  int seen = row - 2 * (threadIdx.x % 4);  // from the thread's first column, in its first row
+  asm volatile("" : "+r"(seen));  // or else what follows from it waits in registers for every task
 #pragma unroll
-  for (int j = 0; j < 64; ++j) {
-    const int c = 8 * (j / 4) + column + j % 2, r = row + ((j & 2) ? 8 : 0);
-    if (c > r) s[j] = -INFINITY;
+  for (int n = -1; n < 16; ++n) {  // eight rows down is as eight columns back
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      const int sign = (seen - (8 * n + x)) & INT_MIN;
+      const float most = __int_as_float(sign | 0x7f800000);
+      if (n >= 0) s[4 * n + x] = fminf(s[4 * n + x], most);
+      if (n < 15) s[4 * (n + 1) + 2 + x] = fminf(s[4 * (n + 1) + 2 + x], most);
+    }
   }
 }
 
@@ -324,18 +363,13 @@ __device__ __forceinline__ void StoreOutput(const Params& params, const Task& ta
   const int lane = threadIdx.x % 32;
   if (lane == 0) TmaStoreWait();  // what was staged last is read
   __syncwarp();
-  float inverse[2];
+  float sum[2], inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float sum = softmax.sum[r];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    inverse[r] = sum == 0 ? 0 : 1 / sum;
-    const int at = row + lane / 4 + 8 * r;
-    if (p.lse != nullptr && lane % 4 == 0 && at >= task.first && at < task.end) {
-      p.lse[static_cast<int64_t>(task.head) * p.total_q + task.q_token + at] =
-          sum == 0 ? -INFINITY : softmax.max[r] * p.softmax_scale + logf(sum);
-    }
+    sum[r] = softmax.sum[r];
+    sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+    sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+    inverse[r] = sum[r] == 0 ? 0 : __fdividef(1, sum[r]);
   }
   // Halves of 64 channels, each in rows of 128 bytes swizzled as TMA has them.
   constexpr int kHalfRows = kWarpRows * 64;
@@ -357,18 +391,27 @@ __device__ __forceinline__ void StoreOutput(const Params& params, const Task& ta
       }
       TmaStoreCommit();
     }
-    return;
+  } else {
+    __syncwarp();
+    constexpr int kVectors = D / 8;  // of 16 bytes
+    for (int i = lane; i < kWarpRows * kVectors; i += 32) {
+      const int at = i / kVectors, vector = i % kVectors;
+      if (row + at < task.first || row + at >= task.end) continue;
+      T* to = static_cast<T*>(p.o.data) +
+              (static_cast<int64_t>(task.q_token) + row + at) * p.o.token_stride +
+              task.head * p.o.head_stride + vector * 8;
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
+          staged + (vector / 8) * kHalfRows + at * 64 + ((vector ^ at) & 7) * 8);
+    }
   }
-  __syncwarp();
-  constexpr int kVectors = D / 8;  // of 16 bytes
-  for (int i = lane; i < kWarpRows * kVectors; i += 32) {
-    const int at = i / kVectors, vector = i % kVectors;
-    if (row + at < task.first || row + at >= task.end) continue;
-    T* to = static_cast<T*>(p.o.data) +
-            (static_cast<int64_t>(task.q_token) + row + at) * p.o.token_stride +
-            task.head * p.o.head_stride + vector * 8;
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
-        staged + (vector / 8) * kHalfRows + at * 64 + ((vector ^ at) & 7) * 8);
+  if (p.lse == nullptr || lane % 4 != 0) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int at = row + lane / 4 + 8 * r;
+    if (at < task.first || at >= task.end) continue;
+    constexpr float kLn2 = 0.693147180559945f;
+    p.lse[static_cast<int64_t>(task.head) * p.total_q + task.q_token + at] =
+        sum[r] == 0 ? -INFINITY : (softmax.reference[r] + __log2f(sum[r])) * kLn2;
   }
 }
 
@@ -407,6 +450,21 @@ __device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CU
   float s[64], o[D / 2];
   uint32_t fragments[8][4];
   const T* q = shared.q[at_q.at] + consumer * kRows * 64;
+  // S of the task's first block, whose values are at `v`, becomes P.
+  const auto begin = [&](const Place<P::kStages>& v) {
+    if (task.diagonal) {
+      MaskDiagonal(s, row + thread % 32 / 4);
+      if (task.tail < kBlock) {
+        BarrierWait(&shared.v_full[v.at], v.parity);
+        ClearTail<T, D>(shared.v[v.at], task.tail, consumer * 128 + thread);
+        NamedSync(kBoth, 256);
+      }
+    }
+    Softmax softmax;
+    softmax.First(s, params.scale_log2);
+    return softmax;
+  };
+
   BarrierWait(&shared.q_full[at_q.at], at_q.parity);
   BarrierWait(&shared.k_full[at_k.at], at_k.parity);
   if (consumer == 1) NamedArrive(other_turn, 256);  // the first consumer begins
@@ -417,18 +475,9 @@ __device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CU
   WgmmaWait<0>();
   if (thread == 0) BarrierArrive(&shared.k_empty[at_k.at]);
   at_k.Next();
+  Softmax softmax = begin(at_v);
 
   for (;;) {
-    if (task.diagonal) {
-      MaskDiagonal(s, row + thread % 32 / 4);
-      if (task.tail < kBlock) {
-        BarrierWait(&shared.v_full[at_v.at], at_v.parity);
-        ClearTail<T, D>(shared.v[at_v.at], task.tail, consumer * 128 + thread);
-        NamedSync(kBoth, 256);
-      }
-    }
-    Softmax softmax;
-    softmax.Step(s, params.scale_log2);
     ToFragments<T>(s, fragments);
 #pragma unroll
     for (int j = 0; j < D / 2; ++j) o[j] = 0;
@@ -439,8 +488,7 @@ __device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CU
       NamedSync(my_turn, 256);
       WgmmaFence();
       IssueQk<T, D>(s, q, shared.k[at_k.at]);
-#pragma unroll
-      for (int j = 0; j < D / 2; ++j) o[j] *= softmax.correction[(j / 2) % 2];
+      if (softmax.raised) Scale(o, softmax.correction);
       BarrierWait(&shared.v_full[at_v.at], at_v.parity);
       WgmmaFence();
       IssuePv<T, D>(o, fragments, shared.v[at_v.at]);
@@ -457,8 +505,11 @@ __device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CU
     if (thread == 0) BarrierArrive(&shared.q_empty[at_q.at]);
     at_q.Next();
 
-    const Task next = next_task();
-    const bool more = next.head >= 0;
+    // The same once more, but that S is of the next task.
+    const Task done = task;
+    const Softmax of_done = softmax;
+    task = next_task();
+    const bool more = task.head >= 0;
     if (more) {
       q = shared.q[at_q.at] + consumer * kRows * 64;
       BarrierWait(&shared.q_full[at_q.at], at_q.parity);
@@ -468,22 +519,24 @@ __device__ void RunConsumer(const Params& params, Shared<T, D>& shared, const CU
     WgmmaFence();
     // Without a next task this multiplies what lies there, and nobody reads the product.
     IssueQk<T, D>(s, q, shared.k[at_k.at]);
-#pragma unroll
-    for (int j = 0; j < D / 2; ++j) o[j] *= softmax.correction[(j / 2) % 2];
+    if (softmax.raised) Scale(o, softmax.correction);
     BarrierWait(&shared.v_full[at_v.at], at_v.parity);
     WgmmaFence();
     IssuePv<T, D>(o, fragments, shared.v[at_v.at]);
     NamedArrive(other_turn, 256);
-    WgmmaWait<0>();
-    if (thread == 0) BarrierArrive(&shared.v_empty[at_v.at]);
-    at_v.Next();
+    WgmmaWait<1>();
     if (more) {
       if (thread == 0) BarrierArrive(&shared.k_empty[at_k.at]);
       at_k.Next();
+      Place<P::kStages> next_v = at_v;
+      next_v.Next();
+      softmax = begin(next_v);
     }
-    StoreOutput<T, D>(params, task, row, o, softmax, staged, o_map);
+    WgmmaWait<0>();
+    if (thread == 0) BarrierArrive(&shared.v_empty[at_v.at]);
+    at_v.Next();
+    StoreOutput<T, D>(params, done, row, o, of_done, staged, o_map);
     if (!more) break;
-    task = next;
   }
   if (thread % 32 == 0) TmaStoreWait();
 }
@@ -513,7 +566,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       BarrierInit(&shared.v_empty[i], kConsumers);
     }
     for (int i = 0; i < kTasks; ++i) {
-      BarrierInit(&shared.task_full[i], 1);
+      BarrierInit(&shared.task_full[i], 32);
       BarrierInit(&shared.task_empty[i], 32 + kConsumers * 128);  // all who read it
     }
     BarrierInitFence();
@@ -570,9 +623,7 @@ cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
                    cudaStream_t stream) {
   Params params;
   params.problem = problem;
-  params.order = static_cast<const uint32_t*>(workspace);
-  params.next =
-      reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + AttendWorkspace(problem) - 256);
+  params.queue = TaskQueueIn(workspace, problem);
   params.tasks = static_cast<int32_t>(problem.rows * problem.q_heads);
   params.scale_log2 = problem.softmax_scale * 1.44269504f;
 
@@ -592,10 +643,7 @@ cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
       !encode_kv(&k_map, problem.k) || !encode_kv(&v_map, problem.v)) {
     return cudaErrorInvalidValue;
   }
-  cudaError_t error = OrderTasks(problem, static_cast<uint32_t*>(workspace), stream);
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(params.next, 0, sizeof(int32_t), stream);
-  }
+  cudaError_t error = QueueTasks(problem, workspace, stream);
   const int bytes = sizeof(Shared<T, D>);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(AttendKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -273,13 +273,12 @@ __device__ __forceinline__ void MultiplySlice(float (&c)[32], uint64_t a, uint64
 template <typename T, int kHeadDim, int kColumns>
 __device__ __forceinline__ void Multiply(float (&c)[kColumns / 2], const char* a, int a_slab,
                                          const char* b, int b_slab) {
-  const uint64_t a_at = MatrixDescriptor(a, 16, 8 * kRowBytes);
-  const uint64_t b_at = MatrixDescriptor(b, 16, 8 * kRowBytes);
+  const Matrix a_at(a, 16), b_at(b, 16);
   WgmmaFence();
 #pragma unroll
-  for (int k = 0; k < kHeadDim / 16; ++k) {  // descriptors count 16 bytes
-    MultiplySlice<T>(c, a_at + k / 4 * (a_slab / 16) + k % 4 * 2,
-                     b_at + k / 4 * (b_slab / 16) + k % 4 * 2, k > 0);
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    MultiplySlice<T>(c, a_at.Descriptor(k / 4 * a_slab + k % 4 * 32),
+                     b_at.Descriptor(k / 4 * b_slab + k % 4 * 32), k > 0);
   }
   WgmmaCommit();
   WgmmaWait<0>();

@@ -97,15 +97,24 @@ __device__ __forceinline__ void FenceAsyncProxy() {
 }
 
 // ---- wgmma -------------------------------------------------------------------------------------
-// A matrix in shared memory in 128-byte swizzled rows; all three in bytes. K-major operands: stride
-// between groups of 8 rows in `stride`. MN-major: groups of 8 along K in `stride`, of 64 elements
-// along MN in `leading`.
-__device__ __forceinline__ uint64_t MatrixDescriptor(const void* at, uint32_t leading,
-                                                     uint32_t stride) {
-  return static_cast<uint64_t>((SharedAddress(at) & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
-         uint64_t{1} << 62;
-}
+// A matrix in shared memory in 128-byte swizzled rows; all in bytes. Groups of 8
+// rows, or of 8 along K of an MN-major operand, follow each other; `leading` lies between groups of
+// 64 elements along MN. Made by whole warps.
+class Matrix {
+ public:
+  // The reduction, of what all lanes have, puts it where wgmma wants it, in a uniform register:
+  // otherwise each of its instructions would wait for four moves there.
+  __device__ __forceinline__ Matrix(const void* at, uint32_t leading)
+      : low_(__reduce_or_sync(~0u, (SharedAddress(at) & 0x3ffff) >> 4 | (leading >> 4) << 16)) {}
+  // Of the same matrix `bytes` further on.
+  __device__ __forceinline__ uint64_t Descriptor(uint32_t bytes) const {
+    return uint64_t{1u << 30 | kStride >> 4} << 32 | (low_ + (bytes >> 4));
+  }
+
+ private:
+  static constexpr uint32_t kStride = 1024;
+  uint32_t low_;
+};
 __device__ __forceinline__ void WgmmaFence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

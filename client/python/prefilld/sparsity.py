@@ -102,6 +102,6 @@ class Summary:
         phases = ("queue", "upload", "estimate", "select", "attention", "linear", "handoff")
         return cls(
             request_id=message.request_id, tokens=message.tokens,
-            seconds={p: getattr(message, p).ToTimedelta().total_seconds() for p in phases},
+            seconds={p: getattr(message, p).ToNanoseconds() / 1e9 for p in phases},
             bytes_in=message.bytes_in, bytes_out=message.bytes_out,
             report=SparsityReport.from_message(message.sparsity))

@@ -1,9 +1,8 @@
 // The steps between method and attention on the GPU: sequences, bitmaps to block indices, the full
-// index of dense, the order of tasks.
+// index of dense, the queue of tasks.
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <numeric>
 #include <random>
 #include <vector>
 
@@ -90,24 +89,33 @@ TEST_F(IndexOnGpu, DenseReadsEveryCausalBlock) {
   }
 }
 
-TEST_F(IndexOnGpu, TheOrderTakesEveryTaskOnce) {
+TEST_F(IndexOnGpu, EveryTaskIsQueuedOnce) {
   for (const CaseOptions& options : kCases) {
     SCOPED_TRACE(Describe(options));
     CudaCase input(options);
-    input.SetIndex(input.RandomRows(20));
-    const int64_t tasks = input.problem().q_heads * input.problem().rows;
-    // The order begins the workspace of stage 3.
-    const auto words = static_cast<int64_t>(AttendWorkspace(input.problem()) / sizeof(uint32_t));
-    ASSERT_GE(words, tasks);
-    DeviceArray<uint32_t> order(words);
-    EXPECT_CUDA_OK(OrderTasks(input.problem(), order.data(), nullptr));
+    const CudaCase::Rows rows = input.RandomRows(20);
+    input.SetIndex(rows);
+    const Problem& p = input.problem();
+    DeviceArray<uint8_t> workspace(static_cast<int64_t>(AttendWorkspace(p)));
+    EXPECT_CUDA_OK(QueueTasks(p, workspace.data(), nullptr));
     EXPECT_CUDA_OK(cudaDeviceSynchronize());
-    order.ExpectGuardsIntact("order");
-    std::vector<uint32_t> got = order.Get(), expected(tasks);
-    got.resize(tasks);
-    std::sort(got.begin(), got.end());
-    std::iota(expected.begin(), expected.end(), 0);
-    EXPECT_EQ(got, expected);
+    workspace.ExpectGuardsIntact("workspace");
+    std::vector<uint8_t> bytes = workspace.Get();
+    const TaskQueue queue = TaskQueueIn(bytes.data(), p);
+    EXPECT_EQ(*queue.taken, 0);
+    std::vector<int> times(p.q_heads * p.rows);
+    for (size_t i = 0; i < times.size(); ++i) {
+      const QueuedTask& task = queue.task[i];
+      ASSERT_TRUE(task.head >= 0 && task.head < p.q_heads && task.row >= 0 && task.row < p.rows);
+      ASSERT_TRUE(task.sequence >= 0 && task.sequence < p.sequences);
+      const Sequence& sequence = p.host_sequence[task.sequence];
+      EXPECT_GE(task.row, sequence.row_begin);
+      EXPECT_LT(task.row, sequence.row_begin + sequence.q_blocks);
+      const int64_t id = task.head * p.rows + task.row;
+      EXPECT_EQ(task.count, static_cast<int32_t>(rows[id].size()));
+      ++times[id];
+    }
+    EXPECT_EQ(std::count(times.begin(), times.end(), 1), static_cast<int64_t>(times.size()));
   }
 }
 

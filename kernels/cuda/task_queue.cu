@@ -1,4 +1,5 @@
-// The order of stage 3's tasks.
+// The queue of stage 3's tasks: their order, and what there is to know of each.
+#include "kernels/cuda/block_index.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace prefilld::cuda {
@@ -18,24 +19,28 @@ constexpr int64_t kLongShare = 8;
 
 // The rows of one group: all heads that share a sequence's K and V, or simply all.
 struct Group {
-  int32_t row_begin, rows, head_begin, heads;
-  int64_t first;  // its tasks in an order by groups
+  int32_t row_begin, rows, head_begin;
+  uint32_t heads;
+  uint32_t first;  // its tasks in an order by groups
 
-  __device__ int64_t tasks() const { return static_cast<int64_t>(rows) * heads; }
+  __device__ uint32_t tasks() const { return rows * heads; }
   // Neighbours share a row of blocks, and so much of K.
-  __device__ int64_t Task(const Problem& p, int64_t i) const {
-    return (head_begin + i % heads) * p.rows + row_begin + i / heads;
+  __device__ int32_t Head(uint32_t i) const { return head_begin + static_cast<int32_t>(i % heads); }
+  __device__ int32_t Row(uint32_t i) const { return row_begin + static_cast<int32_t>(i / heads); }
+  __device__ int32_t Count(const Problem& p, uint32_t i) const {
+    return p.count[Head(i) * p.rows + Row(i)];
   }
 };
 
 __device__ Group GroupAt(const Problem& p, int groups) {
-  if (groups == 1) return {0, static_cast<int32_t>(p.rows), 0, p.q_heads, 0};
+  if (groups == 1) {
+    return {0, static_cast<int32_t>(p.rows), 0, static_cast<uint32_t>(p.q_heads), 0};
+  }
   const Sequence sequence = p.sequence[blockIdx.x / p.kv_heads];
   const int32_t heads = p.q_heads / p.kv_heads;
   const int32_t head_begin = static_cast<int32_t>(blockIdx.x % p.kv_heads) * heads;
-  return {sequence.row_begin, sequence.q_blocks, head_begin, heads,
-          static_cast<int64_t>(sequence.row_begin) * p.q_heads +
-              static_cast<int64_t>(head_begin) * sequence.q_blocks};
+  return {sequence.row_begin, sequence.q_blocks, head_begin, static_cast<uint32_t>(heads),
+          static_cast<uint32_t>(sequence.row_begin * p.q_heads + head_begin * sequence.q_blocks)};
 }
 
 // What a group tells the others.
@@ -54,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) CensusKernel(Problem p, Census* cens
   if (threadIdx.x < kClasses) own.rows[threadIdx.x] = 0;
   __syncthreads();
   const Group group = GroupAt(p, gridDim.x);
-  for (int64_t i = threadIdx.x; i < group.tasks(); i += kThreads) {
-    const int32_t count = p.count[group.Task(p, i)];
+  for (uint32_t i = threadIdx.x; i < group.tasks(); i += kThreads) {
+    const int32_t count = group.Count(p, i);
     atomicAdd(&own.blocks, static_cast<unsigned long long>(count));
     atomicAdd(&own.rows[ClassOf(count)], 1);
   }
@@ -67,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) CensusKernel(Problem p, Census* cens
 // A counting sort by length, one thread block a group; a group's tasks are read twice from L2, 5
 // us. Within a bin the order is whatever the atomics give: it moves time, never a result.
 __global__ void __launch_bounds__(kThreads)
-    OrderKernel(Problem p, const Census* census, int multiprocessors, uint32_t* order) {
+    QueueKernel(Problem p, const Census* census, int multiprocessors, TaskQueue queue) {
   __shared__ int32_t bin_end[kBins];
   __shared__ int32_t warp_sum[32];
   __shared__ unsigned long long all_blocks;
@@ -75,6 +80,7 @@ __global__ void __launch_bounds__(kThreads)
   const int groups = census == nullptr ? 0 : gridDim.x;  // one group alone is sorted as it is
   const Group group = GroupAt(p, gridDim.x);
   if (threadIdx.x == 0) all_blocks = 0, long_before = long_all = 0;
+  if (threadIdx.x == 0 && blockIdx.x == 0) *queue.taken = 0;
   bin_end[threadIdx.x] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < groups; i += kThreads) atomicAdd(&all_blocks, census[i].blocks);
@@ -87,12 +93,11 @@ __global__ void __launch_bounds__(kThreads)
     atomicAdd(&long_all, rows);
     if (i < blockIdx.x) atomicAdd(&long_before, rows);
   }
-  const auto bin_of = [&](int64_t task) {  // longest first
-    const int64_t count = p.count[task];
+  const auto bin_of = [&](int64_t count) {  // longest first
     return kBins - 1 - static_cast<int>(count * (kBins - 1) / p.k_blocks_max);
   };
-  for (int64_t i = threadIdx.x; i < group.tasks(); i += kThreads) {
-    atomicAdd(&bin_end[bin_of(group.Task(p, i))], 1);
+  for (uint32_t i = threadIdx.x; i < group.tasks(); i += kThreads) {
+    atomicAdd(&bin_end[bin_of(group.Count(p, i))], 1);
   }
   __syncthreads();
   // Exclusive prefix sums of the bins, one a thread.
@@ -112,25 +117,36 @@ __global__ void __launch_bounds__(kThreads)
   // The long rows of all groups, then the others of all groups.
   int32_t long_own = 0;
   for (int c = long_class; c < kClasses && groups > 0; ++c) long_own += census[blockIdx.x].rows[c];
-  for (int64_t i = threadIdx.x; i < group.tasks(); i += kThreads) {
-    const int64_t task = group.Task(p, i);
-    const int32_t at = atomicAdd(&bin_end[bin_of(task)], 1);
-    order[at < long_own ? long_before + at : long_all + group.first - long_before + at - long_own] =
-        static_cast<uint32_t>(task);
+  for (uint32_t i = threadIdx.x; i < group.tasks(); i += kThreads) {
+    QueuedTask task = {group.Head(i), group.Row(i), 0, group.Count(p, i)};
+    task.sequence =
+        groups > 0 ? blockIdx.x / p.kv_heads : SequenceOfRow(p.sequence, p.sequences, task.row);
+    const int32_t at = atomicAdd(&bin_end[bin_of(task.count)], 1);
+    queue.task[at < long_own ? long_before + at
+                             : long_all + group.first - long_before + at - long_own] = task;
   }
 }
 
 static_assert(kThreads == kBins);
 
-// order [q_heads * rows], then a census of each group, then the counter of tasks taken.
+// The workspace: tasks [q_heads * rows], a census of each group, the counter of tasks taken.
 size_t CensusAt(const Problem& problem) {
-  const size_t order = static_cast<size_t>(problem.rows) * problem.q_heads * sizeof(uint32_t);
-  return (order + 255) / 256 * 256;
+  const size_t tasks = static_cast<size_t>(problem.rows) * problem.q_heads * sizeof(QueuedTask);
+  return (tasks + 255) / 256 * 256;
 }
+size_t TakenAt(const Problem& problem) { return CensusAt(problem) + kGroupsMax * sizeof(Census); }
 
 }  // namespace
 
-cudaError_t OrderTasks(const Problem& problem, uint32_t* order, cudaStream_t stream) {
+size_t AttendWorkspace(const Problem& problem) { return TakenAt(problem) + sizeof(int32_t); }
+
+TaskQueue TaskQueueIn(void* workspace, const Problem& problem) {
+  char* bytes = static_cast<char*>(workspace);
+  return {reinterpret_cast<QueuedTask*>(bytes),
+          reinterpret_cast<int32_t*>(bytes + TakenAt(problem))};
+}
+
+cudaError_t QueueTasks(const Problem& problem, void* workspace, cudaStream_t stream) {
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -145,15 +161,12 @@ cudaError_t OrderTasks(const Problem& problem, uint32_t* order, cudaStream_t str
   const int groups = one_group ? 1 : static_cast<int>(all_groups);
   Census* census = nullptr;
   if (!one_group) {
-    census = reinterpret_cast<Census*>(reinterpret_cast<char*>(order) + CensusAt(problem));
+    census = reinterpret_cast<Census*>(static_cast<char*>(workspace) + CensusAt(problem));
     CensusKernel<<<groups, kThreads, 0, stream>>>(problem, census);
   }
-  OrderKernel<<<groups, kThreads, 0, stream>>>(problem, census, multiprocessors, order);
+  QueueKernel<<<groups, kThreads, 0, stream>>>(problem, census, multiprocessors,
+                                               TaskQueueIn(workspace, problem));
   return cudaGetLastError();
-}
-
-size_t AttendWorkspace(const Problem& problem) {
-  return CensusAt(problem) + (kGroupsMax * sizeof(Census) + 255) / 256 * 256 + 256;
 }
 
 }  // namespace prefilld::cuda
