@@ -16,7 +16,7 @@ import statistics
 import tempfile
 
 import torch
-from bench import Server
+from bench import Server, progress
 from report import table
 
 from prefilld import PrefillClient
@@ -70,7 +70,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default=",".join(str(256 << i) for i in range(11)))
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--warm", type=int, default=10, help="rounds before: plans, observations")
     parser.add_argument("--flags", default="", help="of the server, by spaces")
     args = parser.parse_args()
     rows = []
@@ -79,10 +78,11 @@ def main() -> None:
                     log_path=f"{directory}/log.jsonl") as server:
             with PrefillClient(server.target) as client:
                 for tokens in map(int, args.lengths.split(",")):
-                    rounds = args.rounds * (5 if tokens <= 4096 else 1)
+                    short = tokens <= 4096
+                    rounds, warm = (5 * args.rounds, 10) if short else (args.rounds, 3)
                     for kind in ("random", "structured"):
-                        row = measure(client, kind, tokens, rounds, args.warm)
-                        print(*row, flush=True)
+                        row = measure(client, kind, tokens, rounds, warm)
+                        progress(" ".join(map(str, row)))
                         rows.append(row)
     print(table(COLUMNS, rows))
 
