@@ -210,15 +210,18 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddSize(app, "--kv_memory", &config.kv_memory,
           "Memory of all KV caches; default: half of the machine's, at most 8GiB");
   AddSize(app, "--attend_memory", &config.attend_memory,
-          "Memory of the tensors of all Attend calls; default: a quarter, at most 4GiB");
+          "Memory of the tensors of all Attend calls; default: a quarter of the machine's, at "
+          "most 4GiB");
   app.add_option("--max_prompt_tokens", config.prompt_tokens_max, "Tokens of one prompt")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   app.add_option("--max_waiting_jobs", config.waiting_jobs_max, "Jobs that may wait")
       ->check(CLI::Range(1, 1 << 20));
   AddDuration(app, "--lease_ttl", &config.lease_ttl, "Default life of an unused lease");
   AddDuration(app, "--max_lease_ttl", &config.lease_ttl_max, "The longest a caller may ask for");
-  AddDuration(app, "--upload_timeout", &config.upload_timeout,
-              "An Attend whose peer moves no chunk for this long is given up");
+  AddDuration(
+      app, "--upload_timeout", &config.upload_timeout,
+      "An Attend whose peer moves no chunk, or says nothing over cuda_ipc, for this long is "
+      "given up");
   AddDuration(app, "--drain_timeout", &config.drain_timeout,
               "How long SIGTERM waits for work and leases");
   AddDuration(app, "--stall_timeout", &config.stall_timeout,

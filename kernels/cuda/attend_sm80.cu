@@ -37,7 +37,8 @@ namespace {
 // Scores above the reference by less than this (powers of two) leave it alone. More would mean
 // fewer raises; but P stays below 256 and so, like its sums, inside what FP16 and FP32 hold.
 constexpr float kRaise = 8;
-// The reference of a row whose first 16 scores are all -infinity: anything finite raises it.
+// The reference of a row whose first 16 scores are all -infinity: a later one that is not far below
+// raises it.
 constexpr float kUnset = -4096;
 constexpr int kStepKeys = 16;   // the depth of one product; more would cost registers that Q has
 constexpr int kRowBytes = 128;  // of a key in shared memory: 64 channels
@@ -312,7 +313,8 @@ __device__ __forceinline__ void Raise(Rows<kD, kTiles>& rows, Scores<kTiles>& x,
                         fmaxf(x[t][1][2 * r], x[t][1][2 * r + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const float by = kFirst ? (top == -INFINITY ? kUnset : top) : fmaxf(top, 0);
+      // The other rows of the warp stay as they are: what a row gets is its own affair.
+      const float by = kFirst ? (top == -INFINITY ? kUnset : top) : top > kRaise ? top : 0;
       raised.of[t][r] += by;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {

@@ -28,17 +28,18 @@ constexpr int kThreads = (1 + kConsumers) * 128;
 constexpr int kHalf = kBlock * 64;  // elements of 64 channels of a block: what one TMA box holds
 // Named barriers: whose turn it is at the tensor cores (two), both consumers.
 constexpr int kTurn = 1, kBoth = 3;
-// Tasks known ahead: the loader looks one further than the consumers. More would wait here while
-// other multiprocessors idle.
+// Tasks known ahead: the loader looks one further than the consumers, and the scheduler holds one
+// more. More would wait here while other multiprocessors idle.
 constexpr int kTasks = 2;
 // 65,536 registers over three warpgroups: the loader needs few, S, O and P of a consumer many.
 constexpr int kLoaderRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 
-// Scores above the reference by less than this (powers of two) leave it alone: P stays below 256,
-// and so inside what FP16 holds.
+// Scores above the reference by up to this (powers of two) leave it alone: P is at most 256, and so
+// inside what FP16 holds.
 constexpr float kRaise = 8;
-// The reference of a row whose first scores are all -infinity: anything finite raises it.
+// The reference of a row whose first scores are all -infinity: a later one that is not far below
+// raises it.
 constexpr float kUnset = -4096;
 
 // One (head, row of blocks), looked up once for the whole block of threads.
@@ -206,8 +207,8 @@ __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUte
       load_late();
       late_head = kv_head;
       late_row = paged ? row + kBlock : row;
-      // By the third block consumers are through with the task before, and its Q with them.
-      if (i == min(2, task.count - 1)) take_next();
+      // By then consumers are through with the task before, and its Q with them.
+      if (i == min(P::kStages, task.count - 1)) take_next();
     }
     if (task.count == 0) {  // consumers take the next one when they have all of what was before
       load_late();
@@ -276,7 +277,8 @@ struct Softmax {
     if (raised) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float by = fmaxf(OfRow(above[r]), 0);
+        // The other rows of the warp stay as they are: some may be those of another sequence.
+        const float top = OfRow(above[r]), by = top > kRaise ? top : 0;
         reference[r] += by;
         correction[r] = Exp2(-by);
         sum[r] *= correction[r];

@@ -97,9 +97,9 @@ __device__ __forceinline__ void FenceAsyncProxy() {
 }
 
 // ---- wgmma -------------------------------------------------------------------------------------
-// A matrix in shared memory in 128-byte swizzled rows; all in bytes. Groups of 8
-// rows, or of 8 along K of an MN-major operand, follow each other; `leading` lies between groups of
-// 64 elements along MN. Made by whole warps.
+// A matrix in shared memory in 128-byte swizzled rows. Groups of 8 rows, or of 8 along K of an
+// MN-major operand, follow each other; `leading` bytes lie between groups of 64 elements along MN.
+// Made by whole warps.
 class Matrix {
  public:
   // The reduction, of what all lanes have, puts it where wgmma wants it, in a uniform register:

@@ -100,6 +100,7 @@ cudaError_t WriteIndex(const Selection& selection, const uint32_t* bitmap, cudaS
 // ---- Stage 3 ----------------------------------------------------------------------------------
 // Both write o and lse of every query, read nothing of the method but count and index, and each
 // gives the same bits for the same input every time. A row without a block gets 0 and -infinity.
+// The workspace is 16-byte aligned.
 size_t AttendWorkspace(const Problem& problem);
 cudaError_t AttendSm90(const Problem& problem, void* workspace, int multiprocessors,
                        cudaStream_t stream);

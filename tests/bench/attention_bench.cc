@@ -239,15 +239,17 @@ int Main(int argc, char** argv) {
       ->check(CLI::IsMember({"random", "structured"}));
   app.add_option("--methods", s.methods, "dense, flexprefill, joint")
       ->delimiter(',')
-      ->transform(CLI::CheckedTransformer(methods));
+      ->transform(CLI::CheckedTransformer(methods).description("NAME"));
   app.add_option("--kernels", s.kernels, "sm90, sm80")
       ->delimiter(',')
       ->check(CLI::IsMember({"sm90", "sm80"}));
   app.add_option("--heads", s.q_heads, "query heads");
   app.add_option("--kv-heads", s.kv_heads, "key and value heads");
-  app.add_option("--head-dim", s.head_dim, "")->check(CLI::IsMember({64, 96, 128, 256}));
-  app.add_option("--block", s.block_size, "")->check(CLI::IsMember({64, 128}));
-  app.add_option("--dtype", s.dtype, "bf16, fp16")->transform(CLI::CheckedTransformer(dtypes));
+  app.add_option("--head-dim", s.head_dim, "channels of a head")
+      ->check(CLI::IsMember({64, 96, 128, 256}));
+  app.add_option("--block", s.block_size, "tokens of a block")->check(CLI::IsMember({64, 128}));
+  app.add_option("--dtype", s.dtype, "bf16, fp16")
+      ->transform(CLI::CheckedTransformer(dtypes).description("NAME"));
   app.add_option("--gamma", s.gamma, "joint's coverage");
   app.add_option("--flexprefill-gamma", s.flexprefill_gamma, "flexprefill's");
   app.add_option("--tau", s.tau, "flexprefill: heads below it are query-aware");

@@ -1,14 +1,14 @@
-"""What it costs to leave the method open on a GPU: calls without a method beside dense ones, in turn
-on one server, at every length.
+"""What it costs to leave the method open on a GPU, at every length.
 
-    python tests/bench/open_method.py [--lengths=256,1024,...] [--rounds=11] [--flags=--cuda_kernels=sm80]
+    python tests/bench/open_method.py [--lengths=256,1024,...] [--rounds=11] [--flags=...]
 
+Calls without a method and dense ones in turn on one server; --flags are the server's.
 Needs torch on the server's GPU. The tensors lie in the server's memory (attend_in_place), so that
 nothing is copied. Times are the server's own, of everything between the upload and the outputs;
 medians, of five times as many rounds up to 4,096 tokens, where a microsecond counts. Two kinds of
 input: `random`, where nothing can be skipped, and `structured`, where an eighth of the blocks holds
 most of the mass. Worst: the largest ratio of a call to the dense call beside it; a guess that turns
-out wrong costs its selection.
+out wrong costs its selection. Chosen, density: of the last round.
 """
 
 import argparse

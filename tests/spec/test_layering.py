@@ -61,6 +61,7 @@ def test_sources_include_what_their_folder_may():
     ("client/cpp/call.cc", "server/errors.h"), ("server/job.h", "prefilld/v1/tensor.pb.h"),
     ("server/model/config.cc", "dnnl.hpp"), ("server/rpc/call.h", "prometheus/counter.h"),
     ("server/engine/engine.cc", "cuda_runtime_api.h"), ("kernels/cpu/ops.cc", "kernels/cuda/launch.h"),
-    ("kernels/attention.cc", "cudnn_frontend.h"), ("kernels/cuda/task_queue.cu", "absl/status/status.h")])
+    ("kernels/attention.cc", "cudnn_frontend.h"),
+    ("kernels/cuda/task_queue.cu", "absl/status/status.h")])
 def test_a_broken_rule_is_found(path, header):
     assert broken(path, header)

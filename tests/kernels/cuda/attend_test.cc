@@ -5,7 +5,9 @@
 #include <limits>
 #include <memory>
 #include <ostream>
+#include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/launch.h"
@@ -250,15 +252,57 @@ TEST_P(AttendOnGpu, HandlesZeros) {
 
 // What is not a number stays where it is visible: in its sequence, behind its position, within the
 // rows that read its block.
+// Tasks in groups, so that those without a block come first, last and in between: they change
+// nothing for the others.
+TEST_P(AttendOnGpu, FindsItsWayAmongEmptyRows) {
+  for (int d : {64, 128}) {
+    const CaseOptions options{.q_heads = 8,
+                              .kv_heads = 512 / d,
+                              .head_dim = d,
+                              .sq = {1500, 7, 100},
+                              .sk = {15000, 5000, 100}};
+    if (!Has(options)) continue;
+    SCOPED_TRACE(Describe(options));
+    CudaCase input(options);
+    const Problem& p = input.problem();
+    CudaCase::Rows rows = input.RandomRows(10);
+    input.SetIndex(rows);
+    const Output all = Run(&input);
+    std::mt19937 random(1);
+    for (auto& row : rows) {
+      if (random() % 2 == 0) row.clear();
+    }
+    input.SetIndex(rows);
+    const Output some = Run(&input);
+    for (int64_t at = 0; at < p.total_q * p.q_heads; ++at) {
+      const int64_t token = at / p.q_heads, head = at % p.q_heads;
+      const Sequence* s = p.host_sequence;
+      while (token >= s->q_begin + s->sq) ++s;
+      const int64_t block = (s->prefix + token - s->q_begin) / p.block_size;
+      const bool empty = rows[head * p.rows + s->row_begin + block - s->first_q_block].empty();
+      const float lse = all.lse[head * p.total_q + token];
+      ASSERT_EQ(some.lse[head * p.total_q + token],
+                empty ? -std::numeric_limits<float>::infinity() : lse)
+          << "token " << token << " head " << head;
+      for (int64_t c = at * d; c < (at + 1) * d; ++c) {
+        ASSERT_EQ(some.o[c], empty ? 0 : all.o[c]) << "token " << token << " head " << head;
+      }
+    }
+  }
+}
+
 TEST_P(AttendOnGpu, KeepsNaNToItself) {
   for (const float poison :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    for (Layout layout : {Layout::kTokens, Layout::kPaged}) {
+    // At the larger amplitude scores keep outgrowing what they were relative to.
+    for (const auto& [layout, amplitude] :
+         {std::pair(Layout::kTokens, 1.0f), {Layout::kTokens, 16.0f}, {Layout::kPaged, 1.0f}}) {
       const CaseOptions options{.q_heads = 2,
                                 .kv_heads = 1,
                                 .sq = {200, 300, 250},
                                 .sk = {200, 400, 250},
-                                .layout = layout};
+                                .layout = layout,
+                                .amplitude = amplitude};
       const int64_t d = options.head_dim;
       CudaCase clean(options);
       CudaCase dirty(options, [&](cpu::Case* wide) {
