@@ -7,8 +7,8 @@
 
 #include "absl/status/statusor.h"
 #include "server/config.h"
-#include "server/metrics.h"
-#include "server/reports.h"
+#include "server/record/metrics.h"
+#include "server/record/reports.h"
 
 namespace prefilld {
 

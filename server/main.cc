@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "server/config.h"
-#include "server/log.h"
+#include "server/record/log.h"
 #include "server/server.h"
 
 namespace prefilld {

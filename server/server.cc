@@ -14,8 +14,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
-#include "server/kv/ipc_memory.h"
-#include "server/log.h"
+#include "server/record/log.h"
+#include "server/transport/ipc_memory.h"
 #include "server/version.h"
 
 namespace prefilld {
@@ -72,8 +72,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   std::unique_ptr<Server> server(new Server(config));
   // Models need the operations that the CPU alone has.
   const bool model_needs_cpu = config.backend == "auto" && !config.models.empty();
-  auto backend = CreateBackend(model_needs_cpu ? "cpu" : config.backend, config.threads,
-                               config.cuda_kernels);
+  auto backend =
+      CreateBackend(model_needs_cpu ? "cpu" : config.backend, config.threads, config.cuda_kernels);
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
@@ -278,8 +278,8 @@ void Server::Watch() {
 void Server::Drain() {
   // Without a device every job fails at once: only their answers are waited for.
   const absl::Time deadline =
-      absl::Now() + (device_lost() ? std::min(config_.drain_timeout, kLostDeviceTimeout)
-                                   : config_.drain_timeout);
+      absl::Now() +
+      (device_lost() ? std::min(config_.drain_timeout, kLostDeviceTimeout) : config_.drain_timeout);
   Log(Level::kInfo, "draining", {{"leases", leases_->active()}});
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
   metrics_.ready.Set(0);

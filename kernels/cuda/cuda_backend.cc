@@ -3,8 +3,8 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels/cuda/fault.h"
-#include "kernels/cuda/ops.h"
+#include "kernels/cuda/device/fault.h"
+#include "kernels/cuda/model/ops.h"
 
 namespace prefilld::cuda {
 namespace {

@@ -11,8 +11,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
-#include "kernels/cuda/cuda_device.h"
-#include "kernels/cuda/dense.h"
+#include "kernels/cuda/attend/dense.h"
+#include "kernels/cuda/device/cuda_device.h"
 #include "kernels/cuda/problem.h"
 
 namespace prefilld::cuda {

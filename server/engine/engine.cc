@@ -6,8 +6,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "server/errors.h"
 #include "server/kv/kv_cache.h"
+#include "server/record/errors.h"
 
 namespace prefilld {
 namespace {

@@ -12,8 +12,8 @@
 #include "kernels/backend.h"
 #include "server/engine/cost.h"
 #include "server/job.h"
-#include "server/metrics.h"
 #include "server/model/transformer.h"
+#include "server/record/metrics.h"
 
 namespace prefilld {
 

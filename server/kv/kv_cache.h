@@ -17,7 +17,7 @@
 #include "absl/time/time.h"
 #include "kernels/tensor.h"
 #include "server/kv/block_pool.h"
-#include "server/kv/shm_segment.h"
+#include "server/transport/shm_segment.h"
 
 namespace prefilld {
 

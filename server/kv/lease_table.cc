@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "server/errors.h"
+#include "server/record/errors.h"
 
 namespace prefilld {
 

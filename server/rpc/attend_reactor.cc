@@ -6,8 +6,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
-#include "server/errors.h"
-#include "server/log.h"
+#include "server/record/errors.h"
+#include "server/record/log.h"
 #include "server/rpc/messages.h"
 
 namespace prefilld {

@@ -21,12 +21,12 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "server/job.h"
-#include "server/kv/staging.h"
 #include "server/rpc/attend_outputs.h"
 #include "server/rpc/call.h"
 #include "server/rpc/context.h"
 #include "server/rpc/upload.h"
 #include "server/rpc/validate.h"
+#include "server/transport/staging.h"
 
 namespace prefilld {
 

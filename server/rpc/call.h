@@ -10,7 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "server/metrics.h"
+#include "server/record/metrics.h"
 #include "server/rpc/status.h"
 
 namespace prefilld {

@@ -1,7 +1,7 @@
 #include "server/rpc/context.h"
 
 #include "absl/strings/str_cat.h"
-#include "server/errors.h"
+#include "server/record/errors.h"
 
 namespace prefilld {
 

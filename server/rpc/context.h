@@ -10,14 +10,14 @@
 #include "kernels/backend.h"
 #include "server/kv/block_pool.h"
 #include "server/kv/lease_table.h"
-#include "server/kv/shm_segment.h"
-#include "server/metrics.h"
 #include "server/model/transformer.h"
-#include "server/reports.h"
+#include "server/record/metrics.h"
+#include "server/record/reports.h"
 #include "server/rpc/live_ids.h"
 #include "server/rpc/prefill_registry.h"
 #include "server/rpc/validate.h"
 #include "server/scheduler/scheduler.h"
+#include "server/transport/shm_segment.h"
 
 namespace prefilld {
 

@@ -11,10 +11,10 @@
 #include "prefilld/v1/model_service.pb.h"
 #include "prefilld/v1/prefill_service.pb.h"
 #include "server/job.h"
-#include "server/kv/ipc_memory.h"
 #include "server/kv/lease_table.h"
-#include "server/kv/shm_segment.h"
 #include "server/model/transformer.h"
+#include "server/transport/ipc_memory.h"
+#include "server/transport/shm_segment.h"
 
 namespace prefilld {
 

@@ -2,8 +2,8 @@
 
 #include <utility>
 
-#include "server/errors.h"
-#include "server/log.h"
+#include "server/record/errors.h"
+#include "server/record/log.h"
 #include "server/rpc/validate.h"
 
 namespace prefilld {

@@ -1,7 +1,7 @@
 #include "server/rpc/prefill_registry.h"
 
 #include "absl/strings/str_cat.h"
-#include "server/errors.h"
+#include "server/record/errors.h"
 #include "server/rpc/prefill_stream.h"
 
 namespace prefilld {

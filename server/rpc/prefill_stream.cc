@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <utility>
 
-#include "server/errors.h"
 #include "server/kv/kv_cache.h"
-#include "server/log.h"
+#include "server/record/errors.h"
+#include "server/record/log.h"
 #include "server/rpc/context.h"
 #include "server/rpc/messages.h"
 #include "server/rpc/status.h"

@@ -5,9 +5,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "prefilld/v1/kv_handoff_service.pb.h"
-#include "server/errors.h"
 #include "server/kv/layout.h"
-#include "server/log.h"
+#include "server/record/errors.h"
+#include "server/record/log.h"
 #include "server/rpc/messages.h"
 
 namespace prefilld {

@@ -2,7 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
-#include "server/errors.h"
+#include "server/record/errors.h"
 #include "server/rpc/attend_reactor.h"
 #include "server/rpc/call.h"
 #include "server/rpc/messages.h"

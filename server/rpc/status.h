@@ -8,8 +8,8 @@
 
 namespace prefilld {
 
-// Details by the facts of the status (server/errors.h): BadRequest for every INVALID_ARGUMENT,
-// ResourceInfo, RetryInfo where a retry can help, else ErrorInfo with the reason.
+// Details by the facts of the status (server/record/errors.h): BadRequest for every
+// INVALID_ARGUMENT, ResourceInfo, RetryInfo where a retry can help, else ErrorInfo with the reason.
 grpc::Status ToGrpcStatus(const absl::Status& status);
 
 // "INVALID_ARGUMENT"

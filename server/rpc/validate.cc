@@ -10,8 +10,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "proto/wire/chunk.h"
-#include "server/errors.h"
 #include "server/kv/layout.h"
+#include "server/record/errors.h"
 #include "server/rpc/messages.h"
 #include "server/rpc/validate_policy.h"
 

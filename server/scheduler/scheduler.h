@@ -17,7 +17,7 @@
 #include "absl/time/time.h"
 #include "server/engine/engine.h"
 #include "server/job.h"
-#include "server/metrics.h"
+#include "server/record/metrics.h"
 #include "server/scheduler/policy.h"
 
 namespace prefilld {

@@ -19,11 +19,9 @@ import sys
 import time
 import traceback
 
-import memory
-import speed
-import transports
 from bench import BUILD, MODEL, OUT, ROOT, THREADS, Bench, BenchError, progress
 from report import Check, Section
+from service import memory, speed, transports
 
 sys.path.insert(0, str(ROOT / "client/python/examples"))
 
@@ -44,7 +42,7 @@ def parity(bench: Bench) -> Section:
     with bench.server() as server:
         bench.prefillctl(server, "prefill", f"--model={MODEL}", f"--tokens={tokens}",
                          "--method=dense", f"--kv_out={kv}", f"--logits_out={logits}")
-    printed = bench.run([sys.executable, ROOT / "tests/bench/parity.py",
+    printed = bench.run([sys.executable, ROOT / "tests/bench/quality/parity.py",
                          f"--model-dir={bench.model_dir}", f"--ids={tokens}", f"--kv={kv}",
                          f"--logits={logits}"], accept=(0, 1))
     kv.unlink()

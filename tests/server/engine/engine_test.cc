@@ -6,8 +6,8 @@
 #include <cstring>
 #include <random>
 
-#include "server/errors.h"
 #include "server/kv/kv_cache.h"
+#include "server/record/errors.h"
 #include "tests/server/fake_device.h"
 
 namespace prefilld {
@@ -133,8 +133,8 @@ TEST_F(EngineTest, OutputsFollowToTheHost) {
     EXPECT_NE(copy.src, work.lse.data()) << "nobody asked for it on the host";
   }
   EXPECT_EQ(work.block_count, std::vector<int32_t>({1, 2, 3, 1, 2, 3}));
-  EXPECT_EQ(work.block_index, std::vector<int32_t>(
-                                  {0, -1, -1, 0, 1, -1, 0, 1, 2, 0, -1, -1, 0, 1, -1, 0, 1, 2}));
+  EXPECT_EQ(work.block_index,
+            std::vector<int32_t>({0, -1, -1, 0, 1, -1, 0, 1, 2, 0, -1, -1, 0, 1, -1, 0, 1, 2}));
   EXPECT_EQ(job->report.entries[1].density, 1);
 }
 

@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "server/errors.h"
+#include "server/record/errors.h"
 
 namespace prefilld {
 namespace {

@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "proto/wire/chunk.h"
-#include "server/kv/staging.h"
 #include "server/rpc/services.h"
+#include "server/transport/staging.h"
 #include "tests/server/fake_device.h"
 
 namespace prefilld {

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "google/rpc/error_details.pb.h"
-#include "server/errors.h"
+#include "server/record/errors.h"
 
 namespace prefilld {
 namespace {

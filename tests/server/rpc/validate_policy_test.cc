@@ -6,7 +6,7 @@
 #include <limits>
 #include <string>
 
-#include "server/errors.h"
+#include "server/record/errors.h"
 
 namespace prefilld {
 namespace {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "server/errors.h"
+#include "server/record/errors.h"
 
 namespace prefilld {
 namespace {

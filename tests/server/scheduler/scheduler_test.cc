@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "absl/synchronization/notification.h"
-#include "server/errors.h"
+#include "server/record/errors.h"
 
 namespace prefilld {
 namespace {

@@ -1,0 +1,177 @@
+#include "kernels/cuda/device/cuda_device.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "kernels/cuda/device/status.h"
+
+namespace prefilld::cuda {
+namespace {
+
+constexpr int kCapabilityMin = 80;
+// Kept of what calls have given back: an eighth of the device, and of the host what a few long
+// prompts need.
+constexpr size_t kDeviceKeptShare = 8;
+constexpr size_t kPinnedKeptBytes = size_t{4} << 30;
+
+std::string Uuid(const cudaUUID_t& uuid) {
+  std::string text = "GPU-";
+  for (int i = 0; i < 16; ++i) {
+    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+    absl::StrAppendFormat(&text, "%02x", static_cast<unsigned char>(uuid.bytes[i]));
+  }
+  return text;
+}
+
+// Makes what is enqueued on `stream` from now on wait for what is on `before` now.
+cudaError_t WaitFor(cudaStream_t stream, cudaStream_t before) {
+  cudaEvent_t event;
+  cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  if (error != cudaSuccess) return error;
+  error = cudaEventRecord(event, before);
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(stream, event);
+  cudaEventDestroy(event);  // the driver lets go of it when it has happened
+  return error;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open() {
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    return absl::UnavailableError("no CUDA driver on this machine");
+  }
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0) {
+    cudaGetLastError();
+    const cudaError_t why = error != cudaSuccess ? error : cudaErrorNoDevice;
+    return absl::UnavailableError(absl::StrCat("no CUDA device: ", cudaGetErrorString(why)));
+  }
+  std::unique_ptr<CudaDevice> device(new CudaDevice());
+  if (absl::Status status = device->Init(); !status.ok()) {
+    return absl::UnavailableError(status.message());
+  }
+  if (device->capability() < kCapabilityMin) {
+    return absl::UnavailableError(
+        absl::StrFormat("%s has compute capability %d.%d; there are kernels from 8.0 up",
+                        device->name_, device->properties_.major, device->properties_.minor));
+  }
+  return device;
+}
+
+absl::Status CudaDevice::Init() {
+  const auto create = [this](cudaStream_t* stream) {
+    return Check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "stream");
+  };
+  absl::Status status = Check(cudaSetDevice(0), "device");
+  if (status.ok()) status = Check(cudaGetDeviceProperties(&properties_, 0), "device");
+  if (status.ok()) status = create(&streams_->compute);
+  if (status.ok()) status = create(&streams_->upload);
+  if (status.ok()) status = create(&zero_);
+  for (cudaEvent_t& mark : marks_) {
+    if (status.ok()) status = Check(cudaEventCreate(&mark), "event");
+  }
+  if (!status.ok()) return status;
+  name_ = absl::StrFormat("%s (sm_%d, %d SMs, %d GiB)", properties_.name, capability(),
+                          multiprocessors(), properties_.totalGlobalMem >> 30);
+  uuid_ = Uuid(properties_.uuid);
+  device_pool_ = std::make_shared<MemoryPool>(
+      MemoryPool::Kind::kDevice, properties_.totalGlobalMem / kDeviceKeptShare, streams_);
+  pinned_pool_ =
+      std::make_shared<MemoryPool>(MemoryPool::Kind::kPinned, kPinnedKeptBytes, streams_);
+  return absl::OkStatus();
+}
+
+CudaDevice::~CudaDevice() {
+  if (zero_ != nullptr) cudaStreamDestroy(zero_);
+  for (cudaEvent_t mark : marks_) {
+    if (mark != nullptr) cudaEventDestroy(mark);
+  }
+}
+
+absl::Status CudaDevice::Check(cudaError_t error, std::string_view what) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  const char* none = fault_.load();
+  const char* kind = FaultKind(error);
+  if (*none == '\0' && *kind != '\0') fault_.compare_exchange_strong(none, kind);
+  cudaGetLastError();  // what is not a fault is told once
+  return ToStatus(error, what);
+}
+
+absl::Status CudaDevice::Take(MemoryPool& pool, size_t bytes, const char* what, Buffer* buffer) {
+  const cudaError_t error = bytes == 0 ? cudaSuccess : pool.Take(bytes, buffer);
+  if (error != cudaErrorMemoryAllocation) return Check(error, what);
+  return absl::ResourceExhaustedError(absl::StrCat("cannot allocate ", bytes, " bytes of ", what));
+}
+
+absl::StatusOr<Buffer> CudaDevice::Allocate(size_t bytes) {
+  Buffer buffer;
+  absl::Status status = Take(*device_pool_, bytes, "device memory", &buffer);
+  if (!status.ok() || bytes == 0) return status.ok() ? absl::StatusOr<Buffer>(Buffer()) : status;
+  // What the last owner left is nobody's business. Nothing on either stream is before the zeroes.
+  status = Check(cudaMemsetAsync(buffer.data(), 0, bytes, zero_), "memset");
+  for (cudaStream_t stream : {streams_->compute, streams_->upload}) {
+    if (status.ok()) status = Check(WaitFor(stream, zero_), "memset");
+  }
+  if (!status.ok()) return status;
+  return buffer;
+}
+
+absl::StatusOr<Buffer> CudaDevice::AllocateHost(size_t bytes) {
+  Buffer buffer;
+  absl::Status status = Take(*pinned_pool_, bytes, "pinned host memory", &buffer);
+  if (!status.ok()) return status;
+  return buffer;
+}
+
+absl::Status CudaDevice::Copy(void* dst, const void* src, size_t bytes, Stream on) {
+  return Check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, stream(on)), "copy");
+}
+
+absl::Status CudaDevice::Wait(Stream on, Stream before) {
+  return Check(WaitFor(stream(on), stream(before)), "wait");
+}
+
+absl::Status CudaDevice::Synchronize(Stream on) {
+  absl::Status status = Check(cudaStreamSynchronize(stream(on)), "device");
+  if (status.ok() && stream(on) == streams_->compute) {
+    device_pool_->Trim();
+    pinned_pool_->Trim();
+  }
+  return status;
+}
+
+absl::Status CudaDevice::Mark(int mark, Stream on) {
+  return Check(cudaEventRecord(marks_[mark], stream(on)), "event");
+}
+
+double CudaDevice::Seconds(int from, int to) {
+  float milliseconds = 0;
+  const cudaError_t error = cudaEventElapsedTime(&milliseconds, marks_[from], marks_[to]);
+  return Check(error, "event").ok() ? milliseconds * 1e-3 : 0;
+}
+
+std::vector<Device::Memory> CudaDevice::memory() const {
+  return {{"device", device_pool_->used_bytes()},
+          {"device_kept", device_pool_->kept_bytes()},
+          {"pinned", pinned_pool_->used_bytes()},
+          {"pinned_kept", pinned_pool_->kept_bytes()}};
+}
+
+absl::StatusOr<std::string> CudaDevice::Export(const Buffer& buffer) {
+  cudaIpcMemHandle_t handle;
+  absl::Status status = Check(cudaIpcGetMemHandle(&handle, buffer.data()), "export");
+  if (!status.ok()) return status;
+  const size_t mapped = device_pool_->Part(buffer.data());
+  if (mapped < buffer.bytes()) return absl::InvalidArgumentError("export: not a device buffer");
+  // Peers see all of the allocation, and no stream of ours makes them wait for the zeroes.
+  status =
+      Check(cudaMemsetAsync(buffer.as<char>() + buffer.bytes(), 0, mapped - buffer.bytes(), zero_),
+            "export");
+  if (status.ok()) status = Check(cudaStreamSynchronize(zero_), "export");
+  if (!status.ok()) return status;
+  return std::string(reinterpret_cast<const char*>(&handle), sizeof handle);
+}
+
+}  // namespace prefilld::cuda

@@ -1,0 +1,67 @@
+// One CUDA device: the first that CUDA_VISIBLE_DEVICES leaves. Threads: any.
+//
+// Every error of a call that goes through Check() or Synchronize() is looked at: one that the
+// context does not survive is remembered for fault().
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/device/memory_pool.h"
+
+namespace prefilld::cuda {
+
+class CudaDevice : public Device {
+ public:
+  // UNAVAILABLE, in one line for the operator, without a driver or a device that can be used.
+  static absl::StatusOr<std::unique_ptr<CudaDevice>> Open();
+  ~CudaDevice() override;
+
+  std::string_view name() const override { return name_; }
+  bool host_memory() const override { return false; }
+  absl::StatusOr<Buffer> Allocate(size_t bytes) override;
+  absl::StatusOr<Buffer> AllocateHost(size_t bytes) override;
+  void Discard(void*, size_t) override {}  // device memory has no pages to give back one by one
+  Stream upload_stream() const override { return {streams_->upload}; }
+  absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override;
+  absl::Status Wait(Stream stream, Stream before) override;
+  absl::Status Synchronize(Stream stream) override;
+  absl::Status Mark(int mark, Stream stream) override;
+  double Seconds(int from, int to) override;
+  std::string_view fault() const override { return fault_.load(); }
+  std::vector<Memory> memory() const override;
+  std::string_view uuid() const override { return uuid_; }
+  absl::StatusOr<std::string> Export(const Buffer& buffer) override;
+
+  int capability() const { return properties_.major * 10 + properties_.minor; }  // 90
+  int multiprocessors() const { return properties_.multiProcessorCount; }
+  cudaStream_t stream(Stream stream) const {
+    return stream.handle == nullptr ? streams_->compute : static_cast<cudaStream_t>(stream.handle);
+  }
+  // What a call of `what` returned.
+  absl::Status Check(cudaError_t error, std::string_view what);
+
+ private:
+  CudaDevice() = default;
+  absl::Status Init();
+  absl::Status Take(MemoryPool& pool, size_t bytes, const char* what, Buffer* buffer);
+
+  cudaDeviceProp properties_{};
+  std::string name_, uuid_;
+  std::shared_ptr<Streams> streams_ = std::make_shared<Streams>();
+  cudaStream_t zero_ = nullptr;  // where new memory is zeroed: behind no upload and no stage
+  std::shared_ptr<MemoryPool> device_pool_, pinned_pool_;
+  std::array<cudaEvent_t, kMarks> marks_{};
+  std::atomic<const char*> fault_{""};
+};
+
+}  // namespace prefilld::cuda

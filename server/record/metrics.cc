@@ -1,0 +1,237 @@
+#include "server/record/metrics.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "prometheus/metric_family.h"
+#include "server/record/errors.h"
+#include "server/version.h"
+
+namespace prefilld {
+namespace {
+
+using prometheus::Counter;
+using prometheus::Gauge;
+using prometheus::Histogram;
+using prometheus::Labels;
+using prometheus::Registry;
+using Buckets = Histogram::BucketBoundaries;
+
+constexpr const char* kMethods[] = {"Attend",       "Prefill",  "GetSparsityReport",
+                                    "Negotiate",    "PullKv",   "RenewLease",
+                                    "ReleaseLease", "GetModel", "ListModels"};
+constexpr const char* kCodes[] = {
+    "OK",        "CANCELLED",      "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
+    "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
+    "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
+    "DATA_LOSS", "UNAUTHENTICATED"};
+constexpr const char* kRejections[] = {"queue_full",          "kv_memory",       "attend_memory",
+                                       "shm_memory",          "draining",        "device_lost",
+                                       "deadline_infeasible", "deadline_passed", "invalid_argument",
+                                       "not_found",           "unimplemented",   "other"};
+
+// 1-2.5-5 from a millisecond to 160 s.
+const Buckets& Seconds() {
+  static const Buckets buckets = {.001, .0025, .005, .01, .025, .05, .1,  .25, .5,
+                                  1,    2.5,   5,    10,  25,   50,  100, 160};
+  return buckets;
+}
+const Buckets& Density() {
+  static const Buckets buckets = {.01, .02, .05, .1, .15, .2, .3, .4, .5, .7, .9, 1};
+  return buckets;
+}
+const Buckets& Mass() {  // fine where coverage is asked for
+  static const Buckets buckets = {.5, .6, .7, .75, .8, .85, .9, .92, .94, .96, .98, .99, 1};
+  return buckets;
+}
+const Buckets& Tokens() {
+  static const Buckets buckets = {16,   64,   128,   256,   512,   1024,  2048,
+                                  4096, 8192, 16384, 32768, 65536, 131072};
+  return buckets;
+}
+
+auto& Counters(Registry& registry, const char* name, const char* help) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(registry);
+}
+auto& Gauges(Registry& registry, const char* name, const char* help) {
+  return prometheus::BuildGauge().Name(name).Help(help).Register(registry);
+}
+auto& Histograms(Registry& registry, const char* name, const char* help) {
+  return prometheus::BuildHistogram().Name(name).Help(help).Register(registry);
+}
+
+template <typename Names>
+const char* OneOf(const Names& names, absl::string_view name, const char* otherwise) {
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  return found == std::end(names) ? otherwise : *found;
+}
+
+const char* RejectionOf(const absl::Status& why) {
+  const std::string reason = FactsOf(why).reason;
+  if (reason == "DEADLINE_INFEASIBLE") return "deadline_infeasible";
+  if (!reason.empty()) return OneOf(kRejections, reason, "other");
+  switch (why.code()) {
+    case absl::StatusCode::kInvalidArgument:
+      return "invalid_argument";
+    case absl::StatusCode::kNotFound:
+      return "not_found";
+    case absl::StatusCode::kUnimplemented:
+      return "unimplemented";
+    case absl::StatusCode::kDeadlineExceeded:
+      return "deadline_passed";
+    default:
+      return "other";
+  }
+}
+
+}  // namespace
+
+Metrics::Metrics()
+    : registry_(std::make_shared<Registry>()),
+      running(Gauges(*registry_, "prefilld_requests_running", "Jobs being computed").Add({})),
+      waiting(Gauges(*registry_, "prefilld_requests_waiting", "Admitted jobs not started").Add({})),
+      queue_tokens(Gauges(*registry_, "prefilld_queue_tokens", "Tokens of waiting jobs").Add({})),
+      upload_bytes_inflight(Gauges(*registry_, "prefilld_upload_bytes_inflight",
+                                   "Tensor bytes admitted and not arrived yet")
+                                .Add({})),
+      prompt_tokens(Histograms(*registry_, "prefilld_prompt_tokens", "Tokens of admitted prompts")
+                        .Add({}, Tokens())),
+      tokens_total(
+          Counters(*registry_, "prefilld_tokens_total", "Query tokens of finished jobs").Add({})),
+      time_to_first_layer(Histograms(*registry_, "prefilld_time_to_first_layer_seconds",
+                                     "From a prompt's arrival to its first layer's KV")
+                              .Add({}, Seconds())),
+      leases_expired(
+          Counters(*registry_, "prefilld_leases_expired_total", "Leases that ran out of time")
+              .Add({})),
+      leases_active(Gauges(*registry_, "prefilld_leases_active", "Leases that live").Add({})),
+      ready(Gauges(*registry_, "prefilld_ready", "1 while new work is taken").Add({})),
+      requests_(Counters(*registry_, "prefilld_requests_total", "Finished calls")),
+      request_duration_(
+          Histograms(*registry_, "prefilld_request_duration_seconds", "Length of a call")),
+      rejected_(Counters(*registry_, "prefilld_requests_rejected_total",
+                         "Requests refused at admission")),
+      phase_duration_(
+          Histograms(*registry_, "prefilld_phase_duration_seconds", "Where a request's time went")),
+      head_density_(Histograms(*registry_, "prefilld_head_density_ratio",
+                               "Computed / causal blocks of each head of each layer")),
+      layer_density_(Gauges(*registry_, "prefilld_layer_density_ratio",
+                            "Mean density of a layer in the last request")),
+      captured_mass_(Histograms(*registry_, "prefilld_captured_mass_ratio",
+                                "Attention mass on the computed blocks, of each head")),
+      dense_fallback_(Counters(*registry_, "prefilld_dense_fallback_heads_total",
+                               "Heads run dense although a sparse method was asked for")),
+      kv_blocks_(Gauges(*registry_, "prefilld_kv_blocks", "Blocks of the KV pool")),
+      handoff_bytes_(Counters(*registry_, "prefilld_handoff_bytes_total",
+                              "KV payload bytes sent, or named to be mapped")),
+      handoff_duration_(
+          Histograms(*registry_, "prefilld_handoff_duration_seconds", "Length of a complete pull")),
+      handoff_failures_(
+          Counters(*registry_, "prefilld_handoff_failures_total", "Pulls that did not complete")),
+      handoff_transport_info_(
+          Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")),
+      gpu_memory_(Gauges(*registry_, "prefilld_gpu_memory_bytes",
+                         "Held by the server on the device, and of the host pinned for it")),
+      gpu_faults_(Counters(*registry_, "prefilld_gpu_faults_total",
+                           "Faults that no CUDA context survives: the server ends")) {
+  for (const char* method : kMethods) {
+    for (const char* code : kCodes) requests_.Add({{"method", method}, {"code", code}});
+    request_duration_.Add({{"method", method}}, Seconds());
+  }
+  for (const char* reason : kRejections) rejected_.Add({{"reason", reason}});
+  for (const char* phase : kPhaseNames) phase_duration_.Add({{"phase", phase}}, Seconds());
+  for (DenseReason reason :
+       {DenseReason::kShortPrompt, DenseReason::kMinCapturedMass, DenseReason::kBelowCrossover}) {
+    DenseFallback(reason, 0);
+  }
+  for (const char* state : kBlockStateNames) kv_blocks_.Add({{"state", state}});
+  for (Transport transport : {Transport::kGrpc, Transport::kPosixShm, Transport::kCudaIpc}) {
+    HandoffBytes(transport, 0);
+    handoff_duration_.Add({{"transport", Name(transport)}}, Seconds());
+    for (const char* reason : kHandoffFailures) {
+      handoff_failures_.Add({{"transport", Name(transport)}, {"reason", reason}});
+    }
+  }
+  for (const char* kind : Device::kFaultKinds) gpu_faults_.Add({{"kind", kind}});
+  OfferTransport(Transport::kGrpc);
+  AddModel(kAttendModel);
+  Gauges(*registry_, "prefilld_build_info", "The version that runs")
+      .Add({{"version", kVersion}})
+      .Set(1);
+}
+
+void Metrics::AddModel(const std::string& model) {
+  for (Pattern pattern :
+       {Pattern::kDense, Pattern::kVerticalSlash, Pattern::kQueryAware, Pattern::kJoint}) {
+    head_density_.Add({{"model", model}, {"pattern", Name(pattern)}}, Density());
+  }
+  captured_mass_.Add({{"model", model}}, Mass());
+}
+
+void Metrics::Request(const std::string& method, const std::string& code, double seconds) {
+  requests_.Add({{"method", method}, {"code", code}}).Increment();
+  request_duration_.Add({{"method", method}}, Seconds()).Observe(seconds);
+}
+
+void Metrics::Rejected(const absl::Status& why) {
+  rejected_.Add({{"reason", RejectionOf(why)}}).Increment();
+}
+
+void Metrics::OfferTransport(Transport transport) {
+  handoff_transport_info_.Add({{"transport", Name(transport)}}).Set(1);
+}
+
+void Metrics::HandoffBytes(Transport transport, uint64_t bytes) {
+  handoff_bytes_.Add({{"transport", Name(transport)}, {"direction", "out"}})
+      .Increment(static_cast<double>(bytes));
+}
+
+void Metrics::HandoffFinished(Transport transport, double seconds) {
+  handoff_duration_.Add({{"transport", Name(transport)}}, Seconds()).Observe(seconds);
+}
+
+void Metrics::HandoffFailed(Transport transport, const std::string& reason) {
+  handoff_failures_.Add({{"transport", Name(transport)}, {"reason", reason}}).Increment();
+}
+
+void Metrics::ObservePhase(Phase phase, double seconds) {
+  phase_duration_.Add({{"phase", kPhaseNames[static_cast<size_t>(phase)]}}, Seconds())
+      .Observe(seconds);
+}
+
+void Metrics::HeadDensity(const std::string& model, Pattern pattern, double density) {
+  head_density_.Add({{"model", model}, {"pattern", Name(pattern)}}, Density()).Observe(density);
+}
+
+void Metrics::LayerDensity(const std::string& model, int layer, double density) {
+  layer_density_.Add({{"model", model}, {"layer", std::to_string(layer)}}).Set(density);
+}
+
+void Metrics::CapturedMass(const std::string& model, double mass) {
+  captured_mass_.Add({{"model", model}}, Mass()).Observe(mass);
+}
+
+void Metrics::DenseFallback(DenseReason reason, int64_t heads) {
+  dense_fallback_.Add({{"reason", Name(reason)}}).Increment(static_cast<double>(heads));
+}
+
+void Metrics::SetKvBlocks(BlockState state, int64_t blocks) {
+  kv_blocks_.Add({{"state", kBlockStateNames[static_cast<size_t>(state)]}})
+      .Set(static_cast<double>(blocks));
+}
+
+void Metrics::GpuFault(std::string_view kind) {
+  gpu_faults_.Add({{"kind", std::string(kind)}}).Increment();
+}
+
+void Metrics::SetGpuMemory(const char* kind, uint64_t bytes) {
+  gpu_memory_.Add({{"kind", kind}}).Set(static_cast<double>(bytes));
+}
+
+std::vector<prometheus::MetricFamily> Metrics::Collect() {
+  if (on_scrape) on_scrape(*this);
+  return registry_->Collect();
+}
+
+}  // namespace prefilld
