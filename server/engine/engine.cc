@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "server/engine/calibration.h"
 #include "server/kv/kv_cache.h"
 #include "server/record/errors.h"
 
@@ -13,7 +14,6 @@ namespace prefilld {
 namespace {
 
 constexpr Stream kStream{};
-constexpr int64_t kIndexStagingBytes = 8 << 20;
 
 // Runs `work`, waits for the device and adds the seconds to a phase.
 template <typename Work>
@@ -27,248 +27,12 @@ absl::Status Timed(Device& device, double& phase, Work&& work) {
 
 double& Of(PhaseSeconds& phases, Phase phase) { return phases[static_cast<size_t>(phase)]; }
 
-bool Measures(const SparsityPolicy& policy) {
-  return policy.measure_captured_mass || policy.min_captured_mass > 0;
-}
-
-// Dense in the place of a sparse method that was left open.
-SparsityPolicy DenseInsteadOf(SparsityPolicy policy) {
-  policy.method = Method::kDense;
-  policy.measure_captured_mass = false;
-  policy.min_captured_mass = 0;
-  return policy;
-}
-
-// Makes a buffer at least so large; what it held is lost. From what allocates: device or host
-// memory.
-template <typename Allocate>
-absl::Status Grow(Buffer& buffer, size_t bytes, Allocate&& allocate) {
-  if (buffer.bytes() >= bytes) return absl::OkStatus();
-  buffer = Buffer();  // the old one goes first
-  auto memory = allocate(bytes);
-  if (!memory.ok()) return memory.status();
-  buffer = *std::move(memory);
-  return absl::OkStatus();
-}
-
-// Computed share of all causal blocks of a call.
-double MeanDensity(const AttentionShape& shape, const HeadReport* report) {
-  double computed = 0, all = 0;
-  for (int s = 0; s < shape.sequences(); ++s) {
-    const double work = CostModel::WorkOf(1, 1, shape.cu_seqlens_q[s + 1] - shape.cu_seqlens_q[s],
-                                          shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s])
-                            .dense;
-    for (int h = 0; h < shape.q_heads; ++h)
-      computed += work * report[s * shape.q_heads + h].density;
-    all += work * shape.q_heads;
-  }
-  return computed / all;
-}
-
-double Median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
-
 }  // namespace
 
 Engine::Engine(Backend& backend, Metrics& metrics, int inject_fault_after)
     : backend_(backend), metrics_(metrics), attends_to_fault_(inject_fault_after) {}
 
-absl::Status Engine::Calibrate() {
-  absl::Status status = CalibrateAttention();
-  // Models run where their linear layers do.
-  if (status.ok() && backend_.device().host_memory()) status = CalibrateLinear();
-  return status;
-}
-
-// Dense attention and selection over random sequences: long enough to reach the kernels' rate,
-// short enough not to be noticed at start-up. A GPU's rate depends on the length, so it is asked at
-// several.
-absl::Status Engine::CalibrateAttention() {
-  Device& device = backend_.device();
-  const bool host = device.host_memory();
-  const DType dtype = host ? DType::kF32 : DType::kBF16;
-  const int q_heads = host ? 4 : 32, kv_heads = host ? 4 : 8, head_dim = host ? 64 : 128;
-  const std::vector<int64_t> lengths =
-      host ? std::vector<int64_t>{1024} : std::vector<int64_t>{256, 1024, 4096, 16384};
-  const int rounds = host ? 3 : 7;  // the first warms caches, threads and plans
-
-  // Random bytes of one period, copied until each tensor is full.
-  constexpr size_t kPeriod = 1 << 18;  // values
-  std::vector<uint32_t> bits(kPeriod);
-  uint32_t state = 1;
-  for (uint32_t& value : bits) {
-    state = state * 1664525u + 1013904223u;
-    const float uniform = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
-    std::memcpy(&value, &uniform, sizeof value);
-  }
-  std::vector<uint16_t> narrow(kPeriod);
-  std::transform(bits.begin(), bits.end(), narrow.begin(),
-                 [](uint32_t value) { return static_cast<uint16_t>(value >> 16); });
-  const char* period = host ? reinterpret_cast<const char*>(bits.data())
-                            : reinterpret_cast<const char*>(narrow.data());
-  const size_t period_bytes = kPeriod * SizeOf(dtype);
-  const size_t q_bytes = static_cast<size_t>(lengths.back()) * q_heads * head_dim * SizeOf(dtype);
-  Buffer q, k, v, o;
-  for (Buffer* buffer : {&q, &k, &v, &o}) {
-    const size_t bytes = buffer == &k || buffer == &v ? q_bytes / q_heads * kv_heads : q_bytes;
-    auto memory = device.Allocate(bytes);
-    if (!memory.ok()) return memory.status();
-    *buffer = *std::move(memory);
-    for (size_t at = 0; at < bytes && buffer != &o; at += period_bytes) {
-      absl::Status status =
-          device.Copy(buffer->as<char>() + at, period, std::min(period_bytes, bytes - at), kStream);
-      if (!status.ok()) return status;
-    }
-  }
-
-  std::vector<CostCurve::Point> dense, sparse, select;
-  for (const int64_t tokens : lengths) {
-    std::vector<double> dense_seconds, sparse_seconds, select_seconds;
-    const CostModel::Work work = CostModel::WorkOf(q_heads, head_dim, tokens, tokens);
-    double density = 1;
-    for (int round = 0; round < 2 * rounds; ++round) {
-      StagesCall call;
-      call.args.shape = {dtype, q_heads, kv_heads, head_dim, {0, tokens}, {0, tokens}};
-      call.args.softmax_scale = 1 / std::sqrt(static_cast<double>(head_dim));
-      call.args.q = {q.data(), int64_t{q_heads} * head_dim, head_dim};
-      call.args.k = {k.data(), int64_t{kv_heads} * head_dim, head_dim};
-      call.args.v = {v.data(), int64_t{kv_heads} * head_dim, head_dim};
-      call.args.o = {o.data(), int64_t{q_heads} * head_dim, head_dim};
-      if (round % 2 == 0) call.args.policy = DenseInsteadOf(call.args.policy);
-      if (absl::Status status = RunStages(call); !status.ok()) return status;
-      if (round < 2) continue;
-      const double selecting = Of(call.phases, Phase::kEstimate) + Of(call.phases, Phase::kSelect);
-      const double attending = Of(call.phases, Phase::kAttention);
-      if (round % 2 == 0) {
-        dense_seconds.push_back(Of(call.phases, Phase::kSelect) + attending);
-      } else {
-        select_seconds.push_back(selecting);
-        sparse_seconds.push_back(attending);
-        density = MeanDensity(call.args.shape, call.report.data());
-      }
-    }
-    dense.push_back({work.dense, Median(dense_seconds)});
-    sparse.push_back({work.dense * density, Median(sparse_seconds)});
-    select.push_back({work.select, Median(select_seconds)});
-  }
-  cost_.SetCurves(std::move(dense), std::move(sparse), std::move(select));
-  return absl::OkStatus();
-}
-
-absl::Status Engine::CalibrateLinear() {
-  constexpr int kLinear = 512;
-  std::vector<float> x(kLinear * kLinear, 0.5f), weight(x), y(x.size());
-  auto linear = backend_.ops().PrepareLinear(weight.data(), nullptr, DType::kF32, kLinear, kLinear);
-  if (!linear.ok()) return linear.status();
-  for (int round = 0; round < 3; ++round) {
-    double seconds = 0;
-    absl::Status status = Timed(backend_.device(), seconds, [&] {
-      return backend_.ops().Apply({.linear = linear->get(),
-                                   .x = x.data(),
-                                   .x_stride = kLinear,
-                                   .y = y.data(),
-                                   .y_stride = kLinear,
-                                   .tokens = kLinear},
-                                  kStream);
-    });
-    if (!status.ok()) return status;
-    for (int follow = 0; follow < 10 * round; ++follow) {
-      cost_.ObserveLinear(kLinear, int64_t{kLinear} * kLinear, seconds);
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Engine::RunStages(StagesCall& call) {
-  AttentionArgs& args = call.args;
-  Device& device = backend_.device();
-  const auto sequences = SplitIntoBlocks(args.shape, args.policy.block_size);
-  args.index.rows = TotalRows(sequences);
-  args.index.stride = MaxKeyBlocks(sequences);
-  const size_t rows = static_cast<size_t>(args.shape.q_heads) * args.index.rows;
-  const size_t heads = static_cast<size_t>(args.shape.q_heads) * sequences.size();
-  const auto on_device = [&](size_t bytes) { return device.Allocate(bytes); };
-  const auto on_host = [&](size_t bytes) { return device.AllocateHost(bytes); };
-  absl::Status status = Grow(index_count_, rows * sizeof(int32_t), on_device);
-  if (status.ok()) status = Grow(index_, rows * args.index.stride * sizeof(uint16_t), on_device);
-  if (status.ok()) status = Grow(report_, heads * sizeof(HeadReport), on_host);
-  if (!status.ok()) return status;
-  args.index.count = index_count_.as<int32_t>();
-  args.index.index = index_.as<uint16_t>();
-  args.report = report_.as<HeadReport>();
-
-  const CostModel::Work work = CostModel::WorkOf(args.shape);
-  status = Enqueue(call, work);
-  // Also what failed half way has work on the device, in memory that the caller may give back.
-  const absl::Status done = device.Synchronize(kStream);
-  if (status.ok()) status = done;
-  if (status.ok() && args.cancelled != nullptr && *args.cancelled) {
-    status = absl::CancelledError("cancelled");
-  }
-  if (!status.ok()) return status;
-  call.report.assign(args.report, args.report + heads);
-  if (call.dense_reason != DenseReason::kNone) {
-    for (HeadReport& entry : call.report) entry.dense_reason = call.dense_reason;
-  }
-  constexpr Phase kPhases[] = {Phase::kEstimate, Phase::kSelect, Phase::kAttention,
-                               Phase::kHandoff};
-  for (int i = 0; i < 4; ++i) Of(call.phases, kPhases[i]) += device.Seconds(i, i + 1);
-  return absl::OkStatus();
-}
-
-// All of a call, with a mark between phases.
-absl::Status Engine::Enqueue(StagesCall& call, const CostModel::Work& work) {
-  AttentionArgs& args = call.args;
-  Device& device = backend_.device();
-  absl::Status status = device.Mark(0, kStream);
-  if (status.ok()) status = backend_.EstimatePattern(args, kStream);
-  if (status.ok()) status = device.Mark(1, kStream);
-  if (status.ok()) status = backend_.SelectBlocks(args, kStream);
-  if (call.open && args.policy.method != Method::kDense) {
-    // What was kept is known now: where that is too much, only the selection was in vain.
-    if (status.ok()) status = device.Synchronize(kStream);
-    if (!status.ok()) return status;
-    const double density = MeanDensity(args.shape, args.report);
-    if (args.policy.method == Method::kJoint) cost_.ObserveDensity(work.k_blocks, density);
-    if (!cost_.SparseIsFaster(work, density)) {
-      args.policy = DenseInsteadOf(args.policy);
-      call.dense_reason = DenseReason::kBelowCrossover;
-      status = backend_.EstimatePattern(args, kStream);
-      if (status.ok()) status = backend_.SelectBlocks(args, kStream);
-    }
-  }
-  if (status.ok() && Measures(args.policy)) status = backend_.MeasureCapturedMass(args, kStream);
-  if (status.ok()) status = device.Mark(2, kStream);
-  if (status.ok()) status = backend_.Attend(args, kStream);
-  if (status.ok()) status = device.Mark(3, kStream);
-  if (status.ok() && call.host_o != nullptr) {
-    status = device.Copy(call.host_o, args.o.data, call.o_bytes, kStream);
-  }
-  if (status.ok() && call.host_lse != nullptr) {
-    status = device.Copy(call.host_lse, args.lse, call.lse_bytes, kStream);
-  }
-  if (status.ok()) status = device.Mark(4, kStream);
-  return status;
-}
-
-// What one call teaches the cost model.
-void Engine::Observe(const StagesCall& call) {
-  const AttentionShape& shape = call.args.shape;
-  const CostModel::Work work = CostModel::WorkOf(shape);
-  const double estimate = call.phases[static_cast<size_t>(Phase::kEstimate)];
-  const double select = call.phases[static_cast<size_t>(Phase::kSelect)];
-  const double attention = call.phases[static_cast<size_t>(Phase::kAttention)];
-  if (call.args.policy.method != Method::kDense) {
-    // What is open becomes joint or dense: the others' selection says nothing about that.
-    if (call.args.policy.method == Method::kJoint) cost_.ObserveSelect(work, estimate + select);
-    cost_.ObserveSparse(work, MeanDensity(shape, call.report.data()), attention);
-  } else if (!call.open) {  // else the time is that of both
-    // Without the estimate, which of dense is the making of a plan, once a shape.
-    cost_.ObserveDense(work, select + attention);
-  }
-}
+absl::Status Engine::Calibrate() { return prefilld::Calibrate(backend_, stages_, cost_); }
 
 // What one head adds to the metrics.
 void Engine::Observe(const std::string& model, const HeadReport& head, bool measured) {
@@ -319,8 +83,8 @@ double Engine::PredictSeconds(const Job& job, int layers_done) const {
 }
 
 absl::Status Engine::EnsureScratch(const ModelInfo& info, int64_t tokens) {
-  absl::Status status = Grow(scratch_, static_cast<size_t>(LayerScratchBytes(info, tokens)),
-                             [&](size_t bytes) { return backend_.device().Allocate(bytes); });
+  absl::Status status =
+      Grow(backend_.device(), static_cast<size_t>(LayerScratchBytes(info, tokens)), scratch_);
   if (!status.ok()) return status;
   layer_ = SplitLayerScratch(info, tokens, scratch_.data());
   return absl::OkStatus();
@@ -390,9 +154,9 @@ absl::Status Engine::RunLayer(Batch& batch) {
   args.v = {layer_.v, int64_t{info.kv_heads} * info.head_dim, info.head_dim};
   args.o = {layer_.o, int64_t{heads} * info.head_dim, info.head_dim};
   if (batch.jobs.size() == 1) args.cancelled = &batch.jobs[0]->cancelled;
-  status = RunStages(call);
+  status = stages_.Run(call);
   if (!status.ok()) return status;
-  Observe(call);
+  stages_.Observe(call);
   for (size_t phase = 0; phase < phases.size(); ++phase) phases[phase] += call.phases[phase];
 
   status = Timed(device, Of(phases, Phase::kLinear),
@@ -520,14 +284,14 @@ absl::Status Engine::RunAttend(Job& job) {
   constexpr int kUploading = 5;
   status = device.Mark(kUploading, kStream);
   if (status.ok()) status = device.Wait(kStream, device.upload_stream());
-  if (status.ok()) status = RunStages(call);
+  if (status.ok()) status = stages_.Run(call);
   NoteFault();
   if (!status.ok()) return status;
   Of(call.phases, Phase::kUpload) += device.Seconds(kUploading, 0);
-  Observe(call);
+  stages_.Observe(call);
 
   const absl::Time begin = absl::Now();
-  if (work.return_block_index) status = CopyIndex(args.index, heads, work);
+  if (work.return_block_index) status = stages_.CopyIndex(args.index, heads, work);
   if (!status.ok()) return status;
   Of(call.phases, Phase::kHandoff) += absl::ToDoubleSeconds(absl::Now() - begin);
   for (size_t phase = 0; phase < job.phases.size(); ++phase) {
@@ -539,40 +303,6 @@ absl::Status Engine::RunAttend(Job& job) {
                 .captured_mass_measured = Measures(args.policy)};
   for (const HeadReport& entry : job.report.entries) {
     Observe(kAttendModel, entry, job.report.captured_mass_measured);
-  }
-  return absl::OkStatus();
-}
-
-// The rows in use, as wide as the longest one, -1 behind each row's blocks. A long prompt's index
-// is larger than its tensors, so it passes through a staging buffer some rows at a time.
-absl::Status Engine::CopyIndex(const BlockIndexView& index, int heads, AttendWork& work) {
-  Device& device = backend_.device();
-  const int64_t rows = heads * index.rows;
-  const int64_t row_bytes = index.stride * static_cast<int64_t>(sizeof(uint16_t));
-  const int64_t rows_at_once = std::clamp<int64_t>(kIndexStagingBytes / row_bytes, 1, rows);
-  absl::Status status =
-      Grow(index_staging_,
-           static_cast<size_t>(std::max(rows_at_once * row_bytes, int64_t{kIndexStagingBytes})),
-           [&](size_t bytes) { return device.AllocateHost(bytes); });
-  if (!status.ok()) return status;
-  work.rows = index.rows;
-  work.block_count.resize(static_cast<size_t>(rows));
-  status = device.Copy(work.block_count.data(), index.count,
-                       static_cast<size_t>(rows) * sizeof(int32_t), kStream);
-  if (status.ok()) status = device.Synchronize(kStream);
-  if (!status.ok()) return status;
-  work.max_blocks = *std::max_element(work.block_count.begin(), work.block_count.end());
-  work.block_index.assign(static_cast<size_t>(rows * work.max_blocks), -1);
-  for (int64_t begin = 0; begin < rows; begin += rows_at_once) {
-    const int64_t count = std::min(rows_at_once, rows - begin);
-    status = device.Copy(index_staging_.data(), index.index + begin * index.stride,
-                         static_cast<size_t>(count * row_bytes), kStream);
-    if (status.ok()) status = device.Synchronize(kStream);
-    if (!status.ok()) return status;
-    for (int64_t row = 0; row < count; ++row) {
-      std::copy_n(index_staging_.as<uint16_t>() + row * index.stride, work.block_count[begin + row],
-                  work.block_index.begin() + (begin + row) * work.max_blocks);
-    }
   }
   return absl::OkStatus();
 }

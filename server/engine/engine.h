@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "kernels/backend.h"
 #include "server/engine/cost.h"
+#include "server/engine/stages.h"
 #include "server/job.h"
 #include "server/model/transformer.h"
 #include "server/record/metrics.h"
@@ -56,37 +57,19 @@ class Engine {
   absl::Status CheckDevice() const;
 
  private:
-  // One call of the stages.
-  struct StagesCall {
-    AttentionArgs args;  // all but index and report
-    bool open = false;   // the method was left open: dense may still take its place
-    DenseReason dense_reason = DenseReason::kNone;
-    void *host_o = nullptr, *host_lse = nullptr;  // where o and lse are copied, or null
-    size_t o_bytes = 0, lse_bytes = 0;
-    std::vector<HeadReport> report;  // [sequences, q_heads], out
-    PhaseSeconds phases{};           // out
-  };
-  absl::Status RunStages(StagesCall& call);
-  absl::Status Enqueue(StagesCall& call, const CostModel::Work& work);
-  absl::Status CalibrateAttention();
-  absl::Status CalibrateLinear();
-  void Observe(const StagesCall& call);
   void Observe(const std::string& model, const HeadReport& head, bool measured);
   SparsityPolicy Decide(const Job& job, const AttentionShape& shape, DenseReason* reason);
   void NoteFault();
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);
   static void TakePhases(const Batch& batch, Job& job);
-  absl::Status CopyIndex(const BlockIndexView& index, int heads, AttendWork& work);
 
   Backend& backend_;
   Metrics& metrics_;
   CostModel cost_;
+  Stages stages_{backend_, cost_};
   Buffer scratch_;  // q, k, v, o of one layer, F32; grows to the largest batch seen
   LayerScratch layer_{};
-  // The block index and the reports of the call that runs; grow to the largest seen.
-  Buffer index_count_, index_, report_;
-  Buffer index_staging_;  // host: where a block index passes through on its way to a caller
   int attends_to_fault_;
   bool fault_noted_ = false;
 };

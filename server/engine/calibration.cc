@@ -1,0 +1,175 @@
+#include "server/engine/calibration.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace prefilld {
+namespace {
+
+constexpr Stream kStream{};
+
+// What is timed: long enough to reach the kernels' rate, short enough not to be noticed at
+// start-up. A GPU's rate depends on the length, so it is asked at several.
+struct Trial {
+  DType dtype;
+  int q_heads, kv_heads, head_dim;
+  std::vector<int64_t> lengths;
+  int rounds;  // the first warms caches, threads and plans
+};
+const Trial kHostTrial = {DType::kF32, 4, 4, 64, {1024}, 3};
+const Trial kDeviceTrial = {DType::kBF16, 32, 8, 128, {256, 1024, 4096, 16384}, 7};
+
+struct Tensors {
+  Buffer q, k, v, o;
+};
+
+// One point of each curve.
+struct Points {
+  CostCurve::Point dense, sparse, select;
+};
+
+double Median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
+// Uniform in [-1, 1), of a dtype that is as wide as F32 or its upper half.
+std::vector<char> RandomValues(size_t count, DType dtype) {
+  const size_t bytes = SizeOf(dtype);
+  std::vector<char> values(count * bytes);
+  uint32_t state = 1;
+  for (size_t i = 0; i < count; ++i) {
+    state = state * 1664525u + 1013904223u;
+    const float uniform = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &uniform, sizeof bits);
+    bits >>= 8 * (sizeof bits - bytes);
+    std::memcpy(values.data() + i * bytes, &bits, bytes);
+  }
+  return values;
+}
+
+// Random q, k and v of the longest length.
+absl::StatusOr<Tensors> MakeTensors(Device& device, const Trial& trial) {
+  const std::vector<char> period = RandomValues(1 << 18, trial.dtype);  // copied until all is full
+  const size_t head_bytes =
+      static_cast<size_t>(trial.lengths.back()) * trial.head_dim * SizeOf(trial.dtype);
+  Tensors tensors;
+  for (auto [buffer, heads] :
+       {std::pair(&tensors.q, trial.q_heads), std::pair(&tensors.k, trial.kv_heads),
+        std::pair(&tensors.v, trial.kv_heads), std::pair(&tensors.o, trial.q_heads)}) {
+    const size_t bytes = head_bytes * heads;
+    auto memory = device.Allocate(bytes);
+    if (!memory.ok()) return memory.status();
+    *buffer = *std::move(memory);
+    if (buffer == &tensors.o) continue;
+    for (size_t at = 0; at < bytes; at += period.size()) {
+      const size_t part = std::min(period.size(), bytes - at);
+      absl::Status status = device.Copy(buffer->as<char>() + at, period.data(), part, kStream);
+      if (!status.ok()) return status;
+    }
+  }
+  return tensors;
+}
+
+StagesCall CallOf(const Trial& trial, const Tensors& tensors, int64_t tokens) {
+  const int64_t q_stride = int64_t{trial.q_heads} * trial.head_dim;
+  const int64_t kv_stride = int64_t{trial.kv_heads} * trial.head_dim;
+  StagesCall call;
+  call.args.shape = {trial.dtype,    trial.q_heads, trial.kv_heads,
+                     trial.head_dim, {0, tokens},   {0, tokens}};
+  call.args.softmax_scale = 1 / std::sqrt(static_cast<double>(trial.head_dim));
+  call.args.q = {tensors.q.data(), q_stride, trial.head_dim};
+  call.args.k = {tensors.k.data(), kv_stride, trial.head_dim};
+  call.args.v = {tensors.v.data(), kv_stride, trial.head_dim};
+  call.args.o = {tensors.o.data(), q_stride, trial.head_dim};
+  return call;
+}
+
+double Of(const PhaseSeconds& phases, Phase phase) { return phases[static_cast<size_t>(phase)]; }
+
+// Dense and the default method in turn, the median of each.
+absl::StatusOr<Points> TimeLength(Stages& stages, const Trial& trial, const Tensors& tensors,
+                                  int64_t tokens) {
+  std::vector<double> dense_seconds, sparse_seconds, select_seconds;
+  double density = 1;
+  for (int round = 0; round < 2 * trial.rounds; ++round) {
+    StagesCall call = CallOf(trial, tensors, tokens);
+    const bool dense = round % 2 == 0;
+    if (dense) call.args.policy = DenseInsteadOf(call.args.policy);
+    if (absl::Status status = stages.Run(call); !status.ok()) return status;
+    if (round < 2) continue;
+    const double select = Of(call.phases, Phase::kSelect);
+    const double attention = Of(call.phases, Phase::kAttention);
+    if (dense) {
+      dense_seconds.push_back(select + attention);
+    } else {
+      select_seconds.push_back(Of(call.phases, Phase::kEstimate) + select);
+      sparse_seconds.push_back(attention);
+      density = MeanDensity(call.args.shape, call.report.data());
+    }
+  }
+  const CostModel::Work work = CostModel::WorkOf(trial.q_heads, trial.head_dim, tokens, tokens);
+  return Points{.dense = {work.dense, Median(dense_seconds)},
+                .sparse = {work.dense * density, Median(sparse_seconds)},
+                .select = {work.select, Median(select_seconds)}};
+}
+
+// Dense attention and selection over random sequences.
+absl::Status CalibrateAttention(Device& device, Stages& stages, CostModel& cost) {
+  const Trial& trial = device.host_memory() ? kHostTrial : kDeviceTrial;
+  auto tensors = MakeTensors(device, trial);
+  if (!tensors.ok()) return tensors.status();
+  std::vector<CostCurve::Point> dense, sparse, select;
+  for (const int64_t tokens : trial.lengths) {
+    auto points = TimeLength(stages, trial, *tensors, tokens);
+    if (!points.ok()) return points.status();
+    dense.push_back(points->dense);
+    sparse.push_back(points->sparse);
+    select.push_back(points->select);
+  }
+  cost.SetCurves(std::move(dense), std::move(sparse), std::move(select));
+  return absl::OkStatus();
+}
+
+absl::Status CalibrateLinear(Backend& backend, CostModel& cost) {
+  constexpr int kLinear = 512;
+  std::vector<float> x(kLinear * kLinear, 0.5f), weight(x), y(x.size());
+  auto linear = backend.ops().PrepareLinear(weight.data(), nullptr, DType::kF32, kLinear, kLinear);
+  if (!linear.ok()) return linear.status();
+  Device& device = backend.device();
+  for (int round = 0; round < 3; ++round) {
+    absl::Status status = device.Mark(0, kStream);
+    if (status.ok()) {
+      status = backend.ops().Apply({.linear = linear->get(),
+                                    .x = x.data(),
+                                    .x_stride = kLinear,
+                                    .y = y.data(),
+                                    .y_stride = kLinear,
+                                    .tokens = kLinear},
+                                   kStream);
+    }
+    if (status.ok()) status = device.Mark(1, kStream);
+    if (status.ok()) status = device.Synchronize(kStream);
+    if (!status.ok()) return status;
+    for (int follow = 0; follow < 10 * round; ++follow) {
+      cost.ObserveLinear(kLinear, int64_t{kLinear} * kLinear, device.Seconds(0, 1));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Calibrate(Backend& backend, Stages& stages, CostModel& cost) {
+  absl::Status status = CalibrateAttention(backend.device(), stages, cost);
+  // Models run where their linear layers do.
+  if (status.ok() && backend.device().host_memory()) status = CalibrateLinear(backend, cost);
+  return status;
+}
+
+}  // namespace prefilld

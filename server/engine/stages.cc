@@ -1,0 +1,179 @@
+#include "server/engine/stages.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace prefilld {
+namespace {
+
+constexpr Stream kStream{};
+constexpr int64_t kIndexStagingBytes = 8 << 20;
+
+double& Of(PhaseSeconds& phases, Phase phase) { return phases[static_cast<size_t>(phase)]; }
+
+// From what allocates: device or host memory.
+template <typename Allocate>
+absl::Status GrowBy(Allocate&& allocate, size_t bytes, Buffer& buffer) {
+  if (buffer.bytes() >= bytes) return absl::OkStatus();
+  buffer = Buffer();  // the old one goes first
+  auto memory = allocate(bytes);
+  if (!memory.ok()) return memory.status();
+  buffer = *std::move(memory);
+  return absl::OkStatus();
+}
+
+absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer) {
+  return GrowBy([&](size_t size) { return device.AllocateHost(size); }, bytes, buffer);
+}
+
+}  // namespace
+
+absl::Status Grow(Device& device, size_t bytes, Buffer& buffer) {
+  return GrowBy([&](size_t size) { return device.Allocate(size); }, bytes, buffer);
+}
+
+bool Measures(const SparsityPolicy& policy) {
+  return policy.measure_captured_mass || policy.min_captured_mass > 0;
+}
+
+SparsityPolicy DenseInsteadOf(SparsityPolicy policy) {
+  policy.method = Method::kDense;
+  policy.measure_captured_mass = false;
+  policy.min_captured_mass = 0;
+  return policy;
+}
+
+double MeanDensity(const AttentionShape& shape, const HeadReport* report) {
+  double computed = 0, all = 0;
+  for (int s = 0; s < shape.sequences(); ++s) {
+    const double work = CostModel::WorkOf(1, 1, shape.cu_seqlens_q[s + 1] - shape.cu_seqlens_q[s],
+                                          shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s])
+                            .dense;
+    for (int h = 0; h < shape.q_heads; ++h)
+      computed += work * report[s * shape.q_heads + h].density;
+    all += work * shape.q_heads;
+  }
+  return computed / all;
+}
+
+absl::Status Stages::Run(StagesCall& call) {
+  AttentionArgs& args = call.args;
+  Device& device = backend_.device();
+  const auto sequences = SplitIntoBlocks(args.shape, args.policy.block_size);
+  args.index.rows = TotalRows(sequences);
+  args.index.stride = MaxKeyBlocks(sequences);
+  const size_t rows = static_cast<size_t>(args.shape.q_heads) * args.index.rows;
+  const size_t heads = static_cast<size_t>(args.shape.q_heads) * sequences.size();
+  absl::Status status = Grow(device, rows * sizeof(int32_t), index_count_);
+  if (status.ok()) status = Grow(device, rows * args.index.stride * sizeof(uint16_t), index_);
+  if (status.ok()) status = GrowHost(device, heads * sizeof(HeadReport), report_);
+  if (!status.ok()) return status;
+  args.index.count = index_count_.as<int32_t>();
+  args.index.index = index_.as<uint16_t>();
+  args.report = report_.as<HeadReport>();
+
+  const CostModel::Work work = CostModel::WorkOf(args.shape);
+  status = Enqueue(call, work);
+  // Also what failed half way has work on the device, in memory that the caller may give back.
+  const absl::Status done = device.Synchronize(kStream);
+  if (status.ok()) status = done;
+  if (status.ok() && args.cancelled != nullptr && *args.cancelled) {
+    status = absl::CancelledError("cancelled");
+  }
+  if (!status.ok()) return status;
+  call.report.assign(args.report, args.report + heads);
+  if (call.dense_reason != DenseReason::kNone) {
+    for (HeadReport& entry : call.report) entry.dense_reason = call.dense_reason;
+  }
+  constexpr Phase kPhases[] = {Phase::kEstimate, Phase::kSelect, Phase::kAttention,
+                               Phase::kHandoff};
+  for (int i = 0; i < 4; ++i) Of(call.phases, kPhases[i]) += device.Seconds(i, i + 1);
+  return absl::OkStatus();
+}
+
+// All of a call, with a mark between phases.
+absl::Status Stages::Enqueue(StagesCall& call, const CostModel::Work& work) {
+  AttentionArgs& args = call.args;
+  Device& device = backend_.device();
+  absl::Status status = device.Mark(0, kStream);
+  if (status.ok()) status = backend_.EstimatePattern(args, kStream);
+  if (status.ok()) status = device.Mark(1, kStream);
+  if (status.ok()) status = backend_.SelectBlocks(args, kStream);
+  if (call.open && args.policy.method != Method::kDense) {
+    // What was kept is known now: where that is too much, only the selection was in vain.
+    if (status.ok()) status = device.Synchronize(kStream);
+    if (!status.ok()) return status;
+    const double density = MeanDensity(args.shape, args.report);
+    if (args.policy.method == Method::kJoint) cost_.ObserveDensity(work.k_blocks, density);
+    if (!cost_.SparseIsFaster(work, density)) {
+      args.policy = DenseInsteadOf(args.policy);
+      call.dense_reason = DenseReason::kBelowCrossover;
+      status = backend_.EstimatePattern(args, kStream);
+      if (status.ok()) status = backend_.SelectBlocks(args, kStream);
+    }
+  }
+  if (status.ok() && Measures(args.policy)) status = backend_.MeasureCapturedMass(args, kStream);
+  if (status.ok()) status = device.Mark(2, kStream);
+  if (status.ok()) status = backend_.Attend(args, kStream);
+  if (status.ok()) status = device.Mark(3, kStream);
+  if (status.ok() && call.host_o != nullptr) {
+    status = device.Copy(call.host_o, args.o.data, call.o_bytes, kStream);
+  }
+  if (status.ok() && call.host_lse != nullptr) {
+    status = device.Copy(call.host_lse, args.lse, call.lse_bytes, kStream);
+  }
+  if (status.ok()) status = device.Mark(4, kStream);
+  return status;
+}
+
+// What one call teaches the cost model.
+void Stages::Observe(const StagesCall& call) {
+  const AttentionShape& shape = call.args.shape;
+  const CostModel::Work work = CostModel::WorkOf(shape);
+  const double estimate = call.phases[static_cast<size_t>(Phase::kEstimate)];
+  const double select = call.phases[static_cast<size_t>(Phase::kSelect)];
+  const double attention = call.phases[static_cast<size_t>(Phase::kAttention)];
+  if (call.args.policy.method != Method::kDense) {
+    // What is open becomes joint or dense: the others' selection says nothing about that.
+    if (call.args.policy.method == Method::kJoint) cost_.ObserveSelect(work, estimate + select);
+    cost_.ObserveSparse(work, MeanDensity(shape, call.report.data()), attention);
+  } else if (!call.open) {  // else the time is that of both
+    // Without the estimate, which of dense is the making of a plan, once a shape.
+    cost_.ObserveDense(work, select + attention);
+  }
+}
+
+// The rows in use, as wide as the longest one, -1 behind each row's blocks. A long prompt's index
+// is larger than its tensors, so it passes through a staging buffer some rows at a time.
+absl::Status Stages::CopyIndex(const BlockIndexView& index, int heads, AttendWork& work) {
+  Device& device = backend_.device();
+  const int64_t rows = heads * index.rows;
+  const int64_t row_bytes = index.stride * static_cast<int64_t>(sizeof(uint16_t));
+  const int64_t rows_at_once = std::clamp<int64_t>(kIndexStagingBytes / row_bytes, 1, rows);
+  absl::Status status =
+      GrowHost(device, static_cast<size_t>(std::max(rows_at_once * row_bytes, kIndexStagingBytes)),
+               index_staging_);
+  if (!status.ok()) return status;
+  work.rows = index.rows;
+  work.block_count.resize(static_cast<size_t>(rows));
+  status = device.Copy(work.block_count.data(), index.count,
+                       static_cast<size_t>(rows) * sizeof(int32_t), kStream);
+  if (status.ok()) status = device.Synchronize(kStream);
+  if (!status.ok()) return status;
+  work.max_blocks = *std::max_element(work.block_count.begin(), work.block_count.end());
+  work.block_index.assign(static_cast<size_t>(rows * work.max_blocks), -1);
+  for (int64_t begin = 0; begin < rows; begin += rows_at_once) {
+    const int64_t count = std::min(rows_at_once, rows - begin);
+    status = device.Copy(index_staging_.data(), index.index + begin * index.stride,
+                         static_cast<size_t>(count * row_bytes), kStream);
+    if (status.ok()) status = device.Synchronize(kStream);
+    if (!status.ok()) return status;
+    for (int64_t row = 0; row < count; ++row) {
+      std::copy_n(index_staging_.as<uint16_t>() + row * index.stride, work.block_count[begin + row],
+                  work.block_index.begin() + (begin + row) * work.max_blocks);
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace prefilld
