@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/cpu/elementwise.h"
-#include "kernels/cpu/tile.h"
+#include "kernels/convert.h"
 
 namespace prefilld {
 namespace {
@@ -45,8 +44,7 @@ std::vector<ByteSpan> HfSpans(const KvCache::Pin& pin, bool value, uint64_t offs
 void ConvertHf(const KvCache::Pin& pin, bool value, DType dtype, uint64_t offset, size_t bytes,
                std::byte* out) {
   constexpr uint64_t kBatch = 1024;  // elements; small enough to stay in the first cache
-  alignas(64) float wide[kBatch];
-  alignas(64) std::byte narrow[kBatch * sizeof(float)];
+  alignas(64) std::byte converted[kBatch * sizeof(float)];
   const DType from = pin.geometry().dtype;
   const size_t from_size = SizeOf(from), to_size = SizeOf(dtype);
   // Whole elements are converted; of the first and the last the range may want only a part.
@@ -56,12 +54,15 @@ void ConvertHf(const KvCache::Pin& pin, bool value, DType dtype, uint64_t offset
               [&](const std::byte* data, uint64_t size) {
                 for (uint64_t left = size / from_size; left > 0;) {
                   const uint64_t count = std::min(left, kBatch);
-                  cpu::WidenRows(data, from, 0, 1, static_cast<int>(count), 1.0f, wide, 0);
-                  cpu::Narrow(wide, static_cast<int64_t>(count), dtype, narrow);
+                  Convert({.src = data,
+                           .from = from,
+                           .dst = converted,
+                           .to = dtype,
+                           .count = static_cast<int64_t>(count)});
                   const uint64_t begin = element * to_size;
                   const uint64_t first = std::max(begin, offset);
                   const uint64_t last = std::min(begin + count * to_size, offset + bytes);
-                  std::memcpy(out + (first - offset), narrow + (first - begin), last - first);
+                  std::memcpy(out + (first - offset), converted + (first - begin), last - first);
                   data += count * from_size;
                   element += count;
                   left -= count;

@@ -43,6 +43,8 @@ def folder(path: str) -> str:
 def broken(path: str, header: str) -> bool:
     if header.startswith("kernels/cuda/") and not path.startswith("kernels/cuda/"):
         return path != "kernels/backend.cc"  # the table of backends
+    if header.startswith("kernels/cpu/") and not path.startswith("kernels/"):
+        return True  # the server knows kernels/*.h and no device
     if path.endswith((".cu", ".cuh")) and header.startswith("absl/"):
         return True  # what nvcc compiles gets plain parameters
     if re.match(r"(kernels|server|client|proto|tests)/", header):
@@ -66,6 +68,7 @@ def test_sources_include_what_their_folder_may():
     ("server/model/config.cc", "dnnl.hpp"), ("server/rpc/call.h", "prometheus/counter.h"),
     ("server/engine/engine.cc", "cuda_runtime_api.h"), ("kernels/cpu/ops.cc", "kernels/cuda/launch.h"),
     ("kernels/attention.cc", "cudnn_frontend.h"),
+    ("server/kv/layout.cc", "kernels/cpu/tile.h"), ("server/engine/engine.cc", "kernels/cuda/launch.h"),
     ("kernels/cuda/attend/task_queue.cu", "absl/status/status.h")])
 def test_a_broken_rule_is_found(path, header):
     assert broken(path, header)
