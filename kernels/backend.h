@@ -44,7 +44,8 @@ class Buffer {
   Free free_;
 };
 
-// One device and its memory. Threads: any. Only Synchronize waits for work on the device.
+// One device and its memory. Threads: any. Only Synchronize and Mark::Await wait for work on the
+// device.
 //
 // Work is enqueued on streams. Stream{} is the one that the stages run on; upload_stream() is a
 // second one, where copies for the next job run beside them. On the CPU both run inline.
@@ -75,11 +76,19 @@ class Device {
   virtual absl::Status Wait(Stream stream, Stream before) = 0;
   // Blocks until all that is enqueued on the stream is done, and tells how it went.
   virtual absl::Status Synchronize(Stream stream) = 0;
-  // The clock of a stream: Mark notes when the work enqueued before it is done, under one of kMarks
-  // numbers; Seconds lie between two marks, once the stream was synchronized. One thread.
-  static constexpr int kMarks = 6;
-  virtual absl::Status Mark(int mark, Stream stream) = 0;
-  virtual double Seconds(int from, int to) = 0;
+  // A point in the work of a stream, and when it was reached. Recorded again and again.
+  class Mark {
+   public:
+    virtual ~Mark() = default;
+    // From now on it stands behind all that is enqueued on `stream` now. One thread.
+    virtual absl::Status Record(Stream stream) = 0;
+    // Blocks until it is reached, and tells how the work before it went. Any thread.
+    virtual absl::Status Await() = 0;
+    // From an earlier mark of this device to this one, once both are reached.
+    virtual double SecondsSince(const Mark& earlier) const = 0;
+  };
+  // The device outlives it.
+  virtual absl::StatusOr<std::unique_ptr<Mark>> NewMark() = 0;
   // Empty until something happens after which no work can run in this process any more, whatever is
   // called then fails; then its kind, one of kFaultKinds.
   virtual std::string_view fault() const { return {}; }

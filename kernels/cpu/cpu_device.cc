@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
@@ -24,6 +25,23 @@ std::string CpuModel() {
   }
   return "CPU";
 }
+
+// All work before it has run inline.
+class SteadyMark : public Device::Mark {
+ public:
+  absl::Status Record(Stream) override {
+    reached_ = std::chrono::steady_clock::now();
+    return absl::OkStatus();
+  }
+  absl::Status Await() override { return absl::OkStatus(); }
+  double SecondsSince(const Mark& earlier) const override {
+    const auto begin = static_cast<const SteadyMark&>(earlier).reached_;
+    return std::chrono::duration<double>(reached_ - begin).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point reached_;
+};
 
 }  // namespace
 
@@ -52,13 +70,8 @@ absl::Status CpuDevice::Copy(void* dst, const void* src, size_t bytes, Stream) {
   return absl::OkStatus();
 }
 
-absl::Status CpuDevice::Mark(int mark, Stream) {
-  marks_[mark] = std::chrono::steady_clock::now();
-  return absl::OkStatus();
-}
-
-double CpuDevice::Seconds(int from, int to) {
-  return std::chrono::duration<double>(marks_[to] - marks_[from]).count();
+absl::StatusOr<std::unique_ptr<Device::Mark>> CpuDevice::NewMark() {
+  return std::make_unique<SteadyMark>();
 }
 
 }  // namespace prefilld::cpu

@@ -1,9 +1,8 @@
 // Host memory as a device. Threads: any. Nothing here blocks.
 #pragma once
 
-#include <array>
-#include <chrono>
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -31,11 +30,9 @@ class CpuDevice : public Device {
   // All work runs inline.
   absl::Status Wait(Stream, Stream) override { return absl::OkStatus(); }
   absl::Status Synchronize(Stream) override { return absl::OkStatus(); }
-  absl::Status Mark(int mark, Stream) override;
-  double Seconds(int from, int to) override;
+  absl::StatusOr<std::unique_ptr<Mark>> NewMark() override;
 
  private:
-  std::array<std::chrono::steady_clock::time_point, kMarks> marks_;
   std::string name_;  // "AMD EPYC 9755 (AVX3)"
 };
 

@@ -90,25 +90,27 @@ StagesCall CallOf(const Trial& trial, const Tensors& tensors, int64_t tokens) {
   return call;
 }
 
-double Of(const PhaseSeconds& phases, Phase phase) { return phases[static_cast<size_t>(phase)]; }
-
 // Dense and the default method in turn, the median of each.
-absl::StatusOr<Points> TimeLength(Stages& stages, const Trial& trial, const Tensors& tensors,
-                                  int64_t tokens) {
+absl::StatusOr<Points> TimeLength(Stages& stages, StepClock& clock, const Trial& trial,
+                                  const Tensors& tensors, int64_t tokens) {
   std::vector<double> dense_seconds, sparse_seconds, select_seconds;
   double density = 1;
   for (int round = 0; round < 2 * trial.rounds; ++round) {
     StagesCall call = CallOf(trial, tensors, tokens);
     const bool dense = round % 2 == 0;
     if (dense) call.args.policy = DenseInsteadOf(call.args.policy);
-    if (absl::Status status = stages.Run(call); !status.ok()) return status;
+    absl::Status status = stages.Prepare(call);
+    if (status.ok()) status = clock.Start();
+    if (status.ok()) status = clock.Await(stages.Enqueue(call));
+    if (status.ok()) status = stages.Collect(call);
+    if (!status.ok()) return status;
     if (round < 2) continue;
-    const double select = Of(call.phases, Phase::kSelect);
-    const double attention = Of(call.phases, Phase::kAttention);
+    const PhaseSeconds phases = clock.Read();
+    const double select = Of(phases, Phase::kSelect), attention = Of(phases, Phase::kAttention);
     if (dense) {
       dense_seconds.push_back(select + attention);
     } else {
-      select_seconds.push_back(Of(call.phases, Phase::kEstimate) + select);
+      select_seconds.push_back(Of(phases, Phase::kEstimate) + select);
       sparse_seconds.push_back(attention);
       density = MeanDensity(call.args.shape, call.report.data());
     }
@@ -120,13 +122,13 @@ absl::StatusOr<Points> TimeLength(Stages& stages, const Trial& trial, const Tens
 }
 
 // Dense attention and selection over random sequences.
-absl::Status CalibrateAttention(Device& device, Stages& stages, CostModel& cost) {
+absl::Status CalibrateAttention(Device& device, Stages& stages, StepClock& clock, CostModel& cost) {
   const Trial& trial = device.host_memory() ? kHostTrial : kDeviceTrial;
   auto tensors = MakeTensors(device, trial);
   if (!tensors.ok()) return tensors.status();
   std::vector<CostCurve::Point> dense, sparse, select;
   for (const int64_t tokens : trial.lengths) {
-    auto points = TimeLength(stages, trial, *tensors, tokens);
+    auto points = TimeLength(stages, clock, trial, *tensors, tokens);
     if (!points.ok()) return points.status();
     dense.push_back(points->dense);
     sparse.push_back(points->sparse);
@@ -136,14 +138,13 @@ absl::Status CalibrateAttention(Device& device, Stages& stages, CostModel& cost)
   return absl::OkStatus();
 }
 
-absl::Status CalibrateLinear(Backend& backend, CostModel& cost) {
+absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost) {
   constexpr int kLinear = 512;
   std::vector<float> x(kLinear * kLinear, 0.5f), weight(x), y(x.size());
   auto linear = backend.ops().PrepareLinear(weight.data(), nullptr, DType::kF32, kLinear, kLinear);
   if (!linear.ok()) return linear.status();
-  Device& device = backend.device();
   for (int round = 0; round < 3; ++round) {
-    absl::Status status = device.Mark(0, kStream);
+    absl::Status status = clock.Start();
     if (status.ok()) {
       status = backend.ops().Apply({.linear = linear->get(),
                                     .x = x.data(),
@@ -153,11 +154,11 @@ absl::Status CalibrateLinear(Backend& backend, CostModel& cost) {
                                     .tokens = kLinear},
                                    kStream);
     }
-    if (status.ok()) status = device.Mark(1, kStream);
-    if (status.ok()) status = device.Synchronize(kStream);
-    if (!status.ok()) return status;
+    if (status.ok()) status = clock.End(Phase::kLinear);
+    if (status = clock.Await(status); !status.ok()) return status;
+    const double seconds = Of(clock.Read(), Phase::kLinear);
     for (int follow = 0; follow < 10 * round; ++follow) {
-      cost.ObserveLinear(kLinear, int64_t{kLinear} * kLinear, device.Seconds(0, 1));
+      cost.ObserveLinear(kLinear, int64_t{kLinear} * kLinear, seconds);
     }
   }
   return absl::OkStatus();
@@ -165,10 +166,10 @@ absl::Status CalibrateLinear(Backend& backend, CostModel& cost) {
 
 }  // namespace
 
-absl::Status Calibrate(Backend& backend, Stages& stages, CostModel& cost) {
-  absl::Status status = CalibrateAttention(backend.device(), stages, cost);
+absl::Status Calibrate(Backend& backend, Stages& stages, StepClock& clock, CostModel& cost) {
+  absl::Status status = CalibrateAttention(backend.device(), stages, clock, cost);
   // Models run where their linear layers do.
-  if (status.ok() && backend.device().host_memory()) status = CalibrateLinear(backend, cost);
+  if (status.ok() && backend.device().host_memory()) status = CalibrateLinear(backend, clock, cost);
   return status;
 }
 

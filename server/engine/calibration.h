@@ -10,6 +10,6 @@ namespace prefilld {
 
 // Times calls of a few lengths; less than two seconds. Blocks; before the first thread that asks
 // the cost model.
-absl::Status Calibrate(Backend& backend, Stages& stages, CostModel& cost);
+absl::Status Calibrate(Backend& backend, Stages& stages, StepClock& clock, CostModel& cost);
 
 }  // namespace prefilld

@@ -15,24 +15,12 @@ namespace {
 
 constexpr Stream kStream{};
 
-// Runs `work`, waits for the device and adds the seconds to a phase.
-template <typename Work>
-absl::Status Timed(Device& device, double& phase, Work&& work) {
-  const absl::Time begin = absl::Now();
-  absl::Status status = work();
-  if (status.ok()) status = device.Synchronize(kStream);
-  phase += absl::ToDoubleSeconds(absl::Now() - begin);
-  return status;
-}
-
-double& Of(PhaseSeconds& phases, Phase phase) { return phases[static_cast<size_t>(phase)]; }
-
 }  // namespace
 
 Engine::Engine(Backend& backend, Metrics& metrics, int inject_fault_after)
     : backend_(backend), metrics_(metrics), attends_to_fault_(inject_fault_after) {}
 
-absl::Status Engine::Calibrate() { return prefilld::Calibrate(backend_, stages_, cost_); }
+absl::Status Engine::Calibrate() { return prefilld::Calibrate(backend_, stages_, clock_, cost_); }
 
 // What one head adds to the metrics.
 void Engine::Observe(const std::string& model, const HeadReport& head, bool measured) {
@@ -114,59 +102,75 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
     job->report.entries.resize(static_cast<size_t>(info.layers) * info.q_heads);
     job->report.captured_mass_measured = Measures(batch->policy);
   }
-  absl::Status status = Timed(backend_.device(), Of(batch->phases, Phase::kLinear),
-                              [&] { return batch->model->Begin(batch->prompts, kStream); });
+  absl::Status status = clock_.Start();
+  if (status.ok()) status = batch->model->Begin(batch->prompts, kStream);
+  if (status.ok()) status = clock_.End(Phase::kLinear);
+  status = clock_.Await(status);
   if (!status.ok()) return status;
+  batch->phases = clock_.Read();
   return batch;
 }
 
 absl::Status Engine::RunLayer(Batch& batch) {
-  Transformer& model = *batch.model;
-  const ModelInfo& info = model.info();
-  const int layer = batch.next_layer;
+  const ModelInfo& info = batch.model->info();
   const int64_t tokens = batch.prompts.tokens();
   if (absl::Status status = EnsureScratch(info, tokens); !status.ok()) return status;
-  Device& device = backend_.device();
-  PhaseSeconds phases{};
-
-  absl::Status status = Timed(device, Of(phases, Phase::kLinear), [&] {
-    return model.ProjectQkv(layer, batch.prompts, layer_, kStream);
-  });
+  StagesCall call = LayerCall(batch);
+  absl::Status status = stages_.Prepare(call);
   if (!status.ok()) return status;
-
-  status = Timed(device, Of(phases, Phase::kHandoff), [&] { return StoreKv(batch, layer); });
+  status = clock_.Await(EnqueueLayer(batch, call));
+  if (status.ok()) status = stages_.Collect(call);
   if (!status.ok()) return status;
+  const PhaseSeconds phases = clock_.Read();
+  stages_.Observe(call, phases);
+  cost_.ObserveLinear(tokens, info.layer_weights, Of(phases, Phase::kLinear));
+  CommitLayer(batch, call.report);
+  Add(phases, batch.phases);
+  ++batch.next_layer;
+  return absl::OkStatus();
+}
 
-  const int heads = info.q_heads;
+// Attention of the next layer, over what is in the scratch.
+StagesCall Engine::LayerCall(const Batch& batch) const {
+  const ModelInfo& info = batch.model->info();
+  const std::vector<int64_t>& ends = batch.prompts.cu_seqlens;
+  const int64_t q_stride = int64_t{info.q_heads} * info.head_dim;
+  const int64_t kv_stride = int64_t{info.kv_heads} * info.head_dim;
   StagesCall call;
   call.dense_reason = batch.dense_reason;
   AttentionArgs& args = call.args;
-  args.shape = {DType::kF32,
-                heads,
-                info.kv_heads,
-                info.head_dim,
-                batch.prompts.cu_seqlens,
-                batch.prompts.cu_seqlens};
+  args.shape = {DType::kF32, info.q_heads, info.kv_heads, info.head_dim, ends, ends};
   args.policy = batch.policy;
   args.softmax_scale = 1 / std::sqrt(static_cast<double>(info.head_dim));
-  args.q = {layer_.q, int64_t{heads} * info.head_dim, info.head_dim};
-  args.k = {layer_.k, int64_t{info.kv_heads} * info.head_dim, info.head_dim};
-  args.v = {layer_.v, int64_t{info.kv_heads} * info.head_dim, info.head_dim};
-  args.o = {layer_.o, int64_t{heads} * info.head_dim, info.head_dim};
+  args.q = {layer_.q, q_stride, info.head_dim};
+  args.k = {layer_.k, kv_stride, info.head_dim};
+  args.v = {layer_.v, kv_stride, info.head_dim};
+  args.o = {layer_.o, q_stride, info.head_dim};
   if (batch.jobs.size() == 1) args.cancelled = &batch.jobs[0]->cancelled;
-  status = stages_.Run(call);
-  if (!status.ok()) return status;
-  stages_.Observe(call);
-  for (size_t phase = 0; phase < phases.size(); ++phase) phases[phase] += call.phases[phase];
+  return call;
+}
 
-  status = Timed(device, Of(phases, Phase::kLinear),
-                 [&] { return model.FinishLayer(layer, batch.prompts, layer_, kStream); });
-  if (!status.ok()) return status;
-  cost_.ObserveLinear(tokens, info.layer_weights, Of(phases, Phase::kLinear));
+// All of a layer, phase by phase.
+absl::Status Engine::EnqueueLayer(Batch& batch, StagesCall& call) {
+  Transformer& model = *batch.model;
+  const int layer = batch.next_layer;
+  absl::Status status = clock_.Start();
+  if (status.ok()) status = model.ProjectQkv(layer, batch.prompts, layer_, kStream);
+  if (status.ok()) status = clock_.End(Phase::kLinear);
+  if (status.ok()) status = StoreKv(batch, layer);
+  if (status.ok()) status = clock_.End(Phase::kHandoff);
+  if (status.ok()) status = stages_.Enqueue(call);
+  if (status.ok()) status = model.FinishLayer(layer, batch.prompts, layer_, kStream);
+  return status.ok() ? clock_.End(Phase::kLinear) : status;
+}
 
+// report: [jobs, heads].
+void Engine::CommitLayer(Batch& batch, const std::vector<HeadReport>& report) {
+  const ModelInfo& info = batch.model->info();
+  const int layer = batch.next_layer, heads = info.q_heads;
   for (size_t s = 0; s < batch.jobs.size(); ++s) {
     Job& job = *batch.jobs[s];
-    const HeadReport* entries = call.report.data() + s * heads;
+    const HeadReport* entries = report.data() + s * heads;
     std::copy_n(entries, heads, job.report.entries.begin() + int64_t{layer} * heads);
     const bool measured = job.report.captured_mass_measured;
     double density = 0, captured = 0;
@@ -185,9 +189,6 @@ absl::Status Engine::RunLayer(Batch& batch) {
       cost_.ObserveDensity((job.tokens() + kKvBlockTokens - 1) / kKvBlockTokens, density);
     }
   }
-  for (size_t phase = 0; phase < phases.size(); ++phase) batch.phases[phase] += phases[phase];
-  ++batch.next_layer;
-  return absl::OkStatus();
 }
 
 // Writes the layer's K and V, rounded to the cache's dtype, into each job's blocks.
@@ -217,28 +218,23 @@ absl::Status Engine::StoreKv(Batch& batch, int layer) {
 }
 
 absl::Status Engine::Finish(Batch& batch) {
-  absl::Status status = Timed(backend_.device(), Of(batch.phases, Phase::kLinear), [&] {
-    for (size_t s = 0; s < batch.jobs.size(); ++s) {
-      PrefillWork& work = *batch.jobs[s]->prefill;
-      if (!work.return_logits) continue;
-      work.logits.resize(batch.model->info().vocab_size);
-      absl::Status logits = batch.model->Logits(batch.prompts, batch.prompts.cu_seqlens[s + 1] - 1,
-                                                1, work.logits.data(), kStream);
-      if (!logits.ok()) return logits;
-    }
-    return absl::OkStatus();
-  });
-  for (const auto& job : batch.jobs) TakePhases(batch, *job);
+  absl::Status status = clock_.Start();
+  for (size_t s = 0; s < batch.jobs.size() && status.ok(); ++s) {
+    PrefillWork& work = *batch.jobs[s]->prefill;
+    if (!work.return_logits) continue;
+    work.logits.resize(batch.model->info().vocab_size);
+    status = batch.model->Logits(batch.prompts, batch.prompts.cu_seqlens[s + 1] - 1, 1,
+                                 work.logits.data(), kStream);
+  }
+  if (status.ok()) status = clock_.End(Phase::kLinear);
+  status = clock_.Await(status);
+  if (status.ok()) Add(clock_.Read(), batch.phases);
+  for (const auto& job : batch.jobs) Add(batch.phases, job->phases);
   return status;
 }
 
-void Engine::TakePhases(const Batch& batch, Job& job) {
-  for (size_t phase = 0; phase < job.phases.size(); ++phase)
-    job.phases[phase] += batch.phases[phase];
-}
-
 void Engine::Remove(Batch& batch, size_t index) {
-  TakePhases(batch, *batch.jobs[index]);
+  Add(batch.phases, batch.jobs[index]->phases);
   PrefillBatch& prompts = batch.prompts;
   const int64_t begin = prompts.cu_seqlens[index], end = prompts.cu_seqlens[index + 1];
   const int64_t hidden = batch.model->info().hidden_size;
@@ -251,6 +247,14 @@ void Engine::Remove(Batch& batch, size_t index) {
   for (size_t s = index + 1; s < prompts.cu_seqlens.size(); ++s)
     prompts.cu_seqlens[s] -= end - begin;
   batch.jobs.erase(batch.jobs.begin() + static_cast<std::ptrdiff_t>(index));
+}
+
+absl::Status Engine::EnqueueAttend(StagesCall& call) {
+  Device& device = backend_.device();
+  absl::Status status = clock_.Start();
+  if (status.ok()) status = device.Wait(kStream, device.upload_stream());
+  if (status.ok()) status = clock_.End(Phase::kUpload);
+  return status.ok() ? stages_.Enqueue(call) : status;
 }
 
 absl::Status Engine::RunAttend(Job& job) {
@@ -280,23 +284,18 @@ absl::Status Engine::RunAttend(Job& job) {
   call.o_bytes = work.o.bytes();
   call.host_lse = work.host_lse.data();
   call.lse_bytes = work.lse.bytes();
-  Device& device = backend_.device();
-  constexpr int kUploading = 5;
-  status = device.Mark(kUploading, kStream);
-  if (status.ok()) status = device.Wait(kStream, device.upload_stream());
-  if (status.ok()) status = stages_.Run(call);
+  status = stages_.Prepare(call);
+  if (status.ok()) status = clock_.Await(EnqueueAttend(call));
   NoteFault();
+  if (status.ok()) status = stages_.Collect(call);
   if (!status.ok()) return status;
-  Of(call.phases, Phase::kUpload) += device.Seconds(kUploading, 0);
-  stages_.Observe(call);
-
-  const absl::Time begin = absl::Now();
-  if (work.return_block_index) status = stages_.CopyIndex(args.index, heads, work);
-  if (!status.ok()) return status;
-  Of(call.phases, Phase::kHandoff) += absl::ToDoubleSeconds(absl::Now() - begin);
-  for (size_t phase = 0; phase < job.phases.size(); ++phase) {
-    job.phases[phase] += call.phases[phase];
+  stages_.Observe(call, clock_.Read());
+  if (work.return_block_index) {
+    status = stages_.CopyIndex(args.index, heads, work);
+    if (status.ok()) status = clock_.Await(clock_.End(Phase::kHandoff));
+    if (!status.ok()) return status;
   }
+  Add(clock_.Read(), job.phases);
   job.report = {.layers = shape.sequences(),
                 .heads = heads,
                 .entries = std::move(call.report),

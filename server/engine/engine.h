@@ -12,6 +12,7 @@
 #include "kernels/backend.h"
 #include "server/engine/cost.h"
 #include "server/engine/stages.h"
+#include "server/engine/step_clock.h"
 #include "server/job.h"
 #include "server/model/transformer.h"
 #include "server/record/metrics.h"
@@ -62,12 +63,16 @@ class Engine {
   void NoteFault();
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);
-  static void TakePhases(const Batch& batch, Job& job);
+  StagesCall LayerCall(const Batch& batch) const;
+  absl::Status EnqueueLayer(Batch& batch, StagesCall& call);
+  absl::Status EnqueueAttend(StagesCall& call);
+  void CommitLayer(Batch& batch, const std::vector<HeadReport>& report);
 
   Backend& backend_;
   Metrics& metrics_;
   CostModel cost_;
-  Stages stages_{backend_, cost_};
+  StepClock clock_{backend_.device(), Stream{}};
+  Stages stages_{backend_, cost_, clock_};
   Buffer scratch_;  // q, k, v, o of one layer, F32; grows to the largest batch seen
   LayerScratch layer_{};
   int attends_to_fault_;

@@ -9,8 +9,6 @@ namespace {
 constexpr Stream kStream{};
 constexpr int64_t kIndexStagingBytes = 8 << 20;
 
-double& Of(PhaseSeconds& phases, Phase phase) { return phases[static_cast<size_t>(phase)]; }
-
 // From what allocates: device or host memory.
 template <typename Allocate>
 absl::Status GrowBy(Allocate&& allocate, size_t bytes, Buffer& buffer) {
@@ -24,6 +22,15 @@ absl::Status GrowBy(Allocate&& allocate, size_t bytes, Buffer& buffer) {
 
 absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer) {
   return GrowBy([&](size_t size) { return device.AllocateHost(size); }, bytes, buffer);
+}
+
+size_t ReportEntries(const AttentionArgs& args) {
+  return static_cast<size_t>(args.shape.q_heads) * args.shape.sequences();
+}
+
+absl::Status CheckCancelled(const AttentionArgs& args) {
+  const bool cancelled = args.cancelled != nullptr && *args.cancelled;
+  return cancelled ? absl::CancelledError("cancelled") : absl::OkStatus();
 }
 
 }  // namespace
@@ -56,86 +63,79 @@ double MeanDensity(const AttentionShape& shape, const HeadReport* report) {
   return computed / all;
 }
 
-absl::Status Stages::Run(StagesCall& call) {
+absl::Status Stages::Prepare(StagesCall& call) {
   AttentionArgs& args = call.args;
   Device& device = backend_.device();
   const auto sequences = SplitIntoBlocks(args.shape, args.policy.block_size);
   args.index.rows = TotalRows(sequences);
   args.index.stride = MaxKeyBlocks(sequences);
   const size_t rows = static_cast<size_t>(args.shape.q_heads) * args.index.rows;
-  const size_t heads = static_cast<size_t>(args.shape.q_heads) * sequences.size();
   absl::Status status = Grow(device, rows * sizeof(int32_t), index_count_);
   if (status.ok()) status = Grow(device, rows * args.index.stride * sizeof(uint16_t), index_);
-  if (status.ok()) status = GrowHost(device, heads * sizeof(HeadReport), report_);
+  if (status.ok()) status = GrowHost(device, ReportEntries(args) * sizeof(HeadReport), report_);
   if (!status.ok()) return status;
   args.index.count = index_count_.as<int32_t>();
   args.index.index = index_.as<uint16_t>();
   args.report = report_.as<HeadReport>();
-
-  const CostModel::Work work = CostModel::WorkOf(args.shape);
-  status = Enqueue(call, work);
-  // Also what failed half way has work on the device, in memory that the caller may give back.
-  const absl::Status done = device.Synchronize(kStream);
-  if (status.ok()) status = done;
-  if (status.ok() && args.cancelled != nullptr && *args.cancelled) {
-    status = absl::CancelledError("cancelled");
-  }
-  if (!status.ok()) return status;
-  call.report.assign(args.report, args.report + heads);
-  if (call.dense_reason != DenseReason::kNone) {
-    for (HeadReport& entry : call.report) entry.dense_reason = call.dense_reason;
-  }
-  constexpr Phase kPhases[] = {Phase::kEstimate, Phase::kSelect, Phase::kAttention,
-                               Phase::kHandoff};
-  for (int i = 0; i < 4; ++i) Of(call.phases, kPhases[i]) += device.Seconds(i, i + 1);
   return absl::OkStatus();
 }
 
-// All of a call, with a mark between phases.
-absl::Status Stages::Enqueue(StagesCall& call, const CostModel::Work& work) {
+absl::Status Stages::Enqueue(StagesCall& call) {
   AttentionArgs& args = call.args;
   Device& device = backend_.device();
-  absl::Status status = device.Mark(0, kStream);
-  if (status.ok()) status = backend_.EstimatePattern(args, kStream);
-  if (status.ok()) status = device.Mark(1, kStream);
-  if (status.ok()) status = backend_.SelectBlocks(args, kStream);
-  if (call.open && args.policy.method != Method::kDense) {
-    // What was kept is known now: where that is too much, only the selection was in vain.
-    if (status.ok()) status = device.Synchronize(kStream);
-    if (!status.ok()) return status;
-    const double density = MeanDensity(args.shape, args.report);
-    if (args.policy.method == Method::kJoint) cost_.ObserveDensity(work.k_blocks, density);
-    if (!cost_.SparseIsFaster(work, density)) {
-      args.policy = DenseInsteadOf(args.policy);
-      call.dense_reason = DenseReason::kBelowCrossover;
-      status = backend_.EstimatePattern(args, kStream);
-      if (status.ok()) status = backend_.SelectBlocks(args, kStream);
-    }
-  }
+  absl::Status status = backend_.EstimatePattern(args, kStream);
+  if (status.ok()) status = clock_.End(Phase::kEstimate);
+  if (status.ok()) status = Select(call);
   if (status.ok() && Measures(args.policy)) status = backend_.MeasureCapturedMass(args, kStream);
-  if (status.ok()) status = device.Mark(2, kStream);
+  if (status.ok()) status = clock_.End(Phase::kSelect);
   if (status.ok()) status = backend_.Attend(args, kStream);
-  if (status.ok()) status = device.Mark(3, kStream);
+  if (status.ok()) status = clock_.End(Phase::kAttention);
   if (status.ok() && call.host_o != nullptr) {
     status = device.Copy(call.host_o, args.o.data, call.o_bytes, kStream);
   }
   if (status.ok() && call.host_lse != nullptr) {
     status = device.Copy(call.host_lse, args.lse, call.lse_bytes, kStream);
   }
-  if (status.ok()) status = device.Mark(4, kStream);
-  return status;
+  if (status.ok()) status = clock_.End(Phase::kHandoff);
+  return status.ok() ? CheckCancelled(args) : status;
 }
 
-// What one call teaches the cost model.
-void Stages::Observe(const StagesCall& call) {
+absl::Status Stages::Select(StagesCall& call) {
+  AttentionArgs& args = call.args;
+  absl::Status status = backend_.SelectBlocks(args, kStream);
+  if (!status.ok() || !call.open || args.policy.method == Method::kDense) return status;
+  // What was kept is known now: where that is too much, only the selection was in vain.
+  status = backend_.device().Synchronize(kStream);
+  if (!status.ok()) return status;
+  const CostModel::Work work = CostModel::WorkOf(args.shape);
+  const double density = MeanDensity(args.shape, args.report);
+  if (args.policy.method == Method::kJoint) cost_.ObserveDensity(work.k_blocks, density);
+  if (cost_.SparseIsFaster(work, density)) return absl::OkStatus();
+  args.policy = DenseInsteadOf(args.policy);
+  call.dense_reason = DenseReason::kBelowCrossover;
+  status = backend_.EstimatePattern(args, kStream);
+  return status.ok() ? backend_.SelectBlocks(args, kStream) : status;
+}
+
+absl::Status Stages::Collect(StagesCall& call) {
+  const AttentionArgs& args = call.args;
+  if (absl::Status cancelled = CheckCancelled(args); !cancelled.ok()) return cancelled;
+  call.report.assign(args.report, args.report + ReportEntries(args));
+  if (call.dense_reason != DenseReason::kNone) {
+    for (HeadReport& entry : call.report) entry.dense_reason = call.dense_reason;
+  }
+  return absl::OkStatus();
+}
+
+void Stages::Observe(const StagesCall& call, const PhaseSeconds& phases) {
   const AttentionShape& shape = call.args.shape;
   const CostModel::Work work = CostModel::WorkOf(shape);
-  const double estimate = call.phases[static_cast<size_t>(Phase::kEstimate)];
-  const double select = call.phases[static_cast<size_t>(Phase::kSelect)];
-  const double attention = call.phases[static_cast<size_t>(Phase::kAttention)];
+  const double select = Of(phases, Phase::kSelect), attention = Of(phases, Phase::kAttention);
   if (call.args.policy.method != Method::kDense) {
     // What is open becomes joint or dense: the others' selection says nothing about that.
-    if (call.args.policy.method == Method::kJoint) cost_.ObserveSelect(work, estimate + select);
+    if (call.args.policy.method == Method::kJoint) {
+      cost_.ObserveSelect(work, Of(phases, Phase::kEstimate) + select);
+    }
     cost_.ObserveSparse(work, MeanDensity(shape, call.report.data()), attention);
   } else if (!call.open) {  // else the time is that of both
     // Without the estimate, which of dense is the making of a plan, once a shape.

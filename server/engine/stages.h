@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "kernels/backend.h"
 #include "server/engine/cost.h"
+#include "server/engine/step_clock.h"
 #include "server/job.h"
 
 namespace prefilld {
@@ -19,25 +20,32 @@ struct StagesCall {
   void *host_o = nullptr, *host_lse = nullptr;  // where o and lse are copied, or null
   size_t o_bytes = 0, lse_bytes = 0;
   std::vector<HeadReport> report;  // [sequences, q_heads], out
-  PhaseSeconds phases{};           // out
 };
 
 class Stages {
  public:
-  Stages(Backend& backend, CostModel& cost) : backend_(backend), cost_(cost) {}
+  Stages(Backend& backend, CostModel& cost, StepClock& clock)
+      : backend_(backend), cost_(cost), clock_(clock) {}
 
-  // Blocks for the length of the call. The index in call.args stays until the next one.
-  absl::Status Run(StagesCall& call);
+  // Takes what memory is missing. Before anything of the call's step is enqueued.
+  absl::Status Prepare(StagesCall& call);
+  // All of a call, phase by phase; waits only where the method is open, after selecting. CANCELLED
+  // where stage 3 was left to the host and may have stopped early.
+  absl::Status Enqueue(StagesCall& call);
+  // After the step's wait: call.report. The index in call.args stays until the next call.
+  absl::Status Collect(StagesCall& call);
+
   // What the call teaches the cost model.
-  void Observe(const StagesCall& call);
+  void Observe(const StagesCall& call, const PhaseSeconds& phases);
   // The index of the last call, as a caller gets it: to work.block_count and what follows. Blocks.
   absl::Status CopyIndex(const BlockIndexView& index, int heads, AttendWork& work);
 
  private:
-  absl::Status Enqueue(StagesCall& call, const CostModel::Work& work);
+  absl::Status Select(StagesCall& call);
 
   Backend& backend_;
   CostModel& cost_;
+  StepClock& clock_;
   // Of the call that runs; grow to the largest seen.
   Buffer index_count_, index_, report_;
   Buffer index_staging_;  // host: where a block index passes through on its way to a caller

@@ -22,6 +22,7 @@ namespace prefilld {
 class FakeDevice : public Device {
  public:
   enum class Kind { kDevice, kHost };
+  static constexpr double kSecondsBetweenMarks = 1e-6;
   struct Copied {
     const void* dst;
     const void* src;
@@ -48,18 +49,14 @@ class FakeDevice : public Device {
     }
     return absl::OkStatus();
   }
-  absl::Status Wait(Stream, Stream before) override { return Synchronize(before); }
+  absl::Status Wait(Stream, Stream before) override { return Reach(before); }
   absl::Status Synchronize(Stream stream) override {
-    if (lost_) return absl::InternalError("an illegal memory access");
-    absl::MutexLock lock(&mutex_);
-    if (stream.handle == nullptr) return absl::OkStatus();
-    for (const Copied& copy : std::exchange(pending_, {})) {
-      std::memcpy(const_cast<void*>(copy.dst), copy.src, copy.bytes);
-    }
-    return absl::OkStatus();
+    if (stream.handle == nullptr) ++waits_;
+    return Reach(stream);
   }
-  absl::Status Mark(int, Stream) override { return absl::OkStatus(); }
-  double Seconds(int, int) override { return 0; }
+  absl::StatusOr<std::unique_ptr<Mark>> NewMark() override {
+    return std::make_unique<FakeMark>(*this);
+  }
   std::string_view fault() const override { return lost_ ? "illegal_address" : ""; }
   std::string_view uuid() const override { return "GPU-fake"; }
   // The address, with which this process can do what others do with a real one.
@@ -74,6 +71,7 @@ class FakeDevice : public Device {
   }
 
   void Lose() { lost_ = true; }
+  int waits() const { return waits_; }  // for the stream of the stages
   // From now on no more than this of a kind at a time.
   void Limit(Kind kind, size_t bytes) {
     absl::MutexLock lock(&mutex_);
@@ -101,6 +99,34 @@ class FakeDevice : public Device {
   }
 
  private:
+  // All before this point of a stream is done.
+  absl::Status Reach(Stream stream) {
+    if (lost_) return absl::InternalError("an illegal memory access");
+    absl::MutexLock lock(&mutex_);
+    if (stream.handle == nullptr) return absl::OkStatus();
+    for (const Copied& copy : std::exchange(pending_, {})) {
+      std::memcpy(const_cast<void*>(copy.dst), copy.src, copy.bytes);
+    }
+    return absl::OkStatus();
+  }
+  class FakeMark : public Mark {
+   public:
+    explicit FakeMark(FakeDevice& device) : device_(device) {}
+    absl::Status Record(Stream stream) override {
+      stream_ = stream;
+      recorded_ = ++device_.marks_recorded_;
+      return absl::OkStatus();
+    }
+    absl::Status Await() override { return device_.Reach(stream_); }
+    double SecondsSince(const Mark& earlier) const override {
+      return kSecondsBetweenMarks * (recorded_ - static_cast<const FakeMark&>(earlier).recorded_);
+    }
+
+   private:
+    FakeDevice& device_;
+    Stream stream_;
+    int recorded_ = 0;
+  };
   struct Live {
     Kind kind;
     size_t bytes;
@@ -141,6 +167,7 @@ class FakeDevice : public Device {
   }
 
   std::atomic<bool> lost_{false};
+  std::atomic<int> waits_{0}, marks_recorded_{0};
   char upload_ = 0;  // its address names the stream
   mutable absl::Mutex mutex_;
   std::map<const void*, Live> live_ ABSL_GUARDED_BY(mutex_);

@@ -35,6 +35,27 @@ cudaError_t WaitFor(cudaStream_t stream, cudaStream_t before) {
   return error;
 }
 
+class EventMark : public Device::Mark {
+ public:
+  EventMark(CudaDevice& device, cudaEvent_t event) : device_(device), event_(event) {}
+  ~EventMark() override { cudaEventDestroy(event_); }
+
+  absl::Status Record(Stream stream) override {
+    return device_.Check(cudaEventRecord(event_, device_.stream(stream)), "event");
+  }
+  absl::Status Await() override { return device_.Check(cudaEventSynchronize(event_), "device"); }
+  double SecondsSince(const Mark& earlier) const override {
+    float milliseconds = 0;
+    const cudaEvent_t begin = static_cast<const EventMark&>(earlier).event_;
+    const cudaError_t error = cudaEventElapsedTime(&milliseconds, begin, event_);
+    return device_.Check(error, "event").ok() ? milliseconds * 1e-3 : 0;
+  }
+
+ private:
+  CudaDevice& device_;
+  const cudaEvent_t event_;
+};
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open() {
@@ -69,9 +90,6 @@ absl::Status CudaDevice::Init() {
   if (status.ok()) status = create(&streams_->compute);
   if (status.ok()) status = create(&streams_->upload);
   if (status.ok()) status = create(&zero_);
-  for (cudaEvent_t& mark : marks_) {
-    if (status.ok()) status = Check(cudaEventCreate(&mark), "event");
-  }
   if (!status.ok()) return status;
   name_ = absl::StrFormat("%s (sm_%d, %d SMs, %d GiB)", properties_.name, capability(),
                           multiprocessors(), properties_.totalGlobalMem >> 30);
@@ -85,9 +103,6 @@ absl::Status CudaDevice::Init() {
 
 CudaDevice::~CudaDevice() {
   if (zero_ != nullptr) cudaStreamDestroy(zero_);
-  for (cudaEvent_t mark : marks_) {
-    if (mark != nullptr) cudaEventDestroy(mark);
-  }
 }
 
 absl::Status CudaDevice::Check(cudaError_t error, std::string_view what) {
@@ -142,14 +157,12 @@ absl::Status CudaDevice::Synchronize(Stream on) {
   return status;
 }
 
-absl::Status CudaDevice::Mark(int mark, Stream on) {
-  return Check(cudaEventRecord(marks_[mark], stream(on)), "event");
-}
-
-double CudaDevice::Seconds(int from, int to) {
-  float milliseconds = 0;
-  const cudaError_t error = cudaEventElapsedTime(&milliseconds, marks_[from], marks_[to]);
-  return Check(error, "event").ok() ? milliseconds * 1e-3 : 0;
+absl::StatusOr<std::unique_ptr<Device::Mark>> CudaDevice::NewMark() {
+  cudaEvent_t event;
+  // Who waits sleeps: the thread that submits work needs the processor more.
+  absl::Status status = Check(cudaEventCreateWithFlags(&event, cudaEventBlockingSync), "event");
+  if (!status.ok()) return status;
+  return std::make_unique<EventMark>(*this, event);
 }
 
 std::vector<Device::Memory> CudaDevice::memory() const {

@@ -6,7 +6,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <array>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -35,8 +34,7 @@ class CudaDevice : public Device {
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override;
   absl::Status Wait(Stream stream, Stream before) override;
   absl::Status Synchronize(Stream stream) override;
-  absl::Status Mark(int mark, Stream stream) override;
-  double Seconds(int from, int to) override;
+  absl::StatusOr<std::unique_ptr<Mark>> NewMark() override;
   std::string_view fault() const override { return fault_.load(); }
   std::vector<Memory> memory() const override;
   std::string_view uuid() const override { return uuid_; }
@@ -60,7 +58,6 @@ class CudaDevice : public Device {
   std::shared_ptr<Streams> streams_ = std::make_shared<Streams>();
   cudaStream_t zero_ = nullptr;  // where new memory is zeroed: behind no upload and no stage
   std::shared_ptr<MemoryPool> device_pool_, pinned_pool_;
-  std::array<cudaEvent_t, kMarks> marks_{};
   std::atomic<const char*> fault_{""};
 };
 

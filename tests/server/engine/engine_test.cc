@@ -24,6 +24,34 @@ class SilentSink : public JobSink {
   std::vector<double> densities;
 };
 
+// Prompts of the fixture's model, with a place for their caches.
+class Prompts {
+ public:
+  explicit Prompts(Backend& backend)
+      : model_(*Transformer::Load("m", PREFILLD_FIXTURES "/models/base", backend)),
+        pool_(*BlockPool::Create(backend.device(), size_t{64} << 20, 128 * 1024)) {}
+
+  const ModelInfo& info() const { return model_->info(); }
+  std::shared_ptr<Job> New(int64_t tokens, int salt, bool retain = true) const {
+    auto job = std::make_shared<Job>();
+    job->policy.method = Method::kJoint;
+    job->prefill = std::make_unique<PrefillWork>();
+    job->prefill->model = model_.get();
+    job->prefill->return_logits = true;
+    for (int64_t t = 0; t < tokens; ++t) {
+      job->prefill->token_ids.push_back(static_cast<uint32_t>((t * 31 + salt) % info().vocab_size));
+    }
+    job->prefill->cache = *KvCache::Create(
+        *pool_, {info().layers, info().kv_heads, info().head_dim, info().dtype, tokens}, retain);
+    job->sink = std::make_shared<SilentSink>();
+    return job;
+  }
+
+ private:
+  const std::unique_ptr<Transformer> model_;
+  const std::unique_ptr<BlockPool> pool_;
+};
+
 class EngineTest : public testing::Test {
  protected:
   std::shared_ptr<Job> NewAttend(int64_t tokens, SparsityPolicy policy) {
@@ -164,27 +192,53 @@ TEST_F(EngineTest, NoDeviceMemoryIsSaidAndTheNextJobRuns) {
   EXPECT_TRUE(engine.RunAttend(*NewAttend(100, {})).ok());
 }
 
+// The phases of a layer lie between marks: the device is waited for once, when all is enqueued.
+TEST_F(EngineTest, ALayerIsOneWaitAndItsPhasesComeFromMarks) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_);
+  Prompts prompts(fake);
+  auto batch = *engine.Begin({prompts.New(200, 5)});
+  for (int layer = 0; layer < prompts.info().layers; ++layer) {
+    const PhaseSeconds before = batch->phases;
+    const int waits = fake.device().waits();
+    ASSERT_TRUE(engine.RunLayer(*batch).ok());
+    EXPECT_EQ(fake.device().waits() - waits, 1);
+    const auto marks = [&](Phase phase) {
+      const size_t p = static_cast<size_t>(phase);
+      return std::lround((batch->phases[p] - before[p]) / FakeDevice::kSecondsBetweenMarks);
+    };
+    EXPECT_EQ(marks(Phase::kLinear), 2) << "before attention and after it";
+    EXPECT_EQ(marks(Phase::kEstimate), 1);
+    EXPECT_EQ(marks(Phase::kSelect), 1);
+    EXPECT_EQ(marks(Phase::kAttention), 1);
+    EXPECT_EQ(marks(Phase::kHandoff), 2)
+        << "K and V to the cache, and outputs, of which it has none";
+    EXPECT_EQ(marks(Phase::kQueue) + marks(Phase::kUpload), 0);
+  }
+}
+
+TEST_F(EngineTest, TheUploadAndTheCopyOfTheIndexArePhasesOfAnAttend) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_);
+  auto job = NewAttend(300, {.method = Method::kJoint});
+  job->attend->return_block_index = true;
+  ASSERT_TRUE(engine.RunAttend(*job).ok());
+  const auto marks = [&](Phase phase) {
+    return std::lround(job->phases[static_cast<size_t>(phase)] / FakeDevice::kSecondsBetweenMarks);
+  };
+  EXPECT_EQ(marks(Phase::kUpload), 1);
+  EXPECT_EQ(marks(Phase::kEstimate), 1);
+  EXPECT_EQ(marks(Phase::kSelect), 1);
+  EXPECT_EQ(marks(Phase::kAttention), 1);
+  EXPECT_EQ(marks(Phase::kHandoff), 2) << "of the outputs, and of the index";
+}
+
 // Two prompts in one ragged batch, one of them taken out half way: the other's K, V and logits are
 // those of a run alone.
 TEST_F(EngineTest, ABatchGivesEachPromptWhatItGetsAlone) {
-  auto model = Transformer::Load("m", PREFILLD_FIXTURES "/models/base", *backend_);
-  ASSERT_TRUE(model.ok()) << model.status();
-  const ModelInfo& info = (*model)->info();
-  auto pool = *BlockPool::Create(backend_->device(), size_t{64} << 20, 128 * 1024);
-  const auto prompt = [&](int64_t tokens, int salt) {
-    auto job = std::make_shared<Job>();
-    job->policy.method = Method::kJoint;
-    job->prefill = std::make_unique<PrefillWork>();
-    job->prefill->model = model->get();
-    job->prefill->return_logits = true;
-    for (int64_t t = 0; t < tokens; ++t) {
-      job->prefill->token_ids.push_back(static_cast<uint32_t>((t * 31 + salt) % info.vocab_size));
-    }
-    job->prefill->cache = *KvCache::Create(
-        *pool, {info.layers, info.kv_heads, info.head_dim, info.dtype, tokens}, true);
-    job->sink = std::make_shared<SilentSink>();
-    return job;
-  };
+  Prompts prompts(*backend_);
+  const ModelInfo& info = prompts.info();
+  const auto prompt = [&](int64_t tokens, int salt) { return prompts.New(tokens, salt); };
   auto alone = prompt(200, 5), together = prompt(200, 5), leaving = prompt(150, 9);
   auto single = *engine_.Begin({alone});
   while (!single->done()) ASSERT_TRUE(engine_.RunLayer(*single).ok());

@@ -1,0 +1,46 @@
+// Where the time of a step goes, on the device's clock: every phase ends at a mark in the stream,
+// and all are read after the step's one wait. Owned by the engine, whose thread alone uses it.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/backend.h"
+#include "server/job.h"
+
+namespace prefilld {
+
+class StepClock {
+ public:
+  StepClock(Device& device, Stream stream) : device_(device), stream_(stream) {}
+
+  // A step begins: what is enqueued from now on belongs to its first phase.
+  absl::Status Start();
+  // What was enqueued since Start, or the last End, is of this phase.
+  absl::Status End(Phase phase);
+  // The step's wait, also for what was enqueued of one that failed half way (`enqueued` says why):
+  // it uses memory that its caller may give back. The first that went wrong of both.
+  absl::Status Await(absl::Status enqueued);
+  // Of all phases that have ended since Start; after Await.
+  PhaseSeconds Read() const;
+
+ private:
+  absl::Status Record();
+
+  Device& device_;
+  const Stream stream_;
+  std::vector<std::unique_ptr<Device::Mark>> marks_;  // as many as the longest step needs
+  std::vector<Phase> phases_;                         // phases_[i] ends at marks_[i + 1]
+};
+
+inline double& Of(PhaseSeconds& phases, Phase phase) { return phases[static_cast<size_t>(phase)]; }
+inline double Of(const PhaseSeconds& phases, Phase phase) {
+  return phases[static_cast<size_t>(phase)];
+}
+inline void Add(const PhaseSeconds& more, PhaseSeconds& phases) {
+  for (size_t phase = 0; phase < phases.size(); ++phase) phases[phase] += more[phase];
+}
+
+}  // namespace prefilld
