@@ -44,8 +44,8 @@ struct JobReport {
   double MeanCapturedMass() const;  // 0 when not measured
 };
 
-// Told by the scheduler's thread; must not block. OnFinished comes exactly once, last, and after it
-// the job's results (outputs, phases, report) are read-only for everyone.
+// Told by the completion queue's thread, in order; must not block. OnFinished comes exactly once,
+// last, and after it the job's results (outputs, phases, report) are read-only for everyone.
 class JobSink {
  public:
   virtual ~JobSink() = default;
@@ -81,6 +81,7 @@ struct PrefillWork {
   std::shared_ptr<KvCache> cache;
   bool return_logits = false;
   std::vector<float> logits;  // [vocab_size], by the engine
+  absl::Status committed;     // by the completion thread: why the layers end where they do
 };
 
 struct Job {

@@ -124,7 +124,8 @@ absl::Status Engine::RunLayer(Batch& batch) {
   const PhaseSeconds phases = clock_.Read();
   stages_.Observe(call, phases);
   cost_.ObserveLinear(tokens, info.layer_weights, Of(phases, Phase::kLinear));
-  CommitLayer(batch, call.report);
+  status = PostCommit(batch, std::move(call.report));
+  if (!status.ok()) return status;
   Add(phases, batch.phases);
   ++batch.next_layer;
   return absl::OkStatus();
@@ -165,29 +166,54 @@ absl::Status Engine::EnqueueLayer(Batch& batch, StagesCall& call) {
 }
 
 // report: [jobs, heads].
-void Engine::CommitLayer(Batch& batch, const std::vector<HeadReport>& report) {
-  const ModelInfo& info = batch.model->info();
-  const int layer = batch.next_layer, heads = info.q_heads;
+absl::Status Engine::PostCommit(const Batch& batch, std::vector<HeadReport> report) {
+  const int layer = batch.next_layer, heads = batch.model->info().q_heads;
+  LayerTicket ticket{.layer = layer, .on_failed = batch.on_failed};
   for (size_t s = 0; s < batch.jobs.size(); ++s) {
     Job& job = *batch.jobs[s];
     const HeadReport* entries = report.data() + s * heads;
     std::copy_n(entries, heads, job.report.entries.begin() + int64_t{layer} * heads);
-    const bool measured = job.report.captured_mass_measured;
-    double density = 0, captured = 0;
+    LayerTicket::Part part{.job = batch.jobs[s]};
     for (int h = 0; h < heads; ++h) {
-      density += entries[h].density / heads;
-      captured += entries[h].captured_mass / heads;
-      Observe(info.name, entries[h], measured);
+      part.density += entries[h].density / heads;
+      part.captured_mass += entries[h].captured_mass / heads;
     }
-    metrics_.LayerDensity(info.name, layer, density);
-    if (layer == 0) {
+    if (batch.policy.method == Method::kJoint) {
+      cost_.ObserveDensity((job.tokens() + kKvBlockTokens - 1) / kKvBlockTokens, part.density);
+    }
+    ticket.parts.push_back(std::move(part));
+  }
+  ticket.report = std::move(report);
+  auto mark = backend_.device().NewMark();
+  if (!mark.ok()) return mark.status();
+  if (absl::Status status = (*mark)->Record(kStream); !status.ok()) return status;
+  completions_.Post(*std::move(mark), [this, ticket = std::move(ticket)](const absl::Status& work) {
+    Commit(ticket, work);
+  });
+  return absl::OkStatus();
+}
+
+void Engine::Commit(const LayerTicket& ticket, const absl::Status& work) {
+  for (size_t s = 0; s < ticket.parts.size(); ++s) {
+    const LayerTicket::Part& part = ticket.parts[s];
+    Job& job = *part.job;
+    PrefillWork& prefill = *job.prefill;
+    if (prefill.committed.ok()) prefill.committed = work;  // a layer without the one before is none
+    if (!prefill.committed.ok()) {
+      if (ticket.on_failed) ticket.on_failed(part.job, prefill.committed);
+      continue;
+    }
+    const ModelInfo& info = prefill.model->info();
+    const bool measured = job.report.captured_mass_measured;
+    for (int h = 0; h < info.q_heads; ++h) {
+      Observe(info.name, ticket.report[s * info.q_heads + h], measured);
+    }
+    metrics_.LayerDensity(info.name, ticket.layer, part.density);
+    if (ticket.layer == 0) {
       metrics_.time_to_first_layer.Observe(absl::ToDoubleSeconds(absl::Now() - job.arrival));
     }
-    job.prefill->cache->Commit(layer);
-    job.sink->OnLayerReady(layer, density, measured ? captured : 0);
-    if (batch.policy.method == Method::kJoint) {
-      cost_.ObserveDensity((job.tokens() + kKvBlockTokens - 1) / kKvBlockTokens, density);
-    }
+    prefill.cache->Commit(ticket.layer);
+    job.sink->OnLayerReady(ticket.layer, part.density, measured ? part.captured_mass : 0);
   }
 }
 

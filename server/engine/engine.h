@@ -1,15 +1,18 @@
 // The engine: owns the device and runs one step at a time on it, a layer of a batch of prompts or
 // one Attend; measures phases, density and captured mass while it does. The scheduler's thread
-// alone calls it (Cost may be asked by any thread); every call blocks for the length of the step.
+// alone calls it, but for what says otherwise; a step blocks until the device has done it. What
+// follows a step, a layer that is committed and its sinks, runs on the completion queue's thread.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "kernels/backend.h"
+#include "server/engine/completion_queue.h"
 #include "server/engine/cost.h"
 #include "server/engine/stages.h"
 #include "server/engine/step_clock.h"
@@ -28,6 +31,8 @@ struct Batch {
   DenseReason dense_reason = DenseReason::kNone;  // set when dense replaced an unspecified method
   int next_layer = 0;
   PhaseSeconds phases{};  // of the steps so far; every job of the batch waited for all of it
+  // A layer of the job could not be committed, and no later one will be. Completion thread.
+  std::function<void(const std::shared_ptr<Job>& job, const absl::Status& why)> on_failed;
 
   bool done() const { return next_layer == model->info().layers; }
 };
@@ -45,7 +50,8 @@ class Engine {
 
   // Embeds the prompts; the batch owns its residual stream from now on.
   absl::StatusOr<std::unique_ptr<Batch>> Begin(std::vector<std::shared_ptr<Job>> jobs);
-  // Computes next_layer and commits its K and V to each job's cache. Every cache CanCompute it.
+  // Computes next_layer. Its K and V are committed to each job's cache, and the sinks told, by a
+  // completion. Every cache CanCompute it.
   absl::Status RunLayer(Batch& batch);
   // After the last layer: the logits of the jobs that asked for them.
   absl::Status Finish(Batch& batch);
@@ -54,10 +60,25 @@ class Engine {
 
   absl::Status RunAttend(Job& job);
 
+  // Where a job's end goes: behind the commits of its layers.
+  CompletionQueue& completions() { return completions_; }
+
   // UNAVAILABLE once a fault has taken the device: no job can run any more. Thread: any.
   absl::Status CheckDevice() const;
 
  private:
+  // A layer on its way to its caches and sinks; it owns what it needs of the batch.
+  struct LayerTicket {
+    struct Part {
+      std::shared_ptr<Job> job;
+      double density = 0, captured_mass = 0;  // means over the heads
+    };
+    int layer = 0;
+    std::vector<Part> parts;
+    std::vector<HeadReport> report;  // [parts, heads]
+    std::function<void(const std::shared_ptr<Job>&, const absl::Status&)> on_failed;
+  };
+
   void Observe(const std::string& model, const HeadReport& head, bool measured);
   SparsityPolicy Decide(const Job& job, const AttentionShape& shape, DenseReason* reason);
   void NoteFault();
@@ -66,7 +87,8 @@ class Engine {
   StagesCall LayerCall(const Batch& batch) const;
   absl::Status EnqueueLayer(Batch& batch, StagesCall& call);
   absl::Status EnqueueAttend(StagesCall& call);
-  void CommitLayer(Batch& batch, const std::vector<HeadReport>& report);
+  absl::Status PostCommit(const Batch& batch, std::vector<HeadReport> report);
+  void Commit(const LayerTicket& ticket, const absl::Status& work);
 
   Backend& backend_;
   Metrics& metrics_;
@@ -77,6 +99,7 @@ class Engine {
   LayerScratch layer_{};
   int attends_to_fault_;
   bool fault_noted_ = false;
+  CompletionQueue completions_;  // goes first: what it runs uses the others
 };
 
 }  // namespace prefilld

@@ -110,8 +110,8 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   // --- pulls ---
   // FAILED_PRECONDITION when closed.
   absl::StatusOr<std::unique_ptr<Transfer>> Open(std::function<void()> abort);
-  // Calls `ready` exactly once, inline or later from the engine's thread, with a pin, or with the
-  // reason why this layer will never be readable.
+  // Calls `ready` exactly once, inline or later from the thread that commits, with a pin, or with
+  // the reason why this layer will never be readable.
   void WhenReady(int layer, Ready ready);
   void Delivered(int layer);  // retain = false: frees it once its pins are gone
 

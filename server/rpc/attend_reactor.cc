@@ -298,7 +298,7 @@ void AttendReactor::OnFinished(const absl::Status& status) {
   outputs_ =
       std::make_shared<AttendOutputs>(job_, ragged_, segment_.exists() ? &segment_ : nullptr);
   if (!segment_.exists()) return Answer();
-  if (segment_.shm != nullptr && staged) {  // too much for the scheduler's thread: one of gRPC's
+  if (segment_.shm != nullptr && staged) {  // too much for the completion thread: one of gRPC's
     place_ = std::make_unique<grpc::Alarm>();
     place_->Set(absl::ToChronoTime(absl::Now()), [weak = weak_from_this()](bool fired) {
       const auto self = fired ? weak.lock() : nullptr;

@@ -42,6 +42,7 @@ Scheduler::~Scheduler() {
     stop_ = wake_ = true;
   }
   thread_.join();
+  engine_.completions().Flush();  // they tell us
 }
 
 absl::Status Scheduler::CheckOpen(const Job& job) const {
@@ -290,6 +291,9 @@ void Scheduler::StartBatch(size_t first) {
     for (const auto& job : jobs) End(job, batch.status());
     return;
   }
+  (*batch)->on_failed = [this](const std::shared_ptr<Job>& job, const absl::Status& why) {
+    Cancel(job, why);
+  };
   active_.push_back({*std::move(batch), absl::Now()});
   Advance(active_.size() - 1);
 }
@@ -323,24 +327,30 @@ std::shared_ptr<Job> Scheduler::TakeWaiting(size_t index) {
   return job;
 }
 
-// A started job leaves the server.
-void Scheduler::End(const std::shared_ptr<Job>& job, const absl::Status& result) {
+// A started job leaves the server, behind its layers that are on their way.
+void Scheduler::End(std::shared_ptr<Job> job, absl::Status result) {
+  engine_.completions().Post(nullptr, [this, job = std::move(job), result = std::move(result)](
+                                          const absl::Status&) { Finish(*job, result); });
+}
+
+// On the completion thread.
+void Scheduler::Finish(Job& job, const absl::Status& result) {
+  const bool committed = !job.prefill || job.prefill->committed.ok();
+  absl::Status status = committed ? result : job.prefill->committed;
   // Memory that the device or the host has not got now may be there later.
-  const absl::Status status =
-      absl::IsResourceExhausted(result) && !FactsOf(result).retry_after
-          ? RetryLater(result.code(), "device_memory", result.message(), absl::Seconds(1))
-          : result;
+  if (absl::IsResourceExhausted(status) && !FactsOf(status).retry_after) {
+    status = RetryLater(status.code(), "device_memory", status.message(), absl::Seconds(1));
+  }
   metrics_.running.Decrement();
-  if (status.ok()) metrics_.tokens_total.Increment(static_cast<double>(job->tokens()));
-  if (job->prefill) {
-    job->prefill->cache->SetOnSlotFree(nullptr);
-    if (!status.ok()) job->prefill->cache->Fail(status);
+  if (status.ok()) metrics_.tokens_total.Increment(static_cast<double>(job.tokens()));
+  if (job.prefill) {
+    job.prefill->cache->SetOnSlotFree(nullptr);
+    if (!status.ok()) job.prefill->cache->Fail(status);
   }
-  for (size_t phase = 0; phase < job->phases.size(); ++phase) {
-    if (job->phases[phase] > 0)
-      metrics_.ObservePhase(static_cast<Phase>(phase), job->phases[phase]);
+  for (size_t phase = 0; phase < job.phases.size(); ++phase) {
+    if (job.phases[phase] > 0) metrics_.ObservePhase(static_cast<Phase>(phase), job.phases[phase]);
   }
-  job->sink->OnFinished(status);
+  job.sink->OnFinished(status);
   absl::MutexLock lock(&mutex_);
   --jobs_;
 }

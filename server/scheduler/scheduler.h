@@ -2,7 +2,7 @@
 // ready jobs, groups short prompts into ragged batches, and runs one step at a time: a layer of one
 // batch, or one Attend. Which step is next is policy.h's decision. Cancellation and deadlines are
 // honoured between steps. RPC threads call Admit, UploadDone and Cancel; none of them waits for a
-// step.
+// step. Jobs end, and their sinks hear of it, on the engine's completion thread.
 #pragma once
 
 #include <atomic>
@@ -82,7 +82,8 @@ class Scheduler {
   void Advance(size_t active);
   void RunAttend(size_t waiting);
   std::shared_ptr<Job> TakeWaiting(size_t index);
-  void End(const std::shared_ptr<Job>& job, const absl::Status& result);
+  void End(std::shared_ptr<Job> job, absl::Status result);
+  void Finish(Job& job, const absl::Status& result);
   bool EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status);
   void PublishLoad();
   void Wake();

@@ -71,6 +71,22 @@ class FakeDevice : public Device {
   }
 
   void Lose() { lost_ = true; }
+  // Who waits for a mark waits until ReleaseMarks.
+  void HoldMarks() {
+    absl::MutexLock lock(&mutex_);
+    marks_held_ = true;
+  }
+  void ReleaseMarks() {
+    absl::MutexLock lock(&mutex_);
+    marks_held_ = false;
+  }
+  // The work before a mark will have failed, though the stages' stream has not: a copy, say.
+  void FailMarks() { marks_fail_ = true; }
+  void AwaitHeldMark() const {  // until somebody does
+    absl::MutexLock lock(&mutex_);
+    const auto waits = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return mark_waiters_ > 0; };
+    mutex_.Await(absl::Condition(&waits));
+  }
   int waits() const { return waits_; }  // for the stream of the stages
   // From now on no more than this of a kind at a time.
   void Limit(Kind kind, size_t bytes) {
@@ -99,6 +115,13 @@ class FakeDevice : public Device {
   }
 
  private:
+  void PassMark() {
+    absl::MutexLock lock(&mutex_);
+    const auto free = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return !marks_held_; };
+    ++mark_waiters_;
+    mutex_.Await(absl::Condition(&free));
+    --mark_waiters_;
+  }
   // All before this point of a stream is done.
   absl::Status Reach(Stream stream) {
     if (lost_) return absl::InternalError("an illegal memory access");
@@ -117,7 +140,11 @@ class FakeDevice : public Device {
       recorded_ = ++device_.marks_recorded_;
       return absl::OkStatus();
     }
-    absl::Status Await() override { return device_.Reach(stream_); }
+    absl::Status Await() override {
+      device_.PassMark();
+      if (device_.marks_fail_) return absl::InternalError("a copy failed");
+      return device_.Reach(stream_);
+    }
     double SecondsSince(const Mark& earlier) const override {
       return kSecondsBetweenMarks * (recorded_ - static_cast<const FakeMark&>(earlier).recorded_);
     }
@@ -166,7 +193,7 @@ class FakeDevice : public Device {
     return bytes;
   }
 
-  std::atomic<bool> lost_{false};
+  std::atomic<bool> lost_{false}, marks_fail_{false};
   std::atomic<int> waits_{0}, marks_recorded_{0};
   char upload_ = 0;  // its address names the stream
   mutable absl::Mutex mutex_;
@@ -174,6 +201,8 @@ class FakeDevice : public Device {
   std::map<Kind, size_t> limits_ ABSL_GUARDED_BY(mutex_);
   std::vector<Copied> copied_ ABSL_GUARDED_BY(mutex_), pending_ ABSL_GUARDED_BY(mutex_);
   bool freed_under_a_copy_ ABSL_GUARDED_BY(mutex_) = false;
+  bool marks_held_ ABSL_GUARDED_BY(mutex_) = false;
+  int mark_waiters_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 // The CPU's stages on that device.

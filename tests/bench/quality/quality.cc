@@ -111,6 +111,7 @@ class Laboratory {
     while (!(*batch)->done()) {
       const int layer = (*batch)->next_layer;
       if (absl::Status status = engine_.RunLayer(**batch); !status.ok()) return status;
+      engine_.completions().Flush();
       (*cache)->Delivered(layer);
     }
     job->prefill->cache = nullptr;  // its blocks are the next run's

@@ -4,53 +4,16 @@
 
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <random>
+#include <thread>
 
-#include "server/kv/kv_cache.h"
 #include "server/record/errors.h"
 #include "tests/server/fake_device.h"
+#include "tests/server/prompts.h"
 
 namespace prefilld {
 namespace {
-
-class SilentSink : public JobSink {
- public:
-  void OnLayerReady(int layer, double density, double) override {
-    layers.push_back(layer);
-    densities.push_back(density);
-  }
-  void OnFinished(const absl::Status&) override {}
-  std::vector<int> layers;
-  std::vector<double> densities;
-};
-
-// Prompts of the fixture's model, with a place for their caches.
-class Prompts {
- public:
-  explicit Prompts(Backend& backend)
-      : model_(*Transformer::Load("m", PREFILLD_FIXTURES "/models/base", backend)),
-        pool_(*BlockPool::Create(backend.device(), size_t{64} << 20, 128 * 1024)) {}
-
-  const ModelInfo& info() const { return model_->info(); }
-  std::shared_ptr<Job> New(int64_t tokens, int salt, bool retain = true) const {
-    auto job = std::make_shared<Job>();
-    job->policy.method = Method::kJoint;
-    job->prefill = std::make_unique<PrefillWork>();
-    job->prefill->model = model_.get();
-    job->prefill->return_logits = true;
-    for (int64_t t = 0; t < tokens; ++t) {
-      job->prefill->token_ids.push_back(static_cast<uint32_t>((t * 31 + salt) % info().vocab_size));
-    }
-    job->prefill->cache = *KvCache::Create(
-        *pool_, {info().layers, info().kv_heads, info().head_dim, info().dtype, tokens}, retain);
-    job->sink = std::make_shared<SilentSink>();
-    return job;
-  }
-
- private:
-  const std::unique_ptr<Transformer> model_;
-  const std::unique_ptr<BlockPool> pool_;
-};
 
 class EngineTest : public testing::Test {
  protected:
@@ -247,9 +210,11 @@ TEST_F(EngineTest, ABatchGivesEachPromptWhatItGetsAlone) {
   auto batch = *engine_.Begin({leaving, together});
   ASSERT_TRUE(engine_.RunLayer(*batch).ok());
   engine_.Remove(*batch, 0);
+  engine_.completions().Flush();
   leaving->prefill->cache->Fail(absl::CancelledError("test"));
   while (!batch->done()) ASSERT_TRUE(engine_.RunLayer(*batch).ok());
   ASSERT_TRUE(engine_.Finish(*batch).ok());
+  engine_.completions().Flush();
 
   ASSERT_EQ(alone->prefill->logits.size(), static_cast<size_t>(info.vocab_size));
   double difference = 0, norm = 0;
@@ -258,9 +223,88 @@ TEST_F(EngineTest, ABatchGivesEachPromptWhatItGetsAlone) {
     norm += std::pow(alone->prefill->logits[i], 2);
   }
   EXPECT_LT(std::sqrt(difference / norm), 1e-5);
-  EXPECT_EQ(static_cast<SilentSink&>(*together->sink).layers.size(),
-            static_cast<size_t>(info.layers));
-  EXPECT_EQ(static_cast<SilentSink&>(*leaving->sink).layers.size(), 1u);
+  EXPECT_EQ(Prompts::SinkOf(together).layers.size(), static_cast<size_t>(info.layers));
+  EXPECT_EQ(Prompts::SinkOf(leaving).layers.size(), 1u);
+}
+
+std::vector<int> FirstLayers(int count) {
+  std::vector<int> layers(count);
+  std::iota(layers.begin(), layers.end(), 0);
+  return layers;
+}
+
+// Who reads a layer may take long over it: the engine goes on, and the others hear in order.
+TEST_F(EngineTest, ASlowReaderDelaysNoLayer) {
+  Prompts prompts(*backend_);
+  auto slow = prompts.New(150, 5), other = prompts.New(150, 9);
+  absl::Notification read_on;
+  slow->prefill->cache->WhenReady(0, [&](auto pin) {
+    EXPECT_TRUE(pin.ok());
+    read_on.WaitForNotification();
+  });
+  auto batch = *engine_.Begin({slow, other});
+  while (!batch->done()) ASSERT_TRUE(engine_.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine_.Finish(*batch).ok());
+  read_on.Notify();
+  engine_.completions().Flush();
+  for (const auto& job : {slow, other}) {
+    EXPECT_EQ(Prompts::SinkOf(job).layers, FirstLayers(prompts.info().layers));
+    EXPECT_TRUE(job->prefill->cache->complete());
+    for (const std::thread::id thread : Prompts::SinkOf(job).threads) {
+      EXPECT_NE(thread, std::this_thread::get_id());
+    }
+  }
+}
+
+// A layer is committed when its ticket says so, not when it was computed, and its batch may be
+// gone.
+TEST_F(EngineTest, ALayerIsCommittedByItsTicket) {
+  FakeBackend fake;
+  Prompts prompts(fake);
+  Engine engine(fake, metrics_);
+  auto job = prompts.New(150, 5);
+  const std::weak_ptr<KvCache> cache = job->prefill->cache;
+  auto sink = std::static_pointer_cast<LayerSink>(job->sink);
+  fake.device().HoldMarks();
+  auto batch = *engine.Begin({std::move(job)});
+  while (!batch->done()) ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  batch.reset();
+  ASSERT_FALSE(cache.expired()) << "its tickets own it";
+  EXPECT_FALSE(cache.lock()->complete());
+  fake.device().AwaitHeldMark();
+  fake.device().ReleaseMarks();
+  engine.completions().Flush();
+  EXPECT_EQ(sink->layers, FirstLayers(prompts.info().layers));
+  EXPECT_TRUE(cache.expired());
+}
+
+// A stream that fails behind the stages: what had arrived stays, and nothing after it comes.
+TEST_F(EngineTest, ATicketThatFailsFailsItsJobsOnce) {
+  FakeBackend fake;
+  Prompts prompts(fake);
+  Engine engine(fake, metrics_);
+  auto one = prompts.New(150, 5), two = prompts.New(140, 9);
+  auto batch = *engine.Begin({one, two});
+  std::vector<absl::Status> failed;
+  batch->on_failed = [&](const std::shared_ptr<Job>&, const absl::Status& why) {
+    failed.push_back(why);
+  };
+  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  engine.completions().Flush();
+  EXPECT_TRUE(failed.empty());
+  fake.device().HoldMarks();
+  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  fake.device().AwaitHeldMark();
+  fake.device().Lose();
+  fake.device().ReleaseMarks();
+  engine.completions().Flush();
+  EXPECT_EQ(failed.size(), 2u);
+  for (const auto& job : {one, two}) {
+    EXPECT_EQ(job->prefill->committed.code(), absl::StatusCode::kInternal);
+    EXPECT_EQ(Prompts::SinkOf(job).layers, FirstLayers(1));
+    EXPECT_FALSE(job->prefill->cache->complete());
+  }
+  EXPECT_FALSE(engine.RunLayer(*batch).ok());
 }
 
 }  // namespace

@@ -3,9 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <thread>
 
 #include "absl/synchronization/notification.h"
 #include "server/record/errors.h"
+#include "tests/server/fake_device.h"
+#include "tests/server/prompts.h"
 
 namespace prefilld {
 namespace {
@@ -216,6 +219,129 @@ TEST_F(SchedulerTest, StoppingEndsWhatIsLeft) {
     ASSERT_TRUE(scheduler.Admit(job).ok());
   }
   EXPECT_EQ(SinkOf(job).Wait().code(), absl::StatusCode::kUnavailable);
+}
+
+// Prompts on a device whose work ends when the test says so.
+class PrefillTest : public testing::Test {
+ protected:
+  bool InOrder(const LayerSink& sink) const {
+    for (size_t i = 0; i < sink.layers.size(); ++i) {
+      if (sink.layers[i] != static_cast<int>(i)) return false;
+    }
+    return !sink.after_the_end;
+  }
+  static constexpr int layers() { return Prompts::kLayers; }
+
+  FakeBackend backend_;
+  Prompts prompts_{backend_};
+  Metrics metrics_;
+  Engine engine_{backend_, metrics_};
+};
+
+TEST_F(PrefillTest, AJobEndsBehindTheCommitOfItsLastLayer) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = prompts_.New(150, 5), other = prompts_.New(140, 9);
+  backend_.device().HoldMarks();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  ASSERT_TRUE(scheduler.Admit(other).ok());
+  backend_.device().AwaitHeldMark();
+  EXPECT_FALSE(scheduler.WaitIdle(absl::Now() + absl::Milliseconds(100)));
+  EXPECT_FALSE(Prompts::SinkOf(job).finished());
+  backend_.device().ReleaseMarks();
+  for (const auto& each : {job, other}) {
+    EXPECT_TRUE(Prompts::SinkOf(each).Wait().ok());
+    EXPECT_EQ(Prompts::SinkOf(each).layers.size(), static_cast<size_t>(layers()));
+    EXPECT_TRUE(InOrder(Prompts::SinkOf(each)));
+    EXPECT_TRUE(each->prefill->cache->complete());
+  }
+  EXPECT_TRUE(scheduler.WaitIdle(absl::Now() + absl::Seconds(10)));
+}
+
+// Two layers' worth of blocks: each next layer waits for the delivery of one that a ticket commits.
+TEST_F(PrefillTest, AStreamedCachePassesThroughTwoSlots) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = prompts_.New(150, 5, /*retain=*/false);
+  const std::shared_ptr<KvCache> cache = job->prefill->cache;
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  for (int layer = 0; layer < layers(); ++layer) {
+    absl::Notification ready;
+    cache->WhenReady(layer, [&](auto pin) {
+      EXPECT_TRUE(pin.ok());
+      ready.Notify();
+    });
+    ASSERT_TRUE(ready.WaitForNotificationWithTimeout(absl::Seconds(20))) << layer;
+    cache->Delivered(layer);
+  }
+  EXPECT_TRUE(Prompts::SinkOf(job).Wait().ok());
+  EXPECT_TRUE(InOrder(Prompts::SinkOf(job)));
+}
+
+TEST_F(PrefillTest, AFailedTicketEndsTheJobThoughItWasComputed) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = prompts_.New(150, 5);
+  std::vector<absl::StatusCode> told;
+  absl::Notification all_told;
+  for (int layer = 0; layer < layers(); ++layer) {
+    job->prefill->cache->WhenReady(layer, [&](auto pin) {
+      told.push_back(pin.status().code());
+      if (told.size() == static_cast<size_t>(layers())) all_told.Notify();
+    });
+  }
+  backend_.device().HoldMarks();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  backend_.device().AwaitHeldMark();
+  backend_.device().FailMarks();
+  backend_.device().ReleaseMarks();
+  EXPECT_EQ(Prompts::SinkOf(job).Wait().code(), absl::StatusCode::kInternal);
+  EXPECT_TRUE(Prompts::SinkOf(job).layers.empty());
+  EXPECT_FALSE(Prompts::SinkOf(job).after_the_end);
+  ASSERT_TRUE(all_told.WaitForNotificationWithTimeout(absl::Seconds(20)));
+  for (const absl::StatusCode code : told) EXPECT_EQ(code, absl::StatusCode::kInternal);
+}
+
+// Where the job waits for its consumer, nothing but the ticket can tell the scheduler.
+TEST_F(PrefillTest, AFailedTicketEndsAJobThatWaitsForItsConsumer) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = prompts_.New(150, 5, /*retain=*/false);
+  backend_.device().FailMarks();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  EXPECT_EQ(Prompts::SinkOf(job).Wait().code(), absl::StatusCode::kInternal);
+}
+
+TEST_F(PrefillTest, ACancelledJobEndsBehindItsLayersOnTheirWay) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = prompts_.New(150, 5, /*retain=*/false);  // two layers, then it waits
+  backend_.device().HoldMarks();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  backend_.device().AwaitHeldMark();
+  scheduler.Cancel(job);
+  EXPECT_FALSE(Prompts::SinkOf(job).finished());
+  backend_.device().ReleaseMarks();
+  EXPECT_EQ(Prompts::SinkOf(job).Wait().code(), absl::StatusCode::kCancelled);
+  EXPECT_GE(Prompts::SinkOf(job).layers.size(), 1u);
+  EXPECT_TRUE(InOrder(Prompts::SinkOf(job)));
+}
+
+TEST_F(PrefillTest, StoppingWaitsForWhatIsOnItsWay) {
+  auto job = prompts_.New(150, 5), waiting = prompts_.New(140, 9);
+  std::thread device;
+  {
+    Scheduler scheduler(engine_, metrics_, {});
+    backend_.device().HoldMarks();
+    ASSERT_TRUE(scheduler.Admit(job).ok());
+    backend_.device().AwaitHeldMark();
+    ASSERT_TRUE(scheduler.Admit(waiting).ok());
+    device = std::thread([this] {
+      absl::SleepFor(absl::Milliseconds(50));
+      backend_.device().ReleaseMarks();
+    });
+  }
+  for (const auto& each : {job, waiting}) {
+    EXPECT_TRUE(Prompts::SinkOf(each).finished()) << "nobody would tell it now";
+    EXPECT_TRUE(InOrder(Prompts::SinkOf(each)));
+  }
+  EXPECT_GE(Prompts::SinkOf(job).layers.size(), 1u);
+  device.join();
 }
 
 }  // namespace
