@@ -65,7 +65,7 @@ Mask CausalMask(const SequenceBlocks& blocks) {
   return keep;
 }
 
-// Section 6: one row in each of 64 strata, others than joint's.
+// docs/sparse-attention.md, section 4: one row in each of 64 strata, others than joint's.
 std::vector<int64_t> MeasuredRows(int64_t sq) {
   std::vector<int64_t> rows;
   if (sq <= 64) {

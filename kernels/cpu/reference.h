@@ -1,4 +1,4 @@
-// The oracle: the specification of sparse prefill attention read literally, in double precision,
+// The oracle: docs/sparse-attention.md, the specification, read literally, in double precision,
 // one plain loop inside another, on one thread. Every other implementation is compared with it; it
 // shares no code with them and is never fast. Arguments are those of the stages (attention.h) and
 // must be such that Backend::Supports() accepts them.

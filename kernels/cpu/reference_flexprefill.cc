@@ -1,4 +1,5 @@
-// FlexPrefill as published and released, step by step; numbers are those of the specification.
+// FlexPrefill as published and released; numbers are the steps of docs/sparse-attention.md, section
+// 2.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -42,8 +42,8 @@ std::vector<int64_t> DescendingOrder(const std::vector<double>& x);
 // The base-2 radical inverse: the bits of r mirrored behind the point.
 double RadicalInverse(int64_t r);
 
-// Sections 2 and 3 of the specification. `keep` arrives all false. FlexPrefill returns kDense for
-// its short-prompt rule.
+// docs/sparse-attention.md, sections 2 and 3. `keep` arrives all false. FlexPrefill returns kDense
+// for its short-prompt rule.
 Pattern FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep);
 void Joint(const Head& head, const SparsityPolicy& policy, Mask* keep);
 

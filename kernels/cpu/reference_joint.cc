@@ -1,4 +1,4 @@
-// joint, step by step; numbers are those of the specification.
+// joint; numbers are the steps of docs/sparse-attention.md, section 3.
 #include <algorithm>
 #include <cmath>
 #include <limits>

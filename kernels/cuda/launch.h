@@ -85,7 +85,7 @@ cudaError_t FlexPrefillSelect(const Selection& selection, int multiprocessors, c
 // Every causal block, for method dense: count, index and report.
 cudaError_t SelectCausal(const Selection& selection, cudaStream_t stream);
 
-// Captured mass of every head on its own sampled rows (sparse-attention: 64, one a stratum); heads
+// Captured mass of every head on its own sampled rows (docs/sparse-attention.md, section 4); heads
 // whose mean is below min_captured_mass get every causal block. Reads count and index.
 size_t CapturedMassWorkspace(const Problem& problem);
 cudaError_t MeasureCapturedMass(const Selection& selection, double min_captured_mass,

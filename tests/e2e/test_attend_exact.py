@@ -1,4 +1,4 @@
-"""`prefillctl attend` computes what the specification says: index, output, LSE, captured mass."""
+"""`prefillctl attend` computes what docs/sparse-attention.md says: index, output, LSE, mass."""
 
 import json
 

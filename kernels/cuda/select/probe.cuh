@@ -12,7 +12,7 @@ namespace prefilld::cuda {
 
 constexpr int kProbeRows = 64;
 
-// Which rows are probed (sparse-attention.md, sections 3 and 6).
+// Which rows are probed (docs/sparse-attention.md, sections 3 and 4).
 enum class RowRule { kProbe, kMeasure };
 
 // Rows of a sequence: all where it has no more than 64, else one in each of 64 equal strata.

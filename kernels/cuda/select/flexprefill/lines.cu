@@ -11,9 +11,9 @@ constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kKeys = 64;
 constexpr int kBlocks = 4;
 
-// What is less than e^-87.05 of the largest is zero, as it is to the specification: exponents are
-// lowered by this much, so that the exponential underflows there. (87.05 lies between -87 and the
-// next logit, whatever the rounding.)
+// What is less than e^-87.05 of the largest is zero (docs/sparse-attention.md, section 2, step 1):
+// exponents are lowered by this much, so that the exponential underflows there. (87.05 lies between
+// -87 and the next logit, whatever the rounding.)
 constexpr float kLowered = 0.41339f;  // 126 - 87.05 log2 e
 
 struct Shape {

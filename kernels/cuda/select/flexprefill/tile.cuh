@@ -60,7 +60,8 @@ __device__ __forceinline__ void Widen8(const uint4& piece, float (&x)[8]) {
   }
 }
 
-// 1 / sqrt d in two floats, so that the product is rounded once: the quotient of the specification.
+// 1 / sqrt d in two floats, so that the product is rounded once: the quotient of
+// docs/sparse-attention.md, section 2, step 1.
 struct QueryScale {
   float high, low;
 };
