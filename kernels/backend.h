@@ -61,8 +61,8 @@ class Device {
   // are taken from the system at first touch.
   virtual absl::StatusOr<Buffer> Allocate(size_t bytes) = 0;
   // Host memory that the device reads and writes directly and copies at full speed; its contents
-  // are unspecified. Taking more of it is slow, so what is freed is kept for the next, up to a bound.
-  // Free it only when no enqueued work uses it any more.
+  // are unspecified. Taking more of it is slow, so what is freed is kept for the next, up to a
+  // bound. Free it only when no enqueued work uses it any more.
   virtual absl::StatusOr<Buffer> AllocateHost(size_t bytes) = 0;
   // The contents of this part of a buffer are of no use any more: what the system can have of its
   // memory it gets, until the part is written again. Unspecified until then.
@@ -92,7 +92,8 @@ class Device {
   // Empty until something happens after which no work can run in this process any more, whatever is
   // called then fails; then its kind, one of kFaultKinds.
   virtual std::string_view fault() const { return {}; }
-  static constexpr const char* kFaultKinds[] = {"illegal_address", "launch_failure", "ecc", "other"};
+  static constexpr const char* kFaultKinds[] = {"illegal_address", "launch_failure", "ecc",
+                                                "other"};
 
   // Bytes that the device's allocations hold now, by kind; empty where the system's tools tell.
   struct Memory {
@@ -102,9 +103,9 @@ class Device {
   virtual std::vector<Memory> memory() const { return {}; }
 
   // Device memory shared with other processes of this host. The uuid names the device to them
-  // ("GPU-..."), Export gives a handle (CUDA: the bytes of a cudaIpcMemHandle_t) under which they map
-  // a whole buffer of Allocate's, from its first byte, and nothing else; they see zeroes there. May
-  // wait for a step. Empty and UNIMPLEMENTED where there is no such thing.
+  // ("GPU-..."), Export gives a handle (CUDA: the bytes of a cudaIpcMemHandle_t) under which they
+  // map a whole buffer of Allocate's, from its first byte, and nothing else; they see zeroes there.
+  // May wait for a step. Empty and UNIMPLEMENTED where there is no such thing.
   virtual std::string_view uuid() const { return {}; }
   virtual absl::StatusOr<std::string> Export(const Buffer& buffer);
 };
@@ -114,7 +115,8 @@ class Backend {
   virtual ~Backend() = default;
   virtual std::string_view name() const = 0;  // "cpu"
   virtual Device& device() = 0;
-  virtual Ops& ops() = 0;
+  // A transformer's other operations; null where models cannot run.
+  virtual Ops* ops() = 0;
 
   // The admission check: UNIMPLEMENTED, naming what was asked and what exists. Threads: any.
   virtual absl::Status Supports(const AttentionShape& shape,
@@ -136,10 +138,10 @@ class Backend {
   }
 };
 
-// The closed table of backends: "cpu", "cuda", and "auto", which is cuda where this build and machine
-// have it, else cpu. threads: of the CPU, 0 means all processors. cuda_kernels: which set of kernels
-// cuda runs, "sm80", "sm90" or "auto", the best that the device has. INVALID_ARGUMENT for an unknown
-// name, UNAVAILABLE where there is no device for it.
+// The closed table of backends: "cpu", "cuda", and "auto", which is cuda where this build and
+// machine have it, else cpu. threads: of the CPU, 0 means all processors. cuda_kernels: which set
+// of kernels cuda runs, "sm80", "sm90" or "auto", the best that the device has. INVALID_ARGUMENT
+// for an unknown name, UNAVAILABLE where there is no device for it.
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads,
                                                        std::string_view cuda_kernels = "auto");
 

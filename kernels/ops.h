@@ -1,9 +1,14 @@
-// What a transformer needs besides attention. Activations are F32 row-major [tokens, width]; weights
-// keep the checkpoint's dtype where the device computes in it, else they are widened when prepared.
+// What a transformer needs besides attention, in pieces of a kernel or two each. Rows lie where
+// the device computes; what is constant (weights, norms, frequencies, the tokens of a batch) is
+// prepared once, in whatever form the backend likes. Operations are enqueued on the stream and do
+// not wait for it; what they are given stays until the stream is done. The engine thread alone
+// calls them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -15,59 +20,174 @@ struct Stream {
   void* handle = nullptr;  // null: the device's only stream
 };
 
-// A prepared weight [out_features, in_features] with its bias; made by Ops::PrepareLinear. It may
-// point into the memory it was prepared from, which must outlive it.
+// --- What is prepared. Made by Ops and given back to the same. It may point into the host memory
+// that it was prepared from, which must outlive it.
+
+// Maps of [in_features] that are read together (q, k and v; gate and up; or one), so that a backend
+// may stack them into one.
 class Linear {
  public:
   virtual ~Linear() = default;
-  virtual int64_t in_features() const = 0;
-  virtual int64_t out_features() const = 0;
+  // Device memory that a product of so many tokens uses while it runs.
+  virtual size_t WorkspaceBytes(int64_t tokens) const = 0;
+};
+struct LinearPart {
+  const void* weight = nullptr;  // [out_features, in_features] row-major, host memory
+  const void* bias = nullptr;    // [out_features] or null
+  int64_t out_features = 0;
+};
+struct LinearWeights {
+  std::vector<LinearPart> parts;
+  DType dtype = DType::kF32;
+  int64_t in_features = 0;
 };
 
-struct RopeArgs {
-  float* x = nullptr;               // [tokens, heads, head_dim], rotated in place
-  int64_t token_stride = 0;         // elements
-  int heads = 0;
+class Norm {
+ public:
+  virtual ~Norm() = default;
+};
+struct NormWeights {
+  const void* weight = nullptr;  // [width], host memory
+  DType dtype = DType::kF32;
+  int64_t width = 0;
+  float eps = 0;
+};
+
+class Embedding {
+ public:
+  virtual ~Embedding() = default;
+};
+struct EmbeddingWeights {
+  const void* table = nullptr;  // [vocabulary, width] row-major, host memory
+  DType dtype = DType::kF32;
+  int64_t vocabulary = 0;
+  int64_t width = 0;
+};
+
+// Which channels of a head turn together: i and i + rotary_dim / 2, or 2i and 2i + 1.
+enum class RotaryPairing : uint8_t { kHalf, kInterleaved };
+class Rotary {
+ public:
+  virtual ~Rotary() = default;
+};
+struct RotaryFrequencies {
+  std::vector<float> inverse;  // [rotary_dim / 2]; channels from rotary_dim on do not turn
+  RotaryPairing pairing = RotaryPairing::kHalf;
   int head_dim = 0;
-  const int32_t* positions = nullptr;       // [tokens]
-  const float* inverse_frequency = nullptr; // [head_dim / 2], rotate-half pairs (i, i + head_dim / 2)
+};
+
+// The tokens of a batch: their IDs and where each stands in its prompt.
+class PreparedTokens {
+ public:
+  virtual ~PreparedTokens() = default;
+};
+struct BatchTokens {
+  std::vector<uint32_t> ids;       // [tokens]
+  std::vector<int32_t> positions;  // [tokens]
+};
+
+// --- What is computed. y = x W^T + bias for each part of a linear.
+
+// out[t] = the table's row of token t. An ID beyond the table, which a caller has refused, reads
+// the last row.
+struct EmbedArgs {
+  const Embedding* embedding = nullptr;
+  const PreparedTokens* tokens = nullptr;
+  Rows out;  // [tokens, width]
+};
+
+// out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight, F32 inside. out may be x.
+struct NormalizeArgs {
+  const Norm* norm = nullptr;
+  Rows x, out;  // [tokens, width]
   int64_t tokens = 0;
+};
+
+// residual += y, of a linear of one part; with a norm also normed = the norm of the sum.
+struct AddProductArgs {
+  const Linear* linear = nullptr;
+  Rows x;         // [tokens, in_features]
+  Rows residual;  // [tokens, out_features]
+  int64_t tokens = 0;
+  const Norm* norm = nullptr;
+  Rows normed;  // [tokens, out_features]
+  void* workspace = nullptr;
+};
+
+// The three parts of a linear, q and k turned by their positions. Where the model has norms of
+// heads, each head of q and k is normalised before it turns.
+struct ProjectQkvArgs {
+  const Linear* linear = nullptr;
+  Rows x;     // [tokens, in_features]
+  Rows q;     // [tokens, q_heads, head_dim]
+  Rows k, v;  // [tokens, kv_heads, head_dim]
+  int q_heads = 0, kv_heads = 0;
+  const Norm *q_norm = nullptr, *k_norm = nullptr;  // of head_dim, or null
+  const Rotary* rotary = nullptr;
+  const PreparedTokens* batch = nullptr;
+  int64_t first = 0;  // the token of the batch that row 0 is
+  int64_t tokens = 0;
+  void* workspace = nullptr;
+};
+
+// out = silu(the first part) * the second.
+struct GateArgs {
+  const Linear* linear = nullptr;
+  Rows x;    // [tokens, in_features]
+  Rows out;  // [tokens, out_features of each part]
+  int64_t tokens = 0;
+  void* workspace = nullptr;
+};
+
+// The logits of the norm of x, in host memory once the stream is done.
+struct LogitsArgs {
+  const Norm* norm = nullptr;
+  const Linear* linear = nullptr;  // of one part
+  Rows x;                          // [tokens, in_features]
+  Rows normed;                     // [tokens, in_features], used while it runs
+  int64_t tokens = 0;
+  float* out = nullptr;  // [tokens, out_features], host memory
+  void* workspace = nullptr;
+};
+
+// Rounds K and V of a sequence to the target's dtype, to nearest even, and puts them there.
+struct WriteKvArgs {
+  Rows k, v;  // [tokens, kv_heads, head_dim]
+  int64_t tokens = 0;
+  int kv_heads = 0, head_dim = 0;
+  const KvTarget* target = nullptr;
+};
+
+// Takes rows [begin, end) out of [tokens, width]; those behind them move up.
+struct RemoveRowsArgs {
+  Rows rows;
+  int64_t width = 0;
+  int64_t tokens = 0;
+  int64_t begin = 0, end = 0;
 };
 
 class Ops {
  public:
   virtual ~Ops() = default;
 
-  // weight: [out, in] row-major of `dtype`; bias: [out] of `dtype` or null.
-  virtual absl::StatusOr<std::unique_ptr<Linear>> PrepareLinear(const void* weight, const void* bias,
-                                                                DType dtype, int64_t out_features,
-                                                                int64_t in_features) = 0;
-  // y[tokens, out] = x[tokens, in] W^T + bias; accumulate: y += ...
-  struct LinearArgs {
-    const Linear* linear = nullptr;
-    const float* x = nullptr;
-    int64_t x_stride = 0;  // elements between tokens
-    float* y = nullptr;
-    int64_t y_stride = 0;
-    int64_t tokens = 0;
-    bool accumulate = false;
-  };
-  virtual absl::Status Apply(const LinearArgs& args, Stream stream) = 0;
+  // The dtype of rows, for a model whose weights are of `weights`.
+  virtual DType activations(DType weights) const = 0;
 
-  // out[t] = table[ids[t]], table [vocab, width] of dtype.
-  virtual absl::Status Embed(const void* table, DType dtype, int64_t width, const uint32_t* ids,
-                             int64_t tokens, float* out, Stream stream) = 0;
-  // out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight, F32 throughout. out may be x.
-  virtual absl::Status RmsNorm(const float* x, const float* weight, float eps, int64_t width,
-                               int64_t tokens, float* out, Stream stream) = 0;
-  virtual absl::Status Rope(const RopeArgs& args, Stream stream) = 0;
-  // out = silu(gate) * up, elementwise over count values. out may be gate.
-  virtual absl::Status SwiGlu(const float* gate, const float* up, int64_t count, float* out,
-                              Stream stream) = 0;
-  // dst[rows, width] contiguous = round-to-nearest-even of src[rows, width] whose rows lie src_stride
-  // elements apart. Runs on the calling thread: callers split the work.
-  virtual absl::Status Convert(const float* src, int64_t src_stride, int64_t rows, int64_t width,
-                               DType dtype, void* dst, Stream stream) = 0;
+  // INVALID_ARGUMENT for a shape that the backend has no kernel for, RESOURCE_EXHAUSTED.
+  virtual absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) = 0;
+  virtual absl::StatusOr<std::unique_ptr<Norm>> Prepare(const NormWeights& weights) = 0;
+  virtual absl::StatusOr<std::unique_ptr<Embedding>> Prepare(const EmbeddingWeights& weights) = 0;
+  virtual absl::StatusOr<std::unique_ptr<Rotary>> Prepare(const RotaryFrequencies& frequencies) = 0;
+  virtual absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) = 0;
+
+  virtual absl::Status Embed(const EmbedArgs& args, Stream stream) = 0;
+  virtual absl::Status Normalize(const NormalizeArgs& args, Stream stream) = 0;
+  virtual absl::Status AddProduct(const AddProductArgs& args, Stream stream) = 0;
+  virtual absl::Status ProjectQkv(const ProjectQkvArgs& args, Stream stream) = 0;
+  virtual absl::Status Gate(const GateArgs& args, Stream stream) = 0;
+  virtual absl::Status Logits(const LogitsArgs& args, Stream stream) = 0;
+  virtual absl::Status WriteKv(const WriteKvArgs& args, Stream stream) = 0;
+  virtual absl::Status RemoveRows(const RemoveRowsArgs& args, Stream stream) = 0;
 };
 
 }  // namespace prefilld

@@ -138,8 +138,8 @@ absl::Status Server::LoadModels() {
       return Explain(absl::StrCat("--model=", source.name).c_str(), model.status());
     }
     const ModelInfo& info = (*model)->info();
-    const AttentionShape shape{DType::kF32,   info.q_heads, info.kv_heads,
-                               info.head_dim, {0, 1},       {0, 1}};
+    const AttentionShape shape{info.activations, info.q_heads, info.kv_heads,
+                               info.head_dim,    {0, 1},       {0, 1}};
     if (absl::Status status = backend_->Supports(shape, {.method = Method::kDense}); !status.ok()) {
       return Explain(absl::StrCat("--model=", source.name).c_str(), status);
     }

@@ -41,19 +41,19 @@ HWY_INLINE float SumOfSquares(const float* x, int64_t width) {
   return sum;
 }
 
-void NormalizeRows(const float* x, const float* weight, float eps, int64_t width, int64_t rows,
-                   float* out) {
-  for (int64_t row = 0; row < rows; ++row, x += width, out += width) {
-    const float mean = SumOfSquares(x, width) / static_cast<float>(width);
-    const float scale = 1.0f / std::sqrt(mean + eps);
-    ForEach(width, [=](auto d, int64_t i) HWY_ATTR {
-      const auto normed = hn::Mul(hn::LoadU(d, x + i), hn::Set(d, scale));
-      hn::StoreU(hn::Mul(normed, hn::LoadU(d, weight + i)), d, out + i);
-    });
-  }
+void NormalizeRow(const NormalizeRowArgs& args) {
+  const float* x = args.x;
+  const float* weight = args.weight;
+  float* out = args.out;
+  const float mean = SumOfSquares(x, args.width) / static_cast<float>(args.width);
+  const float scale = 1.0f / std::sqrt(mean + args.eps);
+  ForEach(args.width, [=](auto d, int64_t i) HWY_ATTR {
+    const auto normed = hn::Mul(hn::LoadU(d, x + i), hn::Set(d, scale));
+    hn::StoreU(hn::Mul(normed, hn::LoadU(d, weight + i)), d, out + i);
+  });
 }
 
-// Sine and cosine of angle[0, n); reads and writes whole vectors, up to kMaxRopeHeadDim / 2 values.
+// Sine and cosine of angle[0, n); reads and writes whole vectors, up to kMaxRotaryDim / 2 values.
 // An angle reaches the position itself (2^31), so it is reduced to [-pi/4, pi/4] in F64; there
 // short polynomials are good to an ulp of F32.
 HWY_INLINE void SinCos(const float* angle, int n, float* sine, float* cosine) {
@@ -87,28 +87,45 @@ HWY_INLINE void SinCos(const float* angle, int n, float* sine, float* cosine) {
   }
 }
 
-void RotateTokens(const RopeArgs& args, int64_t begin, int64_t end) {
-  const int half = args.head_dim / 2;
-  float angle[kMaxRopeHeadDim / 2] = {};
-  float sine[kMaxRopeHeadDim / 2];
-  float cosine[kMaxRopeHeadDim / 2];
-  for (int64_t t = begin; t < end; ++t) {
-    const float position = static_cast<float>(args.positions[t]);
-    for (int i = 0; i < half; ++i) angle[i] = position * args.inverse_frequency[i];
-    SinCos(angle, half, sine, cosine);
-    for (int h = 0; h < args.heads; ++h) {
-      float* low = args.x + t * args.token_stride + static_cast<int64_t>(h) * args.head_dim;
-      float* high = low + half;
-      const float* s = sine;
-      const float* c = cosine;
-      ForEach(half, [=](auto d, int64_t i) HWY_ATTR {
-        const auto a = hn::LoadU(d, low + i);
-        const auto b = hn::LoadU(d, high + i);
-        const auto vs = hn::LoadU(d, s + i);
-        const auto vc = hn::LoadU(d, c + i);
-        hn::StoreU(hn::NegMulAdd(b, vs, hn::Mul(a, vc)), d, low + i);
-        hn::StoreU(hn::MulAdd(a, vs, hn::Mul(b, vc)), d, high + i);
-      });
+// Pairs (i, i + half) of one head.
+HWY_INLINE void RotateHalf(float* low, int half, const float* sine, const float* cosine) {
+  float* high = low + half;
+  ForEach(half, [=](auto d, int64_t i) HWY_ATTR {
+    const auto a = hn::LoadU(d, low + i);
+    const auto b = hn::LoadU(d, high + i);
+    const auto vs = hn::LoadU(d, sine + i);
+    const auto vc = hn::LoadU(d, cosine + i);
+    hn::StoreU(hn::NegMulAdd(b, vs, hn::Mul(a, vc)), d, low + i);
+    hn::StoreU(hn::MulAdd(a, vs, hn::Mul(b, vc)), d, high + i);
+  });
+}
+
+// Pairs (2i, 2i + 1) of one head.
+HWY_INLINE void RotateInterleaved(float* x, int half, const float* sine, const float* cosine) {
+  ForEach(half, [=](auto d, int64_t i) HWY_ATTR {
+    hn::Vec<decltype(d)> a, b;
+    hn::LoadInterleaved2(d, x + 2 * i, a, b);
+    const auto vs = hn::LoadU(d, sine + i);
+    const auto vc = hn::LoadU(d, cosine + i);
+    const auto turned = hn::NegMulAdd(b, vs, hn::Mul(a, vc));
+    hn::StoreInterleaved2(turned, hn::MulAdd(a, vs, hn::Mul(b, vc)), d, x + 2 * i);
+  });
+}
+
+void RotateToken(const RotateTokenArgs& args) {
+  const int half = args.rotary_dim / 2;
+  float angle[kMaxRotaryDim / 2] = {};
+  float sine[kMaxRotaryDim / 2];
+  float cosine[kMaxRotaryDim / 2];
+  const float position = static_cast<float>(args.position);
+  for (int i = 0; i < half; ++i) angle[i] = position * args.inverse_frequency[i];
+  SinCos(angle, half, sine, cosine);
+  for (int h = 0; h < args.heads; ++h) {
+    float* head = args.x + static_cast<int64_t>(h) * args.head_dim;
+    if (args.pairing == RotaryPairing::kHalf) {
+      RotateHalf(head, half, sine, cosine);
+    } else {
+      RotateInterleaved(head, half, sine, cosine);
     }
   }
 }
@@ -186,16 +203,11 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace prefilld::cpu {
 
-HWY_EXPORT(NormalizeRows);
-void NormalizeRows(const float* x, const float* weight, float eps, int64_t width, int64_t rows,
-                   float* out) {
-  HWY_DYNAMIC_DISPATCH(NormalizeRows)(x, weight, eps, width, rows, out);
-}
+HWY_EXPORT(NormalizeRow);
+void NormalizeRow(const NormalizeRowArgs& args) { HWY_DYNAMIC_DISPATCH(NormalizeRow)(args); }
 
-HWY_EXPORT(RotateTokens);
-void RotateTokens(const RopeArgs& args, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(RotateTokens)(args, begin, end);
-}
+HWY_EXPORT(RotateToken);
+void RotateToken(const RotateTokenArgs& args) { HWY_DYNAMIC_DISPATCH(RotateToken)(args); }
 
 HWY_EXPORT(MultiplySilu);
 void MultiplySilu(const float* gate, const float* up, int64_t count, float* out) {

@@ -1,10 +1,8 @@
 #include "kernels/cpu/ops.h"
 
-#include <omp.h>
-
 #include <algorithm>
-#include <dnnl.hpp>
-#include <limits>
+#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -15,154 +13,229 @@
 namespace prefilld::cpu {
 namespace {
 
-// Tokens of x that are rounded to BF16 at a time: the rounded copy stays in the cache until the
-// matmul reads it, and the staging memory does not grow with the prompt.
-constexpr int64_t kStagedTokens = 512;
-// Elements below which a second thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 16 * 1024;
+// Tokens of one head that a thread writes at a time.
+constexpr int64_t kWriteTokens = 128;
 
-// Compiled products that oneDNN keeps, each of about 350 KiB. A layer needs a few for full tiles of
-// tokens and as many for every other number of tokens; oneDNN's own 1024 would grow to a third of a
-// GiB.
-constexpr int kCachedProducts = 128;
-
-// oneDNN takes its number of threads from the caller's OpenMP setting.
-class ScopedOmpThreads {
- public:
-  explicit ScopedOmpThreads(int threads) : before_(omp_get_max_threads()) {
-    omp_set_num_threads(threads);
-  }
-  ~ScopedOmpThreads() { omp_set_num_threads(before_); }
-
- private:
-  const int before_;
+struct CpuNorm : Norm {
+  std::vector<float> weight;
+  float eps = 0;
 };
+struct CpuEmbedding : Embedding {
+  explicit CpuEmbedding(const EmbeddingWeights& from) : weights(from) {}
+  const EmbeddingWeights weights;
+};
+struct CpuRotary : Rotary {
+  explicit CpuRotary(const RotaryFrequencies& from) : frequencies(from) {}
+  const RotaryFrequencies frequencies;
+};
+struct CpuTokens : PreparedTokens {
+  explicit CpuTokens(BatchTokens from) : tokens(std::move(from)) {}
+  const BatchTokens tokens;
+};
+
+template <typename Cpu, typename Any>
+const Cpu& As(const Any* prepared) {
+  return static_cast<const Cpu&>(*prepared);
+}
+
+float* Row(const Rows& rows, int64_t row) {
+  return static_cast<float*>(rows.data) + row * rows.stride;
+}
 
 class CpuOps : public Ops {
  public:
-  CpuOps(int threads, bool native_bf16)
-      : threads_(threads),
-        native_bf16_(native_bf16),
-        engine_(dnnl::engine::kind::cpu, 0),
-        stream_(engine_) {}
+  CpuOps(int threads, BF16Weights bf16) : threads_(threads), multiplier_(threads, bf16) {}
 
-  absl::StatusOr<std::unique_ptr<Linear>> PrepareLinear(const void* weight, const void* bias,
-                                                        DType dtype, int64_t out_features,
-                                                        int64_t in_features) override {
-    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-    if (out_features < 1 || out_features > kMax || in_features < 1 || in_features > kMax) {
-      return absl::InvalidArgumentError(absl::StrCat("linear layer of shape [", out_features, ", ",
-                                                     in_features, "]; sides go from 1 to ", kMax));
-    }
-    const DType compute = dtype == DType::kBF16 && native_bf16_ ? DType::kBF16 : DType::kF32;
-    return std::make_unique<CpuLinear>(engine_, weight, bias, dtype, compute, out_features,
-                                       in_features);
+  DType activations(DType) const override { return DType::kF32; }
+
+  absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) override {
+    return multiplier_.Prepare(weights);
   }
 
-  absl::Status Apply(const LinearArgs& args, Stream) override {
-    const CpuLinear& linear = static_cast<const CpuLinear&>(*args.linear);
-    const ScopedOmpThreads scope(threads_);
-    if (args.tokens == 0) return absl::OkStatus();
-    if (linear.compute_dtype() == DType::kF32) {
-      return linear.Run({.x = args.x,
-                         .x_stride = args.x_stride,
-                         .y = args.y,
-                         .y_stride = args.y_stride,
-                         .tokens = args.tokens,
-                         .accumulate = args.accumulate},
-                        stream_);
+  absl::StatusOr<std::unique_ptr<Norm>> Prepare(const NormWeights& weights) override {
+    auto norm = std::make_unique<CpuNorm>();
+    norm->weight.resize(weights.width);
+    norm->eps = weights.eps;
+    WidenRows(weights.weight, weights.dtype, weights.width, 1, static_cast<int>(weights.width),
+              1.0f, norm->weight.data(), weights.width);
+    return norm;
+  }
+
+  absl::StatusOr<std::unique_ptr<Embedding>> Prepare(const EmbeddingWeights& weights) override {
+    return std::make_unique<CpuEmbedding>(weights);
+  }
+
+  absl::StatusOr<std::unique_ptr<Rotary>> Prepare(const RotaryFrequencies& frequencies) override {
+    const int64_t rotary_dim = 2 * static_cast<int64_t>(frequencies.inverse.size());
+    const int head_dim = frequencies.head_dim;
+    if (head_dim % 2 != 0 || rotary_dim < 2 || rotary_dim > std::min(head_dim, kMaxRotaryDim)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("rotation of ", rotary_dim, " channels of head_dim ", head_dim,
+                       "; head_dim is even, and at most ", kMaxRotaryDim, " channels of it turn"));
     }
-    const int64_t in = linear.in_features();
-    staged_.resize(std::max<size_t>(staged_.size(), kStagedTokens * in));
-    for (int64_t begin = 0; begin < args.tokens; begin += kStagedTokens) {
-      const int64_t tokens = std::min(kStagedTokens, args.tokens - begin);
-      ForEachRow(tokens, in, [&](int64_t t) {
-        Narrow(args.x + (begin + t) * args.x_stride, in, DType::kBF16, &staged_[t * in]);
-      });
-      const absl::Status status = linear.Run({.x = staged_.data(),
-                                              .x_stride = in,
-                                              .y = args.y + begin * args.y_stride,
-                                              .y_stride = args.y_stride,
-                                              .tokens = tokens,
-                                              .accumulate = args.accumulate},
-                                             stream_);
+    return std::make_unique<CpuRotary>(frequencies);
+  }
+
+  absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
+    return std::make_unique<CpuTokens>(std::move(tokens));
+  }
+
+  absl::Status Embed(const EmbedArgs& args, Stream) override {
+    const EmbeddingWeights& from = As<CpuEmbedding>(args.embedding).weights;
+    const std::vector<uint32_t>& ids = As<CpuTokens>(args.tokens).tokens.ids;
+    const char* table = static_cast<const char*>(from.table);
+    const int64_t row_bytes = from.width * static_cast<int64_t>(SizeOf(from.dtype));
+    ForEachRow(static_cast<int64_t>(ids.size()), from.width, [&](int64_t t) {
+      const int64_t id = std::min<int64_t>(ids[t], from.vocabulary - 1);
+      WidenRows(table + id * row_bytes, from.dtype, from.width, 1, static_cast<int>(from.width),
+                1.0f, Row(args.out, t), from.width);
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status Normalize(const NormalizeArgs& args, Stream) override {
+    const CpuNorm& norm = As<CpuNorm>(args.norm);
+    const int64_t width = static_cast<int64_t>(norm.weight.size());
+    ForEachRow(args.tokens, width, [&](int64_t t) {
+      NormalizeRow({.x = Row(args.x, t),
+                    .weight = norm.weight.data(),
+                    .eps = norm.eps,
+                    .width = width,
+                    .out = Row(args.out, t)});
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status AddProduct(const AddProductArgs& args, Stream stream) override {
+    absl::Status status = multiplier_.Run({.linear = &As<CpuLinear>(args.linear),
+                                           .x = args.x,
+                                           .y = args.residual,
+                                           .tokens = args.tokens,
+                                           .accumulate = true});
+    if (!status.ok() || args.norm == nullptr) return status;
+    return Normalize(
+        {.norm = args.norm, .x = args.residual, .out = args.normed, .tokens = args.tokens}, stream);
+  }
+
+  absl::Status ProjectQkv(const ProjectQkvArgs& args, Stream) override {
+    const CpuLinear& linear = As<CpuLinear>(args.linear);
+    const Rows* parts[] = {&args.q, &args.k, &args.v};
+    for (size_t part = 0; part < 3; ++part) {
+      absl::Status status = multiplier_.Run(
+          {.linear = &linear, .part = part, .x = args.x, .y = *parts[part], .tokens = args.tokens});
       if (!status.ok()) return status;
     }
+    TurnHeads(args, {args.q, args.q_heads, args.q_norm});
+    TurnHeads(args, {args.k, args.kv_heads, args.k_norm});
     return absl::OkStatus();
   }
 
-  absl::Status Embed(const void* table, DType dtype, int64_t width, const uint32_t* ids,
-                     int64_t tokens, float* out, Stream) override {
-    const size_t row_bytes = width * SizeOf(dtype);
-    ForEachRow(tokens, width, [&](int64_t t) {
-      WidenRows(static_cast<const char*>(table) + ids[t] * row_bytes, dtype, width, 1,
-                static_cast<int>(width), 1.0f, out + t * width, width);
-    });
-    return absl::OkStatus();
-  }
-
-  absl::Status RmsNorm(const float* x, const float* weight, float eps, int64_t width,
-                       int64_t tokens, float* out, Stream) override {
-    ForEachRow(tokens, width, [&](int64_t t) {
-      NormalizeRows(x + t * width, weight, eps, width, 1, out + t * width);
-    });
-    return absl::OkStatus();
-  }
-
-  absl::Status Rope(const RopeArgs& args, Stream) override {
-    if (args.head_dim < 2 || args.head_dim % 2 != 0 || args.head_dim > kMaxRopeHeadDim) {
-      return absl::InvalidArgumentError(absl::StrCat("rope of head_dim ", args.head_dim,
-                                                     "; it is even and at most ", kMaxRopeHeadDim));
+  absl::Status Gate(const GateArgs& args, Stream) override {
+    const CpuLinear& linear = As<CpuLinear>(args.linear);
+    const int64_t width = linear.parts()[0].out_features;
+    const Rows up = {args.workspace, DType::kF32, width};
+    for (size_t part = 0; part < 2; ++part) {
+      absl::Status status = multiplier_.Run({.linear = &linear,
+                                             .part = part,
+                                             .x = args.x,
+                                             .y = part == 0 ? args.out : up,
+                                             .tokens = args.tokens});
+      if (!status.ok()) return status;
     }
-    ForEachRow(args.tokens, static_cast<int64_t>(args.heads) * args.head_dim,
-               [&](int64_t t) { RotateTokens(args, t, t + 1); });
-    return absl::OkStatus();
-  }
-
-  absl::Status SwiGlu(const float* gate, const float* up, int64_t count, float* out,
-                      Stream) override {
-    const int64_t pieces = (count + kElementsPerThread - 1) / kElementsPerThread;
-    ForEachRow(pieces, kElementsPerThread, [&](int64_t p) {
-      const int64_t begin = p * kElementsPerThread;
-      MultiplySilu(gate + begin, up + begin, std::min(kElementsPerThread, count - begin),
-                   out + begin);
+    ForEachRow(args.tokens, width, [&](int64_t t) {
+      MultiplySilu(Row(args.out, t), Row(up, t), width, Row(args.out, t));
     });
     return absl::OkStatus();
   }
 
-  absl::Status Convert(const float* src, int64_t src_stride, int64_t rows, int64_t width,
-                       DType dtype, void* dst, Stream) override {
-    const size_t row_bytes = width * SizeOf(dtype);
-    for (int64_t r = 0; r < rows; ++r) {
-      Narrow(src + r * src_stride, width, dtype, static_cast<char*>(dst) + r * row_bytes);
-    }
+  absl::Status Logits(const LogitsArgs& args, Stream stream) override {
+    const CpuLinear& linear = As<CpuLinear>(args.linear);
+    absl::Status status = Normalize(
+        {.norm = args.norm, .x = args.x, .out = args.normed, .tokens = args.tokens}, stream);
+    if (!status.ok()) return status;
+    return multiplier_.Run({.linear = &linear,
+                            .x = args.normed,
+                            .y = {args.out, DType::kF32, linear.parts()[0].out_features},
+                            .tokens = args.tokens});
+  }
+
+  absl::Status WriteKv(const WriteKvArgs& args, Stream) override {
+    const KvTarget& target = *args.target;
+    const int64_t d = args.head_dim, size = static_cast<int64_t>(SizeOf(target.dtype));
+    const int64_t run = std::min(kWriteTokens, target.page_tokens);
+    const int64_t runs = (target.page_tokens + run - 1) / run;  // of a page
+    const int64_t heads = 2 * args.kv_heads;                    // of K and of V
+    const int64_t pages = static_cast<int64_t>(target.pages.size());
+    ForEachRow(pages * runs * heads, run * d, [&](int64_t i) {
+      const int64_t page = i / heads / runs, in_page = i / heads % runs * run;
+      const int64_t head = i % heads / 2;
+      const bool value = i % 2 != 0;
+      const int64_t first = page * target.page_tokens + in_page;
+      const int64_t rows = std::min({run, target.page_tokens - in_page, args.tokens - first});
+      const int64_t at =
+          head * target.head_stride + (value ? target.value_stride : 0) + in_page * d;
+      char* out = static_cast<char*>(target.pages[page]) + at * size;
+      for (int64_t t = 0; t < rows; ++t) {
+        const float* row = Row(value ? args.v : args.k, first + t) + head * d;
+        Narrow(row, d, target.dtype, out + t * d * size);
+      }
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status RemoveRows(const RemoveRowsArgs& args, Stream) override {
+    if (args.end == args.tokens) return absl::OkStatus();
+    const int64_t values = (args.tokens - args.end - 1) * args.rows.stride + args.width;
+    std::memmove(Row(args.rows, args.begin), Row(args.rows, args.end),
+                 static_cast<size_t>(values) * sizeof(float));
     return absl::OkStatus();
   }
 
  private:
-  int Threads(int64_t elements) const {
-    return static_cast<int>(std::clamp<int64_t>(elements / kElementsPerThread, 1, threads_));
+  // Norm and rotation of q or k in place.
+  struct Heads {
+    Rows x;
+    int count;
+    const Norm* norm;
+  };
+  void TurnHeads(const ProjectQkvArgs& args, const Heads& heads) const {
+    const RotaryFrequencies& rotary = As<CpuRotary>(args.rotary).frequencies;
+    const std::vector<int32_t>& positions = As<CpuTokens>(args.batch).tokens.positions;
+    ForEachRow(args.tokens, int64_t{heads.count} * rotary.head_dim, [&](int64_t t) {
+      float* x = Row(heads.x, t);
+      for (int h = 0; heads.norm != nullptr && h < heads.count; ++h) {
+        const CpuNorm& norm = As<CpuNorm>(heads.norm);
+        float* head = x + int64_t{h} * rotary.head_dim;
+        NormalizeRow({.x = head,
+                      .weight = norm.weight.data(),
+                      .eps = norm.eps,
+                      .width = rotary.head_dim,
+                      .out = head});
+      }
+      RotateToken({.x = x,
+                   .heads = heads.count,
+                   .head_dim = rotary.head_dim,
+                   .rotary_dim = static_cast<int>(2 * rotary.inverse.size()),
+                   .pairing = rotary.pairing,
+                   .inverse_frequency = rotary.inverse.data(),
+                   .position = positions[args.first + t]});
+    });
   }
 
-  template <class Row>
-  void ForEachRow(int64_t rows, int64_t width, const Row& row) const {
-#pragma omp parallel for num_threads(Threads(rows* width)) schedule(static)
-    for (int64_t r = 0; r < rows; ++r) row(r);
+  template <class Each>
+  void ForEachRow(int64_t rows, int64_t width, const Each& each) const {
+#pragma omp parallel for num_threads(ThreadsFor(rows* width, threads_)) schedule(static)
+    for (int64_t r = 0; r < rows; ++r) each(r);
   }
 
   const int threads_;
-  const bool native_bf16_;
-  dnnl::engine engine_;
-  dnnl::stream stream_;
-  std::vector<uint16_t> staged_;  // [kStagedTokens, in_features] BF16
+  Multiplier multiplier_;
 };
 
 }  // namespace
 
 std::unique_ptr<Ops> CreateOps(int threads, BF16Weights bf16) {
-  dnnl::set_primitive_cache_capacity(kCachedProducts);
-  const bool native_bf16 = bf16 == BF16Weights::kBestForCpu && CpuMultipliesBF16();
-  return std::make_unique<CpuOps>(threads, native_bf16);
+  return std::make_unique<CpuOps>(threads, bf16);
 }
 
 }  // namespace prefilld::cpu

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "kernels/cuda/device/fault.h"
-#include "kernels/cuda/model/ops.h"
 
 namespace prefilld::cuda {
 namespace {
@@ -26,10 +25,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(std::string_vie
 }
 
 CudaBackend::CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set)
-    : device_(std::move(device)),
-      set_(set),
-      ops_(CreateOps()),
-      dense_(*device_, kCallsBeforePlan) {}
+    : device_(std::move(device)), set_(set), dense_(*device_, kCallsBeforePlan) {}
 
 absl::Status CudaBackend::Supports(const AttentionShape& shape,
                                    const SparsityPolicy& policy) const {

@@ -24,7 +24,7 @@ class CudaBackend : public Backend {
 
   std::string_view name() const override { return BackendName(set_); }
   CudaDevice& device() override { return *device_; }
-  Ops& ops() override { return *ops_; }
+  Ops* ops() override { return nullptr; }
 
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override;
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override;
@@ -40,7 +40,6 @@ class CudaBackend : public Backend {
 
   const std::unique_ptr<CudaDevice> device_;
   const KernelSet set_;
-  const std::unique_ptr<Ops> ops_;
   Dense dense_;
 
   // Of the last call, set by Prepare; stages of one call find it as it was.

@@ -141,18 +141,18 @@ absl::Status CalibrateAttention(Device& device, Stages& stages, StepClock& clock
 absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost) {
   constexpr int kLinear = 512;
   std::vector<float> x(kLinear * kLinear, 0.5f), weight(x), y(x.size());
-  auto linear = backend.ops().PrepareLinear(weight.data(), nullptr, DType::kF32, kLinear, kLinear);
+  Ops& ops = *backend.ops();
+  auto linear = ops.Prepare(LinearWeights{
+      .parts = {{.weight = weight.data(), .out_features = kLinear}}, .in_features = kLinear});
   if (!linear.ok()) return linear.status();
   for (int round = 0; round < 3; ++round) {
     absl::Status status = clock.Start();
     if (status.ok()) {
-      status = backend.ops().Apply({.linear = linear->get(),
-                                    .x = x.data(),
-                                    .x_stride = kLinear,
-                                    .y = y.data(),
-                                    .y_stride = kLinear,
-                                    .tokens = kLinear},
-                                   kStream);
+      status = ops.AddProduct({.linear = linear->get(),
+                               .x = {x.data(), DType::kF32, kLinear},
+                               .residual = {y.data(), DType::kF32, kLinear},
+                               .tokens = kLinear},
+                              kStream);
     }
     if (status.ok()) status = clock.End(Phase::kLinear);
     if (status = clock.Await(status); !status.ok()) return status;
@@ -169,7 +169,7 @@ absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost
 absl::Status Calibrate(Backend& backend, Stages& stages, StepClock& clock, CostModel& cost) {
   absl::Status status = CalibrateAttention(backend.device(), stages, clock, cost);
   // Models run where their linear layers do.
-  if (status.ok() && backend.device().host_memory()) status = CalibrateLinear(backend, clock, cost);
+  if (status.ok() && backend.ops() != nullptr) status = CalibrateLinear(backend, clock, cost);
   return status;
 }
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -89,7 +88,7 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
     batch->prompts.cu_seqlens.push_back(static_cast<int64_t>(batch->prompts.token_ids.size()));
   }
   const ModelInfo& info = batch->model->info();
-  AttentionShape shape{DType::kF32,
+  AttentionShape shape{info.activations,
                        info.q_heads,
                        info.kv_heads,
                        info.head_dim,
@@ -114,9 +113,11 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
 absl::Status Engine::RunLayer(Batch& batch) {
   const ModelInfo& info = batch.model->info();
   const int64_t tokens = batch.prompts.tokens();
-  if (absl::Status status = EnsureScratch(info, tokens); !status.ok()) return status;
+  absl::Status status = batch.status;
+  if (status.ok()) status = EnsureScratch(info, tokens);
+  if (!status.ok()) return status;
   StagesCall call = LayerCall(batch);
-  absl::Status status = stages_.Prepare(call);
+  status = stages_.Prepare(call);
   if (!status.ok()) return status;
   status = clock_.Await(EnqueueLayer(batch, call));
   if (status.ok()) status = stages_.Collect(call);
@@ -135,18 +136,16 @@ absl::Status Engine::RunLayer(Batch& batch) {
 StagesCall Engine::LayerCall(const Batch& batch) const {
   const ModelInfo& info = batch.model->info();
   const std::vector<int64_t>& ends = batch.prompts.cu_seqlens;
-  const int64_t q_stride = int64_t{info.q_heads} * info.head_dim;
-  const int64_t kv_stride = int64_t{info.kv_heads} * info.head_dim;
   StagesCall call;
   call.dense_reason = batch.dense_reason;
   AttentionArgs& args = call.args;
-  args.shape = {DType::kF32, info.q_heads, info.kv_heads, info.head_dim, ends, ends};
+  args.shape = {info.activations, info.q_heads, info.kv_heads, info.head_dim, ends, ends};
   args.policy = batch.policy;
   args.softmax_scale = 1 / std::sqrt(static_cast<double>(info.head_dim));
-  args.q = {layer_.q, q_stride, info.head_dim};
-  args.k = {layer_.k, kv_stride, info.head_dim};
-  args.v = {layer_.v, kv_stride, info.head_dim};
-  args.o = {layer_.o, q_stride, info.head_dim};
+  args.q = {layer_.q.data, layer_.q.stride, info.head_dim};
+  args.k = {layer_.k.data, layer_.k.stride, info.head_dim};
+  args.v = {layer_.v.data, layer_.v.stride, info.head_dim};
+  args.o = {layer_.o.data, layer_.o.stride, info.head_dim};
   if (batch.jobs.size() == 1) args.cancelled = &batch.jobs[0]->cancelled;
   return call;
 }
@@ -217,28 +216,21 @@ void Engine::Commit(const LayerTicket& ticket, const absl::Status& work) {
   }
 }
 
-// Writes the layer's K and V, rounded to the cache's dtype, into each job's blocks.
+// Writes the layer's K and V, rounded to the cache's dtype, to where each job's cache has it.
 absl::Status Engine::StoreKv(Batch& batch, int layer) {
   const ModelInfo& info = batch.model->info();
-  const int64_t stride = int64_t{info.kv_heads} * info.head_dim;
   for (size_t s = 0; s < batch.jobs.size(); ++s) {
-    KvCache& cache = *batch.jobs[s]->prefill->cache;
-    const KvGeometry& geometry = cache.geometry();
+    const KvTarget target = batch.jobs[s]->prefill->cache->Target(layer);
     const int64_t begin = batch.prompts.cu_seqlens[s];
-    for (int64_t b = 0; b < geometry.blocks_per_layer(); ++b) {
-      const int64_t first = b * kKvBlockTokens;
-      const int64_t rows = std::min<int64_t>(kKvBlockTokens, geometry.tokens - first);
-      for (int g = 0; g < info.kv_heads; ++g) {
-        for (const bool value : {false, true}) {
-          const float* source =
-              (value ? layer_.v : layer_.k) + (begin + first) * stride + g * info.head_dim;
-          absl::Status status =
-              backend_.ops().Convert(source, stride, rows, info.head_dim, geometry.dtype,
-                                     cache.ComputeTile(layer, b, g, value), kStream);
-          if (!status.ok()) return status;
-        }
-      }
-    }
+    absl::Status status =
+        backend_.ops()->WriteKv({.k = layer_.k.From(begin),
+                                 .v = layer_.v.From(begin),
+                                 .tokens = batch.prompts.cu_seqlens[s + 1] - begin,
+                                 .kv_heads = info.kv_heads,
+                                 .head_dim = info.head_dim,
+                                 .target = &target},
+                                kStream);
+    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
@@ -249,8 +241,10 @@ absl::Status Engine::Finish(Batch& batch) {
     PrefillWork& work = *batch.jobs[s]->prefill;
     if (!work.return_logits) continue;
     work.logits.resize(batch.model->info().vocab_size);
-    status = batch.model->Logits(batch.prompts, batch.prompts.cu_seqlens[s + 1] - 1, 1,
-                                 work.logits.data(), kStream);
+    status = batch.model->Logits(
+        batch.prompts,
+        {.row = batch.prompts.cu_seqlens[s + 1] - 1, .rows = 1, .out = work.logits.data()},
+        kStream);
   }
   if (status.ok()) status = clock_.End(Phase::kLinear);
   status = clock_.Await(status);
@@ -261,17 +255,8 @@ absl::Status Engine::Finish(Batch& batch) {
 
 void Engine::Remove(Batch& batch, size_t index) {
   Add(batch.phases, batch.jobs[index]->phases);
-  PrefillBatch& prompts = batch.prompts;
-  const int64_t begin = prompts.cu_seqlens[index], end = prompts.cu_seqlens[index + 1];
-  const int64_t hidden = batch.model->info().hidden_size;
-  float* residual = prompts.residual.as<float>();
-  std::memmove(residual + begin * hidden, residual + end * hidden,
-               static_cast<size_t>((prompts.tokens() - end) * hidden) * sizeof(float));
-  prompts.token_ids.erase(prompts.token_ids.begin() + begin, prompts.token_ids.begin() + end);
-  prompts.positions.erase(prompts.positions.begin() + begin, prompts.positions.begin() + end);
-  prompts.cu_seqlens.erase(prompts.cu_seqlens.begin() + static_cast<std::ptrdiff_t>(index) + 1);
-  for (size_t s = index + 1; s < prompts.cu_seqlens.size(); ++s)
-    prompts.cu_seqlens[s] -= end - begin;
+  absl::Status status = batch.model->Remove(batch.prompts, index, kStream);
+  if (batch.status.ok()) batch.status = std::move(status);
   batch.jobs.erase(batch.jobs.begin() + static_cast<std::ptrdiff_t>(index));
 }
 

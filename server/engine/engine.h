@@ -30,6 +30,7 @@ struct Batch {
   SparsityPolicy policy;
   DenseReason dense_reason = DenseReason::kNone;  // set when dense replaced an unspecified method
   int next_layer = 0;
+  absl::Status status;    // what Remove met; no layer runs after a failure
   PhaseSeconds phases{};  // of the steps so far; every job of the batch waited for all of it
   // A layer of the job could not be committed, and no later one will be. Completion thread.
   std::function<void(const std::shared_ptr<Job>& job, const absl::Status& why)> on_failed;
@@ -95,7 +96,7 @@ class Engine {
   CostModel cost_;
   StepClock clock_{backend_.device(), Stream{}};
   Stages stages_{backend_, cost_, clock_};
-  Buffer scratch_;  // q, k, v, o of one layer, F32; grows to the largest batch seen
+  Buffer scratch_;  // q, k, v, o of one layer; grows to the largest batch seen
   LayerScratch layer_{};
   int attends_to_fault_;
   bool fault_noted_ = false;

@@ -91,9 +91,25 @@ void KvCache::SetOnSlotFree(std::function<void()> on_slot_free) {
   on_slot_free_ = std::move(on_slot_free);
 }
 
-std::byte* KvCache::ComputeTile(int layer, int64_t b, int kv_head, bool value) {
+KvTarget KvCache::Target(int layer) const {
   absl::MutexLock lock(&mutex_);
-  return TileAt(SlotOf(layer).blocks, segment_.get(), layer, b, kv_head, value);
+  const int64_t d = geometry_.head_dim, size = static_cast<int64_t>(SizeOf(geometry_.dtype));
+  if (segment_ != nullptr) {
+    const auto begin = geometry_.segment_offset(layer, /*value=*/false);
+    const auto value = static_cast<int64_t>(geometry_.segment_offset(layer, true) - begin);
+    return {.pages = {segment_->data() + begin},
+            .page_tokens = geometry_.tokens,
+            .head_stride = geometry_.tokens * d,
+            .value_stride = value / size,
+            .dtype = geometry_.dtype};
+  }
+  KvTarget target{.pages = {},
+                  .page_tokens = kKvBlockTokens,
+                  .head_stride = 2 * kKvBlockTokens * d,
+                  .value_stride = kKvBlockTokens * d,
+                  .dtype = geometry_.dtype};
+  for (const int32_t block : SlotOf(layer).blocks) target.pages.push_back(pool_.data(block));
+  return target;
 }
 
 void KvCache::SetState(Slot& slot, BlockState state) {

@@ -103,9 +103,9 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   // False: the layer's blocks still hold an undelivered one; `on_slot_free` runs when to ask again.
   bool CanCompute(int layer) const;
   void SetOnSlotFree(std::function<void()> on_slot_free);
-  std::byte* ComputeTile(int layer, int64_t b, int kv_head, bool value);
-  void Commit(int layer);       // readable from now on; wakes those who wait for it
-  void Fail(absl::Status why);  // no further layer will come; committed ones stay readable
+  KvTarget Target(int layer) const;  // where its K and V are written before Commit
+  void Commit(int layer);            // readable from now on; wakes those who wait for it
+  void Fail(absl::Status why);       // no further layer will come; committed ones stay readable
 
   // --- pulls ---
   // FAILED_PRECONDITION when closed.

@@ -43,8 +43,8 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
   auto valid = ValidatePrefill(request, info, rpc_.limits);
   if (!valid.ok()) return valid.status();
   const int64_t tokens = request.token_ids_size();
-  const AttentionShape shape{DType::kF32,   info.q_heads, info.kv_heads,
-                             info.head_dim, {0, tokens},  {0, tokens}};
+  const AttentionShape shape{info.activations, info.q_heads, info.kv_heads,
+                             info.head_dim,    {0, tokens},  {0, tokens}};
   absl::Status status = rpc_.backend.Supports(shape, valid->job->policy);
   if (!status.ok()) return status;
   if (request.validate_only()) return std::shared_ptr<PrefillStream>();

@@ -210,7 +210,7 @@ class FakeBackend : public Backend {
  public:
   std::string_view name() const override { return "fake"; }
   FakeDevice& device() override { return device_; }
-  Ops& ops() override { return cpu_->ops(); }
+  Ops* ops() override { return cpu_->ops(); }
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
     return cpu_->Supports(shape, policy);
   }

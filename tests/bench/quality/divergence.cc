@@ -36,12 +36,12 @@ absl::StatusOr<std::vector<std::vector<double>>> Divergence(
   std::vector<std::vector<double>> divergence(sparse.size(), std::vector<double>(tokens));
   for (int64_t first = 0; first < tokens; first += kTileRows) {
     const int64_t rows = std::min(kTileRows, tokens - first);
-    absl::Status status = model.Logits(dense, first, rows, p.data(), Stream{});
+    absl::Status status = model.Logits(dense, {first, rows, p.data()}, Stream{});
     if (!status.ok()) return status;
 #pragma omp parallel for
     for (int64_t r = 0; r < rows; ++r) lse[r] = LogSumExp(&p[r * vocab], vocab);
     for (size_t i = 0; i < sparse.size(); ++i) {
-      status = model.Logits(*sparse[i], first, rows, q.data(), Stream{});
+      status = model.Logits(*sparse[i], {first, rows, q.data()}, Stream{});
       if (!status.ok()) return status;
 #pragma omp parallel for
       for (int64_t r = 0; r < rows; ++r) {

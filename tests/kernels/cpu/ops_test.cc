@@ -1,312 +1,79 @@
 #include "kernels/cpu/ops.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <limits>
-#include <random>
+#include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "hwy/targets.h"
-#include "kernels/cpu/linear.h"
-#include "kernels/cpu/tile.h"
+#include "tests/kernels/cpu/numbers.h"
 
 namespace prefilld::cpu {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kUntouched = 12345;
 
-std::vector<float> Random(size_t count, unsigned seed, float scale = 1) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal(0, scale);
-  std::vector<float> values(count);
-  for (float& value : values) value = normal(random);
-  return values;
-}
-
-// The values in `dtype`, as bytes, and what they are in F32 after that.
-std::vector<char> Narrowed(Ops& ops, std::vector<float>& values, DType dtype) {
-  const int64_t count = static_cast<int64_t>(values.size());
-  std::vector<char> bytes(count * SizeOf(dtype));
-  EXPECT_TRUE(ops.Convert(values.data(), count, 1, count, dtype, bytes.data(), Stream{}).ok());
-  WidenRows(bytes.data(), dtype, count, 1, static_cast<int>(count), 1, values.data(), count);
-  return bytes;
-}
-
-// max |got - want| <= bound * max |want|.
-testing::AssertionResult IsNear(const std::vector<float>& got, const std::vector<double>& want,
-                                double bound) {
-  if (got.size() != want.size()) return testing::AssertionFailure() << "sizes differ";
-  double scale = 0;
-  size_t worst = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    scale = std::max(scale, std::abs(want[i]));
-    if (!(std::abs(got[i] - want[i]) <= std::abs(got[worst] - want[worst]))) worst = i;
+// y = x W^T + bias in double.
+std::vector<double> Product(const std::vector<float>& x, const std::vector<float>& weight,
+                            const std::vector<float>& bias, int64_t in) {
+  std::vector<double> y;
+  for (size_t row = 0; row < x.size(); row += in) {
+    for (size_t out = 0; out * in < weight.size(); ++out) {
+      double sum = bias.empty() ? 0 : bias[out];
+      for (int64_t i = 0; i < in; ++i) sum += double{x[row + i]} * weight[out * in + i];
+      y.push_back(sum);
+    }
   }
-  if (got.empty() || std::abs(got[worst] - want[worst]) <= bound * scale) {
-    return testing::AssertionSuccess();
-  }
-  return testing::AssertionFailure() << "worst at " << worst << " of " << got.size() << ": "
-                                     << got[worst] << ", not " << want[worst];
+  return y;
 }
 
-// --- Linear layers
+// Each row of `width` over its root mean square, times the weight, in double.
+std::vector<double> Normed(const std::vector<double>& x, const std::vector<float>& weight,
+                           float eps) {
+  const size_t width = weight.size();
+  std::vector<double> out;
+  for (size_t row = 0; row < x.size(); row += width) {
+    double squares = 0;
+    for (size_t i = 0; i < width; ++i) squares += x[row + i] * x[row + i];
+    const double scale = 1 / std::sqrt(squares / static_cast<double>(width) + double{eps});
+    for (size_t i = 0; i < width; ++i) out.push_back(x[row + i] * scale * weight[i]);
+  }
+  return out;
+}
 
-struct LinearCase {
-  int64_t tokens, out, in;
-  DType dtype = DType::kF32;
-  bool bias = false, accumulate = false;
-  int64_t x_padding = 0, y_padding = 0;
-};
-
-class LinearLayer : public testing::TestWithParam<BF16Weights> {
+class OpsTest : public testing::Test {
  protected:
-  // Applies a random layer and compares with a product in double.
-  void Check(const LinearCase& c) {
-    SCOPED_TRACE(testing::Message() << "[" << c.tokens << ", " << c.in << "] by [" << c.out << ", "
-                                    << c.in << "] " << Name(c.dtype) << (c.bias ? " bias" : "")
-                                    << (c.accumulate ? " accumulate" : ""));
-    std::vector<float> weight = Random(c.out * c.in, 1), bias = Random(c.out, 2);
-    const std::vector<char> weight_bytes = Narrowed(*ops_, weight, c.dtype);
-    const std::vector<char> bias_bytes = Narrowed(*ops_, bias, c.dtype);
-    auto linear = ops_->PrepareLinear(weight_bytes.data(), c.bias ? bias_bytes.data() : nullptr,
-                                      c.dtype, c.out, c.in);
-    ASSERT_TRUE(linear.ok()) << linear.status();
-    EXPECT_EQ((*linear)->in_features(), c.in);
-    EXPECT_EQ((*linear)->out_features(), c.out);
-
-    const int64_t x_stride = c.in + c.x_padding, y_stride = c.out + c.y_padding;
-    std::vector<float> x = Random(c.tokens * x_stride, 3);
-    std::vector<float> y(c.tokens * y_stride, kUntouched);
-    const std::vector<float> before = Random(c.tokens * c.out, 4);
-    if (c.accumulate) {
-      for (int64_t t = 0; t < c.tokens; ++t) {
-        std::copy_n(&before[t * c.out], c.out, &y[t * y_stride]);
-      }
-    }
-    const absl::Status status = ops_->Apply({.linear = linear->get(),
-                                             .x = x.data(),
-                                             .x_stride = x_stride,
-                                             .y = y.data(),
-                                             .y_stride = y_stride,
-                                             .tokens = c.tokens,
-                                             .accumulate = c.accumulate},
-                                            Stream{});
-    ASSERT_TRUE(status.ok()) << status;
-
-    const bool native =
-        c.dtype == DType::kBF16 && GetParam() == BF16Weights::kBestForCpu && CpuMultipliesBF16();
-    if (native) Narrowed(*ops_, x, DType::kBF16);  // what the layer multiplies
-    std::vector<float> got;
-    std::vector<double> want;
-    for (int64_t t = 0; t < c.tokens; ++t) {
-      for (int64_t o = 0; o < c.out; ++o) {
-        double sum = (c.bias ? bias[o] : 0.0) + (c.accumulate ? before[t * c.out + o] : 0.0);
-        for (int64_t i = 0; i < c.in; ++i)
-          sum += double{x[t * x_stride + i]} * weight[o * c.in + i];
-        want.push_back(sum);
-        got.push_back(y[t * y_stride + o]);
-      }
-      for (int64_t o = c.out; o < y_stride; ++o) EXPECT_EQ(y[t * y_stride + o], kUntouched);
-    }
-    EXPECT_TRUE(IsNear(got, want, 2e-6));
+  std::unique_ptr<Norm> MakeNorm(const std::vector<float>& weight, float eps) {
+    return *ops_->Prepare(NormWeights{
+        .weight = weight.data(), .width = static_cast<int64_t>(weight.size()), .eps = eps});
   }
-
-  std::unique_ptr<Ops> ops_ = CreateOps(2, GetParam());
-};
-INSTANTIATE_TEST_SUITE_P(BF16, LinearLayer,
-                         testing::Values(BF16Weights::kBestForCpu, BF16Weights::kWiden),
-                         [](const auto& bf16) {
-                           return bf16.param == BF16Weights::kWiden ? "Widen" : "BestForCpu";
-                         });
-
-TEST_P(LinearLayer, IsTheProductAtAnyNumberOfTokens) {
-  for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
-    for (int64_t tokens : {1, 2, 63, 513, 1025}) {  // past the staging of BF16, twice
-      Check({.tokens = tokens, .out = 33, .in = 65, .dtype = dtype});
-    }
+  std::unique_ptr<Linear> MakeLinear(const std::vector<LinearPart>& parts, int64_t in) {
+    return *ops_->Prepare(LinearWeights{.parts = parts, .in_features = in});
   }
-}
-
-TEST_P(LinearLayer, IsTheProductAtAnyWidth) {
-  for (DType dtype : {DType::kF32, DType::kBF16}) {
-    Check({.tokens = 5, .out = 1, .in = 1, .dtype = dtype});
-    Check({.tokens = 3, .out = 7, .in = 13, .dtype = dtype});
-    Check({.tokens = 4, .out = 192, .in = 576, .dtype = dtype});
-    Check({.tokens = 4, .out = 576, .in = 1536, .dtype = dtype});
-  }
-}
-
-TEST_P(LinearLayer, AddsBiasAndAccumulatesIntoStridedRows) {
-  for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
-    for (bool bias : {false, true}) {
-      for (bool accumulate : {false, true}) {
-        for (int64_t tokens : {9, 600}) {
-          Check({.tokens = tokens,
-                 .out = 48,
-                 .in = 40,
-                 .dtype = dtype,
-                 .bias = bias,
-                 .accumulate = accumulate,
-                 .x_padding = 24,
-                 .y_padding = 5});
-        }
-      }
-    }
-  }
-}
-
-TEST_P(LinearLayer, OfNoTokensDoesNothing) { Check({.tokens = 0, .out = 8, .in = 8}); }
-
-TEST_P(LinearLayer, OfNoWidthIsRefused) {
-  const float weight = 1;
-  EXPECT_FALSE(ops_->PrepareLinear(&weight, nullptr, DType::kF32, 0, 1).ok());
-  EXPECT_FALSE(ops_->PrepareLinear(&weight, nullptr, DType::kF32, 1, -1).ok());
-  EXPECT_FALSE(ops_->PrepareLinear(&weight, nullptr, DType::kF32, int64_t{1} << 40, 1).ok());
-}
-
-TEST_P(LinearLayer, UsesTheWeightsWhereTheyLieWhenItCan) {
-  std::vector<float> weight = {1, 2};
-  auto linear = *ops_->PrepareLinear(weight.data(), nullptr, DType::kF32, 1, 2);
-  weight = {3, 4};
-  const float x[] = {1, 1};
-  float y = 0;
-  ASSERT_TRUE(
-      ops_->Apply(
-              {.linear = linear.get(), .x = x, .x_stride = 2, .y = &y, .y_stride = 1, .tokens = 1},
-              Stream{})
-          .ok());
-  EXPECT_EQ(y, 7);
-}
-
-// --- The vectorised loops, on every instruction set of this machine
-
-class Elementwise : public testing::TestWithParam<int64_t> {
- protected:
-  void SetUp() override { hwy::SetSupportedTargetsForTest(GetParam()); }
-  void TearDown() override { hwy::SetSupportedTargetsForTest(0); }
 
   std::unique_ptr<Ops> ops_ = CreateOps(2);
 };
 
-std::vector<int64_t> Targets() {
-  std::vector<int64_t> targets;
-  for (int64_t bits = hwy::SupportedTargets(); bits != 0; bits &= bits - 1) {
-    const int64_t target = bits & -bits;
-    hwy::SetSupportedTargetsForTest(target);
-    // A target that was not generated falls back to another one.
-    if (std::string(InstructionSet()) == hwy::TargetName(target)) targets.push_back(target);
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  return targets;
-}
-INSTANTIATE_TEST_SUITE_P(Every, Elementwise, testing::ValuesIn(Targets()),
-                         [](const auto& target) { return hwy::TargetName(target.param); });
-
-TEST_P(Elementwise, RmsNormDividesByTheRootMeanSquare) {
-  for (int64_t width : {1, 7, 64, 576, 1001}) {
-    const int64_t tokens = 70;
-    const std::vector<float> x = Random(tokens * width, 1, 3), weight = Random(width, 2);
-    std::vector<float> out(x.size());
-    ASSERT_TRUE(
-        ops_->RmsNorm(x.data(), weight.data(), 1e-5f, width, tokens, out.data(), Stream{}).ok());
-    std::vector<double> want;
-    for (int64_t t = 0; t < tokens; ++t) {
-      double squares = 0;
-      for (int64_t i = 0; i < width; ++i) squares += std::pow(double{x[t * width + i]}, 2);
-      const double scale = 1 / std::sqrt(squares / width + double{1e-5f});
-      for (int64_t i = 0; i < width; ++i) want.push_back(x[t * width + i] * scale * weight[i]);
-    }
-    EXPECT_TRUE(IsNear(out, want, 1e-6)) << width;
-    std::vector<float> in_place = x;
-    ASSERT_TRUE(ops_->RmsNorm(in_place.data(), weight.data(), 1e-5f, width, tokens, in_place.data(),
-                              Stream{})
-                    .ok());
-    EXPECT_EQ(in_place, out) << width;
+TEST_F(OpsTest, RowsAreF32WhateverTheWeights) {
+  for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    EXPECT_EQ(ops_->activations(dtype), DType::kF32);
   }
 }
 
-TEST_P(Elementwise, RmsNormOfZerosIsZero) {
-  std::vector<float> x(64, 0.0f), weight(64, 1.0f);
-  ASSERT_TRUE(ops_->RmsNorm(x.data(), weight.data(), 1e-6f, 64, 1, x.data(), Stream{}).ok());
-  EXPECT_EQ(x, std::vector<float>(64, 0.0f));
-}
-
-TEST_P(Elementwise, RopeTurnsPairsByPositionTimesFrequency) {
-  const std::vector<int32_t> positions = {0, 1, 2, 3, 127, 8191, 131071, 1 << 20, (1 << 24) - 1};
-  const int64_t tokens = static_cast<int64_t>(positions.size());
-  for (int head_dim : {2, 6, 64, 96, 128, 256}) {
-    const int heads = 3, half = head_dim / 2;
-    const int64_t stride = heads * head_dim + 5;
-    std::vector<float> frequency(half);
-    for (int i = 0; i < half; ++i) {
-      frequency[i] = 1.0f / std::pow(10000.0f, 2.0f * i / head_dim);
-    }
-    const std::vector<float> x = Random(tokens * stride, 7);
-    std::vector<float> got = x;
-    ASSERT_TRUE(ops_->Rope({.x = got.data(),
-                            .token_stride = stride,
-                            .heads = heads,
-                            .head_dim = head_dim,
-                            .positions = positions.data(),
-                            .inverse_frequency = frequency.data(),
-                            .tokens = tokens},
-                           Stream{})
-                    .ok());
-    std::vector<double> want(x.begin(), x.end());
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int h = 0; h < heads; ++h) {
-        for (int i = 0; i < half; ++i) {
-          const double angle = static_cast<float>(positions[t]) * frequency[i];  // rounded to F32
-          const int64_t low = t * stride + h * head_dim + i;
-          want[low] = x[low] * std::cos(angle) - x[low + half] * std::sin(angle);
-          want[low + half] = x[low + half] * std::cos(angle) + x[low] * std::sin(angle);
-        }
-      }
-    }
-    EXPECT_TRUE(IsNear(got, want, 2e-7)) << head_dim;
-  }
-}
-
-TEST_P(Elementwise, RopeOfAnOddOrHugeHeadIsRefused) {
-  for (int head_dim : {0, 63, 258}) {
-    EXPECT_FALSE(ops_->Rope({.head_dim = head_dim}, Stream{}).ok()) << head_dim;
-  }
-}
-
-TEST_P(Elementwise, SwiGluIsSiluOfGateTimesUp) {
-  std::vector<float> gate = Random(100'003, 1, 5), up = Random(gate.size(), 2);
-  const std::vector<float> extremes = {-1e30f, -104, -88, -87, 0, -0.0f, 88, 1e30f};
-  std::copy(extremes.begin(), extremes.end(), gate.begin());
-  std::fill_n(up.begin(), extremes.size(), 1.0f);
-  std::vector<float> out(gate.size());
-  ASSERT_TRUE(ops_->SwiGlu(gate.data(), up.data(), gate.size(), out.data(), Stream{}).ok());
-  for (size_t i = 0; i < gate.size(); ++i) {
-    const double want = gate[i] / (1 + std::exp(-double{gate[i]})) * up[i];
-    ASSERT_NEAR(out[i], want, 5e-7 * std::abs(want) + 1e-7 * (gate[i] < -80))
-        << i << ": " << gate[i];
-  }
-  ASSERT_TRUE(ops_->SwiGlu(gate.data(), up.data(), gate.size(), gate.data(), Stream{}).ok());
-  EXPECT_EQ(gate, out);
-  const float nan = NAN, one = 1;
-  float result = 0;
-  ASSERT_TRUE(ops_->SwiGlu(&nan, &one, 1, &result, Stream{}).ok());
-  EXPECT_TRUE(std::isnan(result));
-}
-
-TEST_P(Elementwise, EmbedWidensTheRowsOfTheTable) {
+TEST_F(OpsTest, EmbedWidensTheRowsOfTheTable) {
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (int64_t width : {3, 64, 577}) {
       std::vector<float> table = Random(50 * width, 3);
-      const std::vector<char> bytes = Narrowed(*ops_, table, dtype);
+      const std::vector<char> bytes = Narrowed(table, dtype);
       const std::vector<uint32_t> ids = {49, 0, 7, 7, 48};
+      const auto embedding = *ops_->Prepare(EmbeddingWeights{
+          .table = bytes.data(), .dtype = dtype, .vocabulary = 50, .width = width});
+      const auto tokens = *ops_->Prepare(BatchTokens{.ids = ids, .positions = {0, 1, 2, 3, 4}});
       std::vector<float> out(ids.size() * width);
-      ASSERT_TRUE(
-          ops_->Embed(bytes.data(), dtype, width, ids.data(), 5, out.data(), Stream{}).ok());
+      ASSERT_TRUE(ops_->Embed({embedding.get(), tokens.get(), F32Rows(out, width)}, Stream{}).ok());
       for (size_t t = 0; t < ids.size(); ++t) {
         for (int64_t i = 0; i < width; ++i) {
           ASSERT_EQ(out[t * width + i], table[ids[t] * width + i]) << Name(dtype) << " " << t;
@@ -316,70 +83,299 @@ TEST_P(Elementwise, EmbedWidensTheRowsOfTheTable) {
   }
 }
 
-// Every value of a half type with its neighbours in F32, and the ties between it and the next.
-TEST_P(Elementwise, ConvertRoundsToNearestEven) {
-  for (DType dtype : {DType::kBF16, DType::kF16}) {
-    const uint16_t infinity = dtype == DType::kBF16 ? 0x7F80 : 0x7C00;
-    std::vector<uint16_t> halves(infinity + 1);
-    for (size_t h = 0; h < halves.size(); ++h) halves[h] = static_cast<uint16_t>(h);
-    const int count = static_cast<int>(halves.size());
-    std::vector<float> wide(count);
-    WidenRows(halves.data(), dtype, count, 1, count, 1, wide.data(), count);
-    // Rounding sees what lies past the largest finite value as one more step.
-    const double last_step = double{wide[count - 2]} - wide[count - 3];
+TEST_F(OpsTest, EmbedOfAnIdBeyondTheTableReadsItsLastRow) {
+  std::vector<float> table = {1, 2, 3}, out(3);
+  const auto embedding =
+      *ops_->Prepare(EmbeddingWeights{.table = table.data(), .vocabulary = 3, .width = 1});
+  const auto tokens =
+      *ops_->Prepare(BatchTokens{.ids = {3, 0, 0xFFFFFFFF}, .positions = {0, 1, 2}});
+  ASSERT_TRUE(ops_->Embed({embedding.get(), tokens.get(), F32Rows(out, 1)}, Stream{}).ok());
+  EXPECT_THAT(out, testing::ElementsAre(3, 1, 3));
+}
 
-    std::vector<float> values;
-    std::vector<uint16_t> want;
-    const auto expect = [&](double value, int half) {
-      for (uint16_t sign : {0x0000, 0x8000}) {
-        values.push_back(static_cast<float>(sign == 0 ? value : -value));
-        want.push_back(static_cast<uint16_t>(half | sign));
-      }
-    };
-    for (int h = 0; h + 1 < count; ++h) {
-      const double next = h + 2 < count ? double{wide[h + 1]} : wide[h] + last_step;
-      const double tie = (wide[h] + next) / 2;
-      expect(wide[h], h);
-      // BF16 subnormals have no F32 between them and their ties to round to.
-      if (static_cast<double>(static_cast<float>(tie)) != tie) continue;
-      expect(tie, h % 2 == 0 ? h : h + 1);
-      expect(std::nextafter(static_cast<float>(tie), 0.0f), h);
-      expect(std::nextafter(static_cast<float>(tie), kInfinity), h + 1);
+TEST_F(OpsTest, NormalizeTakesStridedRowsAndWidensItsWeight) {
+  for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    const int64_t width = 65, tokens = 700, stride = 70;
+    std::vector<float> weight = Random(width, 2), x = Random(tokens * stride, 1, 3);
+    const std::vector<char> bytes = Narrowed(weight, dtype);
+    const auto norm = *ops_->Prepare(
+        NormWeights{.weight = bytes.data(), .dtype = dtype, .width = width, .eps = 1e-5f});
+    std::vector<double> rows;
+    for (int64_t t = 0; t < tokens; ++t) {
+      rows.insert(rows.end(), &x[t * stride], &x[t * stride] + width);
     }
-    expect(kInfinity, infinity);
-    expect(std::numeric_limits<float>::max(), infinity);
-
-    std::vector<uint16_t> got(values.size());
+    std::vector<float> out(tokens * width);
     ASSERT_TRUE(
-        ops_->Convert(values.data(), values.size(), 1, values.size(), dtype, got.data(), Stream{})
+        ops_->Normalize({norm.get(), F32Rows(x, stride), F32Rows(out, width), tokens}, Stream{})
             .ok());
-    for (size_t i = 0; i < got.size(); ++i) {
-      ASSERT_EQ(got[i], want[i]) << Name(dtype) << " of " << std::hexfloat << values[i];
+    EXPECT_TRUE(IsNear(out, Normed(rows, weight, 1e-5f), 1e-6)) << Name(dtype);
+  }
+}
+
+TEST_F(OpsTest, AddProductAddsToTheResidualAndNormalizesTheSum) {
+  const int64_t in = 40, out = 24, tokens = 9;
+  std::vector<float> x = Random(tokens * in, 1), weight = Random(out * in, 2);
+  const std::vector<float> bias = Random(out, 3), gain = Random(out, 4);
+  const std::vector<float> before = Random(tokens * out, 5);
+  const auto linear = MakeLinear({{weight.data(), bias.data(), out}}, in);
+  const auto norm = MakeNorm(gain, 1e-6f);
+  std::vector<double> sum = Product(x, weight, bias, in);
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += before[i];
+
+  std::vector<float> residual = before, normed(before.size(), kUntouched);
+  AddProductArgs args{.linear = linear.get(),
+                      .x = F32Rows(x, in),
+                      .residual = F32Rows(residual, out),
+                      .tokens = tokens,
+                      .normed = F32Rows(normed, out)};
+  ASSERT_TRUE(ops_->AddProduct(args, Stream{}).ok());
+  EXPECT_TRUE(IsNear(residual, sum, 2e-6));
+  EXPECT_EQ(normed, std::vector<float>(before.size(), kUntouched)) << "no norm was asked for";
+
+  residual = before;
+  args.norm = norm.get();
+  ASSERT_TRUE(ops_->AddProduct(args, Stream{}).ok());
+  EXPECT_TRUE(IsNear(residual, sum, 2e-6));
+  EXPECT_TRUE(IsNear(normed, Normed(sum, gain, 1e-6f), 4e-6));
+}
+
+TEST_F(OpsTest, GateIsSiluOfTheFirstPartTimesTheSecond) {
+  const int64_t in = 33, width = 47, tokens = 600;
+  std::vector<float> x = Random(tokens * in, 1);
+  const std::vector<float> gate = Random(width * in, 2), up = Random(width * in, 3);
+  const std::vector<float> bias = Random(width, 4);
+  const auto linear =
+      MakeLinear({{gate.data(), bias.data(), width}, {up.data(), nullptr, width}}, in);
+  std::vector<double> want = Product(x, gate, bias, in);
+  const std::vector<double> factor = Product(x, up, {}, in);
+  for (size_t i = 0; i < want.size(); ++i) want[i] *= factor[i] / (1 + std::exp(-want[i]));
+
+  std::vector<char> workspace(linear->WorkspaceBytes(tokens));
+  std::vector<float> out(tokens * width);
+  ASSERT_TRUE(ops_->Gate({.linear = linear.get(),
+                          .x = F32Rows(x, in),
+                          .out = F32Rows(out, width),
+                          .tokens = tokens,
+                          .workspace = workspace.data()},
+                         Stream{})
+                  .ok());
+  EXPECT_TRUE(IsNear(out, want, 4e-6));
+}
+
+// --- q, k and v
+
+constexpr int kQHeads = 3, kKvHeads = 2, kHeadDim = 64;
+constexpr int64_t kIn = 48, kTokens = 11;
+
+struct QkvCase {
+  int rotary_dim = kHeadDim;
+  RotaryPairing pairing = RotaryPairing::kHalf;
+  bool norms = false;
+};
+
+class ProjectQkv : public OpsTest, public testing::WithParamInterface<QkvCase> {
+ protected:
+  // One of q and k in double: product, norm of each head, rotation.
+  std::vector<double> Want(const std::vector<float>& weight, const std::vector<float>& gain) const {
+    const QkvCase& c = GetParam();
+    std::vector<double> y = Product(x_, weight, {}, kIn);
+    if (c.norms) y = Normed(y, gain, 1e-6f);
+    const size_t heads = weight.size() / kIn / kHeadDim;
+    for (size_t head = 0; head < kTokens * heads; ++head) {
+      for (int i = 0; i < c.rotary_dim / 2; ++i) {
+        const float position = static_cast<float>(positions_[kFirst + head / heads]);
+        const double angle = position * frequencies_.inverse[i];
+        const bool halves = c.pairing == RotaryPairing::kHalf;
+        double& low = y[head * kHeadDim + (halves ? i : 2 * i)];
+        double& high = y[head * kHeadDim + (halves ? i + c.rotary_dim / 2 : 2 * i + 1)];
+        const double a = low, b = high;
+        low = a * std::cos(angle) - b * std::sin(angle);
+        high = b * std::cos(angle) + a * std::sin(angle);
+      }
+    }
+    return y;
+  }
+
+  void SetUp() override {
+    frequencies_ = {.pairing = GetParam().pairing, .head_dim = kHeadDim};
+    for (int i = 0; i < GetParam().rotary_dim / 2; ++i) {
+      frequencies_.inverse.push_back(1.0f / static_cast<float>(1 << i % 20));
+    }
+    for (int t = 0; t < kFirst + kTokens; ++t) positions_.push_back(t * 37 % 101);
+  }
+
+  static constexpr int kFirst = 5;
+  std::vector<float> x_ = Random(kTokens * kIn, 1);
+  RotaryFrequencies frequencies_;
+  std::vector<int32_t> positions_;
+};
+INSTANTIATE_TEST_SUITE_P(Families, ProjectQkv,
+                         testing::Values(QkvCase{}, QkvCase{.norms = true},
+                                         QkvCase{.rotary_dim = 32,
+                                                 .pairing = RotaryPairing::kInterleaved},
+                                         QkvCase{.rotary_dim = 32, .norms = true},
+                                         QkvCase{.pairing = RotaryPairing::kInterleaved}),
+                         [](const auto& c) {
+                           return std::to_string(c.param.rotary_dim) +
+                                  (c.param.pairing == RotaryPairing::kHalf ? "Halves"
+                                                                           : "Interleaved") +
+                                  (c.param.norms ? "Norms" : "");
+                         });
+
+TEST_P(ProjectQkv, IsProductThenNormOfHeadsThenRotation) {
+  std::vector<float> wq = Random(kQHeads * kHeadDim * kIn, 2);
+  std::vector<float> wk = Random(kKvHeads * kHeadDim * kIn, 3), wv = Random(wk.size(), 4);
+  const std::vector<float> q_gain = Random(kHeadDim, 5), k_gain = Random(kHeadDim, 6);
+  const auto linear = MakeLinear({{wq.data(), nullptr, kQHeads * kHeadDim},
+                                  {wk.data(), nullptr, kKvHeads * kHeadDim},
+                                  {wv.data(), nullptr, kKvHeads * kHeadDim}},
+                                 kIn);
+  const auto q_norm = MakeNorm(q_gain, 1e-6f), k_norm = MakeNorm(k_gain, 1e-6f);
+  const auto rotary = *ops_->Prepare(frequencies_);
+  const auto tokens = *ops_->Prepare(
+      BatchTokens{.ids = std::vector<uint32_t>(positions_.size()), .positions = positions_});
+  std::vector<float> q(kTokens * kQHeads * kHeadDim), k(kTokens * kKvHeads * kHeadDim), v(k.size());
+  ASSERT_TRUE(ops_->ProjectQkv({.linear = linear.get(),
+                                .x = F32Rows(x_, kIn),
+                                .q = F32Rows(q, kQHeads * kHeadDim),
+                                .k = F32Rows(k, kKvHeads * kHeadDim),
+                                .v = F32Rows(v, kKvHeads * kHeadDim),
+                                .q_heads = kQHeads,
+                                .kv_heads = kKvHeads,
+                                .q_norm = GetParam().norms ? q_norm.get() : nullptr,
+                                .k_norm = GetParam().norms ? k_norm.get() : nullptr,
+                                .rotary = rotary.get(),
+                                .batch = tokens.get(),
+                                .first = kFirst,
+                                .tokens = kTokens},
+                               Stream{})
+                  .ok());
+  EXPECT_TRUE(IsNear(q, Want(wq, q_gain), 4e-6));
+  EXPECT_TRUE(IsNear(k, Want(wk, k_gain), 4e-6));
+  EXPECT_TRUE(IsNear(v, Product(x_, wv, {}, kIn), 2e-6));
+}
+
+TEST_F(OpsTest, RotationOfAnOddOrHugeHeadIsRefused) {
+  const auto prepare = [&](int rotary_dim, int head_dim) {
+    return ops_->Prepare(RotaryFrequencies{.inverse = std::vector<float>(rotary_dim / 2, 1.0f),
+                                           .head_dim = head_dim});
+  };
+  for (int head_dim : {2, 64, 256}) EXPECT_TRUE(prepare(head_dim, head_dim).ok()) << head_dim;
+  for (int head_dim : {0, 63, 258}) EXPECT_FALSE(prepare(head_dim, head_dim).ok()) << head_dim;
+  EXPECT_TRUE(prepare(32, 64).ok());
+  EXPECT_EQ(prepare(66, 64).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+// --- Where K and V go
+
+// K and V of [tokens, 2 heads, 6], each value its own number, and where a target puts them.
+class WriteKv : public OpsTest {
+ protected:
+  static constexpr int64_t kKvTokens = 300, kD = 6;
+  static constexpr int kPadding = 3;
+
+  // got(page, offset in elements) of every value, in F32.
+  template <typename T, typename Widen>
+  void Check(const KvTarget& target, const Widen& widen) {
+    const int64_t stride = 2 * kD + kPadding;
+    std::vector<float> k = Random(kKvTokens * stride, 1), v = Random(kKvTokens * stride, 2);
+    ASSERT_TRUE(ops_->WriteKv({.k = F32Rows(k, stride),
+                               .v = F32Rows(v, stride),
+                               .tokens = kKvTokens,
+                               .kv_heads = 2,
+                               .head_dim = kD,
+                               .target = &target},
+                              Stream{})
+                    .ok());
+    Narrowed(k, target.dtype);
+    Narrowed(v, target.dtype);
+    for (int64_t t = 0; t < kKvTokens; ++t) {
+      const T* page = static_cast<const T*>(target.pages[t / target.page_tokens]);
+      for (int64_t i = 0; i < 2 * kD; ++i) {
+        const T* at = page + i / kD * target.head_stride + t % target.page_tokens * kD + i % kD;
+        ASSERT_EQ(widen(at[0]), k[t * stride + i]) << t << " " << i;
+        ASSERT_EQ(widen(at[target.value_stride]), v[t * stride + i]) << t << " " << i;
+      }
+    }
+  }
+};
+
+float WidenBF16(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+TEST_F(WriteKv, GoesToPagesOfHeadsThatHoldKAndV) {
+  constexpr int64_t kPage = 128, kTile = kPage * kD;
+  std::vector<std::vector<uint16_t>> memory(3, std::vector<uint16_t>(4 * kTile, 0xABCD));
+  Check<uint16_t>({.pages = {memory[1].data(), memory[0].data(), memory[2].data()},
+                   .page_tokens = kPage,
+                   .head_stride = 2 * kTile,
+                   .value_stride = kTile,
+                   .dtype = DType::kBF16},
+                  WidenBF16);
+  for (int64_t tile = 0; tile < 4; ++tile) {  // the last page ends with the prompt
+    for (int64_t i = (kKvTokens - 2 * kPage) * kD; i < kTile; ++i) {
+      ASSERT_EQ(memory[2][tile * kTile + i], 0xABCD);
     }
   }
 }
 
-TEST_P(Elementwise, ConvertKeepsNanNan) {
-  for (uint32_t bits : {0x7F800001u, 0x7FC00000u, 0xFFFFFFFFu}) {
-    const float nan = std::bit_cast<float>(bits);
-    uint16_t bf16 = 0, f16 = 0;
-    ASSERT_TRUE(ops_->Convert(&nan, 1, 1, 1, DType::kBF16, &bf16, Stream{}).ok());
-    ASSERT_TRUE(ops_->Convert(&nan, 1, 1, 1, DType::kF16, &f16, Stream{}).ok());
-    EXPECT_GT(bf16 & 0x7FFF, 0x7F80) << bits;
-    EXPECT_GT(f16 & 0x7FFF, 0x7C00) << bits;
-  }
+TEST_F(WriteKv, GoesToOnePageOfTheWholePrompt) {
+  constexpr int64_t kMatrix = kKvTokens * kD;
+  std::vector<float> memory(4 * kMatrix + 64, kUntouched);
+  Check<float>({.pages = {memory.data()},
+                .page_tokens = kKvTokens,
+                .head_stride = kMatrix,
+                .value_stride = 2 * kMatrix + 64},
+               [](float value) { return value; });
+  EXPECT_THAT(std::vector<float>(&memory[2 * kMatrix], &memory[2 * kMatrix] + 64),
+              testing::Each(kUntouched));
 }
 
-TEST_P(Elementwise, ConvertTakesStridedRows) {
-  const std::vector<float> src = {1, 2, 3, 99, 4, 5, 6, 99, 7, 8, 9};
-  std::vector<float> f32(9);
-  std::vector<uint16_t> bf16(10, 0xABCD);
-  ASSERT_TRUE(ops_->Convert(src.data(), 4, 3, 3, DType::kF32, f32.data(), Stream{}).ok());
-  ASSERT_TRUE(ops_->Convert(src.data(), 4, 3, 3, DType::kBF16, bf16.data(), Stream{}).ok());
-  EXPECT_THAT(f32, testing::ElementsAre(1, 2, 3, 4, 5, 6, 7, 8, 9));
-  EXPECT_EQ(bf16[0], 0x3F80);
-  EXPECT_EQ(bf16[8], 0x4110);
-  EXPECT_EQ(bf16[9], 0xABCD);
+TEST_F(WriteKv, GoesToPagesThatAreNoMultipleOfAnything) {
+  std::vector<std::vector<float>> memory(3, std::vector<float>(4 * 130 * kD));
+  Check<float>({.pages = {memory[0].data(), memory[1].data(), memory[2].data()},
+                .page_tokens = 130,
+                .head_stride = 130 * kD,
+                .value_stride = 2 * 130 * kD},
+               [](float value) { return value; });
+}
+
+TEST_F(OpsTest, RemovedRowsMakeRoomForThoseBehindThem) {
+  const std::vector<float> rows = {0, 0, 9, 1, 1, 9, 2, 2, 9, 3, 3, 9, 4, 4};  // stride 3
+  const auto remove = [&](int64_t begin, int64_t end) {
+    std::vector<float> left = rows;
+    EXPECT_TRUE(ops_->RemoveRows({F32Rows(left, 3), 2, 5, begin, end}, Stream{}).ok());
+    std::vector<float> first;
+    for (int64_t row = 0; row < 5 - (end - begin); ++row) first.push_back(left[row * 3 + 1]);
+    return first;
+  };
+  EXPECT_THAT(remove(1, 3), testing::ElementsAre(0, 3, 4));
+  EXPECT_THAT(remove(0, 1), testing::ElementsAre(1, 2, 3, 4));
+  EXPECT_THAT(remove(2, 5), testing::ElementsAre(0, 1));
+  EXPECT_THAT(remove(4, 5), testing::ElementsAre(0, 1, 2, 3));
+}
+
+TEST_F(OpsTest, LogitsAreTheProductOfTheNorm) {
+  const int64_t in = 24, vocabulary = 77, tokens = 5;
+  std::vector<float> x = Random(tokens * in, 1), normed(x.size());
+  const std::vector<float> weight = Random(vocabulary * in, 2), gain = Random(in, 3);
+  const auto linear = MakeLinear({{weight.data(), nullptr, vocabulary}}, in);
+  const auto norm = MakeNorm(gain, 1e-5f);
+  std::vector<float> out(tokens * vocabulary);
+  ASSERT_TRUE(ops_->Logits({.norm = norm.get(),
+                            .linear = linear.get(),
+                            .x = F32Rows(x, in),
+                            .normed = F32Rows(normed, in),
+                            .tokens = tokens,
+                            .out = out.data()},
+                           Stream{})
+                  .ok());
+  const std::vector<double> wide = Normed({x.begin(), x.end()}, gain, 1e-5f);
+  EXPECT_TRUE(IsNear(out, Product({wide.begin(), wide.end()}, weight, {}, in), 4e-6));
 }
 
 }  // namespace

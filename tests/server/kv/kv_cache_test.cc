@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/kv/layout.h"
+#include "tests/server/kv/compute_tile.h"
 
 namespace prefilld {
 namespace {
@@ -65,7 +66,7 @@ TEST_F(KvCacheTest, StreamedCacheTakesTwoLayersAndReusesThem) {
 
 TEST_F(KvCacheTest, WaiterGetsTheLayerWhenItIsCommitted) {
   auto cache = *KvCache::Create(*pool_, geometry_, true);
-  std::byte* tile = cache->ComputeTile(1, 2, 1, true);
+  std::byte* tile = ComputeTile(*cache, 1, 2, 1, true);
   std::memset(tile, 7, 16);
   int calls = 0;
   cache->WhenReady(1, [&](PinOr pin) {
@@ -155,7 +156,7 @@ class SegmentCacheTest : public KvCacheTest {
         for (int g = 0; g < geometry_.kv_heads; ++g) {
           for (int64_t t = 0; t < geometry_.tokens; ++t) {
             auto* row = reinterpret_cast<float*>(
-                cache.ComputeTile(layer, t / kKvBlockTokens, g, value) +
+                ComputeTile(cache, layer, t / kKvBlockTokens, g, value) +
                 static_cast<size_t>(t % kKvBlockTokens) * geometry_.head_dim * sizeof(float));
             for (int d = 0; d < geometry_.head_dim; ++d) row[d] = Number(layer, value, g, t, d);
           }
@@ -248,7 +249,7 @@ TEST_F(SegmentCacheTest, BlocksThatStandForASegmentHoldNoMemory) {
       for (int64_t b = 0; b < large.blocks_per_layer(); ++b) {
         for (int g = 0; g < large.kv_heads; ++g) {
           for (bool value : {false, true}) {
-            std::memset(cache.ComputeTile(layer, b, g, value), 1, large.tile_bytes());
+            std::memset(ComputeTile(cache, layer, b, g, value), 1, large.tile_bytes());
           }
         }
       }

@@ -8,6 +8,8 @@
 #include <random>
 #include <string>
 
+#include "tests/server/kv/compute_tile.h"
+
 namespace prefilld {
 namespace {
 
@@ -29,7 +31,7 @@ class LayoutTest : public testing::TestWithParam<DType> {
       std::string& plain = value ? v_ : k_;
       for (int g = 0; g < kHeads; ++g) {
         for (int t = 0; t < kTokens; ++t) {
-          std::byte* row = cache_->ComputeTile(0, t / kKvBlockTokens, g, value) +
+          std::byte* row = ComputeTile(*cache_, 0, t / kKvBlockTokens, g, value) +
                            static_cast<size_t>(t % kKvBlockTokens) * kDim * size;
           for (size_t i = 0; i < kDim * size; ++i) row[i] = static_cast<std::byte>(rng());
           plain.append(reinterpret_cast<const char*>(row), kDim * size);
@@ -101,7 +103,7 @@ class ConversionTest : public testing::Test {
     auto pool =
         *BlockPool::Create(backend->device(), geometry.block_bytes(), geometry.block_bytes());
     auto cache = *KvCache::Create(*pool, geometry, true);
-    std::memcpy(cache->ComputeTile(0, 0, 0, false), row, row_bytes);
+    std::memcpy(ComputeTile(*cache, 0, 0, 0, false), row, row_bytes);
     cache->Commit(0);
     std::vector<T> out(64);
     cache->WhenReady(0, [&](auto pin) {

@@ -71,7 +71,7 @@ absl::Status RunDense(Transformer& model, Backend& backend,
   Buffer memory = *backend.device().Allocate(LayerScratchBytes(info, batch.tokens()));
   const LayerScratch scratch = SplitLayerScratch(info, batch.tokens(), memory.data());
   AttentionArgs args;
-  args.shape = {.dtype = DType::kF32,
+  args.shape = {.dtype = info.activations,
                 .q_heads = info.q_heads,
                 .kv_heads = info.kv_heads,
                 .head_dim = info.head_dim,
@@ -79,10 +79,10 @@ absl::Status RunDense(Transformer& model, Backend& backend,
                 .cu_seqlens_k = batch.cu_seqlens};
   args.policy = {.method = Method::kDense, .measure_captured_mass = false};
   args.softmax_scale = 1 / std::sqrt(static_cast<double>(info.head_dim));
-  args.q = {scratch.q, int64_t{info.q_heads} * info.head_dim, info.head_dim};
-  args.k = {scratch.k, int64_t{info.kv_heads} * info.head_dim, info.head_dim};
-  args.v = {scratch.v, int64_t{info.kv_heads} * info.head_dim, info.head_dim};
-  args.o = {scratch.o, int64_t{info.q_heads} * info.head_dim, info.head_dim};
+  args.q = {scratch.q.data, scratch.q.stride, info.head_dim};
+  args.k = {scratch.k.data, scratch.k.stride, info.head_dim};
+  args.v = {scratch.v.data, scratch.v.stride, info.head_dim};
+  args.o = {scratch.o.data, scratch.o.stride, info.head_dim};
   const auto sequences = SplitIntoBlocks(args.shape, args.policy.block_size);
   const int64_t rows = TotalRows(sequences), stride = MaxKeyBlocks(sequences);
   std::vector<int32_t> count(info.q_heads * rows);
@@ -94,8 +94,10 @@ absl::Status RunDense(Transformer& model, Backend& backend,
   const int64_t kv_values = batch.tokens() * info.kv_heads * info.head_dim;
   for (int layer = 0; layer < info.layers; ++layer) {
     if (absl::Status s = model.ProjectQkv(layer, batch, scratch, Stream{}); !s.ok()) return s;
-    out->k.insert(out->k.end(), scratch.k, scratch.k + kv_values);
-    out->v.insert(out->v.end(), scratch.v, scratch.v + kv_values);
+    const float* k = static_cast<const float*>(scratch.k.data);
+    const float* v = static_cast<const float*>(scratch.v.data);
+    out->k.insert(out->k.end(), k, k + kv_values);
+    out->v.insert(out->v.end(), v, v + kv_values);
     if (absl::Status s = backend.EstimatePattern(args, Stream{}); !s.ok()) return s;
     if (absl::Status s = backend.SelectBlocks(args, Stream{}); !s.ok()) return s;
     if (absl::Status s = backend.Attend(args, Stream{}); !s.ok()) return s;
@@ -103,7 +105,7 @@ absl::Status RunDense(Transformer& model, Backend& backend,
   }
   for (size_t i = 1; i < batch.cu_seqlens.size(); ++i) {
     std::vector<float>& logits = out->logits.emplace_back(info.vocab_size);
-    absl::Status s = model.Logits(batch, batch.cu_seqlens[i] - 1, 1, logits.data(), Stream{});
+    absl::Status s = model.Logits(batch, {batch.cu_seqlens[i] - 1, 1, logits.data()}, Stream{});
     if (!s.ok()) return s;
   }
   return absl::OkStatus();
@@ -214,9 +216,58 @@ TEST_F(TransformerTest, LogitsOfManyRowsAreThoseOfEachRow) {
   for (size_t t = 0; t < batch.token_ids.size(); ++t) batch.token_ids[t] = t % vocab;
   ASSERT_TRUE(model->Begin(batch, Stream{}).ok());
   std::vector<float> all(690 * vocab), one(vocab);
-  ASSERT_TRUE(model->Logits(batch, 10, 690, all.data(), Stream{}).ok());
-  ASSERT_TRUE(model->Logits(batch, 699, 1, one.data(), Stream{}).ok());
+  ASSERT_TRUE(model->Logits(batch, {10, 690, all.data()}, Stream{}).ok());
+  ASSERT_TRUE(model->Logits(batch, {699, 1, one.data()}, Stream{}).ok());
   EXPECT_TRUE(IsNear(one, {all.end() - vocab, all.end()}, 1e-6));
+}
+
+TEST_F(TransformerTest, APromptThatIsRemovedLeavesTheOthersAsTheyWere) {
+  const auto model = Load(FixtureModel("base"));
+  const int64_t hidden = model->info().hidden_size;
+  PrefillBatch batch{.token_ids = {1, 2, 3, 4, 5, 6}, .cu_seqlens = {0, 1, 4, 6}};
+  ASSERT_TRUE(model->Begin(batch, Stream{}).ok());
+  ASSERT_TRUE(model->Remove(batch, 1, Stream{}).ok());
+  PrefillBatch want{.token_ids = {1, 5, 6}, .cu_seqlens = {0, 1, 3}};
+  ASSERT_TRUE(model->Begin(want, Stream{}).ok());
+  EXPECT_EQ(batch.token_ids, want.token_ids);
+  EXPECT_EQ(batch.cu_seqlens, want.cu_seqlens);
+  EXPECT_EQ(std::memcmp(batch.residual.data, want.residual.data, 3 * hidden * sizeof(float)), 0);
+
+  // Positions start at 0 again for the one that moved up.
+  Buffer memory = *backend_->device().Allocate(2 * LayerScratchBytes(model->info(), 3));
+  const LayerScratch got = SplitLayerScratch(model->info(), 3, memory.data());
+  const LayerScratch expected =
+      SplitLayerScratch(model->info(), 3, memory.as<char>() + LayerScratchBytes(model->info(), 3));
+  ASSERT_TRUE(model->ProjectQkv(0, batch, got, Stream{}).ok());
+  ASSERT_TRUE(model->ProjectQkv(0, want, expected, Stream{}).ok());
+  EXPECT_EQ(std::memcmp(got.k.data, expected.k.data, 3 * got.k.stride * sizeof(float)), 0);
+}
+
+// A backend as of a device that models have no operations for.
+class WithoutOps : public Backend {
+ public:
+  std::string_view name() const override { return "none"; }
+  Device& device() override { return cpu_->device(); }
+  Ops* ops() override { return nullptr; }
+  absl::Status Supports(const AttentionShape&, const SparsityPolicy&) const override {
+    return absl::OkStatus();
+  }
+  absl::Status EstimatePattern(const AttentionArgs&, Stream) override { return absl::OkStatus(); }
+  absl::Status SelectBlocks(const AttentionArgs&, Stream) override { return absl::OkStatus(); }
+  absl::Status MeasureCapturedMass(const AttentionArgs&, Stream) override {
+    return absl::OkStatus();
+  }
+  absl::Status Attend(const AttentionArgs&, Stream) override { return absl::OkStatus(); }
+
+ private:
+  std::unique_ptr<Backend> cpu_ = *CreateBackend("cpu", 1);
+};
+
+TEST_F(TransformerTest, ABackendWithoutOperationsRefusesModelsByName) {
+  WithoutOps backend;
+  const absl::Status status = Transformer::Load("test", FixtureModel("base"), backend).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(status.message(), AllOf(HasSubstr("--backend=cpu only"), HasSubstr("none")));
 }
 
 TEST_F(TransformerTest, InfoIsThatOfTheConfig) {
@@ -232,6 +283,7 @@ TEST_F(TransformerTest, InfoIsThatOfTheConfig) {
   EXPECT_EQ(info.vocab_size, 96);
   EXPECT_EQ(info.max_positions, 1024);
   EXPECT_EQ(info.dtype, DType::kF32);
+  EXPECT_EQ(info.activations, DType::kF32);
   EXPECT_EQ(info.rope_theta, 500000);
   EXPECT_EQ(info.rope_scaling, "llama3");
   EXPECT_EQ(info.fingerprint.size(), 64u);
@@ -244,7 +296,7 @@ TEST_F(TransformerTest, BatchThatDoesNotFitTheModelIsRefused) {
     return std::string(model->Begin(batch, Stream{}).message());
   };
   EXPECT_EQ(begin({1, 2}, {0, 2}), "");
-  EXPECT_THAT(begin({1, 96}, {0, 2}), HasSubstr("token ID 96 at 1 is not below vocab_size 96"));
+  EXPECT_EQ(begin({1, 96}, {0, 2}), "") << "IDs are refused at the door";
   EXPECT_THAT(begin({}, {0}), HasSubstr("cu_seqlens"));
   EXPECT_THAT(begin({1, 2}, {0, 1}), HasSubstr("does not go from 0 to 2"));
   EXPECT_THAT(begin({1, 2}, {0, 0, 2}), HasSubstr("a prompt of 0 tokens"));
