@@ -8,6 +8,7 @@ JOBS := $(shell nproc)
 PYTHON := build/venv/bin/python
 BENCH_PYTHON := build/bench-venv/bin/python
 VLLM_PYTHON := build/vllm-venv/bin/python
+CPP_SOURCES := '*.cc' '*.h' '*.cu' '*.cuh'
 MODEL := build/models/SmolLM2-135M-Instruct
 
 .PHONY: help
@@ -52,8 +53,14 @@ bench: build build/bench-venv/.complete $(MODEL)  ## quality and speed, beside t
 	@$(BENCH_PYTHON) tests/bench/run.py
 
 .PHONY: format
-format:  ## clang-format what we wrote
-	@git ls-files '*.cc' '*.h' | xargs clang-format -i
+format: build/format-venv/.complete  ## clang-format and ruff on what we wrote
+	@git ls-files $(CPP_SOURCES) | xargs clang-format -i
+	@build/format-venv/bin/ruff check --fix .
+
+.PHONY: format-check
+format-check: build/format-venv/.complete  ## whether format would change anything
+	@git ls-files $(CPP_SOURCES) | xargs clang-format --dry-run -Werror
+	@build/format-venv/bin/ruff check .
 
 .PHONY: clean
 clean:  ## remove build/
@@ -76,6 +83,11 @@ build/venv/.complete: client/python/requirements.txt client/python/pyproject.tom
 	@python3 -m venv build/venv
 	@$(PYTHON) -m pip install --no-deps -r client/python/requirements.txt
 	@$(PYTHON) -m pip install --no-deps --no-build-isolation -e client/python
+	@touch $@
+
+build/format-venv/.complete: Makefile
+	@python3 -m venv build/format-venv
+	@build/format-venv/bin/pip install --quiet ruff==0.14.14
 	@touch $@
 
 build/vllm-venv/.complete: client/python/requirements-vllm.txt client/python/pyproject.toml | packages

@@ -285,7 +285,7 @@ def test_nothing_is_left_in_dev_shm(start_server, tiny, client_kills, server_kil
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
 
-    for kill in range(server_kills):
+    for _ in range(server_kills):
         server = start_server(models=models)  # not in a `with`: it will not end well
         try:
             with prefilld.PrefillClient(server.target, transport="posix_shm") as client:
@@ -309,7 +309,7 @@ def test_nothing_is_left_in_dev_shm(start_server, tiny, client_kills, server_kil
         with prefilld.PrefillClient(server.target) as client:
             assert segments(boot_ids) == []
             boot_ids.append(client.negotiate().boot_id)
-        for kill in range(client_kills):
+        for _ in range(client_kills):
             ours, theirs = processes.Pipe(duplex=False)
             process = processes.Process(
                 target=pull_for_ever, args=(server.target, token_ids, theirs))

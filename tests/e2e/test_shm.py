@@ -1,7 +1,6 @@
 """posix_shm: the same bytes as over gRPC, only for who shares the memory, and nothing left of it."""
 
 import os
-import pathlib
 import resource
 import shlex
 import signal

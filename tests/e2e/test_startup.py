@@ -234,7 +234,7 @@ def test_shards_are_read(model, start_server):
     (lambda m: m | {"x": "c.safetensors"}, "c.safetensors"),
     (lambda m: m | {Q: "../a.safetensors"}, "../a.safetensors"),
     (lambda m: m | {Q: "/etc/passwd"}, "/etc/passwd"),
-    (lambda m: m | {Q: ({v for v in m.values()} - {m[Q]}).pop()}, "q_proj"),
+    (lambda m: m | {Q: (set(m.values()) - {m[Q]}).pop()}, "q_proj"),
     (lambda m: "nothing", "index"),
 ], ids=["tensor missing", "in another file", "file missing", "outside", "absolute",
         "in the other file", "no map"])

@@ -17,7 +17,7 @@ import unicodedata
 WORD = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+|0| ?[^\sA-Za-z0]+|\s+(?![^\s0])|\s+")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def shadow(char: str) -> str:
     """The ASCII character that stands for `char`: itself where contractions need it, else Z for a
     letter, 0 for a number, tab for a space other than ' ', ! for the rest."""

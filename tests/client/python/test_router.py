@@ -170,7 +170,8 @@ async def served(app, **options):
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield "http://%s:%s" % runner.addresses[0][:2]
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}"
     finally:
         await runner.cleanup()
 
