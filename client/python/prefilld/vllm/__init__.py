@@ -8,6 +8,13 @@
 Settings and the parameters of a request: see settings.py, or docs/vllm.md.
 """
 
-from .connector import PrefilldConnector
-
 __all__ = ["PrefilldConnector"]
+
+
+def __getattr__(name: str):
+    # Not before vLLM asks for it: what needs no vLLM (settings.py) can be imported without.
+    if name == "PrefilldConnector":
+        from .connector import PrefilldConnector
+
+        return PrefilldConnector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,8 @@
 "Internal server error" and keeps the reason to its log. The reason travels with our statistics into
 the API server's process, where this adds it to that answer.
 
-The one place that reaches into vLLM beyond the connector interface. Where vLLM has changed, nothing
-is replaced and the answer stays vLLM's own.
+It reaches into vLLM beyond the connector interface, as scheduler.py does where it hashes a
+request's blocks anew. Where vLLM has changed, nothing is replaced and the answer stays vLLM's own.
 """
 
 from __future__ import annotations

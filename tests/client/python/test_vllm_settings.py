@@ -1,0 +1,52 @@
+"""The settings of the vLLM connector, and what a request may say. vLLM itself is not needed."""
+
+import pytest
+
+from prefilld import Lease
+from prefilld.vllm.settings import Settings, plan_request
+
+LEASE = {"name": "l", "generation": 3, "boot_id": "b", "layers": 2, "tokens": 40, "ttl": 60.0}
+HERE = Settings(targets=("127.0.0.1:1",), min_tokens=16)
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    ({"targte": "a:1"}, "unknown targte"), ({"target": "nowhere"}, "not HOST:PORT"),
+    ({"target": ["a:1", "b:99999"]}, "b:99999"), ({"min_tokens": 0}, "at least 1"),
+    ({"min_tokens": True}, "min_tokens"), ({"timeout_s": -1}, "timeout_s"),
+    ({"timeout_s": float("nan")}, "timeout_s"), ({"method": "fast"}, "'fast' is not one of"),
+    ({"gamma": "high"}, "gamma"), ({"transport": "carrier"}, "carrier"),
+    ({"model": ""}, "model"), ({"max_loads": 1.5}, "max_loads")])
+def test_a_wrong_setting_is_refused_by_name(extra, message):
+    with pytest.raises(ValueError, match=message):
+        Settings.from_config(extra)
+
+
+def test_settings_are_the_policy_of_prompts_unless_they_say_otherwise():
+    s = Settings.from_config({"target": "h:1", "model": "m", "method": "joint", "gamma": 0.95})
+    plan = plan_request(None, s)
+    assert (plan.target, plan.model, plan.error) == ("h:1", "m", "")
+    assert plan.policy == {"method": "joint", "gamma": 0.95} and plan.sparse
+    plan = plan_request({"method": "dense", "min_tokens": 9, "model": "n"}, s)
+    assert (plan.policy["method"], plan.min_tokens, plan.model) == ("dense", 9, "n")
+    assert not plan.sparse
+    assert plan_request(None, Settings()) is None  # no target: vLLM's alone
+
+
+@pytest.mark.parametrize("params", [
+    [1], {"method": "fast"}, {"method": []}, {"method": {}}, {"report_level": []}, {"gamma": []},
+    {"target": "elsewhere:1"}, {"target": 7}, {"min_tokens": "x"},
+    {"lease": 1}, {"lease": {"name": "l"}}, {"lease": {**LEASE, "layers": -1}},
+    {"lease": {**LEASE, "generation": True}}, {"lease": {**LEASE, "name": "x" * 200}},
+    {"lease": {**LEASE, "ttl": "long"}}, {"lease": LEASE, "tokens": 41},
+    {"lease": LEASE, "fingerprint": 5}, {"lease": LEASE, "target": "elsewhere:1"}])
+def test_hostile_parameters_are_a_failed_load_with_a_reason(params):
+    plan = plan_request(params, HERE)
+    assert plan.error.startswith("kv_transfer_params: ") and len(plan.error) < 600
+
+
+def test_a_lease_is_handed_over():
+    plan = plan_request({"lease": LEASE, "tokens": 40, "fingerprint": "f"}, HERE)
+    assert plan.lease == Lease(**LEASE)
+    assert (plan.target, plan.fingerprint, plan.error) == ("127.0.0.1:1", "f", "")
+    assert plan_request({"lease": LEASE, "target": "any:2"}, Settings()).target == "any:2"
+    assert "target is missing" in plan_request({"lease": LEASE}, Settings()).error
