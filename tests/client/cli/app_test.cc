@@ -105,6 +105,20 @@ TEST_F(AppTest, HealthFollowsTheServer) {
   EXPECT_THAT(err_, StartsWith("prefillctl: UNAVAILABLE: "));
 }
 
+TEST_F(AppTest, HealthWaitsUntilTheServerIsReady) {
+  server_.SetReady(false);
+  EXPECT_EQ(Run({"health", "--wait", "--timeout=0.3"}), 1);
+  EXPECT_THAT(out_, HasSubstr("ready  no"));
+  EXPECT_THAT(err_, StartsWith("prefillctl: UNAVAILABLE: "));
+  EXPECT_EQ(
+      RunAsWritten({"prefillctl", "health", "--wait", "--timeout=0.3", "--target=127.0.0.1:1"}), 1);
+  EXPECT_EQ(out_, "");
+  std::thread waiting([this] { EXPECT_EQ(Run({"health", "--wait"}), 0); });
+  server_.SetReady(true);
+  waiting.join();
+  EXPECT_THAT(out_, HasSubstr("ready  yes"));
+}
+
 TEST_F(AppTest, ModelsListsThem) {
   EXPECT_EQ(Run({"models"}), 0);
   EXPECT_THAT(out_, AllOf(HasSubstr("tiny"), HasSubstr("4/2"), HasSubstr("f32")));
