@@ -12,6 +12,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "server/version.h"
 
 namespace prefilld {
@@ -100,28 +101,31 @@ absl::Status AddModels(const std::vector<std::string>& texts, std::vector<ModelS
   return absl::OkStatus();
 }
 
+// "grpc, posix_shm ..." of every row.
+std::string TransportNames(const char* separator) {
+  return absl::StrJoin(kTransports, separator,
+                       [](std::string* out, const TransportRow& row) { out->append(row.name); });
+}
+
 // Names of what is served; gRPC always is, named or not.
 void AddTransports(CLI::App& app, Config* config) {
   app.add_option_function<std::vector<std::string>>(
          "--transports",
          [config](const std::vector<std::string>& names) {
-           config->posix_shm = false;
-           config->cuda_ipc = false;
+           config->transports.emplace();
            for (const std::string& name : names) {
-             if (name == "posix_shm") {
-               config->posix_shm = true;
-             } else if (name == "cuda_ipc") {
-               config->cuda_ipc = true;
-             } else if (name != "grpc") {
+             const TransportRow* row = FindTransport(name);
+             if (row == nullptr) {
                throw CLI::ValidationError("--transports",
-                                          "'" + name + "' is not grpc, posix_shm or cuda_ipc");
+                                          "'" + name + "' is none of " + TransportNames(", "));
              }
+             config->transports->insert(row->transport);
            }
          },
          "How tensors travel; grpc is always there, cuda_ipc needs the cuda backend")
       ->delimiter(',')
       ->type_name("NAMES")
-      ->default_str("grpc,posix_shm,cuda_ipc");
+      ->default_str(TransportNames(","));
 }
 
 // Open to the network only when somebody said so.

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "server/transport/transports.h"
 
 namespace prefilld {
 
@@ -30,14 +32,12 @@ struct Config {
   Endpoint listen{"127.0.0.1", 50051};
   Endpoint http{"127.0.0.1", 9464};
   std::string backend = "auto";
-  int threads = 0;  // of the CPU backend; 0: all processors
+  int threads = 0;                    // of the CPU backend; 0: all processors
   std::string cuda_kernels = "auto";  // of the cuda backend: sm80, sm90, or the best for the device
   int inject_fault = 0;               // for tests: the n-th Attend breaks the device; 0: none
   std::vector<ModelSource> models;
-  // Offered beside gRPC: posix_shm where /dev/shm can be used, cuda_ipc (empty: where the backend
-  // has it) for the tensors of Attend.
-  bool posix_shm = true;
-  std::optional<bool> cuda_ipc;
+  // Offered beside gRPC; absent: every one that is possible here.
+  std::optional<std::set<Transport>> transports;
 
   // Bytes. Touched as they are used; 0: what half (kv) or a quarter (attend) of the machine's
   // memory allows, at most 8 and 4 GiB.

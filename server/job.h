@@ -20,14 +20,6 @@ namespace prefilld {
 class KvCache;
 class Transformer;
 
-// How tensors reach their reader: sent, or in memory that a caller on this host, or on this device,
-// opens.
-enum class Transport { kGrpc, kPosixShm, kCudaIpc };
-inline constexpr std::array<const char*, 3> kTransportNames = {"grpc", "posix_shm", "cuda_ipc"};
-constexpr const char* Name(Transport transport) {
-  return kTransportNames[static_cast<size_t>(transport)];
-}
-
 enum class Phase { kQueue, kUpload, kEstimate, kSelect, kAttention, kLinear, kHandoff };
 inline constexpr std::array<const char*, 7> kPhaseNames = {
     "queue", "upload", "estimate", "select", "attention", "linear", "handoff"};
@@ -67,9 +59,9 @@ struct AttendWork {
   // Where the engine copies o and lse when they are done, pinned. Empty where they need not move:
   // the device computes in host memory, or the caller reads them on the device.
   Buffer host_o, host_lse;
-  // A segment that the buffers above point into, or the Staging that copies into them. Goes before
-  // them.
-  std::shared_ptr<const void> held;
+  // The Region that the caller reads and writes, and that the buffers above may point into; and the
+  // Staging that copies into them, which goes before them.
+  std::shared_ptr<void> region, staging;
   std::vector<int32_t> block_count;  // [q_heads, rows], by the engine
   std::vector<int32_t> block_index;  // [q_heads, rows, max], -1 padding
   int64_t rows = 0, max_blocks = 0;

@@ -8,14 +8,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
 #include "server/record/log.h"
-#include "server/transport/ipc_memory.h"
+#include "server/rpc/credentials.h"
 #include "server/version.h"
 
 namespace prefilld {
@@ -28,32 +27,6 @@ constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is n
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
 constexpr int kStreamsPerConnectionMax = 1024;
-
-absl::StatusOr<std::string> ReadFile(const std::string& path, const char* flag) {
-  std::ifstream file(path, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file || text.empty()) {
-    return absl::NotFoundError(absl::StrCat(flag, ": cannot read '", path, "'"));
-  }
-  return text;
-}
-
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const Config& config) {
-  if (config.tls_cert.empty()) return grpc::InsecureServerCredentials();
-  auto cert = ReadFile(config.tls_cert, "--tls_cert");
-  if (!cert.ok()) return cert.status();
-  auto key = ReadFile(config.tls_key, "--tls_key");
-  if (!key.ok()) return key.status();
-  grpc::SslServerCredentialsOptions options;
-  options.pem_key_cert_pairs.push_back({*std::move(key), *std::move(cert)});
-  if (!config.tls_client_ca.empty()) {
-    auto ca = ReadFile(config.tls_client_ca, "--tls_client_ca");
-    if (!ca.ok()) return ca.status();
-    options.pem_root_certs = *std::move(ca);
-    options.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
-  }
-  return grpc::SslServerCredentials(options);
-}
 
 // gRPC's own log is quiet until the server serves (our one line tells why it does not), then ours.
 void DropGrpcLog(gpr_log_func_args*) {}
@@ -77,7 +50,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
-  if (absl::Status status = server->OpenSharedMemory(); !status.ok()) return status;
+  if (absl::Status status = server->OpenMedia(); !status.ok()) return status;
 
   server->leases_ = std::make_unique<LeaseTable>(
       LeaseTable::Events{.ended = [s = server.get()](const LeaseInfo& lease, LeaseEnd why) {
@@ -115,6 +88,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   server->http_ = *std::move(http);
   if (absl::Status status = server->StartGrpc(); !status.ok()) return status;
   server->watch_ = std::thread([s = server.get()] { s->Watch(); });
+  PeerFacts ours;
+  for (const auto& [transport, medium] : server->media_) medium->Introduce(&ours);
   Log(Level::kInfo, "serving",
       {{"version", kVersion},
        {"listen", server->grpc_endpoint_.ToString()},
@@ -123,8 +98,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
        {"device", std::string(server->backend_->device().name())},
        {"models", server->models_.size()},
        {"kv_blocks", server->pool_ ? server->pool_->total() : 0},
-       {"shm_domain", server->shm_ ? server->shm_->name() : ""},
-       {"cuda_ipc_domain", server->cuda_ipc_domain_}});
+       {"shm_domain", ours.shm_domain},
+       {"cuda_ipc_domain", ours.cuda_ipc_domain}});
   return server;
 }
 
@@ -156,49 +131,33 @@ absl::Status Server::LoadModels() {
   return absl::OkStatus();
 }
 
-absl::Status Server::OpenSharedMemory() {
-  const bool shares = !backend_->device().uuid().empty();
-  if (config_.cuda_ipc.value_or(false) && !shares) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("--transports: cuda_ipc is not possible with the ",
-                     std::string(backend_->name()), " backend: it needs --backend=cuda"));
-  }
-  if (shares && config_.cuda_ipc.value_or(true)) {
-    if (absl::Status status = OfferCudaIpc(); !status.ok()) {
-      if (config_.cuda_ipc.value_or(false)) return Explain("--transports=cuda_ipc", status);
-      Log(Level::kWarning, "cuda_ipc_not_offered", {{"message", std::string(status.message())}});
+// Callers are served without what is not possible here, unless it was asked for by name.
+absl::Status Server::OpenMedia() {
+  const MediumSite site{backend_->device(), boot_id_};
+  for (const TransportRow& row : kTransports) {
+    const bool named = config_.transports && config_.transports->count(row.transport) > 0;
+    if (row.open != nullptr && (named || !config_.transports)) {
+      if (auto medium = row.open(site); medium.ok()) {
+        media_[row.transport] = *std::move(medium);
+      } else if (named && row.required) {
+        return Explain(absl::StrCat("--transports=", row.name).c_str(), medium.status());
+      } else if (named || !absl::IsUnimplemented(medium.status())) {
+        Log(Level::kWarning, absl::StrCat(row.name, "_not_offered").c_str(),
+            {{"message", std::string(medium.status().message())}});
+      }
     }
+    const bool offered = row.open == nullptr || media_.count(row.transport) > 0;
+    metrics_.AddTransport(row.name, offered);
   }
-  if (config_.posix_shm) OpenDevShm();
   return absl::OkStatus();
-}
-
-// Exports memory once, to see that this system can: callers are told at Negotiate, not in a call.
-absl::Status Server::OfferCudaIpc() {
-  const std::string domain = CudaIpcDomain();
-  if (domain.empty()) return absl::UnavailableError("the system names no boot or PID namespace");
-  if (auto memory = IpcMemory::Create(backend_->device(), 1); !memory.ok()) return memory.status();
-  cuda_ipc_domain_ = domain;
-  metrics_.OfferTransport(Transport::kCudaIpc);
-  return absl::OkStatus();
-}
-
-// Callers elsewhere are served without it, so that a /dev/shm of no use is no reason not to start.
-void Server::OpenDevShm() {
-  auto shm = ShmDomain::Open(boot_id_);
-  if (!shm.ok()) {
-    Log(Level::kWarning, "posix_shm_not_offered",
-        {{"message", std::string(shm.status().message())}});
-    return;
-  }
-  shm_ = *std::move(shm);
-  metrics_.OfferTransport(Transport::kPosixShm);
 }
 
 absl::Status Server::StartGrpc() {
+  std::set<Transport> offered;
+  for (const auto& [transport, medium] : media_) offered.insert(transport);
   rpc_.reset(new RpcContext{.backend = *backend_,
                             .models = models_,
-                            .shm = shm_.get(),
+                            .media = media_,
                             .pool = pool_.get(),
                             .leases = *leases_,
                             .scheduler = *scheduler_,
@@ -210,18 +169,16 @@ absl::Status Server::StartGrpc() {
                                        .attend_bytes_max = config_.attend_memory,
                                        .lease_ttl = config_.lease_ttl,
                                        .lease_ttl_max = config_.lease_ttl_max,
-                                       .posix_shm = shm_ != nullptr,
-                                       .cuda_ipc = !cuda_ipc_domain_.empty(),
+                                       .offered = offered,
                                        .device_memory = !backend_->device().host_memory()},
                             .waiting_jobs_max = config_.waiting_jobs_max,
                             .upload_timeout = config_.upload_timeout,
-                            .boot_id = boot_id_,
-                            .cuda_ipc_domain = cuda_ipc_domain_});
+                            .boot_id = boot_id_});
   prefill_service_ = std::make_unique<PrefillServiceImpl>(*rpc_);
   handoff_service_ = std::make_unique<KvHandoffServiceImpl>(*rpc_);
   model_service_ = std::make_unique<ModelServiceImpl>(*rpc_);
 
-  auto credentials = Credentials(config_);
+  auto credentials = Credentials({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
   if (!credentials.ok()) return credentials.status();
   gpr_set_log_function(DropGrpcLog);
   grpc::EnableDefaultHealthCheckService(true);
@@ -294,7 +251,7 @@ void Server::Drain() {
 }
 
 void Server::RemoveSegments() {
-  if (shm_) shm_->UnlinkAll();
+  for (const auto& [transport, medium] : media_) medium->Close();
 }
 
 Server::~Server() {

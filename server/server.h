@@ -38,9 +38,7 @@ class Server {
  private:
   explicit Server(Config config);
   absl::Status LoadModels();
-  absl::Status OpenSharedMemory();
-  absl::Status OfferCudaIpc();
-  void OpenDevShm();
+  absl::Status OpenMedia();
   absl::Status StartGrpc();
   void Watch();
 
@@ -53,8 +51,7 @@ class Server {
   PrefillRegistry prefills_;
   std::unique_ptr<Backend> backend_;
   Models models_;
-  std::unique_ptr<ShmDomain> shm_;   // null when posix_shm is not offered
-  std::string cuda_ipc_domain_;      // empty when cuda_ipc is not
+  Media media_;
   std::unique_ptr<BlockPool> pool_;  // null without models
   std::unique_ptr<LeaseTable> leases_;
   std::unique_ptr<Engine> engine_;

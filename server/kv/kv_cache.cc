@@ -10,7 +10,7 @@ namespace prefilld {
 KvCache::Pin::~Pin() { cache_->Unpin(layer_); }
 
 const std::byte* KvCache::Pin::tile(int64_t b, int kv_head, bool value) const {
-  return cache_->TileAt(*blocks_, segment_, layer_, b, kv_head, value);
+  return cache_->TileAt(*blocks_, region_, layer_, b, kv_head, value);
 }
 
 KvCache::Transfer::~Transfer() { cache_->Leave(this); }
@@ -21,36 +21,42 @@ void KvCache::Transfer::Progress() {
 }
 
 absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
-                                                         const KvGeometry& geometry, bool retain,
-                                                         ShmDomain* shm) {
+                                                         const KvGeometry& geometry, bool retain) {
   const int64_t slots = retain ? geometry.layers : std::min(2, geometry.layers);
   auto blocks = pool.Take(slots * geometry.blocks_per_layer());
   if (!blocks.ok()) return blocks.status();
-  std::shared_ptr<ShmSegment> segment;
-  if (shm != nullptr) {  // after the blocks: no more is taken than they allow
-    auto made = shm->Create(geometry.segment_bytes());
-    if (!made.ok()) {
-      pool.GiveBack(*blocks, BlockState::kComputing);
-      return made.status();
-    }
-    segment = *std::move(made);
-    pool.Discard(*blocks);
-  }
-  return std::shared_ptr<KvCache>(new KvCache(pool, geometry, retain, *blocks, std::move(segment)));
+  return std::shared_ptr<KvCache>(new KvCache(pool, geometry, retain, *blocks));
 }
 
 KvCache::KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain,
-                 const std::vector<int32_t>& blocks, std::shared_ptr<ShmSegment> segment)
+                 const std::vector<int32_t>& blocks)
     : pool_(pool),
       geometry_(geometry),
       retain_(retain),
-      in_segment_(segment != nullptr),
-      segment_(std::move(segment)),
       layers_(geometry.layers, LayerState::kPending) {
   const int64_t per_slot = geometry.blocks_per_layer();
   for (auto begin = blocks.begin(); begin != blocks.end(); begin += per_slot) {
     slots_.emplace_back().blocks.assign(begin, begin + per_slot);
   }
+}
+
+void KvCache::LieIn(std::shared_ptr<Region> region, Later later) {
+  std::vector<int32_t> blocks;
+  {
+    absl::MutexLock lock(&mutex_);
+    region_ = std::move(region);
+    transport_ = region_->transport();
+    later_ = std::move(later);
+    for (const Slot& slot : slots_) {
+      blocks.insert(blocks.end(), slot.blocks.begin(), slot.blocks.end());
+    }
+  }
+  pool_.Discard(std::move(blocks));
+}
+
+Transport KvCache::transport() const {
+  absl::MutexLock lock(&mutex_);
+  return transport_;
 }
 
 // Pins and transfers hold the cache, so nobody reads any more.
@@ -59,19 +65,26 @@ KvCache::~KvCache() {
   if (!freed_) Free();
 }
 
-// The segment first: the blocks are free for others only when its memory is.
+// The region first: the blocks are free for others only when its memory is.
 void KvCache::Free() {
-  segment_.reset();
-  for (Slot& slot : slots_) pool_.GiveBack(slot.blocks, slot.state);
   freed_ = true;
+  std::vector<std::pair<std::vector<int32_t>, BlockState>> taken;
+  for (Slot& slot : slots_) taken.emplace_back(slot.blocks, slot.state);
+  const Later later = region_ ? std::exchange(later_, nullptr) : nullptr;
+  auto give_back = [&pool = pool_, region = std::move(region_),
+                    taken = std::move(taken)]() mutable {
+    region.reset();
+    for (const auto& [blocks, state] : taken) pool.GiveBack(blocks, state);
+  };
+  later ? later(std::move(give_back)) : give_back();
 }
 
-std::byte* KvCache::TileAt(const std::vector<int32_t>& blocks, const ShmSegment* segment, int layer,
+std::byte* KvCache::TileAt(const std::vector<int32_t>& blocks, const Region* region, int layer,
                            int64_t b, int kv_head, bool value) const {
-  if (segment == nullptr) {
+  if (region == nullptr) {
     return pool_.data(blocks[b]) + geometry_.tile_bytes() * (2 * kv_head + (value ? 1 : 0));
   }
-  return segment->data() + geometry_.segment_offset(layer, value) +
+  return region->data() + geometry_.region_offset(layer, value) +
          geometry_.tensor_bytes() / geometry_.kv_heads * kv_head + geometry_.tile_bytes() * b;
 }
 
@@ -94,10 +107,10 @@ void KvCache::SetOnSlotFree(std::function<void()> on_slot_free) {
 KvTarget KvCache::Target(int layer) const {
   absl::MutexLock lock(&mutex_);
   const int64_t d = geometry_.head_dim, size = static_cast<int64_t>(SizeOf(geometry_.dtype));
-  if (segment_ != nullptr) {
-    const auto begin = geometry_.segment_offset(layer, /*value=*/false);
-    const auto value = static_cast<int64_t>(geometry_.segment_offset(layer, true) - begin);
-    return {.pages = {segment_->data() + begin},
+  if (region_ != nullptr) {
+    const auto begin = geometry_.region_offset(layer, /*value=*/false);
+    const auto value = static_cast<int64_t>(geometry_.region_offset(layer, true) - begin);
+    return {.pages = {region_->data() + begin},
             .page_tokens = geometry_.tokens,
             .head_stride = geometry_.tokens * d,
             .value_stride = value / size,
@@ -121,7 +134,7 @@ std::shared_ptr<const KvCache::Pin> KvCache::PinLocked(int layer) {
   Slot& slot = SlotOf(layer);
   if (slot.pins++ == 0) SetState(slot, BlockState::kTransferring);
   return std::shared_ptr<const Pin>(
-      new Pin(shared_from_this(), layer, &slot.blocks, segment_.get()));
+      new Pin(shared_from_this(), layer, &slot.blocks, region_.get()));
 }
 
 void KvCache::Commit(int layer) {

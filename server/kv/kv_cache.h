@@ -1,8 +1,8 @@
 // The KV cache of one prompt: the layers that the engine fills one after another and that pulls
 // read, possibly while later layers are computed. Owns its blocks and gives them back when it is
-// closed and nobody reads them any more. Its bytes lie in the blocks, or in a segment of shared
-// memory that a caller on this host can map; then the blocks stand for the memory that the segment
-// takes, and hold none. Thread-safe; nothing here blocks but Create of a segment, and its end.
+// closed and nobody reads them any more. Its bytes lie in the blocks, or in a region that a caller
+// can open; then the blocks stand for the memory that the region takes, and hold none. Thread-safe;
+// nothing here blocks but LieIn.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 #include "absl/time/time.h"
 #include "kernels/tensor.h"
 #include "server/kv/block_pool.h"
-#include "server/transport/shm_segment.h"
+#include "server/transport/region.h"
 
 namespace prefilld {
 
@@ -38,10 +38,10 @@ struct KvGeometry {
     return static_cast<uint64_t>(kv_heads) * tokens * head_dim * SizeOf(dtype);
   }
   uint64_t total_bytes() const { return tensor_bytes() * 2 * layers; }
-  // In a segment: [layer][k|v], each a tensor in the Hugging Face form.
-  uint64_t segment_bytes() const { return ShmAligned(tensor_bytes()) * 2 * layers; }
-  uint64_t segment_offset(int layer, bool value) const {
-    return ShmAligned(tensor_bytes()) * (2 * static_cast<uint64_t>(layer) + (value ? 1 : 0));
+  // In a region: [layer][k|v], each a tensor in the Hugging Face form.
+  uint64_t region_bytes() const { return RegionAligned(tensor_bytes()) * 2 * layers; }
+  uint64_t region_offset(int layer, bool value) const {
+    return RegionAligned(tensor_bytes()) * (2 * static_cast<uint64_t>(layer) + (value ? 1 : 0));
   }
 };
 
@@ -56,17 +56,17 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
     // The [128][d] tile of block b; rows beyond the prompt are unspecified, and may not be there.
     const std::byte* tile(int64_t b, int kv_head, bool value) const;
     // What the cache lies in; null: its blocks. Gone when cache and pins are.
-    const ShmSegment* segment() const { return segment_; }
+    const Region* region() const { return region_; }
 
    private:
     friend class KvCache;
     Pin(std::shared_ptr<KvCache> cache, int layer, const std::vector<int32_t>* blocks,
-        const ShmSegment* segment)
-        : cache_(std::move(cache)), layer_(layer), blocks_(blocks), segment_(segment) {}
+        const Region* region)
+        : cache_(std::move(cache)), layer_(layer), blocks_(blocks), region_(region) {}
     const std::shared_ptr<KvCache> cache_;
     const int layer_;
     const std::vector<int32_t>* const blocks_;
-    const ShmSegment* const segment_;
+    const Region* const region_;
   };
   using Ready = std::function<void(absl::StatusOr<std::shared_ptr<const Pin>>)>;
 
@@ -88,16 +88,21 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   };
 
   // retain: takes the blocks of every layer at once. Otherwise those of min(2, layers) layers, used
-  // in turn: layer L + 2 waits until layer L is delivered. `shm`: the cache, a retained one, lies
-  // in a segment of it. RESOURCE_EXHAUSTED as BlockPool::Take and ShmDomain::Create.
+  // in turn: layer L + 2 waits until layer L is delivered. RESOURCE_EXHAUSTED as BlockPool::Take.
   static absl::StatusOr<std::shared_ptr<KvCache>> Create(BlockPool& pool,
-                                                         const KvGeometry& geometry, bool retain,
-                                                         ShmDomain* shm = nullptr);
+                                                         const KvGeometry& geometry, bool retain);
   ~KvCache();
+
+  // Runs what takes long, such as giving gigabytes back to the system, on a thread that may.
+  using Later = std::function<void(std::function<void()>)>;
+  // A retained cache, before anybody computes or reads it: from now on it lies in `region`, of
+  // geometry().region_bytes(), and the memory of the blocks goes back to the device, which may take
+  // long. `later` lets go of the region in the end; empty: whoever is last does.
+  void LieIn(std::shared_ptr<Region> region, Later later = nullptr);
 
   const KvGeometry& geometry() const { return geometry_; }
   bool retain() const { return retain_; }
-  bool in_segment() const { return in_segment_; }
+  Transport transport() const;  // of the region that it lies in, or lay in; kGrpc: blocks
 
   // --- the engine ---
   // False: the layer's blocks still hold an undelivered one; `on_slot_free` runs when to ask again.
@@ -133,9 +138,9 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   enum class LayerState : uint8_t { kPending, kReady, kDelivered };
 
   KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain,
-          const std::vector<int32_t>& blocks, std::shared_ptr<ShmSegment> segment);
-  std::byte* TileAt(const std::vector<int32_t>& blocks, const ShmSegment* segment, int layer,
-                    int64_t b, int kv_head, bool value) const;
+          const std::vector<int32_t>& blocks);
+  std::byte* TileAt(const std::vector<int32_t>& blocks, const Region* region, int layer, int64_t b,
+                    int kv_head, bool value) const;
   const Slot& SlotOf(int layer) const ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
     return slots_[static_cast<size_t>(layer) % slots_.size()];
   }
@@ -156,9 +161,10 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   BlockPool& pool_;
   const KvGeometry geometry_;
   const bool retain_;
-  const bool in_segment_;
   mutable absl::Mutex mutex_;
-  std::shared_ptr<ShmSegment> segment_ ABSL_GUARDED_BY(mutex_);  // null: in the blocks, or freed
+  std::shared_ptr<Region> region_ ABSL_GUARDED_BY(mutex_);  // null: in the blocks, or freed
+  Transport transport_ ABSL_GUARDED_BY(mutex_) = Transport::kGrpc;
+  Later later_ ABSL_GUARDED_BY(mutex_);
   std::vector<Slot> slots_ ABSL_GUARDED_BY(mutex_);
   std::vector<LayerState> layers_ ABSL_GUARDED_BY(mutex_);
   int committed_ ABSL_GUARDED_BY(mutex_) = 0;

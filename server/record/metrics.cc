@@ -146,15 +146,7 @@ Metrics::Metrics()
     DenseFallback(reason, 0);
   }
   for (const char* state : kBlockStateNames) kv_blocks_.Add({{"state", state}});
-  for (Transport transport : {Transport::kGrpc, Transport::kPosixShm, Transport::kCudaIpc}) {
-    HandoffBytes(transport, 0);
-    handoff_duration_.Add({{"transport", Name(transport)}}, Seconds());
-    for (const char* reason : kHandoffFailures) {
-      handoff_failures_.Add({{"transport", Name(transport)}, {"reason", reason}});
-    }
-  }
   for (const char* kind : Device::kFaultKinds) gpu_faults_.Add({{"kind", kind}});
-  OfferTransport(Transport::kGrpc);
   AddModel(kAttendModel);
   Gauges(*registry_, "prefilld_build_info", "The version that runs")
       .Add({{"version", kVersion}})
@@ -178,21 +170,26 @@ void Metrics::Rejected(const absl::Status& why) {
   rejected_.Add({{"reason", RejectionOf(why)}}).Increment();
 }
 
-void Metrics::OfferTransport(Transport transport) {
-  handoff_transport_info_.Add({{"transport", Name(transport)}}).Set(1);
+void Metrics::AddTransport(const std::string& transport, bool offered) {
+  HandoffBytes(transport, 0);
+  handoff_duration_.Add({{"transport", transport}}, Seconds());
+  for (const char* reason : kHandoffFailures) {
+    handoff_failures_.Add({{"transport", transport}, {"reason", reason}});
+  }
+  if (offered) handoff_transport_info_.Add({{"transport", transport}}).Set(1);
 }
 
-void Metrics::HandoffBytes(Transport transport, uint64_t bytes) {
-  handoff_bytes_.Add({{"transport", Name(transport)}, {"direction", "out"}})
+void Metrics::HandoffBytes(const std::string& transport, uint64_t bytes) {
+  handoff_bytes_.Add({{"transport", transport}, {"direction", "out"}})
       .Increment(static_cast<double>(bytes));
 }
 
-void Metrics::HandoffFinished(Transport transport, double seconds) {
-  handoff_duration_.Add({{"transport", Name(transport)}}, Seconds()).Observe(seconds);
+void Metrics::HandoffFinished(const std::string& transport, double seconds) {
+  handoff_duration_.Add({{"transport", transport}}, Seconds()).Observe(seconds);
 }
 
-void Metrics::HandoffFailed(Transport transport, const std::string& reason) {
-  handoff_failures_.Add({{"transport", Name(transport)}, {"reason", reason}}).Increment();
+void Metrics::HandoffFailed(const std::string& transport, const std::string& reason) {
+  handoff_failures_.Add({{"transport", transport}, {"reason", reason}}).Increment();
 }
 
 void Metrics::ObservePhase(Phase phase, double seconds) {

@@ -37,6 +37,8 @@ struct Metrics {
 
   // Makes the series of a model exist. Before serving.
   void AddModel(const std::string& model);
+  // Makes the series of a transport exist; `offered`: this server has it. Before serving.
+  void AddTransport(const std::string& transport, bool offered);
 
   // --- rpc ---
   // method: an RPC's name ("Attend"); code: a gRPC code's name ("OK"). Once per call, at its end.
@@ -60,10 +62,11 @@ struct Metrics {
   prometheus::Histogram& time_to_first_layer;  // seconds from a Prefill's arrival; by the engine
 
   // --- hand-off and leases ---
-  void OfferTransport(Transport transport);                   // before serving; gRPC always is
-  void HandoffBytes(Transport transport, uint64_t bytes);     // sent, or named to be mapped
-  void HandoffFinished(Transport transport, double seconds);  // a whole PullKv
-  void HandoffFailed(Transport transport, const std::string& reason);  // one of kHandoffFailures
+  // transport: a name that was added.
+  void HandoffBytes(const std::string& transport, uint64_t bytes);  // sent, or named to be mapped
+  void HandoffFinished(const std::string& transport, double seconds);  // a whole PullKv
+  void HandoffFailed(const std::string& transport,
+                     const std::string& reason);  // a kHandoffFailures
   prometheus::Counter& leases_expired;
   prometheus::Gauge& leases_active;                    // set by on_scrape
   void SetKvBlocks(BlockState state, int64_t blocks);  // by on_scrape

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "proto/wire/chunk.h"
+#include "server/rpc/attend_memory.h"
 #include "server/rpc/messages.h"
 
 namespace prefilld {
@@ -38,10 +39,6 @@ std::vector<v1::TensorSpec> Specs(const Job& job, bool ragged, int64_t rows, int
 
 }  // namespace
 
-v1::BufferRef AttendSegment::BufferAt(uint64_t offset, uint64_t bytes) const {
-  return shm != nullptr ? BufferIn(*shm, offset, bytes) : BufferIn(*ipc, offset, bytes);
-}
-
 uint64_t BytesOf(const v1::TensorSpec& spec) {
   uint64_t bytes = spec.data_type() == v1::DATA_TYPE_U8 ? 1
                    : spec.data_type() == v1::DATA_TYPE_F32 || spec.data_type() == v1::DATA_TYPE_I32
@@ -57,8 +54,8 @@ std::vector<v1::TensorSpec> AnnouncedOutputs(const Job& job, bool ragged) {
 }
 
 AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged,
-                             const AttendSegment* segment)
-    : segment_(segment) {
+                             const AttendMemory& memory)
+    : memory_(memory) {
   auto held = std::make_shared<Held>();
   for (const HeadReport& entry : job->report.entries) {
     held->pattern.push_back(static_cast<uint8_t>(entry.pattern));
@@ -83,11 +80,13 @@ AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged,
 }
 
 absl::Status AttendOutputs::Place(Device& device) {
+  if (memory_.region == nullptr) return absl::OkStatus();
+  const bool on_device = RowOf(memory_.region->transport()).on_device;
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    std::byte* place = segment_->data() + segment_->outputs[i];
+    std::byte* place = memory_.region->data() + memory_.outputs[i];
     const Tensor& tensor = tensors_[i];
     if (reinterpret_cast<const std::byte*>(tensor.data) == place) continue;  // o and lse
-    if (segment_->shm != nullptr) {
+    if (!on_device) {
       std::memcpy(place, tensor.data, tensor.bytes);
     } else if (absl::Status status = device.Copy(place, tensor.data, tensor.bytes, Stream{});
                !status.ok()) {
@@ -95,15 +94,15 @@ absl::Status AttendOutputs::Place(Device& device) {
     }
   }
   current_ = tensors_.size();
-  return segment_->ipc != nullptr ? device.Synchronize(Stream{}) : absl::OkStatus();
+  return on_device ? device.Synchronize(Stream{}) : absl::OkStatus();
 }
 
 v1::OutputSpecs AttendOutputs::specs() const {
   v1::OutputSpecs specs;
   for (size_t i = 0; i < tensors_.size(); ++i) {
     *specs.add_tensors() = tensors_[i].spec;
-    if (segment_ == nullptr) continue;
-    *specs.add_buffers() = segment_->BufferAt(segment_->outputs[i], tensors_[i].bytes);
+    if (memory_.region == nullptr) continue;
+    *specs.add_buffers() = BufferIn(*memory_.region, memory_.outputs[i], tensors_[i].bytes);
   }
   return specs;
 }

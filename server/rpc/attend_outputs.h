@@ -9,13 +9,14 @@
 #include <memory>
 #include <vector>
 
+#include "kernels/backend.h"
 #include "prefilld/v1/prefill_service.pb.h"
 #include "prefilld/v1/tensor.pb.h"
 #include "server/job.h"
-#include "server/transport/ipc_memory.h"
-#include "server/transport/shm_segment.h"
 
 namespace prefilld {
+
+struct AttendMemory;
 
 // The specs of the outputs of an admitted job: exact, but for block_index, whose last dimension is
 // its upper bound. `ragged`: cu_seqlens were given, pattern and captured_mass are per sequence.
@@ -23,25 +24,14 @@ std::vector<v1::TensorSpec> AnnouncedOutputs(const Job& job, bool ragged);
 
 uint64_t BytesOf(const v1::TensorSpec& spec);
 
-// Where the tensors of one Attend lie that are not sent: the announced inputs, then the outputs,
-// each with room for its upper bound.
-struct AttendSegment {
-  std::shared_ptr<ShmSegment> shm;        // over posix_shm
-  std::shared_ptr<IpcMemory> ipc;         // over cuda_ipc
-  std::vector<uint64_t> inputs, outputs;  // offsets
-
-  bool exists() const { return shm != nullptr || ipc != nullptr; }
-  std::byte* data() const { return shm != nullptr ? shm->data() : ipc->data(); }
-  v1::BufferRef BufferAt(uint64_t offset, uint64_t bytes) const;
-};
-
 class AttendOutputs {
  public:
-  // job: finished with OK. `segment`: where the outputs have to be, else null; outlives this.
-  AttendOutputs(std::shared_ptr<const Job> job, bool ragged, const AttendSegment* segment);
+  // job: finished with OK. `memory`: of the job, outlives this; where the outputs have to be when
+  // it has a region.
+  AttendOutputs(std::shared_ptr<const Job> job, bool ragged, const AttendMemory& memory);
 
-  // Puts what is not there yet into the segment; then there is nothing to send. Waits for `device`
-  // where that is its memory.
+  // Puts what is not there yet into the region, where there is one; then there is nothing to send.
+  // Copies, and waits for `device` where the region is its memory.
   absl::Status Place(Device& device);
 
   v1::OutputSpecs specs() const;
@@ -64,7 +54,7 @@ class AttendOutputs {
   };
 
   std::shared_ptr<const Held> held_;
-  const AttendSegment* const segment_;
+  const AttendMemory& memory_;
   std::vector<Tensor> tensors_;
   uint64_t total_ = 0;
   size_t current_ = 0;

@@ -11,35 +11,6 @@
 #include "server/rpc/messages.h"
 
 namespace prefilld {
-namespace {
-
-// Of q and o, and of k and v.
-std::pair<uint64_t, uint64_t> TensorBytes(const AttentionShape& shape) {
-  const uint64_t row = static_cast<uint64_t>(shape.head_dim) * SizeOf(shape.dtype);
-  return {static_cast<uint64_t>(shape.total_q()) * shape.q_heads * row,
-          static_cast<uint64_t>(shape.total_k()) * shape.kv_heads * row};
-}
-
-uint64_t LseBytes(const AttendWork& work) {
-  const AttentionShape& shape = work.shape;
-  return work.return_lse ? static_cast<uint64_t>(shape.q_heads) * shape.total_q() * sizeof(float)
-                         : 0;
-}
-
-// Memory that there is none of now may be there later.
-absl::Status NoMemory(const absl::Status& status) {
-  if (!absl::IsResourceExhausted(status)) return status;
-  return RetryLater(status.code(), "attend_memory", status.message(), absl::Seconds(1));
-}
-
-absl::Status Take(absl::StatusOr<Buffer> memory, Buffer* buffer) {
-  if (!memory.ok()) return NoMemory(memory.status());
-  *buffer = *std::move(memory);
-  return absl::OkStatus();
-}
-
-}  // namespace
-
 AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context) {
   std::shared_ptr<AttendReactor> reactor(new AttendReactor(rpc, context));
   absl::MutexLock lock(&reactor->mutex_);
@@ -123,13 +94,14 @@ absl::Status AttendReactor::OnHeader() {
     return status;
   }
   // After the budget: what is refused has taken nothing.
-  const bool sent = valid->transport == Transport::kGrpc;
-  absl::Status placed = sent ? AllocateBuffers(*valid) : AllocateSegment(*valid);
-  if (!placed.ok()) {
-    rpc_.scheduler.Cancel(job, placed);
+  auto memory = TakeMemory(*valid, rpc_.backend.device(), FindMedium(rpc_.media, valid->transport));
+  if (!memory.ok()) {
+    rpc_.scheduler.Cancel(job, memory.status());
     rpc_.attends.Release(job->request_id);
-    return placed;
+    return memory.status();
   }
+  memory_ = *std::move(memory);
+  upload_.emplace(memory_.upload);
   job_ = job;
   ragged_ = valid->ragged;
   bytes_to_come_ = upload_->total_bytes();
@@ -145,9 +117,9 @@ absl::Status AttendReactor::OnHeader() {
     *admission.add_outputs() = std::move(spec);
   }
   admission.set_transport(ProtoOf(valid->transport));
-  for (size_t i = 0; i < segment_.inputs.size(); ++i) {
-    *admission.add_buffers() = segment_.BufferAt(
-        segment_.inputs[i], BytesOf(request.header().tensors(static_cast<int>(i))));
+  for (size_t i = 0; i < memory_.inputs.size(); ++i) {
+    *admission.add_buffers() =
+        BufferIn(*memory_.region, memory_.inputs[i], memory_.upload[i].bytes);
   }
   Log(Level::kInfo, "attend_admitted",
       {{"request_id", job->request_id},
@@ -159,122 +131,32 @@ absl::Status AttendReactor::OnHeader() {
   return absl::OkStatus();
 }
 
-// The device's side of the tensors, where nobody else has made it.
-absl::Status AttendReactor::AllocateOnDevice(AttendWork& work) {
-  const auto [q_bytes, kv_bytes] = TensorBytes(work.shape);
-  for (auto [buffer, bytes] :
-       {std::pair(&work.q, q_bytes), std::pair(&work.k, kv_bytes), std::pair(&work.v, kv_bytes),
-        std::pair(&work.o, q_bytes), std::pair(&work.lse, LseBytes(work))}) {
-    if (bytes == 0) continue;
-    if (absl::Status status = Take(rpc_.backend.device().Allocate(bytes), buffer); !status.ok()) {
-      return status;
-    }
-  }
-  return absl::OkStatus();
-}
-
-// And where they are on the host, on their way there and back.
-absl::Status AttendReactor::AllocateStaging(const ValidAttend& valid) {
-  AttendWork& work = *valid.job->attend;
-  Device& device = rpc_.backend.device();
-  absl::Status status = AllocateOnDevice(work);
-  if (status.ok()) status = Take(device.AllocateHost(work.o.bytes()), &work.host_o);
-  if (status.ok() && work.return_lse) {
-    status = Take(device.AllocateHost(work.lse.bytes()), &work.host_lse);
-  }
-  if (!status.ok()) return status;
-  const std::array<const Buffer*, 3> by_role = {&work.q, &work.k, &work.v};
-  std::vector<Staging::Tensor> tensors;
-  for (int role : valid.roles) tensors.push_back({by_role[role]->data(), by_role[role]->bytes()});
-  auto staging = Staging::Create(device, std::move(tensors));
-  if (!staging.ok()) return NoMemory(staging.status());
-  staging_ = staging->get();
-  work.held = *std::move(staging);
-  return absl::OkStatus();
-}
-
-absl::Status AttendReactor::AllocateBuffers(const ValidAttend& valid) {
-  AttendWork& work = *valid.job->attend;
-  const bool in_place = rpc_.backend.device().host_memory();
-  absl::Status status = in_place ? AllocateOnDevice(work) : AllocateStaging(valid);
-  if (!status.ok()) return status;
-  const std::array<const Buffer*, 3> by_role = {&work.q, &work.k, &work.v};
-  std::vector<Upload::Tensor> tensors;
-  for (size_t i = 0; i < valid.roles.size(); ++i) {
-    const Buffer& buffer = *by_role[valid.roles[i]];
-    tensors.push_back({in_place ? buffer.data() : staging_->tensors()[i].host, buffer.bytes()});
-  }
-  upload_.emplace(std::move(tensors));
-  return absl::OkStatus();
-}
-
-// Lengths are bounded by attend_bytes_max, which counts every tensor.
-absl::Status AttendReactor::AllocateSegment(const ValidAttend& valid) {
-  AttendWork& work = *valid.job->attend;
-  Device& device = rpc_.backend.device();
-  const auto [q_bytes, kv_bytes] = TensorBytes(work.shape);
-  uint64_t end = 0;
-  const auto place = [&](uint64_t bytes) { return std::exchange(end, end + ShmAligned(bytes)); };
-  for (int role : valid.roles) segment_.inputs.push_back(place(role == 0 ? q_bytes : kv_bytes));
-  for (const v1::TensorSpec& spec : AnnouncedOutputs(*valid.job, valid.ragged)) {
-    segment_.outputs.push_back(place(BytesOf(spec)));
-  }
-  const bool on_device = valid.transport == Transport::kCudaIpc;
-  if (on_device) {
-    auto memory = IpcMemory::Create(device, end);
-    if (!memory.ok()) return NoMemory(memory.status());
-    segment_.ipc = *std::move(memory);
-    work.held = segment_.ipc;
-  } else {
-    auto memory = rpc_.shm->Create(end);
-    if (!memory.ok()) return memory.status();
-    segment_.shm = *std::move(memory);
-    work.held = segment_.shm;
-  }
-  std::byte* const base = segment_.data();
-  std::vector<Upload::Tensor> tensors;
-  for (size_t i = 0; i < valid.roles.size(); ++i) {
-    tensors.push_back({base + segment_.inputs[i], valid.roles[i] == 0 ? q_bytes : kv_bytes});
-  }
-  if (!on_device && !device.host_memory()) {
-    if (absl::Status status = AllocateStaging(valid); !status.ok()) return status;
-  } else {  // the job is computed in it
-    const std::array<Buffer*, 3> by_role = {&work.q, &work.k, &work.v};
-    for (size_t i = 0; i < valid.roles.size(); ++i) {
-      *by_role[valid.roles[i]] = Buffer(tensors[i].data, tensors[i].bytes, nullptr);
-    }
-    work.o = Buffer(base + segment_.outputs[0], q_bytes, nullptr);
-    if (work.return_lse) work.lse = Buffer(base + segment_.outputs[1], LseBytes(work), nullptr);
-  }
-  upload_.emplace(std::move(tensors));
-  return absl::OkStatus();
-}
-
 absl::Status AttendReactor::OnTensors() {
-  if (segment_.exists()) {
+  if (memory_.region != nullptr) {
     v1::AttendRequest request;
     if (FirstField(read_) != kAttendWritten || !ParseMessage(&read_, &request)) {
-      return absl::DataLossError(absl::StrCat(
-          "over ", segment_.shm != nullptr ? "TRANSPORT_POSIX_SHM" : "TRANSPORT_CUDA_IPC",
-          " only `written` follows the header"));
+      return absl::DataLossError(absl::StrCat("over ", ProtoName(memory_.region->transport()),
+                                              " only `written` follows the header"));
     }
     absl::Status status = upload_->Written();
-    for (size_t i = 0; status.ok() && staging_ != nullptr && i < segment_.inputs.size(); ++i) {
-      status = staging_->CopyFrom(i, segment_.data() + segment_.inputs[i]);
+    for (size_t i = 0; status.ok() && memory_.staging != nullptr && i < memory_.inputs.size();
+         ++i) {
+      status = memory_.staging->CopyFrom(i, memory_.upload[i].data);
     }
     return status;
   }
   if (FirstField(read_) == kAttendWritten) {
     return absl::DataLossError(
-        "`written` is of TRANSPORT_POSIX_SHM and TRANSPORT_CUDA_IPC; here tensors come as chunks");
+        "`written` is of memory that the server hands out; over TRANSPORT_GRPC tensors come as "
+        "chunks");
   }
   auto chunk = ParseChunk(read_, kAttendChunk);
   if (!chunk.ok()) return absl::DataLossError(chunk.status().message());
   absl::Status status = upload_->Take(*chunk);
   read_.Clear();
-  if (!status.ok() || staging_ == nullptr) return status;
-  return staging_->Arrived(chunk->header.tensor_index,
-                           chunk->header.byte_offset + chunk->payload_bytes);
+  if (!status.ok() || memory_.staging == nullptr) return status;
+  return memory_.staging->Arrived(chunk->header.tensor_index,
+                                  chunk->header.byte_offset + chunk->payload_bytes);
 }
 
 void AttendReactor::OnFinished(const absl::Status& status) {
@@ -285,20 +167,19 @@ void AttendReactor::OnFinished(const absl::Status& status) {
   AttendWork& work = *job_->attend;
   // Only the outputs are needed until the caller has them. What the caller opened stays as a whole.
   for (Buffer* input : {&work.q, &work.k, &work.v}) *input = Buffer();
-  const bool staged = staging_ != nullptr;
+  const bool staged = memory_.staging != nullptr;
   if (staged) {  // o and lse are on the host
-    staging_->Computed();
-    staging_ = nullptr;
-    work.held.reset();
+    memory_.staging->Computed();
+    memory_.staging = nullptr;
+    work.staging.reset();
     work.o = Buffer();
     work.lse = Buffer();
   }
   rpc_.reports.Add({job_->request_id, kAttendModel, job_->policy.method, job_->policy.gamma,
                     job_->tokens(), job_->report});
-  outputs_ =
-      std::make_shared<AttendOutputs>(job_, ragged_, segment_.exists() ? &segment_ : nullptr);
-  if (!segment_.exists()) return Answer();
-  if (segment_.shm != nullptr && staged) {  // too much for the completion thread: one of gRPC's
+  outputs_ = std::make_shared<AttendOutputs>(job_, ragged_, memory_);
+  if (memory_.region == nullptr) return Answer();
+  if (staged) {  // too much for the completion thread: one of gRPC's
     place_ = std::make_unique<grpc::Alarm>();
     place_->Set(absl::ToChronoTime(absl::Now()), [weak = weak_from_this()](bool fired) {
       const auto self = fired ? weak.lock() : nullptr;
@@ -349,7 +230,7 @@ void AttendReactor::WriteNext() {
   if (writing_ || computing_ || !outputs_) return;  // or they are not in their place yet
   if (next_) {
     Write(*std::exchange(next_, std::nullopt));
-  } else if (segment_.ipc == nullptr || peer_closed_) {
+  } else if (!peer_closes() || peer_closed_) {
     return End(absl::OkStatus());
   } else {
     return;  // the peer may have our memory open: its end of the stream tells that it has not
@@ -384,7 +265,7 @@ void AttendReactor::End(const absl::Status& status) {
   ended_ = true;
   rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_));
   bytes_to_come_ = 0;
-  if (segment_.shm != nullptr) segment_.shm->Unlink();  // the job may still compute in it
+  if (memory_.region != nullptr) memory_.region->Unlink();  // the job may still compute in it
   if (job_ && !job_ended_) rpc_.scheduler.Cancel(job_, status);
   const grpc::Status wire = record_.End(status);
   if (job_) {

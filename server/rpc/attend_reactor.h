@@ -21,12 +21,12 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "server/job.h"
+#include "server/rpc/attend_memory.h"
 #include "server/rpc/attend_outputs.h"
 #include "server/rpc/call.h"
 #include "server/rpc/context.h"
 #include "server/rpc/upload.h"
 #include "server/rpc/validate.h"
-#include "server/transport/staging.h"
 
 namespace prefilld {
 
@@ -48,10 +48,6 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
 
   absl::Status OnHeader() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Status AllocateOnDevice(AttendWork& work);
-  absl::Status AllocateStaging(const ValidAttend& valid);
-  absl::Status AllocateBuffers(const ValidAttend& valid);
-  absl::Status AllocateSegment(const ValidAttend& valid);
   absl::Status OnTensors();
   void PlaceOutputs();
   void Answer() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -60,6 +56,10 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnAlarm();
+  // The peer's end of the stream tells that it has closed what it had opened.
+  bool peer_closes() const {
+    return memory_.region != nullptr && RowOf(memory_.region->transport()).peer_closes;
+  }
 
   RpcContext& rpc_;
   grpc::CallbackServerContext* const context_;
@@ -67,8 +67,7 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   grpc::ByteBuffer read_;         // of the outstanding read
   std::optional<Upload> upload_;  // the outstanding read's thread
   // Set once, with the job.
-  AttendSegment segment_;       // empty over gRPC
-  Staging* staging_ = nullptr;  // the job's; null where nothing moves to a device
+  AttendMemory memory_;
 
   absl::Mutex mutex_;
   std::shared_ptr<AttendReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone

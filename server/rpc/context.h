@@ -17,7 +17,7 @@
 #include "server/rpc/prefill_registry.h"
 #include "server/rpc/validate.h"
 #include "server/scheduler/scheduler.h"
-#include "server/transport/shm_segment.h"
+#include "server/transport/transports.h"
 
 namespace prefilld {
 
@@ -30,7 +30,7 @@ absl::StatusOr<Transformer*> FindModel(const Models& models, const std::string& 
 struct RpcContext {
   Backend& backend;
   const Models& models;
-  ShmDomain* shm;   // null when posix_shm is not offered
+  const Media& media;
   BlockPool* pool;  // null when there is no model
   LeaseTable& leases;
   Scheduler& scheduler;
@@ -43,7 +43,6 @@ struct RpcContext {
   // An Attend whose peer moves no chunk for this long, in either direction, is given up.
   absl::Duration upload_timeout = absl::Seconds(30);
   std::string boot_id;
-  std::string cuda_ipc_domain;  // see CudaIpcDomain; when limits.cuda_ipc
 };
 
 }  // namespace prefilld

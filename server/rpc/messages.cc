@@ -4,6 +4,8 @@
 #include <cmath>
 #include <set>
 
+#include "server/transport/transports.h"
+
 namespace prefilld {
 namespace {
 
@@ -41,23 +43,23 @@ v1::DataType ProtoOf(DType dtype) {
 }
 
 v1::Transport ProtoOf(Transport transport) {
-  return transport == Transport::kCudaIpc    ? v1::TRANSPORT_CUDA_IPC
-         : transport == Transport::kPosixShm ? v1::TRANSPORT_POSIX_SHM
-                                             : v1::TRANSPORT_GRPC;
+  return static_cast<v1::Transport>(RowOf(transport).wire);
 }
 
-v1::BufferRef BufferIn(const ShmSegment& segment, uint64_t offset, uint64_t bytes) {
-  v1::BufferRef buffer;
-  buffer.set_name(segment.name());
-  buffer.set_byte_offset(offset);
-  buffer.set_byte_length(bytes);
-  return buffer;
+std::string ProtoName(Transport transport) { return v1::Transport_Name(ProtoOf(transport)); }
+
+std::string TransportName(int transport) {
+  return v1::Transport_IsValid(transport)
+             ? v1::Transport_Name(static_cast<v1::Transport>(transport))
+             : std::to_string(transport);
 }
 
-v1::BufferRef BufferIn(const IpcMemory& memory, uint64_t offset, uint64_t bytes) {
+v1::BufferRef BufferIn(const Region& region, uint64_t offset, uint64_t bytes) {
+  const RegionAddress& address = region.address();
   v1::BufferRef buffer;
-  buffer.set_cuda_ipc_handle(memory.handle());
-  buffer.set_device_uuid(memory.device_uuid());
+  buffer.set_name(address.shm_name);
+  buffer.set_cuda_ipc_handle(address.cuda_ipc_handle);
+  buffer.set_device_uuid(address.device_uuid);
   buffer.set_byte_offset(offset);
   buffer.set_byte_length(bytes);
   return buffer;
@@ -135,15 +137,14 @@ v1::Lease ProtoOf(const LeaseInfo& lease, const KvGeometry& geometry, const std:
   return proto;
 }
 
-v1::KvLayout LayoutOf(const ModelInfo& info, DType dtype) {
+v1::KvLayout LayoutOf(const ModelInfo& info, const KvForm& form) {
   v1::KvLayout layout;
-  for (v1::Axis axis :
-       {v1::AXIS_LAYER, v1::AXIS_KV, v1::AXIS_HEAD, v1::AXIS_TOKEN, v1::AXIS_CHANNEL}) {
-    layout.add_physical_order(axis);
+  for (KvAxis axis : form.layout->order) {
+    layout.add_physical_order(static_cast<v1::Axis>(axis));
   }
   layout.set_num_kv_heads(static_cast<uint32_t>(info.kv_heads));
   layout.set_head_dim(static_cast<uint32_t>(info.head_dim));
-  layout.set_data_type(ProtoOf(dtype));
+  layout.set_data_type(ProtoOf(form.dtype));
   layout.mutable_rope_state()->set_applied(true);
   layout.mutable_rope_state()->set_theta(info.rope_theta);
   layout.mutable_rope_state()->set_scaling(info.rope_scaling);
@@ -164,7 +165,7 @@ v1::Model ProtoOf(const ModelInfo& info, int64_t prompt_tokens_max) {
   model.set_max_prompt_tokens(static_cast<uint32_t>(prompt_tokens_max));
   model.set_data_type(ProtoOf(info.dtype));
   model.set_fingerprint(info.fingerprint);
-  *model.mutable_kv_layout() = LayoutOf(info, info.dtype);
+  *model.mutable_kv_layout() = LayoutOf(info, {.dtype = info.dtype});
   model.set_kv_bytes_per_token(2 * uint64_t(info.layers) * info.kv_heads * info.head_dim *
                                SizeOf(info.dtype));
   return model;

@@ -14,14 +14,19 @@ namespace prefilld {
 
 namespace {
 
-// In a segment where that is possible; a caller that has not pinned the transport can do without.
+// In a region where that is possible; a caller that has not pinned the transport can do without.
 absl::StatusOr<std::shared_ptr<KvCache>> NewCache(const RpcContext& rpc, const KvGeometry& geometry,
                                                   const ValidPrefill& valid) {
-  if (valid.may_map) {
-    auto cache = KvCache::Create(*rpc.pool, geometry, valid.retain, rpc.shm);
-    if (cache.ok() || valid.must_map) return cache;
+  auto cache = KvCache::Create(*rpc.pool, geometry, valid.retain);
+  Medium* medium = FindMedium(rpc.media, valid.transport);
+  if (!cache.ok() || medium == nullptr) return cache;
+  auto region = medium->Create(geometry.region_bytes());
+  if (region.ok()) {
+    (*cache)->LieIn(*std::move(region));
+  } else if (valid.pinned) {
+    return region.status();
   }
-  return KvCache::Create(*rpc.pool, geometry, valid.retain);
+  return cache;
 }
 
 }  // namespace
@@ -32,8 +37,7 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(RpcContext& 
   const std::shared_ptr<Job> job = std::move(valid.job);
   if (absl::Status status = rpc.scheduler.CheckOpen(*job); !status.ok()) return status;
   const ModelInfo& info = job->prefill->model->info();
-  auto cache =
-      NewCache(rpc, {info.layers, info.kv_heads, info.head_dim, info.dtype, job->tokens()}, valid);
+  auto cache = NewCache(rpc, GeometryOf(info, job->tokens()), valid);
   if (!cache.ok()) return cache.status();
   job->prefill->cache = *cache;
 
@@ -65,7 +69,7 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(RpcContext& 
   *admission.mutable_estimated_wait() = ProtoOf(job->estimated_wait);
   *admission.mutable_lease() = ProtoOf(stream->lease_, (*cache)->geometry(), rpc.boot_id);
   admission.set_fingerprint(info.fingerprint);
-  const Transport transport = (*cache)->in_segment() ? Transport::kPosixShm : Transport::kGrpc;
+  const Transport transport = (*cache)->transport();
   admission.set_transport(ProtoOf(transport));
   rpc.metrics.prompt_tokens.Observe(static_cast<double>(job->tokens()));
   Log(Level::kInfo, "prefill_admitted",

@@ -5,7 +5,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "prefilld/v1/kv_handoff_service.pb.h"
-#include "server/kv/layout.h"
 #include "server/record/errors.h"
 #include "server/record/log.h"
 #include "server/rpc/messages.h"
@@ -43,7 +42,9 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
   }
   absl::MutexLock lock(&mutex_);
   lease_ = request.lease().substr(0, kRequestIdBytesMax);
-  if (request.transport() == v1::TRANSPORT_POSIX_SHM) transport_ = Transport::kPosixShm;
+  if (const TransportRow* row = FindTransportOfWire(request.transport()); row != nullptr) {
+    transport_ = row->transport;
+  }
   if (!request.boot_id().empty() && request.boot_id() != rpc_.boot_id) {
     return absl::FailedPreconditionError(
         absl::StrCat("the lease is of boot_id ", request.boot_id().substr(0, 64),
@@ -69,7 +70,7 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
   layer_ = range_.first_layer;
   tensor_ = range_.tensor;
   offset_ = range_.byte_offset;
-  tensor_bytes_ = HfTensorBytes(cache_->geometry(), range_.dtype);
+  tensor_bytes_ = range_.form.tensor_bytes(cache_->geometry());
   if (offset_ == tensor_bytes_) {  // resumed at a tensor's end: that is the next one's start
     offset_ = 0;
     if (++tensor_ == 2) {
@@ -140,7 +141,7 @@ PullReactor::Chunk PullReactor::Encode() {
   header.byte_offset = offset_;
   header.last = offset_ + bytes == tensor_bytes_;
   Chunk chunk;
-  chunk.message = transport_ == Transport::kPosixShm ? Place(header) : Bytes(header, bytes);
+  chunk.message = RowOf(transport_).open != nullptr ? Place(header) : Bytes(header, bytes);
   chunk.payload_bytes = bytes;
   offset_ += bytes;
   if (!header.last) return chunk;
@@ -154,16 +155,17 @@ PullReactor::Chunk PullReactor::Encode() {
 }
 
 grpc::ByteBuffer PullReactor::Bytes(ChunkHeader header, size_t bytes) {
-  const bool value = tensor_ == 1;
+  const KvRange range{tensor_ == 1, offset_, bytes};
+  const auto& [layout, dtype] = range_.form;
   std::vector<grpc::Slice> payload;
-  if (range_.dtype == cache_->geometry().dtype) {
-    for (const ByteSpan& span : HfSpans(*pin_, value, offset_, bytes)) {
+  if (dtype == cache_->geometry().dtype && layout->spans != nullptr) {
+    for (const ByteSpan& span : layout->spans(*pin_, range)) {
       header.crc32c = Crc32c(header.crc32c, span.data, span.bytes);
       payload.push_back(SliceOf(span.data, span.bytes, pin_));
     }
   } else {
     const std::shared_ptr<std::byte[]> converted(new std::byte[bytes]);
-    ConvertHf(*pin_, value, range_.dtype, offset_, bytes, converted.get());
+    layout->convert(*pin_, dtype, range, converted.get());
     header.crc32c = Crc32c(0, converted.get(), bytes);
     payload.push_back(SliceOf(converted.get(), bytes, converted));
   }
@@ -177,7 +179,7 @@ grpc::ByteBuffer PullReactor::Place(const ChunkHeader& header) {
   chunk.set_layer(header.layer);
   chunk.set_last(header.last);
   *chunk.mutable_buffer() = BufferIn(
-      *pin_->segment(), cache_->geometry().segment_offset(layer_, tensor_ == 1), tensor_bytes_);
+      *pin_->region(), cache_->geometry().region_offset(layer_, tensor_ == 1), tensor_bytes_);
   return EncodeMessage(chunk);
 }
 
@@ -190,7 +192,7 @@ void PullReactor::OnWriteDone(bool ok) {
     if (ended_) return;
     if (!ok) return End(WhyCancelled(deadline_), "cancelled");
     bytes_ += write_.payload_bytes;
-    rpc_.metrics.HandoffBytes(transport_, write_.payload_bytes);
+    rpc_.metrics.HandoffBytes(Name(transport_), write_.payload_bytes);
     transfer_->Progress();
     delivered = write_.ends_layer;
     cache = cache_;
@@ -215,9 +217,9 @@ void PullReactor::End(const absl::Status& status, const char* failure) {
   ended_ = true;
   const absl::Duration seconds = record_.age();
   if (status.ok()) {
-    rpc_.metrics.HandoffFinished(transport_, absl::ToDoubleSeconds(seconds));
+    rpc_.metrics.HandoffFinished(Name(transport_), absl::ToDoubleSeconds(seconds));
   } else {
-    rpc_.metrics.HandoffFailed(transport_, failure);
+    rpc_.metrics.HandoffFailed(Name(transport_), failure);
   }
   const grpc::Status wire = record_.End(status);
   Log(status.ok() ? Level::kInfo : Level::kWarning, "pull_finished",

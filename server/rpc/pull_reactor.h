@@ -1,7 +1,7 @@
 // One PullKv call: the chunks of a cache's layers, each as soon as it is computed. Payload slices
 // point into the pinned blocks and hold the pin, so bytes are copied by nobody before the socket,
 // and blocks are free when the last slice is. While one chunk is written the next is made ready.
-// Over posix_shm a chunk is a whole tensor, and only says where it lies.
+// Where the caller opens what the cache lies in, a chunk is a whole tensor and only says where.
 //
 // Shared by gRPC (until OnDone) and by what waits for a layer. Waits through KvCache::WhenReady,
 // never on a gRPC thread.

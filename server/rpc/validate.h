@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 
 #include "absl/status/status.h"
@@ -16,7 +17,9 @@
 #include "prefilld/v1/prefill_service.pb.h"
 #include "server/job.h"
 #include "server/kv/kv_cache.h"
+#include "server/kv/layout.h"
 #include "server/model/transformer.h"
+#include "server/transport/transports.h"
 
 namespace prefilld {
 
@@ -25,9 +28,8 @@ struct RequestLimits {
   uint64_t attend_bytes_max = uint64_t{4} << 30;  // q, k, v, outputs and block index of one Attend
   absl::Duration lease_ttl = absl::Minutes(1);    // when the request names none
   absl::Duration lease_ttl_max = absl::Minutes(10);
-  bool posix_shm = false;      // is offered
-  bool cuda_ipc = false;       // is offered, for Attend
-  bool device_memory = false;  // the device has memory of its own
+  std::set<Transport> offered;  // beside gRPC, which always is
+  bool device_memory = false;   // the device has memory of its own
 };
 inline constexpr int kSequencesMax = 1024;  // of one Attend
 
@@ -46,9 +48,10 @@ absl::StatusOr<ValidAttend> ValidateAttend(const v1::AttendHeader& header,
 struct ValidPrefill {
   std::shared_ptr<Job> job;  // without model, cache and sink
   bool retain = true;
-  // The cache may lie in a segment; must, or be refused: the caller has pinned the transport.
-  bool may_map = false;
-  bool must_map = false;
+  // Where the cache is to lie, kGrpc: in blocks; or in blocks after all, unless it is pinned: the
+  // caller has named it.
+  Transport transport = Transport::kGrpc;
+  bool pinned = false;
   absl::Duration lease_ttl;
 };
 absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
@@ -59,14 +62,19 @@ absl::StatusOr<std::string> ValidateRequestId(const std::string& id);
 std::string NewId();
 inline constexpr size_t kRequestIdBytesMax = 64;
 
-// FAILED_PRECONDITION for a layout that is legal but not served. Returns the dtype to send.
-absl::StatusOr<DType> ValidateLayout(const v1::KvLayout& layout, const std::string& field,
-                                     int kv_heads, int head_dim, DType cache_dtype);
-// UNIMPLEMENTED for one that is not built, FAILED_PRECONDITION for one that is not offered. What
-// carries the tensors of an Attend may not carry a KV cache.
+absl::Status ValidatePriority(int32_t priority);
+
+// Of a prompt's cache.
+KvGeometry GeometryOf(const ModelInfo& info, int64_t tokens);
+// FAILED_PRECONDITION for a layout that is legal but not served: it has no row in kKvLayouts.
+// Returns what to send of a cache of this geometry.
+absl::StatusOr<KvForm> ValidateLayout(const v1::KvLayout& layout, const std::string& field,
+                                      const KvGeometry& cache);
+// INVALID_ARGUMENT for one that has no row in kTransports, UNIMPLEMENTED for one that does not
+// carry this, FAILED_PRECONDITION for one that is not offered. Unspecified is gRPC.
 enum class Carries { kTensors, kKvCache };
-absl::Status ValidateTransport(v1::Transport transport, const std::string& field, Carries what,
-                               const RequestLimits& limits);
+absl::StatusOr<Transport> ValidateTransport(v1::Transport transport, const std::string& field,
+                                            Carries what, const RequestLimits& limits);
 // `absent` when the message is; else > 0 and at most limits.lease_ttl_max.
 absl::StatusOr<absl::Duration> ValidateLeaseTtl(bool present, const google::protobuf::Duration& ttl,
                                                 const std::string& field,
@@ -78,8 +86,9 @@ struct ValidPull {
   int end_layer = 0;
   int tensor = 0;            // 0 K, 1 V; where to start within first_layer
   uint64_t byte_offset = 0;  // within that tensor
-  uint64_t chunk_bytes = 0;  // posix_shm: of a whole tensor
-  DType dtype = DType::kF32;
+  uint64_t chunk_bytes = 0;  // in a region: of a whole tensor
+  Transport transport = Transport::kGrpc;
+  KvForm form;
 };
 absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request, const KvCache& cache,
                                        const RequestLimits& limits);

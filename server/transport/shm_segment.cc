@@ -20,6 +20,7 @@
 #include "absl/time/time.h"
 #include "server/record/errors.h"
 #include "server/record/log.h"
+#include "server/transport/transports.h"
 
 namespace prefilld {
 namespace {
@@ -78,17 +79,37 @@ int Reserve(int fd, uint64_t bytes) {
   return error;
 }
 
+// A file in /dev/shm, mapped.
+class ShmSegment final : public Region {
+ public:
+  ShmSegment(std::string name, int fd) : Region(Transport::kPosixShm), fd_(fd) {
+    address_.shm_name = std::move(name);
+  }
+  ~ShmSegment() override {
+    Unlink();
+    if (data_ != nullptr) munmap(data_, bytes_);
+    close(fd_);
+  }
+
+  void Unlink() override {
+    if (linked_.exchange(false)) shm_unlink(address_.shm_name.c_str());
+  }
+  // 0, or errno. Takes the memory first: what there is not shows here, not at first touch.
+  int Map(uint64_t bytes) {
+    if (const int error = Reserve(fd_, bytes); error != 0) return error;
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+    if (data == MAP_FAILED) return errno;
+    data_ = static_cast<std::byte*>(data);
+    bytes_ = bytes;
+    return 0;
+  }
+
+ private:
+  const int fd_;  // holds the lock
+  std::atomic<bool> linked_{true};
+};
+
 }  // namespace
-
-ShmSegment::~ShmSegment() {
-  Unlink();
-  if (data_ != nullptr) munmap(data_, bytes_);
-  close(fd_);
-}
-
-void ShmSegment::Unlink() {
-  if (linked_.exchange(false)) shm_unlink(name_.c_str());
-}
 
 absl::StatusOr<std::unique_ptr<ShmDomain>> ShmDomain::Open(absl::string_view owner) {
   std::string host;
@@ -108,7 +129,7 @@ absl::StatusOr<std::unique_ptr<ShmDomain>> ShmDomain::Open(absl::string_view own
   return domain;
 }
 
-absl::StatusOr<std::shared_ptr<ShmSegment>> ShmDomain::Create(uint64_t bytes) {
+absl::StatusOr<std::shared_ptr<Region>> ShmDomain::Create(uint64_t bytes) {
   if (bytes == 0 || bytes > static_cast<uint64_t>(std::numeric_limits<off_t>::max())) {
     return Refuse(bytes, "not a size of memory");
   }
@@ -125,24 +146,28 @@ absl::StatusOr<std::shared_ptr<ShmSegment>> ShmDomain::Create(uint64_t bytes) {
     const int fd = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
     if (fd < 0 && errno == EEXIST) continue;
     if (fd < 0) return Refuse(bytes, std::strerror(errno));
-    segment.reset(new ShmSegment(std::move(name), fd));
+    segment = std::make_shared<ShmSegment>(std::move(name), fd);
     if (!LockIsOurs(fd)) segment.reset();
   }
   if (segment == nullptr) return Refuse(bytes, "somebody else takes them away");
   if (closed_) return Refuse(bytes, "the server is shutting down");
-  if (const int error = Reserve(segment->fd_, bytes); error != 0) {
-    return Refuse(bytes, std::strerror(error));
-  }
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, segment->fd_, 0);
-  if (data == MAP_FAILED) return Refuse(bytes, std::strerror(errno));
-  segment->data_ = static_cast<std::byte*>(data);
-  segment->bytes_ = bytes;
+  if (const int error = segment->Map(bytes); error != 0) return Refuse(bytes, std::strerror(error));
   return segment;
 }
 
-void ShmDomain::UnlinkAll() {
+absl::Status ShmDomain::Reaches(const PeerFacts& peer) const {
+  if (peer.shm_domain == name_) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat("shm_domain '", peer.shm_domain.substr(0, 128),
+                                                    "' is not the server's '", name_, "'"));
+}
+
+void ShmDomain::Close() {
   closed_ = true;
   for (const std::string& file : FilesWith(prefix_)) shm_unlink(absl::StrCat("/", file).c_str());
+}
+
+absl::StatusOr<std::unique_ptr<Medium>> OpenPosixShm(const MediumSite& site) {
+  return ShmDomain::Open(site.owner);
 }
 
 }  // namespace prefilld

@@ -30,7 +30,7 @@ TEST(Config, DefaultsAreLoopbackOnly) {
   EXPECT_EQ(config.http.ToString(), "127.0.0.1:9464");
   EXPECT_TRUE(config.listen.loopback());
   EXPECT_TRUE(config.models.empty());
-  EXPECT_TRUE(config.posix_shm);
+  EXPECT_FALSE(config.transports) << "every one";
   EXPECT_GT(config.kv_memory, 0u);
   EXPECT_LE(config.kv_memory, uint64_t{8} << 30);
   EXPECT_GT(config.attend_memory, 0u);
@@ -74,16 +74,20 @@ TEST(Config, FlagsMayComeFromAFileAndTheCommandLineWins) {
   EXPECT_EQ(parsed->config.kv_memory, uint64_t{1} << 30);
 }
 
+bool Offers(std::vector<const char*> flags, Transport transport) {
+  return Parse(std::move(flags))->config.transports->count(transport) > 0;
+}
+
 TEST(Config, GrpcIsOfferedWhateverElseIs) {
-  EXPECT_FALSE(Parse({"--transports=grpc"})->config.posix_shm);
-  EXPECT_TRUE(Parse({"--transports=grpc,posix_shm"})->config.posix_shm);
-  EXPECT_TRUE(Parse({"--transports=posix_shm"})->config.posix_shm);
+  EXPECT_FALSE(Offers({"--transports=grpc"}, Transport::kPosixShm));
+  EXPECT_TRUE(Offers({"--transports=grpc,posix_shm"}, Transport::kPosixShm));
+  EXPECT_TRUE(Offers({"--transports=posix_shm"}, Transport::kPosixShm));
 }
 
 TEST(Config, CudaIpcIsOfferedWhereThereIsCudaUnlessSomebodySays) {
-  EXPECT_FALSE(Parse({})->config.cuda_ipc.has_value());
-  EXPECT_EQ(Parse({"--transports=posix_shm,cuda_ipc"})->config.cuda_ipc, true);
-  EXPECT_EQ(Parse({"--transports=posix_shm"})->config.cuda_ipc, false);
+  EXPECT_FALSE(Parse({})->config.transports.has_value());
+  EXPECT_TRUE(Offers({"--transports=posix_shm,cuda_ipc"}, Transport::kCudaIpc));
+  EXPECT_FALSE(Offers({"--transports=posix_shm"}, Transport::kCudaIpc));
 }
 
 TEST(Config, BadFlagsAreNamed) {

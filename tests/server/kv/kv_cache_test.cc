@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/kv/layout.h"
+#include "server/transport/shm_segment.h"
 #include "tests/server/kv/compute_tile.h"
 
 namespace prefilld {
@@ -149,6 +150,16 @@ class SegmentCacheTest : public KvCacheTest {
     KvCacheTest::SetUp();
     shm_ = *ShmDomain::Open(absl::StrCat("cache", getpid(), "-------"));
   }
+  // A cache in a region of ours.
+  absl::StatusOr<std::shared_ptr<KvCache>> CreateIn(BlockPool& pool, const KvGeometry& geometry,
+                                                    KvCache::Later later = nullptr) {
+    auto cache = KvCache::Create(pool, geometry, true);
+    if (!cache.ok()) return cache;
+    auto region = shm_->Create(geometry.region_bytes());
+    if (!region.ok()) return region.status();
+    (*cache)->LieIn(*std::move(region), std::move(later));
+    return cache;
+  }
   // A row of the cache as the engine writes it: every float is its own number.
   void Fill(KvCache& cache) {
     for (int layer = 0; layer < geometry_.layers; ++layer) {
@@ -179,22 +190,22 @@ class SegmentCacheTest : public KvCacheTest {
 };
 
 TEST_F(SegmentCacheTest, LayersAreDenseTensorsThatReadAsThoseInBlocks) {
-  auto cache = *KvCache::Create(*pool_, geometry_, true, shm_.get());
+  auto cache = *CreateIn(*pool_, geometry_);
   auto plain = *KvCache::Create(*pool_, geometry_, true);
-  EXPECT_TRUE(cache->in_segment());
-  EXPECT_FALSE(plain->in_segment());
+  EXPECT_EQ(cache->transport(), Transport::kPosixShm);
+  EXPECT_EQ(plain->transport(), Transport::kGrpc);
   EXPECT_EQ(Free(), 64 - 24) << "blocks stand for the segment's memory";
   Fill(*cache);
   Fill(*plain);
   for (int layer = 0; layer < geometry_.layers; ++layer) {
     auto pin = *Wait(*cache, layer), other = *Wait(*plain, layer);
-    ASSERT_NE(pin->segment(), nullptr);
-    ASSERT_EQ(other->segment(), nullptr);
+    ASSERT_NE(pin->region(), nullptr);
+    ASSERT_EQ(other->region(), nullptr);
     for (bool value : {false, true}) {
-      const uint64_t offset = geometry_.segment_offset(layer, value);
-      EXPECT_EQ(offset % kShmAlignment, 0u);
-      ASSERT_LE(offset + geometry_.tensor_bytes(), pin->segment()->bytes());
-      const auto* dense = reinterpret_cast<const float*>(pin->segment()->data() + offset);
+      const uint64_t offset = geometry_.region_offset(layer, value);
+      EXPECT_EQ(offset % kRegionAlignment, 0u);
+      ASSERT_LE(offset + geometry_.tensor_bytes(), pin->region()->bytes());
+      const auto* dense = reinterpret_cast<const float*>(pin->region()->data() + offset);
       for (int g = 0; g < geometry_.kv_heads; ++g) {
         for (int64_t t = 0; t < geometry_.tokens; ++t) {
           for (int d = 0; d < geometry_.head_dim; ++d) {
@@ -204,7 +215,7 @@ TEST_F(SegmentCacheTest, LayersAreDenseTensorsThatReadAsThoseInBlocks) {
       }
       const auto bytes = [&](const KvCache::Pin& from) {
         std::string joined;
-        for (const ByteSpan& span : HfSpans(from, value, 100, geometry_.tensor_bytes() - 100)) {
+        for (const ByteSpan& span : HfSpans(from, {value, 100, geometry_.tensor_bytes() - 100})) {
           joined.append(reinterpret_cast<const char*>(span.data), span.bytes);
         }
         return joined;
@@ -215,10 +226,10 @@ TEST_F(SegmentCacheTest, LayersAreDenseTensorsThatReadAsThoseInBlocks) {
 }
 
 TEST_F(SegmentCacheTest, TheSegmentGoesWithTheBlocks) {
-  auto cache = *KvCache::Create(*pool_, geometry_, true, shm_.get());
+  auto cache = *CreateIn(*pool_, geometry_);
   Fill(*cache);
   auto pin = *Wait(*cache, 0);
-  const std::string name = pin->segment()->name();
+  const std::string name = pin->region()->address().shm_name;
   cache->Close(absl::FailedPreconditionError("released"));
   EXPECT_TRUE(Exists(name)) << "a slice points into it";
   pin.reset();
@@ -226,9 +237,25 @@ TEST_F(SegmentCacheTest, TheSegmentGoesWithTheBlocks) {
   EXPECT_EQ(Free(), 64);
 }
 
+TEST_F(SegmentCacheTest, BlocksAreFreeOnceTheRegionWasLetGoOfLater) {
+  std::vector<std::function<void()>> later;
+  auto cache = *CreateIn(*pool_, geometry_,
+                         [&](std::function<void()> work) { later.push_back(std::move(work)); });
+  Fill(*cache);
+  const std::string name = (*Wait(*cache, 0))->region()->address().shm_name;
+  cache->Close(absl::FailedPreconditionError("released"));
+  cache.reset();
+  EXPECT_TRUE(Exists(name));
+  EXPECT_EQ(Free(), 64 - 12) << "its memory is not back yet";
+  ASSERT_EQ(later.size(), 1u);
+  later.front()();
+  EXPECT_FALSE(Exists(name));
+  EXPECT_EQ(Free(), 64);
+}
+
 TEST_F(SegmentCacheTest, NoRoomTakesNothing) {
-  shm_->UnlinkAll();  // makes no more
-  const absl::Status status = KvCache::Create(*pool_, geometry_, true, shm_.get()).status();
+  shm_->Close();  // makes no more
+  const absl::Status status = CreateIn(*pool_, geometry_).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
   EXPECT_EQ(Free(), 64);
 }
@@ -257,7 +284,7 @@ TEST_F(SegmentCacheTest, BlocksThatStandForASegmentHoldNoMemory) {
   };
   touch(**KvCache::Create(*pool, large, true));
   const int64_t used = resident();
-  auto cache = *KvCache::Create(*pool, large, true, shm_.get());
+  auto cache = *CreateIn(*pool, large);
   EXPECT_LT(resident(), used - 60 * kMiB) << "the arena's pages have gone back";
   touch(*cache);
   EXPECT_LT(resident(), used + 4 * kMiB);

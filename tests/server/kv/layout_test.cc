@@ -44,7 +44,7 @@ class LayoutTest : public testing::TestWithParam<DType> {
 
   std::string Spans(bool value, uint64_t offset, size_t bytes) const {
     std::string joined;
-    for (const ByteSpan& span : HfSpans(*pin_, value, offset, bytes)) {
+    for (const ByteSpan& span : HfSpans(*pin_, {value, offset, bytes})) {
       joined.append(reinterpret_cast<const char*>(span.data), span.bytes);
     }
     return joined;
@@ -76,13 +76,13 @@ TEST_P(LayoutTest, ConvertsAnyRangeLikeTheWhole) {
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     const uint64_t total = HfTensorBytes(geometry_, dtype);
     std::string whole(total, '\0');
-    ConvertHf(*pin_, true, dtype, 0, total, reinterpret_cast<std::byte*>(whole.data()));
+    ConvertHf(*pin_, dtype, {true, 0, total}, reinterpret_cast<std::byte*>(whole.data()));
     std::mt19937 rng(3);
     for (int i = 0; i < 100; ++i) {
       const uint64_t offset = rng() % total;
       const size_t bytes = 1 + rng() % std::min<uint64_t>(total - offset, 1000);
       std::string part(bytes, '\0');
-      ConvertHf(*pin_, true, dtype, offset, bytes, reinterpret_cast<std::byte*>(part.data()));
+      ConvertHf(*pin_, dtype, {true, offset, bytes}, reinterpret_cast<std::byte*>(part.data()));
       EXPECT_EQ(part, whole.substr(offset, bytes)) << Name(dtype) << " " << offset;
     }
   }
@@ -107,7 +107,7 @@ class ConversionTest : public testing::Test {
     cache->Commit(0);
     std::vector<T> out(64);
     cache->WhenReady(0, [&](auto pin) {
-      ConvertHf(**pin, false, to, 0, out.size() * sizeof(T),
+      ConvertHf(**pin, to, {false, 0, out.size() * sizeof(T)},
                 reinterpret_cast<std::byte*>(out.data()));
     });
     return out;

@@ -16,6 +16,8 @@
 
 #include "proto/wire/chunk.h"
 #include "server/rpc/services.h"
+#include "server/transport/ipc_memory.h"
+#include "server/transport/shm_segment.h"
 #include "server/transport/staging.h"
 #include "tests/server/fake_device.h"
 
@@ -31,8 +33,7 @@ constexpr char kDomain[] = "here";
 class AttendOnDeviceTest : public testing::Test {
  protected:
   AttendOnDeviceTest() {
-    rpc_.limits.posix_shm = rpc_.limits.cuda_ipc = true;
-    rpc_.cuda_ipc_domain = kDomain;
+    rpc_.limits.offered = {Transport::kPosixShm, Transport::kCudaIpc};
     grpc::ServerBuilder builder;
     int port = 0;
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
@@ -223,12 +224,18 @@ class AttendOnDeviceTest : public testing::Test {
   LiveIds attends_;
   PrefillRegistry prefills_;
   Models models_;
-  std::unique_ptr<ShmDomain> shm_ = *ShmDomain::Open(NewId());
+  static Media OpenMedia(Device& device) {
+    Media media;
+    media[Transport::kPosixShm] = *ShmDomain::Open(NewId());
+    media[Transport::kCudaIpc] = std::make_unique<CudaIpc>(device, kDomain);
+    return media;
+  }
+  Media media_ = OpenMedia(device_);
   LeaseTable leases_{{}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {}};
-  RpcContext rpc_{backend_,  models_,  shm_.get(), nullptr,  leases_, scheduler_,
-                  prefills_, attends_, reports_,   metrics_, {}};
+  RpcContext rpc_{backend_,  models_,  media_,   nullptr,  leases_, scheduler_,
+                  prefills_, attends_, reports_, metrics_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   std::unique_ptr<grpc::Server> server_;
@@ -342,7 +349,7 @@ TEST_F(AttendOnDeviceTest, OnlyWrittenFollowsTheHeader) {
 }
 
 TEST_F(AttendOnDeviceTest, NotOfferedIsNotServed) {
-  rpc_.limits.cuda_ipc = false;
+  rpc_.limits.offered.erase(Transport::kCudaIpc);
   EXPECT_EQ(Refused(Header(1, v1::TRANSPORT_CUDA_IPC)).error_code(),
             grpc::StatusCode::FAILED_PRECONDITION);
 }
@@ -368,7 +375,7 @@ TEST_F(AttendOnDeviceTest, NegotiatedByHostAndDevice) {
                                             {{ipc, v1::TRANSPORT_UNSPECIFIED}, "", "", ok, shm}}) {
     v1::NegotiateRequest request;
     for (v1::Transport transport : each.transports) request.add_transports(transport);
-    request.set_shm_domain(shm_->name());
+    request.set_shm_domain(static_cast<ShmDomain&>(*media_[Transport::kPosixShm]).name());
     request.set_cuda_ipc_domain(each.domain);
     if (!each.uuid.empty()) request.add_device_uuids(each.uuid);
     v1::NegotiateResponse response;

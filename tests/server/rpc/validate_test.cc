@@ -8,11 +8,16 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "server/record/errors.h"
+#include "server/rpc/messages.h"
+#include "server/transport/shm_segment.h"
 
 namespace prefilld {
 namespace {
 
+const RequestLimits kShm{.offered = {Transport::kPosixShm}};
+const RequestLimits kIpc{.offered = {Transport::kCudaIpc}};
 constexpr int64_t kHuge = int64_t{1} << 62;
 
 // --- Attend
@@ -168,11 +173,10 @@ TEST(ValidateAttend, SharedMemoryIsTakenWhereItIsOffered) {
   EXPECT_EQ(ValidateAttend(header, {})->transport, Transport::kGrpc);
   header.set_transport(v1::TRANSPORT_POSIX_SHM);
   EXPECT_EQ(ValidateAttend(header, {}).status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true})->transport, Transport::kPosixShm);
+  EXPECT_EQ(ValidateAttend(header, kShm)->transport, Transport::kPosixShm);
   header.set_transport(v1::TRANSPORT_CUDA_IPC);
-  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true}).status().code(),
-            absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(ValidateAttend(header, {.cuda_ipc = true})->transport, Transport::kCudaIpc);
+  EXPECT_EQ(ValidateAttend(header, kShm).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ValidateAttend(header, kIpc)->transport, Transport::kCudaIpc);
   header.set_transport(v1::Transport(50));
   EXPECT_EQ(FactsOf(ValidateAttend(header, {}).status()).field, "transport");
 }
@@ -184,12 +188,13 @@ TEST(ValidateAttend, CountsWhatASegmentHoldsASecondTime) {
   const uint64_t sent = ValidateAttend(header, {})->job->held_bytes;
   header.set_transport(v1::TRANSPORT_POSIX_SHM);
   // The index: 4 heads x 1 row x (1 + 1) x 4 bytes. o and lse are written where they stay.
-  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true})->job->held_bytes, sent + 32);
+  EXPECT_EQ(ValidateAttend(header, kShm)->job->held_bytes, sent + 32);
   header.set_transport(v1::TRANSPORT_CUDA_IPC);
-  EXPECT_EQ(ValidateAttend(header, {.cuda_ipc = true})->job->held_bytes, sent + 32);
+  EXPECT_EQ(ValidateAttend(header, kIpc)->job->held_bytes, sent + 32);
   // On their way to a device the tensors are there once more; the index beside them is not.
   header.set_transport(v1::TRANSPORT_POSIX_SHM);
-  EXPECT_EQ(ValidateAttend(header, {.posix_shm = true, .device_memory = true})->job->held_bytes,
+  EXPECT_EQ(ValidateAttend(header, {.offered = {Transport::kPosixShm}, .device_memory = true})
+                ->job->held_bytes,
             2 * (sent - 2 * 32) + 3 * 32);
 }
 
@@ -310,23 +315,28 @@ TEST(ValidatePrefill, RefusesBadRequestsByFieldOrState) {
   }
 }
 
+bool MayMap(const v1::PrefillRequest& request, const RequestLimits& limits) {
+  return ValidatePrefill(request, SmallModel(), limits)->transport == Transport::kPosixShm;
+}
+
 TEST(ValidatePrefill, ACacheLiesInASegmentWhereThatIsPossible) {
-  const RequestLimits offered{.posix_shm = true};
+  const RequestLimits& offered = kShm;
   v1::PrefillRequest request = GoodRequest();
-  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), {})->may_map) << "not offered";
-  EXPECT_TRUE(ValidatePrefill(request, SmallModel(), offered)->may_map);
-  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), offered)->must_map);
+  EXPECT_FALSE(MayMap(request, {})) << "not offered";
+  EXPECT_TRUE(MayMap(request, offered));
+  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), offered)->pinned);
   request.mutable_destination()->set_retain(false);
-  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), offered)->may_map) << "it passes through";
+  EXPECT_FALSE(MayMap(request, offered)) << "it passes through";
   request.mutable_destination()->set_transport(v1::TRANSPORT_POSIX_SHM);
   EXPECT_EQ(FactsOf(ValidatePrefill(request, SmallModel(), offered).status()).field,
             "destination.retain");
   request.mutable_destination()->clear_retain();
-  EXPECT_TRUE(ValidatePrefill(request, SmallModel(), offered)->must_map);
+  EXPECT_TRUE(MayMap(request, offered));
+  EXPECT_TRUE(ValidatePrefill(request, SmallModel(), offered)->pinned);
   EXPECT_EQ(ValidatePrefill(request, SmallModel(), {}).status().code(),
             absl::StatusCode::kFailedPrecondition);
   request.mutable_destination()->set_transport(v1::TRANSPORT_GRPC);
-  EXPECT_FALSE(ValidatePrefill(request, SmallModel(), offered)->may_map);
+  EXPECT_FALSE(MayMap(request, offered));
 }
 
 TEST(ValidatePrefill, TakesTheSmallerOfTheTwoTokenLimits) {
@@ -347,11 +357,11 @@ constexpr KvGeometry kGeometry{
 class ValidatePullTest : public testing::Test {
  protected:
   absl::StatusOr<ValidPull> Validate(const v1::PullKvRequest& request) {
-    return ValidatePull(request, *cache_, {.posix_shm = true});
+    return ValidatePull(request, *cache_, kShm);
   }
   absl::StatusOr<ValidPull> ValidateMapped(v1::PullKvRequest request) {
     request.set_transport(v1::TRANSPORT_POSIX_SHM);
-    return ValidatePull(request, *mapped_, {.posix_shm = true});
+    return ValidatePull(request, *mapped_, kShm);
   }
 
   std::unique_ptr<Backend> backend_ = *CreateBackend("cpu", 1);
@@ -359,7 +369,13 @@ class ValidatePullTest : public testing::Test {
       *BlockPool::Create(backend_->device(), 24 * kGeometry.block_bytes(), kGeometry.block_bytes());
   std::unique_ptr<ShmDomain> shm_ = *ShmDomain::Open(NewId());
   std::shared_ptr<KvCache> cache_ = *KvCache::Create(*pool_, kGeometry, true);
-  std::shared_ptr<KvCache> mapped_ = *KvCache::Create(*pool_, kGeometry, true, shm_.get());
+  std::shared_ptr<KvCache> mapped_ = InRegion();
+
+  std::shared_ptr<KvCache> InRegion() {
+    auto cache = *KvCache::Create(*pool_, kGeometry, true);
+    cache->LieIn(*shm_->Create(kGeometry.region_bytes()));
+    return cache;
+  }
 };
 
 TEST_F(ValidatePullTest, DefaultsToEverythingInTheCachesOwnDtype) {
@@ -368,7 +384,7 @@ TEST_F(ValidatePullTest, DefaultsToEverythingInTheCachesOwnDtype) {
   EXPECT_EQ(pull->first_layer, 0);
   EXPECT_EQ(pull->end_layer, 4);
   EXPECT_EQ(pull->chunk_bytes, 1u << 20);
-  EXPECT_EQ(pull->dtype, DType::kBF16);
+  EXPECT_EQ(pull->form.dtype, DType::kBF16);
 }
 
 TEST_F(ValidatePullTest, TakesTheNegotiatedLayoutBack) {
@@ -383,7 +399,7 @@ TEST_F(ValidatePullTest, TakesTheNegotiatedLayoutBack) {
   layout.mutable_rope_state()->set_applied(true);
   const auto pull = Validate(request);
   ASSERT_TRUE(pull.ok()) << pull.status();
-  EXPECT_EQ(pull->dtype, DType::kF32);
+  EXPECT_EQ(pull->form.dtype, DType::kF32);
 }
 
 TEST_F(ValidatePullTest, RefusesWhatIsNotThere) {
@@ -441,7 +457,45 @@ TEST_F(ValidatePullTest, OnlyWhatLiesInASegmentIsMapped) {
   request.set_transport(v1::TRANSPORT_CUDA_IPC);
   EXPECT_EQ(Validate(request).status().code(), absl::StatusCode::kUnimplemented);
   request.set_transport(v1::TRANSPORT_GRPC);
-  EXPECT_TRUE(ValidatePull(request, *mapped_, {.posix_shm = true}).ok()) << "sent as any other";
+  EXPECT_TRUE(ValidatePull(request, *mapped_, kShm).ok()) << "sent as any other";
+}
+
+// --- transports and layouts, against the proto
+// ---------------------------------------------------------------------------
+
+TEST(Transports, ARowIsAValueOfTheProtoAndNothingElseIsServed) {
+  for (const TransportRow& row : kTransports) {
+    std::string name = ProtoName(row.transport).substr(sizeof("TRANSPORT_") - 1);
+    for (char& c : name) c = absl::ascii_tolower(static_cast<unsigned char>(c));
+    EXPECT_EQ(name, row.name);
+    EXPECT_EQ(&RowOf(row.transport), &row);
+    EXPECT_EQ(FindTransport(row.name), &row);
+    EXPECT_EQ(FindTransportOfWire(row.wire), &row);
+  }
+  RequestLimits everything;
+  for (const TransportRow& row : kTransports) everything.offered.insert(row.transport);
+  for (int value : {-1, 1, 2, 3, 4, 5, 50}) {
+    v1::AttendHeader header = GoodHeader();
+    header.set_transport(static_cast<v1::Transport>(value));
+    const auto valid = ValidateAttend(header, everything);
+    if (const TransportRow* row = FindTransportOfWire(value)) {
+      EXPECT_EQ(valid->transport, row->transport);
+      continue;
+    }
+    EXPECT_EQ(FactsOf(valid.status()).field, "transport") << value;
+    EXPECT_NE(valid.status().message().find(std::to_string(value)), absl::string_view::npos);
+  }
+}
+
+TEST(KvLayouts, ARowIsServedByItsOrder) {
+  for (const KvLayout& row : kKvLayouts) {
+    v1::KvLayout layout;
+    for (KvAxis axis : row.order) layout.add_physical_order(static_cast<v1::Axis>(axis));
+    const auto form = ValidateLayout(layout, "layout", kGeometry);
+    ASSERT_TRUE(form.ok()) << form.status();
+    EXPECT_EQ(form->layout, &row);
+    EXPECT_EQ(form->dtype, kGeometry.dtype);
+  }
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ std::string Owner() {
   return absl::StrCat("t", next++, "x", getpid(), "-------------");
 }
 
-std::string PathOf(const ShmSegment& segment) { return "/dev/shm" + segment.name(); }
+std::string PathOf(const Region& segment) { return "/dev/shm" + segment.address().shm_name; }
 bool Exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
 
 // A segment as a server leaves it that was killed.
@@ -52,8 +52,8 @@ TEST(ShmSegment, IsZeroedPrivateToTheUserAndSharedByName) {
   auto domain = *ShmDomain::Open(Owner());
   auto segment = *domain->Create(10'000);
   ASSERT_EQ(segment->bytes(), 10'000u);
-  EXPECT_EQ(segment->name().substr(0, 10), "/prefilld-");
-  EXPECT_EQ(segment->name().find('/', 1), std::string::npos);
+  EXPECT_EQ(segment->address().shm_name.substr(0, 10), "/prefilld-");
+  EXPECT_EQ(segment->address().shm_name.find('/', 1), std::string::npos);
   for (uint64_t i = 0; i < segment->bytes(); ++i) ASSERT_EQ(segment->data()[i], std::byte{0});
   struct stat info;
   ASSERT_EQ(stat(PathOf(*segment).c_str(), &info), 0);
@@ -61,7 +61,7 @@ TEST(ShmSegment, IsZeroedPrivateToTheUserAndSharedByName) {
   EXPECT_EQ(info.st_size, 10'000);
   EXPECT_GE(info.st_blocks * 512, 10'000) << "the memory is taken, not promised";
 
-  const int fd = shm_open(segment->name().c_str(), O_RDONLY, 0);
+  const int fd = shm_open(segment->address().shm_name.c_str(), O_RDONLY, 0);
   ASSERT_GE(fd, 0);
   void* mapped = mmap(nullptr, 10'000, PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
@@ -87,7 +87,8 @@ TEST(ShmSegment, UnlinkedIsStillMapped) {
 TEST(ShmSegment, NamesAreNeverUsedAgain) {
   auto domain = *ShmDomain::Open(Owner());
   std::set<std::string> names;
-  for (int i = 0; i < 10; ++i) EXPECT_TRUE(names.insert((*domain->Create(1))->name()).second);
+  for (int i = 0; i < 10; ++i)
+    EXPECT_TRUE(names.insert((*domain->Create(1))->address().shm_name).second);
 }
 
 TEST(ShmSegment, TooLargeIsRefusedAndLeavesNothing) {
@@ -122,11 +123,11 @@ TEST(ShmDomain, TakesAwayWhatDeadServersLeftAndNothingElse) {
   unlink(link.c_str());
 }
 
-TEST(ShmDomain, UnlinkAllTakesItsOwnAndMakesNoMore) {
+TEST(ShmDomain, CloseTakesItsOwnAndMakesNoMore) {
   auto mine = *ShmDomain::Open(Owner());
   auto theirs = *ShmDomain::Open(Owner());
   auto a = *mine->Create(1), b = *mine->Create(1), c = *theirs->Create(1);
-  mine->UnlinkAll();
+  mine->Close();
   EXPECT_FALSE(Exists(PathOf(*a)));
   EXPECT_FALSE(Exists(PathOf(*b)));
   EXPECT_TRUE(Exists(PathOf(*c)));

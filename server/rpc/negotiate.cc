@@ -1,0 +1,118 @@
+#include "server/rpc/negotiate.h"
+
+#include "absl/strings/str_cat.h"
+#include "proto/wire/chunk.h"
+#include "server/record/errors.h"
+#include "server/rpc/messages.h"
+#include "server/rpc/validate.h"
+#include "server/version.h"
+
+namespace prefilld {
+namespace {
+
+constexpr int kTransportsMax = 8;
+constexpr int kDeviceUuidsMax = 64;
+
+PeerFacts FactsOfPeer(const v1::NegotiateRequest& request) {
+  return {.shm_domain = request.shm_domain(),
+          .cuda_ipc_domain = request.cuda_ipc_domain(),
+          .device_uuids = {request.device_uuids().begin(), request.device_uuids().end()}};
+}
+
+// And ours, for the peer to compare.
+void Introduce(const Media& media, v1::NegotiateResponse* response) {
+  PeerFacts ours;
+  for (const auto& [transport, medium] : media) medium->Introduce(&ours);
+  response->set_shm_domain(ours.shm_domain);
+  response->set_cuda_ipc_domain(ours.cuda_ipc_domain);
+  for (const std::string& uuid : ours.device_uuids) response->add_device_uuids(uuid);
+}
+
+absl::Status CheckPossible(const Media& media, const TransportRow& row, const PeerFacts& peer) {
+  if (row.open == nullptr) return absl::OkStatus();
+  const Medium* medium = FindMedium(media, row.transport);
+  if (medium == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("transports: ", ProtoName(row.transport), " is not offered by this server"));
+  }
+  const absl::Status reached = medium->Reaches(peer);
+  if (reached.ok()) return reached;
+  return absl::FailedPreconditionError(absl::StrCat("transports: ", ProtoName(row.transport),
+                                                    " is not possible: ", reached.message()));
+}
+
+// The first acceptable one that is possible here.
+absl::StatusOr<Transport> PickTransport(const Media& media, const v1::NegotiateRequest& request) {
+  if (request.transports_size() > kTransportsMax) {
+    return InvalidField("transports", absl::StrCat(request.transports_size(),
+                                                   " transports, the limit is ", kTransportsMax));
+  }
+  if (request.device_uuids_size() > kDeviceUuidsMax) {
+    return InvalidField("device_uuids", absl::StrCat(request.device_uuids_size(),
+                                                     " devices, the limit is ", kDeviceUuidsMax));
+  }
+  for (int i = 0; i < request.transports_size(); ++i) {
+    const int transport = request.transports(i);
+    if (transport != v1::TRANSPORT_UNSPECIFIED && FindTransportOfWire(transport) == nullptr) {
+      return InvalidField(absl::StrCat("transports[", i, "]"),
+                          absl::StrCat("unknown transport ", TransportName(transport)));
+    }
+  }
+  const PeerFacts peer = FactsOfPeer(request);
+  Transport best = Transport::kGrpc;
+  for (const TransportRow& row : kTransports) {
+    if (CheckPossible(media, row, peer).ok()) best = row.transport;
+  }
+  if (request.transports_size() == 0) return best;
+  absl::Status refusal;  // of the first that was acceptable
+  for (int transport : request.transports()) {
+    if (transport == v1::TRANSPORT_UNSPECIFIED) return best;
+    const TransportRow& row = *FindTransportOfWire(transport);
+    const absl::Status possible = CheckPossible(media, row, peer);
+    if (possible.ok()) return row.transport;
+    refusal.Update(possible);
+  }
+  return refusal;
+}
+
+void FillLimits(const RpcContext& rpc, const ModelInfo* model, v1::Limits* limits) {
+  limits->set_max_prompt_tokens(static_cast<uint32_t>(
+      model != nullptr ? PromptTokensMax(*model, rpc.limits) : rpc.limits.prompt_tokens_max));
+  limits->set_max_attend_bytes(rpc.limits.attend_bytes_max);
+  limits->set_max_chunk_bytes(kMaxChunkBytes);
+  limits->set_max_sequences(kSequencesMax);
+  *limits->mutable_max_lease_ttl() = ProtoOf(rpc.limits.lease_ttl_max);
+  *limits->mutable_default_lease_ttl() = ProtoOf(rpc.limits.lease_ttl);
+  limits->set_max_waiting_jobs(static_cast<uint32_t>(rpc.waiting_jobs_max));
+}
+
+}  // namespace
+
+absl::Status Negotiate(const RpcContext& rpc, const v1::NegotiateRequest& request,
+                       v1::NegotiateResponse* response) {
+  auto transport = PickTransport(rpc.media, request);
+  if (!transport.ok()) return transport.status();
+  response->set_transport(ProtoOf(*transport));
+  response->set_boot_id(rpc.boot_id);
+  Introduce(rpc.media, response);
+  response->set_server_version(kVersion);
+  const ModelInfo* info = nullptr;
+  if (!request.model().empty()) {
+    auto model = FindModel(rpc.models, request.model(), "model");
+    if (!model.ok()) return model.status();
+    info = &(*model)->info();
+    auto form = ValidateLayout(request.layout(), "layout", GeometryOf(*info, 0));
+    if (!form.ok()) return form.status();
+    if (!request.fingerprint().empty() && request.fingerprint() != info->fingerprint) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("fingerprint ", request.fingerprint().substr(0, 64), " is not model '",
+                       info->name, "''s ", info->fingerprint));
+    }
+    *response->mutable_layout() = LayoutOf(*info, *form);
+    response->set_fingerprint(info->fingerprint);
+  }
+  FillLimits(rpc, info, response->mutable_limits());
+  return absl::OkStatus();
+}
+
+}  // namespace prefilld
