@@ -93,7 +93,7 @@ def compare_with_published(records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    root = pathlib.Path(__file__).resolve().parents[2]
+    root = pathlib.Path(__file__).resolve().parents[3]
     parser.add_argument("--binary", default=str(root / "build/tests/attention_bench"))
     parser.add_argument("--lengths", default="16384,32768,65536,131072")
     parser.add_argument("--repetitions", type=int, default=10)
