@@ -3,7 +3,10 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/cuda/attend/attend.h"
 #include "kernels/cuda/device/fault.h"
+#include "kernels/cuda/select/flexprefill/flexprefill.h"
+#include "kernels/cuda/select/joint/joint.h"
 
 namespace prefilld::cuda {
 namespace {

@@ -14,6 +14,7 @@
 #include "kernels/cuda/attend/dense.h"
 #include "kernels/cuda/device/cuda_device.h"
 #include "kernels/cuda/problem.h"
+#include "kernels/cuda/select/selection.h"
 
 namespace prefilld::cuda {
 

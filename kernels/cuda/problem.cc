@@ -6,6 +6,9 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/attend/attend.h"
+#include "kernels/cuda/select/flexprefill/flexprefill.h"
+#include "kernels/cuda/select/joint/joint.h"
 #include "kernels/validate.h"
 
 namespace prefilld::cuda {

@@ -27,9 +27,10 @@
 #include <cmath>
 #include <type_traits>
 
+#include "kernels/cuda/attend/attend.h"
+#include "kernels/cuda/attend/task_queue.h"
 #include "kernels/cuda/instructions/ampere.cuh"
 #include "kernels/cuda/instructions/arithmetic.cuh"
-#include "kernels/cuda/launch.h"
 
 namespace prefilld::cuda {
 namespace {

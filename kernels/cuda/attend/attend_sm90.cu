@@ -14,9 +14,10 @@
 // some 2.3 K cycles, a change of task 1.5 K more: rows of six blocks reach 550.
 #include <climits>
 
+#include "kernels/cuda/attend/attend.h"
+#include "kernels/cuda/attend/task_queue.h"
 #include "kernels/cuda/instructions/arithmetic.cuh"
 #include "kernels/cuda/instructions/hopper.cuh"
-#include "kernels/cuda/launch.h"
 
 namespace prefilld::cuda {
 namespace {

@@ -1,5 +1,6 @@
 // The queue of stage 3's tasks: their order, and what there is to know of each.
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/attend/attend.h"
+#include "kernels/cuda/attend/task_queue.h"
 #include "kernels/cuda/select/block_index.cuh"
 
 namespace prefilld::cuda {

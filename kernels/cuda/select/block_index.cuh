@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/select/selection.h"
 
 namespace prefilld::cuda {
 

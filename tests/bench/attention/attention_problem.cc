@@ -4,6 +4,8 @@
 #include <cmath>
 #include <random>
 
+#include "kernels/cuda/select/flexprefill/flexprefill.h"
+#include "kernels/cuda/select/joint/joint.h"
 #include "tests/bench/attention/attention_workload.h"
 
 namespace prefilld::bench {

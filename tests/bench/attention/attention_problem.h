@@ -8,9 +8,10 @@
 #include <vector>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/attend/attend.h"
 #include "kernels/cuda/attend/dense.h"
 #include "kernels/cuda/device/cuda_device.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/select/selection.h"
 #include "tests/bench/attention/attention_record.h"
 #include "tests/bench/attention/device_clock.h"
 

@@ -11,6 +11,9 @@
 #include <thread>
 
 #include "kernels/cpu/reference.h"
+#include "kernels/cuda/attend/attend.h"
+#include "kernels/cuda/select/flexprefill/flexprefill.h"
+#include "kernels/cuda/select/joint/joint.h"
 
 namespace prefilld::cuda {
 namespace {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/attention.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/select/selection.h"
 #include "tests/kernels/cpu/selection_case.h"
 #include "tests/kernels/cuda/device_array.h"
 

@@ -6,6 +6,10 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/cuda/attend/attend.h"
+#include "kernels/cuda/select/flexprefill/flexprefill.h"
+#include "kernels/cuda/select/joint/joint.h"
+
 namespace prefilld::cuda {
 namespace {
 

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/select/flexprefill/flexprefill.h"
 
 namespace prefilld::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/select/joint/joint.h"
 #include "kernels/cuda/select/probe.cuh"
 
 namespace prefilld::cuda {

@@ -1,4 +1,6 @@
 // Stage 3 on the GPU, both kernel sets, against the double-precision oracle on the same index.
+#include "kernels/cuda/attend/attend.h"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -10,7 +12,6 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cuda/launch.h"
 #include "tests/kernels/cuda/cuda_case.h"
 
 namespace prefilld::cuda {

@@ -6,7 +6,9 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/attend/attend.h"
+#include "kernels/cuda/attend/task_queue.h"
+#include "kernels/cuda/select/selection.h"
 #include "tests/kernels/cuda/cuda_case.h"
 
 namespace prefilld::cuda {

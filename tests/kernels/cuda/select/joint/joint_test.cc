@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/select/selection.h"
 #include "tests/kernels/cuda/cuda_case.h"
 
 namespace prefilld::cuda {
