@@ -109,7 +109,7 @@ def test_a_full_memory_is_waited_for(start_server, tiny):
 
 @pytest.mark.slow
 def test_a_server_that_hangs_is_noticed(start_server, tiny):
-    """Long before the deadline: by pings, which a busy server answers and a stopped one does not."""
+    """Long before the deadline: by pings, which a busy server answers, a stopped one does not."""
     with start_server(models=[("tiny", tiny.directory)]) as server, \
             prefilld.PrefillClient(server.target, transport="grpc",
                                    retry=prefilld.RetryPolicy(attempts=1)) as client:

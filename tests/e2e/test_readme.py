@@ -81,7 +81,8 @@ def after_make_demo(tmp_path):
     checkpoints.write(build / "models/SmolLM2-135M-Instruct", vocab_size=4096)
     python = build / "venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={harness.ROOT}/client/python exec {sys.executable} "$@"\n')
+    package = harness.ROOT / "client/python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={package} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""posix_shm: the same bytes as over gRPC, only for who shares the memory, and nothing left of it."""
+"""posix_shm: the bytes of gRPC, only for who shares the memory, and nothing left of it."""
 
 import os
 import resource

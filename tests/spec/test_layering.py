@@ -22,7 +22,7 @@ MAY_INCLUDE = {
     "server/process": BELOW_RPC | {"server/rpc", "proto/wire"},
     "proto/wire": set(), "client/cpp": {"proto/wire"}, "client/cli": {"client/cpp", "proto/wire"},
 }
-EXCEPT = {("server/record/metrics.h", "server/kv/block_pool.h")}  # the states of blocks, a gauge each
+EXCEPT = {("server/record/metrics.h", "server/kv/block_pool.h")}  # states of blocks, a gauge each
 # How a header of others starts -> how the paths start that may include it.
 ENDS_IN = {
     r"grpc|google/(rpc|protobuf)/|prefilld/v1/": r"server/rpc/|proto/wire/|client/|server/server\.",
@@ -66,9 +66,11 @@ def test_sources_include_what_their_folder_may():
     ("kernels/ops.h", "server/job.h"), ("server/kv/layout.cc", "server/engine/engine.h"),
     ("client/cpp/call.cc", "server/record/errors.h"), ("server/job.h", "prefilld/v1/tensor.pb.h"),
     ("server/model/config.cc", "dnnl.hpp"), ("server/rpc/call.h", "prometheus/counter.h"),
-    ("server/engine/engine.cc", "cuda_runtime_api.h"), ("kernels/cpu/ops.cc", "kernels/cuda/launch.h"),
+    ("server/engine/engine.cc", "cuda_runtime_api.h"),
+    ("kernels/cpu/ops.cc", "kernels/cuda/launch.h"),
     ("kernels/attention.cc", "cudnn_frontend.h"),
-    ("server/kv/layout.cc", "kernels/cpu/tile.h"), ("server/engine/engine.cc", "kernels/cuda/launch.h"),
+    ("server/kv/layout.cc", "kernels/cpu/tile.h"),
+    ("server/engine/engine.cc", "kernels/cuda/launch.h"),
     ("kernels/cuda/attend/task_queue.cu", "absl/status/status.h")])
 def test_a_broken_rule_is_found(path, header):
     assert broken(path, header)

@@ -86,9 +86,11 @@ def main():
     same = sum(a == d for a, d in zip(alone, dense, strict=True))
     good = same == len(asked) and sources["local_compute"] == len(asked)
     print(f"exactness: {'OK' if good else 'FAILED'} dense_equal={same}/{len(asked)} "
-          f"computed_dense={sources['local_compute']} computed_joint={joint_sources['local_compute']} "
+          f"computed_dense={sources['local_compute']} "
+          f"computed_joint={joint_sources['local_compute']} "
           f"kl_mean={np.mean(divergences):.5f} joint_agree="
-          f"{np.mean([agreeing(a, j) for a, j in zip(alone, joint, strict=True)]):.1f}/{NEW_TOKENS}")
+          f"{np.mean([agreeing(a, j) for a, j in zip(alone, joint, strict=True)]):.1f}"
+          f"/{NEW_TOKENS}")
     return 0 if good else 1
 
 

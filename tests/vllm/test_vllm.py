@@ -56,7 +56,8 @@ def counted(vllm):
 
 
 def test_eight_at_a_time_give_vllms_own_text(vllm, prefilld, document):
-    prompts = [document[i * 11:][:n] for i, n in enumerate((200, 257, 640, 1025, 384, 900, 2000, 511))]
+    lengths = (200, 257, 640, 1025, 384, 900, 2000, 511)
+    prompts = [document[i * 11:][:n] for i, n in enumerate(lengths)]
     own = [own_text(vllm, prompt) for prompt in prompts]
     before = prefilld.metrics()
     with counted(vllm) as moved:

@@ -62,7 +62,8 @@ def vllm_server(model_dir: pathlib.Path, log: pathlib.Path,
     with contextlib.ExitStack() as stack:
         with Progress(label) as bar:
             vllm = stack.enter_context(VllmServer(
-                model_dir, log, extra, waiting=lambda s: bar.update(min(s / START_S, 1), f"{s:.0f} s")))
+                model_dir, log, extra,
+                waiting=lambda s: bar.update(min(s / START_S, 1), f"{s:.0f} s")))
         yield vllm
 
 

@@ -15,6 +15,7 @@ from .pull import KvPull, Layer, Lease
 from .sparsity import PATTERNS, Policy, SparsityReport, Summary
 
 __all__ = [
-    "PATTERNS", "AttendResult", "Health", "InPlaceAttend", "KvPull", "Layer", "Lease", "Policy", "Prefill",
+    "PATTERNS", "AttendResult", "Health", "InPlaceAttend", "KvPull", "Layer", "Lease", "Policy",
+    "Prefill",
     "PrefillClient", "PrefilldError", "RetryPolicy", "SparsityReport", "Summary",
 ]

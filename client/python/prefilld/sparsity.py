@@ -60,7 +60,7 @@ class SparsityReport:
     pattern: np.ndarray                      # [layers, heads] uint8, index into PATTERNS
     captured_mass: np.ndarray | None         # [layers, heads] float32, mean over sampled rows
     captured_mass_min: np.ndarray | None     # [layers, heads] float32, their minimum
-    dense_fallback_heads: int                # heads run dense although a sparse method was asked for
+    dense_fallback_heads: int                # run dense although a sparse method was asked for
     reasons: tuple[str, ...]                 # why
 
     @classmethod
@@ -92,7 +92,8 @@ class Summary:
 
     request_id: str
     tokens: int                 # query tokens computed
-    seconds: dict[str, float]   # by phase: queue, upload, estimate, select, attention, linear, handoff
+    # By phase: queue, upload, estimate, select, attention, linear, handoff.
+    seconds: dict[str, float]
     bytes_in: int
     bytes_out: int
     report: SparsityReport

@@ -119,7 +119,8 @@ class Assembly:
         if chunk.last != (end == len(target)):
             raise data_loss(f"end mark {chunk.last} at byte {end} of {len(target)}")
         if google_crc32c.value(chunk.data) != chunk.crc32c:
-            raise data_loss(f"checksum of the chunk at (layer, tensor, offset) {got} does not match")
+            raise data_loss(f"checksum of the chunk at (layer, tensor, offset) {got} does not "
+                            "match")
         target[self.offset:end] = chunk.data
         self.offset = end
         if chunk.last:

@@ -71,7 +71,7 @@ class Negotiator:
         self._negotiate = negotiate
         self._wanted = wanted
         self._lock = threading.Lock()
-        # By the GPU that the tensors lie on, "" where they do not or where there are none: the name,
+        # By the GPU that the tensors lie on, "" where they do not or where there are none: name,
         # and the boot_id of the server that was asked.
         self._agreed: dict[str, tuple[str, str]] = {}
 

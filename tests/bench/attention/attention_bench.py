@@ -1,10 +1,10 @@
 """attention_bench and its peers in turn on the same GPU, length by length: one table.
 
-    python attention_bench.py [--binary=build/tests/attention_bench] [--lengths=16384,32768] [--json=FILE] \
-        [-- flags of attention_bench]
+    python attention_bench.py [--binary=build/tests/attention_bench] [--lengths=16384,32768]
+        [--json=FILE] [-- flags of attention_bench]
 
-Needs torch with CUDA. Rows called "published" were not measured here: they are the figures of other projects on
-an H200, and the ratio is theirs over ours at the nearest density.
+Needs torch with CUDA. Rows called "published" were not measured here: they are the figures of other
+projects on an H200, and the ratio is theirs over ours at the nearest density.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import tempfile
 
 from attention_peers import line, peers
 
-# Total ms, selection ms and density by tokens: the released code of each with its best launch settings on one
-# H200, 32/8/128 bf16, batch 1, CUDA 13.0, torch 2.11, on a structured workload.
+# Total ms, selection ms and density by tokens: the released code of each with its best launch
+# settings on one H200, 32/8/128 bf16, batch 1, CUDA 13.0, torch 2.11, on a structured workload.
 SOURCE = "released code on one H200, 32/8/128 bf16"
 FLEXPREFILL = {
     16384: (11.8, 8.0, 0.37),
@@ -85,9 +85,10 @@ def compare_with_published(records):
                 continue
             r = min(ours, key=lambda r: abs(r["density"] - density))
             print(
-                f"published {name:20} {tokens:7}: {total:6.2f} ms (selection {selection:.2f}, density {density:.2f})"
-                f" | {method} {r['pipeline_ms']:.3f} ms (selection {r['select_us'] / 1e3:.3f}, density"
-                f" {r['density']:.3f}): {total / r['pipeline_ms']:.2f}x"
+                f"published {name:20} {tokens:7}: {total:6.2f} ms (selection {selection:.2f}, "
+                f"density {density:.2f}) | {method} {r['pipeline_ms']:.3f} ms "
+                f"(selection {r['select_us'] / 1e3:.3f}, density {r['density']:.3f}): "
+                f"{total / r['pipeline_ms']:.2f}x"
             )
 
 

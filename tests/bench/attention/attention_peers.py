@@ -2,9 +2,9 @@
 
     python attention_peers.py [--lengths=32768,131072] [--json=FILE]
 
-cuDNN's and FlashAttention-2's scaled_dot_product_attention, bf16 or fp16, batch 1; query heads share keys by
-enable_gqa or by expanded heads, whichever is faster. Medians with an empty L2 before each, as attention_bench
-takes them.
+cuDNN's and FlashAttention-2's scaled_dot_product_attention, bf16 or fp16, batch 1; query heads
+share keys by enable_gqa or by expanded heads, whichever is faster. Medians with an empty L2 before
+each, as attention_bench takes them.
 """
 
 import argparse
@@ -88,9 +88,9 @@ def peers(length, heads=32, kv_heads=8, head_dim=128, dtype="bf16", repetitions=
 
 def line(record):
     return (
-        f"{record['workload']:16} {record['tokens']:8} {record['method']:11} {record['kernels']:11} "
-        f"{record['ms']:.3f} ({record['ms_min']:.3f}..{record['ms_max']:.3f}) ms  "
-        f"{record['tflops']:.1f} TFLOP/s"
+        f"{record['workload']:16} {record['tokens']:8} {record['method']:11} "
+        f"{record['kernels']:11} {record['ms']:.3f} "
+        f"({record['ms_min']:.3f}..{record['ms_max']:.3f}) ms  {record['tflops']:.1f} TFLOP/s"
     )
 
 

@@ -4,10 +4,10 @@
         [--inputs=2000] [--seed=0] [--self-check]
 
 Both servers are started here. An input is a number: --seed=S --inputs=1 runs S again. Methods,
-dtypes, head_dims, groups, block sizes, budgets, ragged batches and prefixes are drawn, lengths often
-at the edge of a block, data of every family of tests/spec and what they lack: equal keys, large
-amplitudes, NaN and infinities. Compared are the block index, o, lse, pattern, captured mass and
-the report; refusals by their message. Exits 1 on any difference.
+dtypes, head_dims, groups, block sizes, budgets, ragged batches and prefixes are drawn, lengths
+often at the edge of a block, data of every family of tests/spec and what they lack: equal keys,
+large amplitudes, NaN and infinities. Compared are the block index, o, lse, pattern, captured
+mass and the report; refusals by their message. Exits 1 on any difference.
 
 --self-check compares the build of --before with itself, a single bit of v changed for the second
 server, and succeeds when o differs in every input where that must show.

@@ -1,6 +1,7 @@
 """transformers alone beside transformers that goes on from prefilld's cache, prompt by prompt.
 
-    python tests/bench/service/transformers_handoff.py [--prompts=20] [--shortest=200] [--longest=7000]
+    python tests/bench/service/transformers_handoff.py [--prompts=20] [--shortest=200]
+        [--longest=7000]
 
 Prompts are pieces of a text, of lengths spread evenly from the shortest to the longest, beginning
 at evenly spread places. Each is continued greedily by transformers alone (float32, sdpa), which

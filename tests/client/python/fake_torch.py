@@ -1,5 +1,5 @@
-"""As much of torch, and of a GPU, as the client uses: tensors are numpy arrays, device memory is this
-process's, and a handle is its address."""
+"""As much of torch, and of a GPU, as the client uses: tensors are numpy arrays, device memory is
+this process's, and a handle is its address."""
 
 import ctypes
 import struct

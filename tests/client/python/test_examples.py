@@ -76,7 +76,8 @@ def test_decoder_equals_attention_over_the_whole_prompt(tmp_path):
     for i in range(layers):
         shapes.update({f"model.layers.{i}.{name}": shape for name, shape in {
             "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-            "self_attn.q_proj": (q_heads * dim, hidden), "self_attn.o_proj": (hidden, q_heads * dim),
+            "self_attn.q_proj": (q_heads * dim, hidden),
+            "self_attn.o_proj": (hidden, q_heads * dim),
             "self_attn.k_proj": (kv_heads * dim, hidden),
             "self_attn.v_proj": (kv_heads * dim, hidden),
             "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),

@@ -22,9 +22,9 @@ class PrefilldConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: base.KVConnectorRole,
                  kv_cache_config: Any):
         if not hasattr(base.KVConnectorBase_V1, "on_new_request"):
-            raise ValueError("PrefilldConnector: this vLLM does not tell connectors of new requests, "
-                             "without which sparse and dense blocks would share its prefix cache; "
-                             "0.32 does")
+            raise ValueError("PrefilldConnector: this vLLM does not tell connectors of new "
+                             "requests, without which sparse and dense blocks would share its "
+                             "prefix cache; 0.32 does")
         super().__init__(vllm_config, role, kv_cache_config)
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         settings = Settings.from_config(extra)

@@ -1,4 +1,4 @@
-"""Is prefilld's model the one this engine runs? Compared by name, field by field, and by weights."""
+"""Is prefilld's model the one this engine runs? Compared by name, by field and by weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROUNDED_TO = {"f32": ("f32", "f16", "bf16"), "f16": ("f16",), "bf16": ("bf16",)
 
 
 class ModelCheck:
-    """Thread-safe. Each model of a server is compared once, for as long as its fingerprint stays."""
+    """Thread-safe. Each model of a server is compared once, as long as its fingerprint stays."""
 
     def __init__(self, config: VllmConfig):
         """ValueError for a set-up that no KV from outside fits."""

@@ -137,8 +137,8 @@ class SchedulerHalf:
 
 
     def _for_this_prompt(self, plan: Plan, lease: Lease, tokens: int) -> Plan:
-        """`plan`, or the reason why its lease cannot serve this request: it is of another prompt, or
-        another request of the same call (several prompts, n > 1) has it."""
+        """`plan`, or the reason why its lease cannot serve this request: it is of another prompt,
+        or another request of the same call (several prompts, n > 1) has it."""
         if any(other is not None and other.plan.lease is not None
                and (other.plan.target, other.plan.lease.name) == (plan.target, lease.name)
                for other in self._requests.values()):

@@ -33,8 +33,9 @@ class Settings:
     method, gamma, ...: the policy of Prefill calls (see prefilld.Policy); default: the server's.
     min_tokens: prompts with fewer tokens left to compute (after vLLM's own prefix cache) stay
         here; default 128, one KV block.
-    timeout_s: seconds from the start of a load to its end, at most; then it has failed. 600: prompts
-        that arrive together wait for each other. A server that hangs is noticed within a minute.
+    timeout_s: seconds from the start of a load to its end, at most; then it has failed. 600:
+        prompts that arrive together wait for each other. A server that hangs is noticed within a
+        minute.
     max_loads: loads at a time; others wait. 16.
     transport: "grpc" or "posix_shm"; default: the best that both sides have.
     """

@@ -32,8 +32,9 @@ logger = init_logger("vllm.prefilld")
 
 # A server that is down is given up quickly: vLLM can compute the prompt itself.
 _RETRY = RetryPolicy(attempts=3, initial_backoff=0.1, max_backoff=1.0)
-_IDLE_WAIT_S = 0.02  # between looks of an engine that only waits; a new request waits as long at most
-_ERRANDS = 4         # calls about leases at a time: one server that hangs does not hold up the others
+# Between looks of an engine that only waits; a new request waits as long at most.
+_IDLE_WAIT_S = 0.02
+_ERRANDS = 4  # calls about leases at a time: a server that hangs does not hold up the others
 _CLIENTS_MAX = 64    # connections; idle ones are closed beyond that
 _RENEWAL_S = 5.0  # of leases that wait for blocks; short beside any sensible ttl
 
@@ -110,8 +111,9 @@ class WorkerHalf:
             self._errands.submit(self._abandon, plan)
 
     def finished(self, idle: bool) -> set[str]:
-        """Requests whose loads have ended since the last call, for better or worse. idle: the engine
-        has nothing to compute, and would ask again at once: waits a moment for a load to end."""
+        """Requests whose loads have ended since the last call, for better or worse. idle: the
+        engine has nothing to compute, and would ask again at once: waits a moment for a load to
+        end."""
         with self._lock:
             if idle and self._loads and not self._ended:
                 self._load_ended.wait(_IDLE_WAIT_S)
