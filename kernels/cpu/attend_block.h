@@ -44,7 +44,7 @@ struct QueryBlock {
   DType dtype;
   int rows;
   int d;
-  int64_t position;       // absolute, of the first row
+  int64_t position;        // absolute, of the first row
   const uint16_t* blocks;  // [count] ascending
   int count;
   int block_size;

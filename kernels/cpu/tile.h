@@ -11,7 +11,8 @@ namespace prefilld::cpu {
 
 inline constexpr int kTileKeys = 128;  // columns of a packed key tile: one KV block
 
-// dst[rows, d] = widen(src rows), times `scale`. src points at [row 0, channel 0]; strides in elements.
+// dst[rows, d] = widen(src rows), times `scale`. src points at [row 0, channel 0]; strides in
+// elements.
 void WidenRows(const void* src, DType dtype, int64_t row_stride, int64_t rows, int d, float scale,
                float* dst, int64_t dst_stride);
 
