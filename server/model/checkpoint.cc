@@ -53,18 +53,37 @@ class WeightReader {
         EmbeddingWeights{.table = table, .dtype = dtype_, .vocabulary = rows, .width = width});
   }
 
-  // Maps of `in` features that are read together, each a tensor of its own.
+  // Maps of `in` features that are read together, each a tensor of its own, or all their rows in
+  // the tensor `fused`.
   struct Part {
     std::string name;
     int64_t out;
-    bool has_bias;
   };
-  std::unique_ptr<Linear> TakeLinear(int64_t in, const std::vector<Part>& parts) {
-    LinearWeights weights{.dtype = dtype_, .in_features = in};
-    for (const Part& part : parts) {
-      const void* weight = Take(part.name + ".weight", {part.out, in});
-      const void* bias = part.has_bias ? Take(part.name + ".bias", {part.out}) : nullptr;
-      weights.parts.push_back({.weight = weight, .bias = bias, .out_features = part.out});
+  struct Maps {
+    int64_t in;
+    bool has_bias;
+    std::vector<Part> parts;
+    std::string fused;
+  };
+  std::unique_ptr<Linear> TakeLinear(const Maps& maps) {
+    LinearWeights weights{.dtype = dtype_, .in_features = maps.in};
+    if (maps.fused.empty()) {
+      for (const Part& part : maps.parts) {
+        weights.parts.push_back(TakePart(part, maps.in, maps.has_bias));
+      }
+    } else {
+      int64_t rows = 0;
+      for (const Part& part : maps.parts) rows += part.out;
+      LinearPart all = TakePart({maps.fused, rows}, maps.in, maps.has_bias);
+      if (!status_.ok()) return nullptr;
+      const char* weight = static_cast<const char*>(all.weight);
+      const char* bias = static_cast<const char*>(all.bias);
+      for (const Part& part : maps.parts) {
+        weights.parts.push_back({.weight = weight, .bias = bias, .out_features = part.out});
+        const int64_t bytes = part.out * static_cast<int64_t>(SizeOf(dtype_));
+        weight += bytes * maps.in;
+        if (bias != nullptr) bias += bytes;
+      }
     }
     return Prepare<Linear>(weights);
   }
@@ -91,6 +110,12 @@ class WeightReader {
   }
 
  private:
+  LinearPart TakePart(const Part& part, int64_t in, bool has_bias) {
+    const void* weight = Take(part.name + ".weight", {part.out, in});
+    const void* bias = has_bias ? Take(part.name + ".bias", {part.out}) : nullptr;
+    return {.weight = weight, .bias = bias, .out_features = part.out};
+  }
+
   const void* Take(const std::string& name, const std::vector<int64_t>& shape) {
     const auto it = tensors_.tensors().find(name);
     if (it == tensors_.tensors().end()) {
@@ -128,33 +153,42 @@ class WeightReader {
 absl::StatusOr<DType> CheckpointDType(const ModelConfig& config, const SafeTensors& tensors,
                                       const std::string& directory) {
   if (config.dtype.has_value()) return *config.dtype;
-  const auto it = tensors.tensors().find("model.embed_tokens.weight");
+  const std::string embedding = std::string(config.family->tensors.embedding) + ".weight";
+  const auto it = tensors.tensors().find(embedding);
   const std::string name = it == tensors.tensors().end() ? "" : it->second.dtype;
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     if (name == Name(dtype)) return dtype;
   }
-  return absl::InvalidArgumentError(absl::StrCat(
-      directory,
-      ": neither config.json nor model.embed_tokens.weight gives a dtype of F32, BF16, F16"));
+  return absl::InvalidArgumentError(absl::StrCat(directory, ": neither config.json nor ", embedding,
+                                                 " gives a dtype of F32, BF16, F16"));
 }
 
 LayerWeights TakeLayer(WeightReader& read, const ModelConfig& c, int index) {
-  const std::string prefix = absl::StrCat("model.layers.", index, ".");
-  const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
+  const TensorNames& names = c.family->tensors;
+  const std::string prefix = absl::StrCat(std::string(names.layers), index, ".");
+  const auto at = [&](std::string_view name) {
+    return name.empty() ? std::string() : prefix + std::string(name);
+  };
   const int64_t q_width = int64_t{c.q_heads} * c.head_dim;
   const int64_t kv_width = int64_t{c.kv_heads} * c.head_dim;
   LayerWeights layer;
-  layer.input_norm = read.TakeNorm(prefix + "input_layernorm", c.hidden_size);
-  layer.qkv = read.TakeLinear(c.hidden_size, {{attention + "q_proj", q_width, c.attention_bias},
-                                              {attention + "k_proj", kv_width, c.attention_bias},
-                                              {attention + "v_proj", kv_width, c.attention_bias}});
-  layer.o = read.TakeLinear(q_width, {{attention + "o_proj", c.hidden_size, c.attention_bias}});
-  layer.post_attention_norm = read.TakeNorm(prefix + "post_attention_layernorm", c.hidden_size);
+  layer.input_norm = read.TakeNorm(at(names.input_norm), c.hidden_size);
+  layer.qkv =
+      read.TakeLinear({c.hidden_size,
+                       c.qkv_bias,
+                       {{at(names.q), q_width}, {at(names.k), kv_width}, {at(names.v), kv_width}},
+                       at(names.qkv)});
+  if (!names.q_norm.empty()) layer.q_norm = read.TakeNorm(at(names.q_norm), c.head_dim);
+  if (!names.k_norm.empty()) layer.k_norm = read.TakeNorm(at(names.k_norm), c.head_dim);
+  layer.o = read.TakeLinear({q_width, c.o_bias, {{at(names.o), c.hidden_size}}, ""});
+  layer.post_attention_norm = read.TakeNorm(at(names.post_attention_norm), c.hidden_size);
   layer.gate_up =
-      read.TakeLinear(c.hidden_size, {{mlp + "gate_proj", c.intermediate_size, c.mlp_bias},
-                                      {mlp + "up_proj", c.intermediate_size, c.mlp_bias}});
+      read.TakeLinear({c.hidden_size,
+                       c.mlp_bias,
+                       {{at(names.gate), c.intermediate_size}, {at(names.up), c.intermediate_size}},
+                       at(names.gate_up)});
   layer.down =
-      read.TakeLinear(c.intermediate_size, {{mlp + "down_proj", c.hidden_size, c.mlp_bias}});
+      read.TakeLinear({c.intermediate_size, c.mlp_bias, {{at(names.down), c.hidden_size}}, ""});
   return layer;
 }
 
@@ -174,14 +208,17 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
   Checkpoint out{.config = *std::move(config), .dtype = *dtype, .tensors = *std::move(tensors)};
   const ModelConfig& c = out.config;
   WeightReader read(directory, out, ops);
-  out.rotary = read.Prepare<Rotary>(
-      RotaryFrequencies{.inverse = InverseFrequencies(c.rope, c.head_dim), .head_dim = c.head_dim});
-  out.embedding = read.TakeEmbedding("model.embed_tokens", c.vocab_size, c.hidden_size);
+  const TensorNames& names = c.family->tensors;
+  const std::string embedding(names.embedding);
+  out.rotary =
+      read.Prepare<Rotary>(RotaryFrequencies{.inverse = InverseFrequencies(c.rope, c.head_dim),
+                                             .pairing = c.rope.pairing,
+                                             .head_dim = c.head_dim});
+  out.embedding = read.TakeEmbedding(embedding, c.vocab_size, c.hidden_size);
   for (int i = 0; i < c.layers; ++i) out.layers.push_back(TakeLayer(read, c, i));
-  out.final_norm = read.TakeNorm("model.norm", c.hidden_size);
-  out.lm_head = read.TakeLinear(
-      c.hidden_size, {{c.tie_word_embeddings ? "model.embed_tokens" : "lm_head", c.vocab_size,
-                       /*has_bias=*/false}});
+  out.final_norm = read.TakeNorm(std::string(names.final_norm), c.hidden_size);
+  const std::string head = c.tie_word_embeddings ? embedding : std::string(names.lm_head);
+  out.lm_head = read.TakeLinear({c.hidden_size, /*has_bias=*/false, {{head, c.vocab_size}}, ""});
   if (absl::Status status = read.Finish(); !status.ok()) return status;
   out.fingerprint = Fingerprint(c, out.dtype, out.tensors);
   return out;

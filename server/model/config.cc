@@ -14,88 +14,6 @@ namespace {
 
 using nlohmann::json;
 
-// What config.json may hold, besides the keys that ConfigReader reads. Keys without an effect on a
-// prefill: tokens, sampling, training, and what older versions of transformers wrote into every
-// file.
-constexpr std::string_view kHarmlessKeys[] = {
-    "architectures",
-    "attention_dropout",
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "bos_token_id",
-    "decoder_start_token_id",
-    "diversity_penalty",
-    "do_sample",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "eos_token_id",
-    "exponential_decay_length_penalty",
-    "finetuning_task",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "is_llama_config",
-    "label2id",
-    "length_penalty",
-    "max_length",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_attentions",
-    "output_hidden_states",
-    "output_scores",
-    "pad_token_id",
-    "prefix",
-    "problem_type",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "return_dict",
-    "return_dict_in_generate",
-    "sep_token_id",
-    "suppress_tokens",
-    "task_specific_params",
-    "temperature",
-    "tf_legacy_loss",
-    "tokenizer_class",
-    "top_k",
-    "top_p",
-    "torchscript",
-    "transformers.js_config",
-    "transformers_version",
-    "typical_p",
-    "unsloth_version",
-    "use_cache",
-};
-
-// Keys that would change the mathematics, with the one value at which they do not.
-struct NeutralKey {
-  std::string_view key;
-  std::string_view value;  // JSON
-};
-constexpr NeutralKey kNeutralKeys[] = {
-    {"add_cross_attention", "false"},
-    {"attn_logit_softcapping", "null"},
-    {"chunk_size_feed_forward", "0"},
-    {"cross_attention_hidden_size", "null"},
-    {"final_logit_softcapping", "null"},
-    {"hidden_act", "\"silu\""},
-    {"is_encoder_decoder", "false"},
-    {"num_local_experts", "null"},
-    {"partial_rotary_factor", "1.0"},
-    {"pretraining_tp", "1"},
-    {"pruned_heads", "{}"},
-    {"quantization_config", "null"},
-    {"rope_interleaved", "false"},
-    {"sliding_window", "null"},
-    {"tie_encoder_decoder", "false"},
-    {"use_bfloat16", "false"},
-    {"use_sliding_window", "false"},
-};
-
 constexpr int kMaxSize = 1 << 20;  // of a side of any tensor; the largest vocabularies have 2^18
 constexpr int64_t kMaxPositions = int64_t{1} << 24;  // positions are exact in F32 up to here
 constexpr int kMaxLayers = 1024;
@@ -200,10 +118,28 @@ std::optional<DType> ReadDType(ObjectReader& reader) {
   return std::nullopt;
 }
 
+// At the top of the file or among the parameters of rope.
+void ReadRotaryShare(ObjectReader& reader, const Family& family, RopeConfig* rope) {
+  constexpr std::string_view kKey = "partial_rotary_factor";
+  rope->rotary_share = reader.Positive(kKey, rope->rotary_share);
+  if (family.reads_rotary_share ? rope->rotary_share > 1
+                                : rope->rotary_share != family.rotary_share) {
+    const std::string allowed = family.reads_rotary_share
+                                    ? "not above 1"
+                                    : absl::StrCat("only ", Show(json(family.rotary_share)));
+    reader.Fail(kKey,
+                absl::StrCat("= ", Show(json(rope->rotary_share)), " is not supported, ", allowed));
+  }
+}
+
 // rope_scaling as transformers 4 writes it, or rope_parameters of transformers 5, where theta is
 // inside.
-absl::Status ReadRope(ObjectReader& reader, const std::string& source, RopeConfig* rope) {
-  rope->theta = reader.Positive("rope_theta", rope->theta);
+absl::Status ReadRope(ObjectReader& reader, const std::string& source, const Family& family,
+                      RopeConfig* rope) {
+  rope->theta = reader.Positive("rope_theta", family.rope_theta);
+  rope->pairing = family.pairing;
+  rope->rotary_share = family.rotary_share;
+  ReadRotaryShare(reader, family, rope);
   const json* old_form = reader.Find("rope_scaling");
   const json* new_form = reader.Find("rope_parameters");
   const std::string key = new_form != nullptr ? "rope_parameters" : "rope_scaling";
@@ -219,6 +155,7 @@ absl::Status ReadRope(ObjectReader& reader, const std::string& source, RopeConfi
   ObjectReader fields(*object, source + ": " + key);
   const std::string old_type = fields.String("type", "default");
   const std::string type = fields.String("rope_type", old_type);
+  ReadRotaryShare(fields, family, rope);
   rope->theta = fields.Positive("rope_theta", rope->theta);
   if (type == "linear") {
     rope->scaling = RopeScaling::kLinear;
@@ -237,8 +174,7 @@ absl::Status ReadRope(ObjectReader& reader, const std::string& source, RopeConfi
     fields.Fail("rope_type", "= " + Show(type) + " is not supported (default, linear, llama3)");
   }
   for (const auto& [name, value] : object->items()) {
-    const bool full_rotation = name == "partial_rotary_factor" && value == 1.0;
-    if (!fields.WasRead(name) && !full_rotation) {
+    if (!fields.WasRead(name)) {
       fields.Fail(Show(name),
                   "= " + Show(value) + " is not supported with rope_type " + Show(type));
     }
@@ -246,17 +182,15 @@ absl::Status ReadRope(ObjectReader& reader, const std::string& source, RopeConfi
   return fields.status();
 }
 
-absl::Status CheckOtherKeys(const json& config, const ObjectReader& reader,
+absl::Status CheckOtherKeys(const json& config, const ObjectReader& reader, const Family& family,
                             const std::string& source) {
+  const auto harmless = family.harmless_keys;
   for (const auto& [key, value] : config.items()) {
     if (reader.WasRead(key)) continue;
-    if (std::find(std::begin(kHarmlessKeys), std::end(kHarmlessKeys), key) !=
-        std::end(kHarmlessKeys)) {
-      continue;
-    }
-    const auto* neutral = std::find_if(std::begin(kNeutralKeys), std::end(kNeutralKeys),
-                                       [&](const NeutralKey& k) { return k.key == key; });
-    if (neutral != std::end(kNeutralKeys)) {
+    if (std::find(harmless.begin(), harmless.end(), key) != harmless.end()) continue;
+    const auto neutral = std::find_if(family.neutral_keys.begin(), family.neutral_keys.end(),
+                                      [&](const NeutralKey& k) { return k.key == key; });
+    if (neutral != family.neutral_keys.end()) {
       if (value.is_null() || value == json::parse(neutral->value)) continue;
       return absl::InvalidArgumentError(source + ": " + key + " = " + Show(value) +
                                         " is not supported, only " + std::string(neutral->value));
@@ -286,10 +220,12 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
   ModelConfig out;
   ObjectReader reader(config, source + ":");
   out.model_type = reader.String("model_type", "");
-  if (out.model_type != "llama") {
+  out.family = FindFamily(out.model_type);
+  if (out.family == nullptr) {
     return absl::InvalidArgumentError(source + ": model_type = " + Show(out.model_type) +
-                                      " is not supported (llama)");
+                                      " is not supported (" + FamilyNames() + ")");
   }
+  const Family& family = *out.family;
   out.model_id = reader.String("_name_or_path", "");
   out.revision = reader.String("_commit_hash", "");
   out.vocab_size = reader.Integer("vocab_size", 1, kMaxSize);
@@ -301,10 +237,14 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
   const int64_t default_head_dim = std::max(1, out.hidden_size / out.q_heads);
   out.head_dim = reader.Integer("head_dim", 1, kMaxHeadDim, default_head_dim);
   out.max_positions = reader.Integer("max_position_embeddings", 1, kMaxPositions);
-  out.rms_norm_eps = static_cast<float>(reader.Positive("rms_norm_eps", 1e-6));
-  out.tie_word_embeddings = reader.Bool("tie_word_embeddings", false);
-  out.attention_bias = reader.Bool("attention_bias", false);
-  out.mlp_bias = reader.Bool("mlp_bias", false);
+  out.rms_norm_eps = static_cast<float>(reader.Positive("rms_norm_eps", family.rms_norm_eps));
+  const auto choose = [&](const Choice& choice) {
+    return choice.key.empty() ? choice.absent : reader.Bool(choice.key, choice.absent);
+  };
+  out.tie_word_embeddings = choose(family.tie_word_embeddings);
+  out.qkv_bias = choose(family.qkv_bias);
+  out.o_bias = choose(family.o_bias);
+  out.mlp_bias = choose(family.mlp_bias);
   out.dtype = ReadDType(reader);
   CheckLayerTypes(reader);
   if (out.q_heads % out.kv_heads != 0) {
@@ -320,10 +260,10 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
     reader.Fail("num_attention_heads", absl::StrCat("* head_dim = ", out.q_heads, " * ",
                                                     out.head_dim, " is above ", kMaxSize));
   }
-  const absl::Status rope = ReadRope(reader, source, &out.rope);
+  const absl::Status rope = ReadRope(reader, source, family, &out.rope);
   if (!reader.status().ok()) return reader.status();
   if (!rope.ok()) return rope;
-  const absl::Status others = CheckOtherKeys(config, reader, source);
+  const absl::Status others = CheckOtherKeys(config, reader, family, source);
   if (!others.ok()) return others;
   return out;
 }

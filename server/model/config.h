@@ -10,14 +10,16 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/tensor.h"
+#include "server/model/family.h"
 #include "server/model/rope.h"
 
 namespace prefilld {
 
 struct ModelConfig {
-  std::string model_type;  // "llama"
-  std::string model_id;    // _name_or_path, may be empty
-  std::string revision;    // _commit_hash, may be empty
+  const Family* family = nullptr;  // the row that the file was read by
+  std::string model_type;
+  std::string model_id;  // _name_or_path, may be empty
+  std::string revision;  // _commit_hash, may be empty
   int vocab_size = 0;
   int hidden_size = 0;
   int intermediate_size = 0;
@@ -29,9 +31,9 @@ struct ModelConfig {
   float rms_norm_eps = 1e-6f;
   RopeConfig rope;
   bool tie_word_embeddings = false;
-  bool attention_bias = false;  // on q, k, v and o
-  bool mlp_bias = false;        // on gate, up and down
-  std::optional<DType> dtype;   // dtype or torch_dtype; the tensors' own when the config has none
+  bool qkv_bias = false, o_bias = false;
+  bool mlp_bias = false;       // on gate, up and down
+  std::optional<DType> dtype;  // dtype or torch_dtype; the tensors' own when the config has none
 };
 
 // Every size is positive and so bounded that the products of any three fit in 63 bits.

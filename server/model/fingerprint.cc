@@ -40,6 +40,12 @@ std::string Fingerprint(const ModelConfig& config, DType dtype, const SafeTensor
       config.kv_heads, config.head_dim, Name(dtype), config.rms_norm_eps, rope.theta,
       Name(rope.scaling), rope.factor, rope.low_freq_factor, rope.high_freq_factor,
       rope.original_max_positions);
+  // Said only where it differs from what all had when the first fingerprints were given out.
+  const int rotary_dim = RotaryDim(rope, config.head_dim);
+  const bool halves = rope.pairing == RotaryPairing::kHalf;
+  if (rotary_dim != config.head_dim || !halves) {
+    absl::StrAppendFormat(&text, "rotary_dim %d %s\n", rotary_dim, halves ? "half" : "interleaved");
+  }
   for (const auto& [name, tensor] : tensors.tensors()) {
     absl::StrAppendFormat(&text, "%s %s [%s] %08x\n", absl::CEscape(name), tensor.dtype,
                           absl::StrJoin(tensor.shape, ","), Crc32c(tensor.data, tensor.bytes));

@@ -26,10 +26,15 @@ float ScaleAsLlama3(float frequency, const RopeConfig& rope) {
 
 }  // namespace
 
+int RotaryDim(const RopeConfig& rope, int head_dim) {
+  return rope.rotary_share > 0 ? static_cast<int>(head_dim * rope.rotary_share) : head_dim;
+}
+
 std::vector<float> InverseFrequencies(const RopeConfig& rope, int head_dim) {
-  std::vector<float> frequencies(head_dim / 2);
-  for (int i = 0; i < head_dim / 2; ++i) {
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
+  const int rotary_dim = RotaryDim(rope, head_dim);
+  std::vector<float> frequencies(rotary_dim / 2);
+  for (int i = 0; i < rotary_dim / 2; ++i) {
+    const float exponent = static_cast<float>(2 * i) / static_cast<float>(rotary_dim);
     const float frequency = 1.0f / std::pow(static_cast<float>(rope.theta), exponent);
     switch (rope.scaling) {
       case RopeScaling::kNone:

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/ops.h"
+
 namespace prefilld {
 
 enum class RopeScaling : uint8_t { kNone, kLinear, kLlama3 };
@@ -19,9 +21,13 @@ struct RopeConfig {
   double factor = 1;                                 // linear, llama3
   double low_freq_factor = 1, high_freq_factor = 4;  // llama3
   int64_t original_max_positions = 8192;             // llama3
+  double rotary_share = 0;                           // of a head's channels; 0: not said, all
+  RotaryPairing pairing = RotaryPairing::kHalf;
 };
 
-// [head_dim / 2]
+// The channels of a head that turn, from the first.
+int RotaryDim(const RopeConfig& rope, int head_dim);
+// [RotaryDim / 2]
 std::vector<float> InverseFrequencies(const RopeConfig& rope, int head_dim);
 
 }  // namespace prefilld

@@ -43,6 +43,9 @@ def fingerprint(directory: str | pathlib.Path) -> str:
         f"dtype {dtype} eps {eps:.9g}\n"
         "rope {theta:.17g} {scaling} {factor:.17g} {low:.17g} {high:.17g} {original}\n".format(
             **_rope(config)))
+    rotary_dim, pairing = _rotary(config, head_dim)
+    if (rotary_dim, pairing) != (head_dim, "half"):
+        text += f"rotary_dim {rotary_dim} {pairing}\n"
     for name, kind, shape, crc in tensors:
         text += f"{_escape(name)} {kind} [{','.join(map(str, shape))}] {crc:08x}\n"
     return hashlib.sha256(text.encode()).hexdigest()
@@ -61,6 +64,13 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
             "low": float(value.get("low_freq_factor", 1)),
             "high": float(value.get("high_freq_factor", 4)),
             "original": value.get("original_max_position_embeddings", 8192)}
+
+
+def _rotary(config: dict[str, Any], head_dim: int) -> tuple[int, str]:
+    """The channels of a head that turn, and which of them turn together."""
+    fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    share = fields.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    return int(head_dim * share), "interleaved" if config.get("rope_interleaved") else "half"
 
 
 def _tensors(root: pathlib.Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:

@@ -34,7 +34,7 @@ TEST(ModelConfig, WhatIsLeftOutHasTheDefaultsOfTransformers) {
   EXPECT_EQ(config.rope.theta, 10000);
   EXPECT_EQ(config.rope.scaling, RopeScaling::kNone);
   EXPECT_FALSE(config.tie_word_embeddings);
-  EXPECT_FALSE(config.attention_bias);
+  EXPECT_FALSE(config.qkv_bias);
   EXPECT_FALSE(config.mlp_bias);
   EXPECT_FALSE(config.dtype.has_value());
 }
@@ -57,7 +57,7 @@ TEST(ModelConfig, ReadsEveryKeyItKnows) {
   EXPECT_EQ(config.rms_norm_eps, 1e-5f);
   EXPECT_EQ(config.rope.theta, 5e5);
   EXPECT_TRUE(config.tie_word_embeddings);
-  EXPECT_TRUE(config.attention_bias);
+  EXPECT_TRUE(config.qkv_bias);
   EXPECT_TRUE(config.mlp_bias);
   EXPECT_EQ(config.dtype, DType::kBF16);
   EXPECT_EQ(config.model_id, "org/model");

@@ -23,6 +23,13 @@ TEST(InverseFrequencies, LinearDividesAllByTheFactor) {
   for (size_t i = 0; i < plain.size(); ++i) EXPECT_EQ(linear[i], plain[i] / 4) << i;
 }
 
+TEST(InverseFrequencies, OfAShareOfTheHeadAreThoseOfASmallerHead) {
+  const RopeConfig rope{.theta = 10000, .rotary_share = 0.5};
+  EXPECT_EQ(RotaryDim(rope, 128), 64);
+  EXPECT_EQ(InverseFrequencies(rope, 128), InverseFrequencies({.theta = 10000}, 64));
+  EXPECT_EQ(RotaryDim({}, 96), 96);
+}
+
 // Llama 3.1's own parameters, against the published formula in double.
 // double.
 TEST(InverseFrequencies, Llama3KeepsTheFastStretchesTheSlowAndBlendsBetween) {
