@@ -48,11 +48,14 @@ struct Problem {
   const Sequence* host_sequence = nullptr;  // [sequences], host: for grids, not for kernels
   float softmax_scale = 0;
   Tensor q, k, v, o;  // k and v are not read where pages is set
-  // Paged K and V: block J of sequence s is page pages[sequence[s].page_begin + J] of the arena,
-  // laid out [page][kv_head][k|v][block_size][d]. Null: k and v above.
+  // Paged K and V: key t of sequence s is row t % page_tokens of page
+  // pages[sequence[s].page_begin + t / page_tokens] of the arena, laid out
+  // [page][kv_head][k|v][page_tokens][d]. Null: k and v above.
   const int32_t* pages = nullptr;
   const void* arena = nullptr;
   int64_t arena_pages = 0;
+  int page_tokens = 0;   // a power of two, block_size or more: no block lies in two pages
+  int page_shift = 0;    // its logarithm
   float* lse = nullptr;  // [q_heads, total_q] natural log, or null
   // The block index (attention.h): count [q_heads, rows], index [q_heads, rows, index_stride].
   int32_t* count = nullptr;

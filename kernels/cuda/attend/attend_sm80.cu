@@ -79,11 +79,14 @@ struct Params {
   const uint16_t* index;
   int64_t index_stride;
   const int32_t* pages;  // or null
+  int32_t page_shift;    // tokens of a page: 2^page_shift
+  int32_t page_mask;     // blocks of a page, less one
+  int32_t page_units;    // from a page to the next
   const char *q, *k, *v;
   char* o;
   float* lse;
   int64_t total_q;
-  // Bytes. A unit is a page, or a block of a contiguous sequence.
+  // Bytes. A unit is as large as a block of K: of a contiguous sequence, or of the arena.
   int64_t q_token, q_head, o_token, o_head;
   int32_t k_token, v_token;
   int64_t k_head, k_unit, v_head, v_unit;
@@ -135,7 +138,10 @@ __device__ Task FindTask(const Params& p, int32_t at) {
   }
   if (task.count > 0) {
     task.first_unit = task.index[0];
-    if (task.pages != nullptr) task.first_unit = task.pages[task.first_unit];
+    if (task.pages != nullptr) {
+      const int32_t page = task.pages[task.first_unit * kB >> p.page_shift];
+      task.first_unit = page * p.page_units + (task.first_unit & p.page_mask);
+    }
   }
   return task;
 }
@@ -259,12 +265,13 @@ __device__ __forceinline__ void Load(const Params& p, const Task& task, Next& ne
                  reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(after) & ~uintptr_t{3}));
     } else if (part == 1 && task.pages != nullptr) {
       CopyAsync4(&next.page[(block + 1) % 2],
-                 task.pages + Entry(after, next.index[(block + 1) % 2]));
+                 task.pages + (Entry(after, next.index[(block + 1) % 2]) * kB >> p.page_shift));
     }
   }
-  const int32_t unit = block == 0              ? task.first_unit
-                       : task.pages == nullptr ? Entry(after - 1, next.index[block % 2])
-                                               : next.page[block % 2];
+  int32_t unit = block == 0 ? task.first_unit : Entry(after - 1, next.index[block % 2]);
+  if (block > 0 && task.pages != nullptr) {
+    unit = next.page[block % 2] * p.page_units + (unit & p.page_mask);
+  }
   const int first = part * P::kKeys;
   // Only of the last block of a sequence are there fewer, and that one is the diagonal of the task.
   const int keys = (more || !task.diagonal ? kB : task.end) - first;
@@ -737,13 +744,16 @@ cudaError_t AttendSm80(const Problem& problem, void* workspace, int multiprocess
     p.v_head = problem.v.head_stride * kSize;
     p.k_unit = problem.k.token_stride * kSize * problem.block_size;
     p.v_unit = problem.v.token_stride * kSize * problem.block_size;
-  } else {  // [page][kv_head][k|v][block_size][d]
+  } else {  // [page][kv_head][k|v][page_tokens][d]
     p.k_token = p.v_token = problem.head_dim * static_cast<int32_t>(kSize);
-    const int64_t block = problem.block_size * problem.head_dim * kSize;
-    p.k_head = p.v_head = 2 * block;
-    p.k_unit = p.v_unit = problem.kv_heads * 2 * block;
+    const int32_t blocks = problem.page_tokens / problem.block_size;
+    p.page_shift = problem.page_shift;
+    p.page_mask = blocks - 1;
+    p.page_units = problem.kv_heads * 2 * blocks;
+    p.k_unit = p.v_unit = problem.block_size * problem.head_dim * kSize;
+    p.k_head = p.v_head = 2 * blocks * p.k_unit;
     p.k = static_cast<const char*>(problem.arena);
-    p.v = p.k + block;
+    p.v = p.k + blocks * p.k_unit;
   }
   p.scale_log2 = problem.softmax_scale * 1.4426950408889634f;
   return launch(p, multiprocessors, stream);

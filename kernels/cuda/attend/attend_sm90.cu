@@ -18,6 +18,7 @@
 #include "kernels/cuda/attend/task_queue.h"
 #include "kernels/cuda/instructions/arithmetic.cuh"
 #include "kernels/cuda/instructions/hopper.cuh"
+#include "kernels/cuda/pages.cuh"
 
 namespace prefilld::cuda {
 namespace {
@@ -99,13 +100,13 @@ struct Params {
 };
 
 // Where blocks of keys lie, as rows of the tensor map of K: lane by lane that of block `at` of the
-// index, and 0 for none. Those of V are the same rows of its map, or in pages as many rows behind.
+// index, and 0 for none. Those of V are the same rows of its map, or in pages page_tokens behind.
 __device__ __forceinline__ int32_t KvRow(const Problem& p, const Task& task, int32_t at) {
   if (at < 0) return 0;
   const int32_t block = task.index[at];
   if (p.pages == nullptr) return task.key_begin + block * kBlock;
   const int32_t head = task.head / (p.q_heads / p.kv_heads);
-  return (p.pages[task.key_begin + block] * p.kv_heads + head) * 2 * kBlock;
+  return static_cast<int32_t>(PagedRow(p, task.key_begin, block * kBlock, head));
 }
 
 __device__ Task FindTask(const Params& params, int32_t at) {
@@ -208,7 +209,7 @@ __device__ void RunLoader(const Params& params, Shared<T, D>& shared, const CUte
       at_k.Next();
       load_late();
       late_head = kv_head;
-      late_row = paged ? row + kBlock : row;
+      late_row = paged ? row + p.page_tokens : row;
       // By then consumers are through with the task before, and its Q with them.
       if (i == min(P::kStages, task.count - 1)) take_next();
     }
@@ -633,7 +634,7 @@ cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
   params.scale_log2 = problem.softmax_scale * 1.44269504f;
 
   CUtensorMap q_map, k_map, v_map, o_map;
-  const int64_t paged_rows = problem.arena_pages * problem.kv_heads * 2 * kBlock;
+  const int64_t paged_rows = problem.arena_pages * problem.kv_heads * 2 * problem.page_tokens;
   const auto encode_kv = [&](CUtensorMap* map, const Tensor& x) {
     return problem.pages != nullptr
                ? EncodeMap(map, problem.dtype, problem.arena, D, 1, paged_rows, D, D, kBlock)

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "kernels/cuda/pages.cuh"
 #include "kernels/cuda/select/probe.cuh"
 #include "kernels/cuda/select/probe_mma.cuh"
 
@@ -186,9 +187,8 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
     const int J = block_of(step);
     const T* from;
     if (p.pages != nullptr) {
-      const int64_t page = p.pages[s.page_begin + J];
-      from = static_cast<const T*>(p.arena) +
-             ((page * p.kv_heads + kv) * 2 * p.block_size + begin_of(step)) * kChannels;
+      const int32_t token = J * p.block_size + begin_of(step);
+      from = static_cast<const T*>(p.arena) + PagedRow(p, s.page_begin, token, kv) * kChannels;
     } else {
       from = k + static_cast<int64_t>(J * p.block_size + begin_of(step)) * stride;
     }

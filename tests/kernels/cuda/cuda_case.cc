@@ -77,8 +77,10 @@ std::string Describe(const CaseOptions& options) {
   }
   constexpr const char* kLayouts[] = {"", " by heads", " paged"};
   constexpr const char* kFamilyNames[] = {"random", "faint", "sink", "band", "needle", "zero"};
-  out << kLayouts[static_cast<int>(options.layout)] << " "
-      << kFamilyNames[static_cast<int>(options.family)] << " amplitude " << options.amplitude;
+  out << kLayouts[static_cast<int>(options.layout)];
+  if (options.page_tokens > 0) out << " by " << options.page_tokens;
+  out << " " << kFamilyNames[static_cast<int>(options.family)] << " amplitude "
+      << options.amplitude;
   return out.str();
 }
 
@@ -91,6 +93,7 @@ CudaCase::CudaCase(const CaseOptions& options) : CudaCase(options, nullptr) {}
 
 CudaCase::CudaCase(const CaseOptions& options, const Edit& edit) : options_(options) {
   if (options_.sk.empty()) options_.sk = options_.sq;
+  if (options_.page_tokens == 0) options_.page_tokens = options_.block_size;
   cpu::Case wide({.family = options.family,
                   .dtype = DType::kF32,
                   .q_heads = options.q_heads,
@@ -145,7 +148,7 @@ void CudaCase::Build(cpu::Case* wide) {
                   .k_blocks = static_cast<int32_t>(blocks.k_blocks),
                   .row_begin = static_cast<int32_t>(blocks.row_begin),
                   .page_begin = pages};
-    pages += s.k_blocks;
+    pages += (s.sk + options_.page_tokens - 1) / options_.page_tokens;
     p.q_blocks_max = std::max(p.q_blocks_max, s.q_blocks);
     p.k_blocks_max = std::max(p.k_blocks_max, s.k_blocks);
     p.sq_max = std::max(p.sq_max, s.sq);
@@ -199,19 +202,20 @@ DeviceArray<uint16_t>* CudaCase::Upload(const std::vector<uint16_t>& x, int64_t 
 // Pages in random order among some that belong to nobody.
 void CudaCase::BuildPages() {
   const Sequence& last = host_sequences_.back();
-  const int64_t used = last.page_begin + last.k_blocks, all = used + 3;
-  const int64_t B = options_.block_size, d = options_.head_dim, heads = options_.kv_heads;
+  const int64_t rows = options_.page_tokens;
+  const int64_t used = last.page_begin + (last.sk + rows - 1) / rows, all = used + 3;
+  const int64_t d = options_.head_dim, heads = options_.kv_heads;
   std::vector<int32_t> pages(all);
   for (int64_t x = 0; x < all; ++x) pages[x] = static_cast<int32_t>(x);
   std::shuffle(pages.begin(), pages.end(), std::mt19937(options_.seed));
-  std::vector<uint16_t> arena(all * heads * 2 * B * d, 0xFFFF);
+  std::vector<uint16_t> arena(all * heads * 2 * rows * d, 0xFFFF);
   for (const Sequence& s : host_sequences_) {
     for (int64_t t = 0; t < s.sk; ++t) {
-      const int64_t page = pages[s.page_begin + t / B];
+      const int64_t page = pages[s.page_begin + t / rows];
       for (int64_t g = 0; g < heads; ++g) {
         for (int kv : {0, 1}) {
           std::copy_n(&(kv ? v_ : k_)[((s.k_begin + t) * heads + g) * d], d,
-                      &arena[(((page * heads + g) * 2 + kv) * B + t % B) * d]);
+                      &arena[(((page * heads + g) * 2 + kv) * rows + t % rows) * d]);
         }
       }
     }
@@ -219,6 +223,8 @@ void CudaCase::BuildPages() {
   tensors_.push_back(std::make_unique<DeviceArray<uint16_t>>(arena));
   problem_.arena = tensors_.back()->data();
   problem_.arena_pages = all;
+  problem_.page_tokens = options_.page_tokens;
+  problem_.page_shift = std::countr_zero(static_cast<unsigned>(options_.page_tokens));
   pages.resize(used);
   pages_ = std::make_unique<DeviceArray<int32_t>>(pages);
   problem_.pages = pages_->data();

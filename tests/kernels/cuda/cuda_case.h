@@ -27,7 +27,8 @@ struct CaseOptions {
   int block_size = 128;
   std::vector<int64_t> sq = {1000}, sk = {};  // one a sequence; sk empty: the same
   Layout layout = Layout::kTokens;
-  int64_t margin = 8;  // poisoned elements between tokens
+  int page_tokens = 0;  // where paged; 0: those of a block
+  int64_t margin = 8;   // poisoned elements between tokens
   Family family = Family::kRandom;
   float amplitude = 1;  // of the queries
   uint32_t seed = 1;

@@ -13,6 +13,7 @@
 #include "kernels/cuda/instructions/ampere.cuh"
 #include "kernels/cuda/instructions/arithmetic.cuh"
 #include "kernels/cuda/instructions/hopper.cuh"
+#include "kernels/cuda/pages.cuh"
 #include "kernels/cuda/select/flexprefill/flexprefill.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -97,9 +98,8 @@ __device__ __forceinline__ const uint16_t* QueryRow(const Problem& p, const Sequ
 __device__ __forceinline__ const uint16_t* KeyRow(const Problem& p, const Sequence& s, int kv_head,
                                                   int token) {
   if (p.pages != nullptr) {
-    const int64_t page = p.pages[s.page_begin + token / p.block_size];
-    const int64_t row = (page * p.kv_heads + kv_head) * 2 * p.block_size + token % p.block_size;
-    return static_cast<const uint16_t*>(p.arena) + row * p.head_dim;
+    return static_cast<const uint16_t*>(p.arena) +
+           PagedRow(p, s.page_begin, token, kv_head) * p.head_dim;
   }
   return static_cast<const uint16_t*>(p.k.data) + (s.k_begin + token) * p.k.token_stride +
          kv_head * p.k.head_stride;

@@ -109,6 +109,33 @@ TEST_P(AttendOnGpu, AlignsQueriesAfterAPrefixToAbsolutePositions) {
   }
 }
 
+// Wherever a block lies in its page, the same bits as without pages.
+TEST_P(AttendOnGpu, ReadsPagesLargerThanABlock) {
+  for (int d : kHeadDims) {
+    for (const auto& [block_size, page_tokens] :
+         {std::pair{64, 64}, {64, 128}, {64, 512}, {128, 128}, {128, 256}, {128, 1024}}) {
+      CaseOptions options{.q_heads = 6,
+                          .kv_heads = 2,
+                          .head_dim = d,
+                          .block_size = block_size,
+                          .sq = {1, 300, 7, 128, 1, 513},
+                          .sk = {1, 300, 1200, 128, 129, 1700}};
+      if (!Has(options)) continue;
+      CudaCase contiguous(options);
+      options.layout = Layout::kPaged;
+      options.page_tokens = page_tokens;
+      SCOPED_TRACE(Describe(options));
+      CudaCase paged(options);
+      const CudaCase::Rows rows = contiguous.RandomRows(50);
+      contiguous.SetIndex(rows);
+      paged.SetIndex(rows);
+      const Output output = Run(&paged);
+      EXPECT_TRUE(Run(&contiguous) == output);
+      ExpectMatchesOracle(paged, rows, output);
+    }
+  }
+}
+
 TEST_P(AttendOnGpu, KeepsRaggedSequencesApart) {
   for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
     for (int d : {64, 128}) {
