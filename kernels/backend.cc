@@ -6,8 +6,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/faulty_backend.h"
 #ifdef PREFILLD_CUDA
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/device/fault.h"
 #endif
 
 namespace prefilld {
@@ -39,6 +41,15 @@ Buffer::~Buffer() {
 absl::StatusOr<std::string> Device::Export(const Buffer&) {
   return absl::UnimplementedError(
       absl::StrCat("memory of ", std::string(name()), " is not shared with other processes"));
+}
+
+std::function<absl::Status()> FaultOf([[maybe_unused]] Device& device) {
+#ifdef PREFILLD_CUDA
+  if (auto* cuda = dynamic_cast<cuda::CudaDevice*>(&device)) {
+    return [cuda] { return cuda->Check(cuda::WriteToNull(cuda->stream({})), "injected fault"); };
+  }
+#endif
+  return nullptr;
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads,

@@ -131,11 +131,6 @@ class Backend {
   virtual absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) = 0;
   // Stage 3: attention over the blocks in args.index; reads nothing else of the method.
   virtual absl::Status Attend(const AttentionArgs& args, Stream stream) = 0;
-
-  // For tests of what follows: leaves the device as an illegal memory access leaves it.
-  virtual absl::Status InjectFault(Stream) {
-    return absl::UnimplementedError("this backend has no fault to inject");
-  }
 };
 
 // The closed table of backends: "cpu", "cuda", and "auto", which is cuda where this build and

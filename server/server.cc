@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/faulty_backend.h"
 #include "proto/wire/chunk.h"
 #include "server/record/log.h"
 #include "server/rpc/credentials.h"
@@ -49,6 +50,13 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
       CreateBackend(model_needs_cpu ? "cpu" : config.backend, config.threads, config.cuda_kernels);
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
+  FaultyBackend* faulty = nullptr;
+  if (config.inject_fault > 0) {
+    auto wrapped = FaultyBackend::Create(std::move(server->backend_));
+    if (!wrapped.ok()) return Explain("--inject_fault", wrapped.status());
+    faulty = wrapped->get();
+    server->backend_ = *std::move(wrapped);
+  }
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
   if (absl::Status status = server->OpenMedia(); !status.ok()) return status;
 
@@ -62,11 +70,11 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
              {"reason", kWhy[static_cast<int>(why)]}});
         s->prefills_.Remove(lease.name, lease.generation);
       }});
-  server->engine_ =
-      std::make_unique<Engine>(*server->backend_, server->metrics_, config.inject_fault);
+  server->engine_ = std::make_unique<Engine>(*server->backend_, server->metrics_);
   if (absl::Status status = server->engine_->Calibrate(); !status.ok()) {
     return Explain("calibration", status);
   }
+  if (faulty != nullptr) faulty->Arm(config.inject_fault);
   SchedulerOptions options;
   options.waiting_jobs_max = config.waiting_jobs_max;
   options.attend_bytes_max = config.attend_memory;

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "kernels/cuda/attend/attend.h"
-#include "kernels/cuda/device/fault.h"
 #include "kernels/cuda/select/flexprefill/flexprefill.h"
 #include "kernels/cuda/select/joint/joint.h"
 
@@ -141,10 +140,6 @@ absl::Status CudaBackend::Attend(const AttentionArgs& args, Stream stream) {
                             ? AttendSm90(problem_, workspace, multiprocessors, on)
                             : AttendSm80(problem_, workspace, multiprocessors, on),
                         "attend");
-}
-
-absl::Status CudaBackend::InjectFault(Stream stream) {
-  return device_->Check(WriteToNull(device_->stream(stream)), "injected fault");
 }
 
 }  // namespace prefilld::cuda

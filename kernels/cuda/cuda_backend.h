@@ -32,7 +32,6 @@ class CudaBackend : public Backend {
   absl::Status SelectBlocks(const AttentionArgs& args, Stream stream) override;
   absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) override;
   absl::Status Attend(const AttentionArgs& args, Stream stream) override;
-  absl::Status InjectFault(Stream stream) override;
 
  private:
   CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set);

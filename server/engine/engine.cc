@@ -16,9 +16,6 @@ constexpr Stream kStream{};
 
 }  // namespace
 
-Engine::Engine(Backend& backend, Metrics& metrics, int inject_fault_after)
-    : backend_(backend), metrics_(metrics), attends_to_fault_(inject_fault_after) {}
-
 absl::Status Engine::Calibrate() { return prefilld::Calibrate(backend_, stages_, clock_, cost_); }
 
 // What one head adds to the metrics.
@@ -272,10 +269,6 @@ absl::Status Engine::RunAttend(Job& job) {
   NoteFault();  // an RPC thread may have met it first
   absl::Status status = CheckDevice();
   if (!status.ok()) return status;
-  if (attends_to_fault_ > 0 && --attends_to_fault_ == 0) {
-    status = backend_.InjectFault(kStream);
-    if (!status.ok()) return status;
-  }
   AttendWork& work = *job.attend;
   const AttentionShape& shape = work.shape;
   const int heads = shape.q_heads;

@@ -40,8 +40,7 @@ struct Batch {
 
 class Engine {
  public:
-  // inject_fault_after: for tests, the attention of the n-th Attend breaks the device; 0: none.
-  Engine(Backend& backend, Metrics& metrics, int inject_fault_after = 0);
+  Engine(Backend& backend, Metrics& metrics) : backend_(backend), metrics_(metrics) {}
   // Times calls of a few lengths to learn this device's rates; less than two seconds.
   absl::Status Calibrate();
 
@@ -98,7 +97,6 @@ class Engine {
   Stages stages_{backend_, cost_, clock_};
   Buffer scratch_;  // q, k, v, o of one layer; grows to the largest batch seen
   LayerScratch layer_{};
-  int attends_to_fault_;
   bool fault_noted_ = false;
   CompletionQueue completions_;  // goes first: what it runs uses the others
 };

@@ -226,10 +226,6 @@ class FakeBackend : public Backend {
   absl::Status Attend(const AttentionArgs& args, Stream stream) override {
     return cpu_->Attend(args, stream);
   }
-  absl::Status InjectFault(Stream) override {
-    device_.Lose();
-    return absl::OkStatus();
-  }
 
  private:
   FakeDevice device_;

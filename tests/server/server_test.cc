@@ -401,6 +401,14 @@ TEST(ServerStart, ABrokenKeyEndsTheStart) {
   EXPECT_FALSE(Server::Start(config).ok());
 }
 
+TEST(ServerStart, AFaultThatThereIsNotEndsTheStart) {
+  Config config = TestConfig();
+  config.inject_fault = 1;
+  const absl::Status status = Server::Start(config).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(status.message(), "--inject_fault: backend cpu has no fault to inject");
+}
+
 TEST(ServerDrain, RefusesNewWorkAndWaitsForLeases) {
   auto server = Server::Start(TestConfig());
   ASSERT_TRUE(server.ok()) << server.status();

@@ -8,6 +8,7 @@
 #include <random>
 #include <thread>
 
+#include "kernels/faulty_backend.h"
 #include "server/record/errors.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/prompts.h"
@@ -130,8 +131,14 @@ TEST_F(EngineTest, OutputsFollowToTheHost) {
 }
 
 TEST_F(EngineTest, ALostDeviceFailsEveryJobAndIsCountedOnce) {
-  FakeBackend fake;
-  Engine engine(fake, metrics_, /*inject_fault_after=*/2);
+  auto fake = std::make_unique<FakeBackend>();
+  FakeDevice& device = fake->device();
+  FaultyBackend faulty(std::move(fake), [&] {
+    device.Lose();
+    return absl::OkStatus();
+  });
+  Engine engine(faulty, metrics_);
+  faulty.Arm(2);
   EXPECT_TRUE(engine.RunAttend(*NewAttend(100, {})).ok());
   EXPECT_TRUE(engine.CheckDevice().ok());
   EXPECT_EQ(engine.RunAttend(*NewAttend(100, {})).code(), absl::StatusCode::kInternal);

@@ -1,0 +1,54 @@
+// For tests of what follows a fault: another backend, until one attention too many breaks its
+// device.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string_view>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+
+namespace prefilld {
+
+class FaultyBackend : public Backend {
+ public:
+  // `fault` leaves the device as an illegal memory access leaves it.
+  FaultyBackend(std::unique_ptr<Backend> backend, std::function<absl::Status()> fault)
+      : backend_(std::move(backend)), fault_(std::move(fault)) {}
+  // With the fault of its device; UNIMPLEMENTED where that has none.
+  static absl::StatusOr<std::unique_ptr<FaultyBackend>> Create(std::unique_ptr<Backend> backend);
+
+  // The n-th Attend from now on is the one. Thread: the engine's, as for the stages.
+  void Arm(int attends) { attends_to_fault_ = attends; }
+
+  std::string_view name() const override { return backend_->name(); }
+  Device& device() override { return backend_->device(); }
+  Ops* ops() override { return backend_->ops(); }
+  absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
+    return backend_->Supports(shape, policy);
+  }
+  absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override {
+    return backend_->EstimatePattern(args, stream);
+  }
+  absl::Status SelectBlocks(const AttentionArgs& args, Stream stream) override {
+    return backend_->SelectBlocks(args, stream);
+  }
+  absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) override {
+    return backend_->MeasureCapturedMass(args, stream);
+  }
+  absl::Status Attend(const AttentionArgs& args, Stream stream) override;
+
+ private:
+  const std::unique_ptr<Backend> backend_;
+  const std::function<absl::Status()> fault_;
+  int attends_to_fault_ = 0;  // 0: not armed
+};
+
+// What breaks this device, for FaultyBackend; null where nothing does. Beside the table of
+// backends.
+std::function<absl::Status()> FaultOf(Device& device);
+
+}  // namespace prefilld
