@@ -90,9 +90,14 @@ double CostModel::LinearSeconds(int64_t tokens, int64_t layer_weights) const {
   return 2.0 * static_cast<double>(tokens) * static_cast<double>(layer_weights) / linear_flops_;
 }
 
+double CostModel::AttentionSeconds(const Work& work, Choice choice) const {
+  if (choice == Choice::kDense) return DenseSeconds(work);
+  const double sparse = SelectedSeconds(work, PredictedDensity(work.k_blocks));
+  return choice == Choice::kSparse ? sparse : std::min(sparse, DenseSeconds(work));
+}
+
 bool CostModel::SparseIsFaster(const Work& work) const {
-  return SelectSeconds(work) + SparseSeconds(work, PredictedDensity(work.k_blocks)) <
-         kMargin * DenseSeconds(work);
+  return AttentionSeconds(work, Choice::kSparse) < kMargin * DenseSeconds(work);
 }
 
 bool CostModel::SparseIsFaster(const Work& work, double density) const {
@@ -101,7 +106,7 @@ bool CostModel::SparseIsFaster(const Work& work, double density) const {
 
 bool CostModel::WorthATry(const Work& work) {
   const double select = SelectSeconds(work), dense = DenseSeconds(work);
-  if (select + SparseSeconds(work, Fit(work.k_blocks)) >= kMargin * dense) return false;
+  if (SelectedSeconds(work, Fit(work.k_blocks)) >= kMargin * dense) return false;
   const double tries = tries_.load(std::memory_order_relaxed) + kTriesShare * dense / select;
   tries_.store(tries >= 1 ? 0 : tries, std::memory_order_relaxed);
   return tries >= 1;

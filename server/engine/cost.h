@@ -59,6 +59,11 @@ class CostModel {
   // Seconds of one layer's linear part: per token and per weight.
   double LinearSeconds(int64_t tokens, int64_t layer_weights) const;
 
+  // How attention will be run: as one of the two, or as whichever is predicted to be faster.
+  enum class Choice { kDense, kSparse, kOpen };
+  // Seconds of all stages, by the predicted density.
+  double AttentionSeconds(const Work& work, Choice choice) const;
+
   // Before selecting, by the predicted density; and after, by the one that was found. Faster means
   // by a margin: predictions are not exact, and a tie is dense.
   bool SparseIsFaster(const Work& work) const;
@@ -79,6 +84,11 @@ class CostModel {
   void ObserveDensity(int64_t k_blocks, double density);
 
  private:
+  // Selection and stage 3 at this density.
+  double SelectedSeconds(const Work& work, double density) const {
+    return SelectSeconds(work) + SparseSeconds(work, density);
+  }
+
   CostCurve dense_{5e10}, sparse_{5e10}, select_{2e10};
   std::atomic<double> linear_flops_{5e10};  // per second
   std::atomic<double> density_ratio_{1};    // observed over the fit

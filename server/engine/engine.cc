@@ -26,13 +26,13 @@ void Engine::Observe(const std::string& model, const HeadReport& head, bool meas
 }
 
 // Dense instead of an unspecified method where selecting would cost more than it saves.
-SparsityPolicy Engine::Decide(const Job& job, const AttentionShape& shape, DenseReason* reason) {
-  *reason = DenseReason::kNone;
-  if (!job.method_unspecified) return job.policy;
+Engine::Decision Engine::Decide(const Job& job, const AttentionShape& shape) {
+  if (!job.method_unspecified) return {.policy = job.policy};
   const CostModel::Work work = CostModel::WorkOf(shape);
-  if (cost_.SparseIsFaster(work) || cost_.WorthATry(work)) return job.policy;
-  *reason = DenseReason::kBelowCrossover;
-  return DenseInsteadOf(job.policy);
+  if (cost_.SparseIsFaster(work) || cost_.WorthATry(work)) {
+    return {.policy = job.policy, .open = job.policy.method != Method::kDense};
+  }
+  return {.policy = DenseInsteadOf(job.policy), .dense_reason = DenseReason::kBelowCrossover};
 }
 
 absl::Status Engine::CheckDevice() const {
@@ -51,19 +51,16 @@ void Engine::NoteFault() {
 }
 
 double Engine::PredictSeconds(const Job& job, int layers_done) const {
-  const bool dense = job.policy.method == Method::kDense;
-  const auto attention = [&](const CostModel::Work& work) {
-    if (dense) return cost_.DenseSeconds(work);
-    const double sparse = cost_.SelectSeconds(work) +
-                          cost_.SparseSeconds(work, cost_.PredictedDensity(work.k_blocks));
-    return job.method_unspecified ? std::min(sparse, cost_.DenseSeconds(work)) : sparse;
-  };
-  if (!job.prefill) return attention(CostModel::WorkOf(job.attend->shape));
+  using Choice = CostModel::Choice;
+  const Choice choice = job.policy.method == Method::kDense ? Choice::kDense
+                        : job.method_unspecified            ? Choice::kOpen
+                                                            : Choice::kSparse;
+  if (job.attend) return cost_.AttentionSeconds(CostModel::WorkOf(job.attend->shape), choice);
   const ModelInfo& info = job.prefill->model->info();
   const int64_t tokens = job.tokens();
+  const CostModel::Work work = CostModel::WorkOf(info.q_heads, info.head_dim, tokens, tokens);
   return (info.layers - layers_done) *
-         (attention(CostModel::WorkOf(info.q_heads, info.head_dim, tokens, tokens)) +
-          cost_.LinearSeconds(tokens, info.layer_weights));
+         (cost_.AttentionSeconds(work, choice) + cost_.LinearSeconds(tokens, info.layer_weights));
 }
 
 absl::Status Engine::EnsureScratch(const ModelInfo& info, int64_t tokens) {
@@ -91,7 +88,9 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
                        info.head_dim,
                        batch->prompts.cu_seqlens,
                        batch->prompts.cu_seqlens};
-  batch->policy = Decide(*batch->jobs[0], shape, &batch->dense_reason);
+  const Decision decision = Decide(*batch->jobs[0], shape);
+  batch->policy = decision.policy;
+  batch->dense_reason = decision.dense_reason;
   for (const auto& job : batch->jobs) {
     job->report.layers = info.layers;
     job->report.heads = info.q_heads;
@@ -274,8 +273,10 @@ absl::Status Engine::RunAttend(Job& job) {
   const int heads = shape.q_heads;
   StagesCall call;
   AttentionArgs& args = call.args;
-  args.policy = Decide(job, shape, &call.dense_reason);
-  call.open = job.method_unspecified && args.policy.method != Method::kDense;
+  const Decision decision = Decide(job, shape);
+  args.policy = decision.policy;
+  call.open = decision.open;
+  call.dense_reason = decision.dense_reason;
   args.shape = shape;
   args.softmax_scale = work.softmax_scale;
   args.q = {work.q.data(), int64_t{heads} * shape.head_dim, shape.head_dim};

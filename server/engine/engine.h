@@ -79,8 +79,15 @@ class Engine {
     std::function<void(const std::shared_ptr<Job>&, const absl::Status&)> on_failed;
   };
 
+  // What a job's policy becomes.
+  struct Decision {
+    SparsityPolicy policy;
+    DenseReason dense_reason = DenseReason::kNone;  // why it is not the one that was asked for
+    bool open = false;  // was left open and is sparse: dense may still take its place
+  };
+
   void Observe(const std::string& model, const HeadReport& head, bool measured);
-  SparsityPolicy Decide(const Job& job, const AttentionShape& shape, DenseReason* reason);
+  Decision Decide(const Job& job, const AttentionShape& shape);
   void NoteFault();
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);
