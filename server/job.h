@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -19,6 +20,12 @@ namespace prefilld {
 
 class KvCache;
 class Transformer;
+
+// Durations are taken from a clock that nobody sets; only deadlines are on the wall's, as callers
+// give them.
+using SteadyTime = std::chrono::steady_clock::time_point;
+inline SteadyTime SteadyNow() { return std::chrono::steady_clock::now(); }
+inline absl::Duration Since(SteadyTime begin) { return absl::FromChrono(SteadyNow() - begin); }
 
 enum class Phase { kQueue, kUpload, kEstimate, kSelect, kAttention, kLinear, kHandoff };
 inline constexpr std::array<const char*, 7> kPhaseNames = {
@@ -80,7 +87,7 @@ struct Job {
   // Set before admission, constant afterwards.
   std::string request_id;
   int priority = 0;  // higher first
-  absl::Time arrival = absl::Now();
+  SteadyTime arrival = SteadyNow();
   absl::Time deadline = absl::InfiniteFuture();
   SparsityPolicy policy;
   bool method_unspecified = false;     // dense may be chosen where it is faster
@@ -100,7 +107,7 @@ struct Job {
   // By the scheduler's thread until OnFinished.
   PhaseSeconds phases{};
   JobReport report;
-  absl::Time uploaded = absl::InfiniteFuture();  // by Scheduler::UploadDone
+  SteadyTime uploaded = SteadyTime::max();  // by Scheduler::UploadDone
 
   int64_t tokens() const {
     return attend ? attend->shape.total_q() : static_cast<int64_t>(prefill->token_ids.size());

@@ -205,7 +205,7 @@ void Engine::Commit(const LayerTicket& ticket, const absl::Status& work) {
     }
     metrics_.LayerDensity(info.name, ticket.layer, part.density);
     if (ticket.layer == 0) {
-      metrics_.time_to_first_layer.Observe(absl::ToDoubleSeconds(absl::Now() - job.arrival));
+      metrics_.time_to_first_layer.Observe(absl::ToDoubleSeconds(Since(job.arrival)));
     }
     prefill.cache->Commit(ticket.layer);
     job.sink->OnLayerReady(ticket.layer, part.density, measured ? part.captured_mass : 0);

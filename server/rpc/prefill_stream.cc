@@ -157,7 +157,7 @@ void PrefillStream::OnFinished(const absl::Status& status) {
        {"code", CodeName(static_cast<grpc::StatusCode>(status.code()))},
        {"message", std::string(status.message())},
        {"tokens", job->tokens()},
-       {"seconds", absl::ToDoubleSeconds(absl::Now() - job->arrival)},
+       {"seconds", absl::ToDoubleSeconds(Since(job->arrival))},
        {"density", status.ok() ? job->report.MeanDensity() : 0},
        {"captured_mass", status.ok() ? job->report.MeanCapturedMass() : 0}});
   WakeReaders();

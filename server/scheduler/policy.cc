@@ -21,9 +21,8 @@ std::optional<size_t> PickNext(const std::vector<StepView>& views, absl::Time no
                                absl::Duration passed_over_max) {
   // Smaller is earlier, member by member.
   const auto key = [&](const StepView& view) {
-    const absl::Duration waited = now - view.last_run;
-    const bool starving = waited > passed_over_max;
-    return std::make_tuple(!starving, starving ? -waited : absl::ZeroDuration(),
+    const bool starving = view.waited > passed_over_max;
+    return std::make_tuple(!starving, starving ? -view.waited : absl::ZeroDuration(),
                            SlackClass(view.deadline - now - view.remaining), -view.priority,
                            view.remaining, view.arrival);
   };

@@ -1,6 +1,7 @@
 // Which step runs next. Pure: views of what could run and the time go in, a choice comes out.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <optional>
 #include <vector>
@@ -12,8 +13,8 @@ namespace prefilld {
 // One thing the engine could do: the next layer of a batch in progress, or the start of a waiting
 // job.
 struct StepView {
-  absl::Time arrival;
-  absl::Time last_run;       // of its last step, or arrival
+  std::chrono::steady_clock::time_point arrival;
+  absl::Duration waited;     // since its last step, or arrival
   absl::Time deadline;       // infinite when there is none
   absl::Duration remaining;  // predicted work until it is done
   int priority = 0;

@@ -1,6 +1,7 @@
 #include "server/scheduler/scheduler.h"
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,10 +15,14 @@ namespace {
 // this factor: the cost model may be off, a wrong refusal is worse than a late answer.
 constexpr double kInfeasibleFactor = 1.5;
 
-void StartClock(Job& job, absl::Time now) {
-  const absl::Time ready = job.attend ? std::min(job.uploaded, now) : job.arrival;
-  job.phases[static_cast<size_t>(Phase::kQueue)] = absl::ToDoubleSeconds(now - ready);
-  job.phases[static_cast<size_t>(Phase::kUpload)] = absl::ToDoubleSeconds(ready - job.arrival);
+void StartClock(Job& job) {
+  const auto seconds = [](auto duration) {
+    return std::chrono::duration<double>(duration).count();
+  };
+  const SteadyTime now = SteadyNow();
+  const SteadyTime ready = job.attend ? std::min(job.uploaded, now) : job.arrival;
+  job.phases[static_cast<size_t>(Phase::kQueue)] = seconds(now - ready);
+  job.phases[static_cast<size_t>(Phase::kUpload)] = seconds(ready - job.arrival);
 }
 
 absl::Status Draining() {
@@ -109,7 +114,7 @@ absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
 
 void Scheduler::UploadDone(const std::shared_ptr<Job>& job) {
   absl::MutexLock lock(&mutex_);
-  job->uploaded = absl::Now();
+  job->uploaded = SteadyNow();
   inbox_.push_back({What::kUploaded, job, absl::OkStatus()});
   wake_ = true;
 }
@@ -140,7 +145,7 @@ bool Scheduler::WaitIdle(absl::Time deadline) {
 
 bool Scheduler::Stalled(absl::Duration limit) const {
   absl::MutexLock lock(&mutex_);
-  return absl::Now() - step_started_ > limit;
+  return step_started_ && Since(*step_started_) > limit;
 }
 
 void Scheduler::Loop() {
@@ -222,9 +227,9 @@ std::vector<StepView> Scheduler::Views() const {
   for (const Active& active : active_) {
     const Batch& batch = *active.batch;
     StepView view;
-    view.arrival = absl::InfiniteFuture();
+    view.arrival = SteadyTime::max();
     view.deadline = absl::InfiniteFuture();
-    view.last_run = active.last_run;
+    view.waited = Since(active.last_run);
     view.priority = batch.jobs[0]->priority;
     for (const auto& job : batch.jobs) {
       view.arrival = std::min(view.arrival, job->arrival);
@@ -244,7 +249,7 @@ std::vector<StepView> Scheduler::Views() const {
   for (const Waiting& waiting : waiting_) {
     const Job& job = *waiting.job;
     views.push_back({.arrival = job.arrival,
-                     .last_run = job.arrival,
+                     .waited = Since(job.arrival),
                      .deadline = job.deadline,
                      .remaining = absl::Seconds(engine_.PredictSeconds(job)),
                      .priority = job.priority,
@@ -258,7 +263,7 @@ bool Scheduler::RunOneStep() {
   if (!next) return false;
   {
     absl::MutexLock lock(&mutex_);
-    step_started_ = absl::Now();
+    step_started_ = SteadyNow();
   }
   if (*next < active_.size()) {
     Advance(*next);
@@ -268,7 +273,7 @@ bool Scheduler::RunOneStep() {
     StartBatch(*next - active_.size());
   }
   absl::MutexLock lock(&mutex_);
-  step_started_ = absl::InfiniteFuture();
+  step_started_.reset();
   return true;
 }
 
@@ -294,14 +299,14 @@ void Scheduler::StartBatch(size_t first) {
   (*batch)->on_failed = [this](const std::shared_ptr<Job>& job, const absl::Status& why) {
     Cancel(job, why);
   };
-  active_.push_back({*std::move(batch), absl::Now()});
+  active_.push_back({*std::move(batch), SteadyNow()});
   Advance(active_.size() - 1);
 }
 
 void Scheduler::Advance(size_t index) {
   Batch& batch = *active_[index].batch;
   absl::Status status = engine_.RunLayer(batch);
-  active_[index].last_run = absl::Now();
+  active_[index].last_run = SteadyNow();
   if (status.ok() && !batch.done()) return;
   if (status.ok()) status = engine_.Finish(batch);
   const std::unique_ptr<Batch> finished = std::move(active_[index].batch);
@@ -318,7 +323,7 @@ std::shared_ptr<Job> Scheduler::TakeWaiting(size_t index) {
   std::shared_ptr<Job> job = std::move(waiting_[index].job);
   waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(index));
   absl::MutexLock lock(&mutex_);  // `uploaded` is written under it
-  StartClock(*job, absl::Now());
+  StartClock(*job);
   --waiting_jobs_;
   waiting_tokens_ -= job->tokens();
   metrics_.waiting.Set(waiting_jobs_);

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -68,7 +69,7 @@ class Scheduler {
   };
   struct Active {
     std::unique_ptr<Batch> batch;
-    absl::Time last_run;
+    SteadyTime last_run;
   };
 
   // The thread and what only it touches.
@@ -107,7 +108,7 @@ class Scheduler {
   int waiting_jobs_ ABSL_GUARDED_BY(mutex_) = 0;  // admitted and not started
   int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
   double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
-  absl::Time step_started_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
+  std::optional<SteadyTime> step_started_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };
 

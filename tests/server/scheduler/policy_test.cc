@@ -8,9 +8,11 @@ namespace {
 const absl::Time kNow = absl::FromUnixSeconds(1000);
 constexpr absl::Duration kPassedOverMax = absl::Seconds(10);
 
+using SteadyTime = std::chrono::steady_clock::time_point;
+
 StepView View(absl::Duration age, absl::Duration remaining) {
-  return {.arrival = kNow - age,
-          .last_run = kNow - age,
+  return {.arrival = SteadyTime(std::chrono::hours(1)) - absl::ToChronoNanoseconds(age),
+          .waited = age,
           .deadline = absl::InfiniteFuture(),
           .remaining = remaining};
 }
