@@ -44,6 +44,11 @@ struct Config {
   uint64_t kv_memory = 0;
   uint64_t attend_memory = 0;
 
+  // No flags. Threads that take memory from the system and give it back, and that do what calls do
+  // beside the engine: checksums, conversion, copies.
+  int memory_threads = 2;
+  int transfer_threads = 2;
+
   int64_t prompt_tokens_max = 131072;
   int waiting_jobs_max = 256;
   absl::Duration lease_ttl = absl::Minutes(1);

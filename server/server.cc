@@ -173,6 +173,8 @@ absl::Status Server::StartGrpc() {
                             .attends = attends_,
                             .reports = reports_,
                             .metrics = metrics_,
+                            .memory = memory_,
+                            .transfers = transfers_,
                             .limits = {.prompt_tokens_max = config_.prompt_tokens_max,
                                        .attend_bytes_max = config_.attend_memory,
                                        .lease_ttl = config_.lease_ttl,
@@ -267,6 +269,9 @@ Server::~Server() {
   if (watch_.joinable()) watch_.join();
   if (grpc_) grpc_->Shutdown(absl::ToChronoTime(absl::Now()));
   grpc_.reset();
+  // Nobody waits for what they have not begun; what comes later runs where it comes from.
+  memory_->Stop();
+  transfers_.Stop();
   http_.reset();
   if (leases_) leases_->ReleaseAll(LeaseEnd::kAbandoned);
   scheduler_.reset();  // its sinks reach into what is above it

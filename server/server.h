@@ -35,6 +35,10 @@ class Server {
   // have a new segment afterwards.
   void RemoveSegments();
 
+  // For tests of what must not wait for them.
+  WorkPool& memory() { return *memory_; }
+  WorkPool& transfers() { return transfers_; }
+
  private:
   explicit Server(Config config);
   absl::Status LoadModels();
@@ -52,6 +56,8 @@ class Server {
   std::unique_ptr<Backend> backend_;
   Models models_;
   Media media_;
+  const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
+  WorkPool transfers_{config_.transfer_threads};
   std::unique_ptr<BlockPool> pool_;  // null without models
   std::unique_ptr<LeaseTable> leases_;
   std::unique_ptr<Engine> engine_;

@@ -27,108 +27,139 @@ AttendReactor::AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* conte
       record_(rpc.metrics, "Attend") {}
 
 void AttendReactor::OnReadDone(bool ok) {
+  bool header = false;
   {
     absl::MutexLock lock(&mutex_);
     if (ended_) return;
     progress_ = absl::Now();
-    if (!upload_) {
-      if (!ok && context_->IsCancelled()) return End(WhyCancelled(deadline_));
-      const absl::Status status = ok ? OnHeader() : InvalidField("header", "no header was sent");
-      if (!status.ok()) {
-        rpc_.metrics.Rejected(status);
-        return End(status);
-      }
-      StartRead(&read_);
-      return;
-    }
-    if (!ok) {  // the caller has closed its side
-      if (upload_->complete()) {
-        peer_closed_ = true;
-        if (summary_written_) WriteNext();  // it may be what was waited for
-        return;
-      }
+    header = std::exchange(awaits_header_, false);
+    if (!ok) {
       if (context_->IsCancelled()) return End(WhyCancelled(deadline_));
-      return End(
-          absl::DataLossError(absl::StrCat("the upload ended after ", upload_->received_bytes(),
-                                           " of ", upload_->total_bytes(), " bytes")));
+      if (header) return Refuse(InvalidField("header", "no header was sent"));
+      return OnPeerClosed();
     }
   }
-  // The copy happens outside the lock: a cancel need not wait for it.
+  // Not under the lock: neither a cancel nor the job's end need wait for what a message takes.
+  if (header) return OnHeader();
   const absl::Status status = OnTensors();
+  if (!status.ok() || !upload_->complete() || !copies_region()) return OnArrived(status);
   absl::MutexLock lock(&mutex_);
   if (ended_) return;
-  if (!status.ok()) return End(status);
-  const uint64_t to_come = upload_->total_bytes() - upload_->received_bytes();
-  rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_ - to_come));
-  bytes_to_come_ = to_come;
-  if (upload_->complete()) {
-    computing_ = true;
-    rpc_.scheduler.UploadDone(job_);
-  }
-  StartRead(&read_);
+  busy_ = true;
+  rpc_.memory->Post([self = shared_from_this()] { self->CopyRegion(); });
 }
 
-// Nothing of a tensor is read before this has found a place for all of it.
-absl::Status AttendReactor::OnHeader() {
+// The caller has closed its side.
+void AttendReactor::OnPeerClosed() {
+  if (upload_->complete()) {
+    peer_closed_ = true;
+    if (summary_written_) WriteNext();  // it may be what was waited for
+    return;
+  }
+  End(absl::DataLossError(absl::StrCat("the upload ended after ", upload_->received_bytes(), " of ",
+                                       upload_->total_bytes(), " bytes")));
+}
+
+// A thread that may wait takes the memory, once its bytes are in the budget; nothing of a tensor is
+// read before there is a place for all of it. gRPC's threads are few: who waits here is no one.
+void AttendReactor::OnHeader() {
+  auto valid = Admit();
+  absl::MutexLock lock(&mutex_);
+  if (!valid.ok()) return Refuse(valid.status());
+  if (ended_) {  // meanwhile; End did not know of the job
+    rpc_.scheduler.Cancel(valid->job);
+    rpc_.attends.Release(valid->job->request_id);
+    return;
+  }
+  job_ = valid->job;
+  ragged_ = valid->ragged;
+  busy_ = true;
+  // Pages of a host buffer are taken at first touch; all else takes its time.
+  const bool quick = valid->transport == Transport::kGrpc && rpc_.backend.device().host_memory();
+  WorkPool& pool = quick ? rpc_.transfers : *rpc_.memory;
+  pool.Post([self = shared_from_this(), valid = *std::move(valid)] { self->PlaceTensors(valid); });
+}
+
+// The job of the header, admitted.
+absl::StatusOr<ValidAttend> AttendReactor::Admit() {
   if (FirstField(read_) == kAttendChunk) return absl::DataLossError("a chunk before the header");
   v1::AttendRequest request;
   if (!ParseMessage(&read_, &request) || !request.has_header()) {
     return InvalidField("header", "the first message is no AttendRequest with a header");
   }
-  request_id_ = request.header().request_id().substr(0, kRequestIdBytesMax);
+  {
+    absl::MutexLock lock(&mutex_);
+    request_id_ = request.header().request_id().substr(0, kRequestIdBytesMax);
+  }
   auto valid = ValidateAttend(request.header(), rpc_.limits);
   if (!valid.ok()) return valid.status();
-  const std::shared_ptr<Job> job = valid->job;
-  AttendWork& work = *job->attend;
-  if (absl::Status status = rpc_.backend.Supports(work.shape, job->policy); !status.ok()) {
+  // It may end with whoever holds it last, a thread that must not give gigabytes back.
+  valid->job = std::shared_ptr<Job>(valid->job.get(),
+                                    [memory = rpc_.memory, owner = valid->job](Job* job) mutable {
+                                      job->budget.reset();
+                                      memory->PostFirst([owner = std::move(owner)] {});
+                                    });
+  Job& job = *valid->job;
+  absl::Status status = rpc_.backend.Supports(job.attend->shape, job.policy);
+  if (!status.ok()) {
     return absl::IsInvalidArgument(status) ? InvalidField("tensors", status.message()) : status;
   }
-  job->deadline = deadline_;
-  job->sink = shared_from_this();
-  if (!rpc_.attends.Claim(job->request_id)) {
+  job.deadline = deadline_;
+  job.sink = shared_from_this();
+  if (!rpc_.attends.Claim(job.request_id)) {
     return absl::AlreadyExistsError(
-        absl::StrCat("an Attend with request_id '", job->request_id, "' is running"));
+        absl::StrCat("an Attend with request_id '", job.request_id, "' is running"));
   }
-  if (absl::Status status = rpc_.scheduler.Admit(job); !status.ok()) {
-    rpc_.attends.Release(job->request_id);
+  if (status = rpc_.scheduler.Admit(valid->job); !status.ok()) {
+    rpc_.attends.Release(job.request_id);
     return status;
   }
-  // After the budget: what is refused has taken nothing.
-  auto memory = TakeMemory(*valid, rpc_.backend.device(), FindMedium(rpc_.media, valid->transport));
-  if (!memory.ok()) {
-    rpc_.scheduler.Cancel(job, memory.status());
-    rpc_.attends.Release(job->request_id);
-    return memory.status();
+  return valid;
+}
+
+void AttendReactor::PlaceTensors(const ValidAttend& valid) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (ended_) return;  // nobody waits for it any more
   }
+  auto memory = TakeMemory(valid, rpc_.backend.device(), FindMedium(rpc_.media, valid.transport));
+  absl::MutexLock lock(&mutex_);
+  if (ended_) return;  // the job takes along what it has got
+  if (!memory.ok()) return Refuse(memory.status());
   memory_ = *std::move(memory);
   upload_.emplace(memory_.upload);
-  job_ = job;
-  ragged_ = valid->ragged;
+  admitted_ = true;
   bytes_to_come_ = upload_->total_bytes();
   rpc_.metrics.upload_bytes_inflight.Increment(static_cast<double>(bytes_to_come_));
+  Log(Level::kInfo, "attend_admitted",
+      {{"request_id", job_->request_id},
+       {"method", Name(job_->policy.method)},
+       {"transport", Name(valid.transport)},
+       {"tokens", job_->tokens()},
+       {"upload_bytes", bytes_to_come_}});
+  busy_ = false;
+  progress_ = absl::Now();
+  Watch();
+  Write(EncodeMessage(Admission(valid.transport)));
+  StartRead(&read_);
+}
 
+v1::AttendResponse AttendReactor::Admission(Transport transport) const {
   v1::AttendResponse response;
   v1::Admission& admission = *response.mutable_admission();
-  admission.set_request_id(job->request_id);
-  admission.set_queue_position(static_cast<uint32_t>(job->queue_position));
-  *admission.mutable_estimated_wait() = ProtoOf(job->estimated_wait);
+  admission.set_request_id(job_->request_id);
+  admission.set_queue_position(static_cast<uint32_t>(job_->queue_position));
+  *admission.mutable_estimated_wait() = ProtoOf(job_->estimated_wait);
   admission.set_upload_credit_bytes(bytes_to_come_);
-  for (v1::TensorSpec& spec : AnnouncedOutputs(*job, ragged_)) {
+  for (v1::TensorSpec& spec : AnnouncedOutputs(*job_, ragged_)) {
     *admission.add_outputs() = std::move(spec);
   }
-  admission.set_transport(ProtoOf(valid->transport));
+  admission.set_transport(ProtoOf(transport));
   for (size_t i = 0; i < memory_.inputs.size(); ++i) {
     *admission.add_buffers() =
         BufferIn(*memory_.region, memory_.inputs[i], memory_.upload[i].bytes);
   }
-  Log(Level::kInfo, "attend_admitted",
-      {{"request_id", job->request_id},
-       {"method", Name(job->policy.method)},
-       {"transport", Name(valid->transport)},
-       {"tokens", job->tokens()},
-       {"upload_bytes", bytes_to_come_}});
-  Write(EncodeMessage(response));
-  return absl::OkStatus();
+  return response;
 }
 
 absl::Status AttendReactor::OnTensors() {
@@ -138,12 +169,7 @@ absl::Status AttendReactor::OnTensors() {
       return absl::DataLossError(absl::StrCat("over ", ProtoName(memory_.region->transport()),
                                               " only `written` follows the header"));
     }
-    absl::Status status = upload_->Written();
-    for (size_t i = 0; status.ok() && memory_.staging != nullptr && i < memory_.inputs.size();
-         ++i) {
-      status = memory_.staging->CopyFrom(i, memory_.upload[i].data);
-    }
-    return status;
+    return upload_->Written();
   }
   if (FirstField(read_) == kAttendWritten) {
     return absl::DataLossError(
@@ -159,58 +185,77 @@ absl::Status AttendReactor::OnTensors() {
                                   chunk->header.byte_offset + chunk->payload_bytes);
 }
 
-void AttendReactor::OnFinished(const absl::Status& status) {
-  absl::MutexLock lock(&mutex_);
-  job_ended_ = true;
-  if (ended_) return;
-  if (!status.ok()) return End(status);
-  AttendWork& work = *job_->attend;
-  // Only the outputs are needed until the caller has them. What the caller opened stays as a whole.
-  for (Buffer* input : {&work.q, &work.k, &work.v}) *input = Buffer();
-  const bool staged = memory_.staging != nullptr;
-  if (staged) {  // o and lse are on the host
-    memory_.staging->Computed();
-    memory_.staging = nullptr;
-    work.staging.reset();
-    work.o = Buffer();
-    work.lse = Buffer();
+// The tensors were written to a region, and are computed elsewhere.
+void AttendReactor::CopyRegion() {
+  absl::Status status;
+  for (size_t i = 0; status.ok() && i < memory_.inputs.size(); ++i) {
+    status = memory_.staging->CopyFrom(i, memory_.upload[i].data);
   }
-  rpc_.reports.Add({job_->request_id, kAttendModel, job_->policy.method, job_->policy.gamma,
-                    job_->tokens(), job_->report});
-  outputs_ = std::make_shared<AttendOutputs>(job_, ragged_, memory_);
-  if (memory_.region == nullptr) return Answer();
-  if (staged) {  // too much for the completion thread: one of gRPC's
-    place_ = std::make_unique<grpc::Alarm>();
-    place_->Set(absl::ToChronoTime(absl::Now()), [weak = weak_from_this()](bool fired) {
-      const auto self = fired ? weak.lock() : nullptr;
-      if (self) self->PlaceOutputs();
-    });
-    return;
-  }
-  if (absl::Status placed = outputs_->Place(rpc_.backend.device()); !placed.ok()) {
-    return End(placed);
-  }
-  Answer();
+  OnArrived(status);
 }
 
-void AttendReactor::PlaceOutputs() {
+void AttendReactor::OnArrived(const absl::Status& status) {
+  absl::MutexLock lock(&mutex_);
+  if (ended_) return;
+  if (!status.ok()) return End(status);
+  const uint64_t to_come = upload_->total_bytes() - upload_->received_bytes();
+  rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_ - to_come));
+  bytes_to_come_ = to_come;
+  if (upload_->complete()) {
+    busy_ = true;
+    rpc_.scheduler.UploadDone(job_);
+  }
+  StartRead(&read_);
+}
+
+// Whoever computes goes on at once: memory is given back and outputs are copied elsewhere.
+void AttendReactor::OnFinished(const absl::Status& status) {
+  rpc_.transfers.Post([self = shared_from_this(), status] { self->Conclude(status); });
+}
+
+void AttendReactor::Conclude(const absl::Status& result) {
   std::shared_ptr<AttendOutputs> outputs;
   {
     absl::MutexLock lock(&mutex_);
+    job_ended_ = true;
     if (ended_) return;
-    outputs = outputs_;
+    if (!result.ok()) return End(result);
+    LetGoOfInputs();
+    rpc_.reports.Add({job_->request_id, kAttendModel, job_->policy.method, job_->policy.gamma,
+                      job_->tokens(), job_->report});
+    outputs = outputs_ = std::make_shared<AttendOutputs>(job_, ragged_, memory_);
   }
   const absl::Time begin = absl::Now();
   const absl::Status status = outputs->Place(rpc_.backend.device());
   absl::MutexLock lock(&mutex_);
   if (ended_) return;
   if (!status.ok()) return End(status);
-  placing_ = absl::Now() - begin;
+  if (memory_.region != nullptr) placing_ = absl::Now() - begin;
   Answer();
 }
 
+// Only the outputs are needed until the caller has them. What the caller opened stays as a whole.
+void AttendReactor::LetGoOfInputs() {
+  AttendWork& work = *job_->attend;
+  struct Gone {
+    Buffer q, k, v, o, lse;
+    std::shared_ptr<void> staging;  // goes before them
+  };
+  auto gone = std::make_shared<Gone>();
+  gone->q = std::move(work.q);
+  gone->k = std::move(work.k);
+  gone->v = std::move(work.v);
+  if (memory_.staging != nullptr) {  // o and lse are on the host
+    std::exchange(memory_.staging, nullptr)->Computed();
+    gone->staging = std::move(work.staging);
+    gone->o = std::move(work.o);
+    gone->lse = std::move(work.lse);
+  }
+  rpc_.memory->PostFirst([gone = std::move(gone)] {});
+}
+
 void AttendReactor::Answer() {
-  computing_ = false;
+  busy_ = false;
   progress_ = absl::Now();
   v1::AttendResponse response;
   *response.mutable_outputs() = outputs_->specs();
@@ -227,7 +272,7 @@ void AttendReactor::Write(const grpc::ByteBuffer& message) {
 
 // One write is in flight at a time; the message after it is encoded meanwhile.
 void AttendReactor::WriteNext() {
-  if (writing_ || computing_ || !outputs_) return;  // or they are not in their place yet
+  if (writing_ || busy_ || !outputs_) return;  // or they are not in their place yet
   if (next_) {
     Write(*std::exchange(next_, std::nullopt));
   } else if (!peer_closes() || peer_closed_) {
@@ -260,6 +305,11 @@ void AttendReactor::OnCancel() {
   End(WhyCancelled(deadline_));
 }
 
+void AttendReactor::Refuse(const absl::Status& status) {
+  rpc_.metrics.Rejected(status);
+  End(status);
+}
+
 void AttendReactor::End(const absl::Status& status) {
   if (ended_) return;
   ended_ = true;
@@ -268,8 +318,8 @@ void AttendReactor::End(const absl::Status& status) {
   if (memory_.region != nullptr) memory_.region->Unlink();  // the job may still compute in it
   if (job_ && !job_ended_) rpc_.scheduler.Cancel(job_, status);
   const grpc::Status wire = record_.End(status);
-  if (job_) {
-    rpc_.attends.Release(job_->request_id);
+  if (job_) rpc_.attends.Release(job_->request_id);
+  if (admitted_) {
     Log(status.ok() ? Level::kInfo : Level::kWarning, "attend_finished",
         {{"request_id", job_->request_id},
          {"code", CodeName(wire.error_code())},
@@ -310,8 +360,8 @@ void AttendReactor::Watch() {
 
 void AttendReactor::OnAlarm() {
   absl::MutexLock lock(&mutex_);
-  if (!self_) return;                 // the call is over, its context gone
-  if (!ended_ && computing_) return;  // OnFinished watches again
+  if (!self_) return;            // the call is over, its context gone
+  if (!ended_ && busy_) return;  // whoever has done it watches again
   if (absl::Now() < progress_ + rpc_.upload_timeout) return Watch();
   if (ended_) return context_->TryCancel();  // the peer does not even take the status
   const absl::Status status = absl::DeadlineExceededError(

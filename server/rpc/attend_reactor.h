@@ -4,9 +4,10 @@
 // device with memory of its own gets them from pinned host memory while they arrive (Staging), and
 // the outputs come back there; only over cuda_ipc nothing moves.
 //
-// Lifetime: shared by gRPC (until OnDone) and the job (as its sink).
-// Threads: gRPC's and the scheduler's; every member is guarded by one mutex but the upload, which
-// only the single outstanding read touches.
+// Lifetime: shared by gRPC (until OnDone), the job (as its sink) and what is posted.
+// Threads: gRPC's, the completion thread and those of two pools, where memory is taken and copied;
+// every member is guarded by one mutex, held for no longer than a message takes, but the upload and
+// the memory, which only the single outstanding read touches, or what goes on from it.
 #pragma once
 
 #include <grpcpp/alarm.h>
@@ -27,6 +28,7 @@
 #include "server/rpc/context.h"
 #include "server/rpc/upload.h"
 #include "server/rpc/validate.h"
+#include "server/work_pool.h"
 
 namespace prefilld {
 
@@ -47,15 +49,26 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
  private:
   AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
 
-  absl::Status OnHeader() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnPeerClosed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnHeader();
+  absl::StatusOr<ValidAttend> Admit();
   absl::Status OnTensors();
-  void PlaceOutputs();
+  void OnArrived(const absl::Status& status);
+  // On a pool's thread; they take and copy memory outside the lock.
+  void PlaceTensors(const ValidAttend& valid);
+  void CopyRegion();
+  void Conclude(const absl::Status& result);
+
+  v1::AttendResponse Admission(Transport transport) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void LetGoOfInputs() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Answer() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Write(const grpc::ByteBuffer& message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Refuse(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnAlarm();
+  bool copies_region() const { return memory_.region != nullptr && memory_.staging != nullptr; }
   // The peer's end of the stream tells that it has closed what it had opened.
   bool peer_closes() const {
     return memory_.region != nullptr && RowOf(memory_.region->transport()).peer_closes;
@@ -66,16 +79,17 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   const absl::Time deadline_;
   grpc::ByteBuffer read_;         // of the outstanding read
   std::optional<Upload> upload_;  // the outstanding read's thread
-  // Set once, with the job.
-  AttendMemory memory_;
+  AttendMemory memory_;           // set once, before the first tensor is read
 
   absl::Mutex mutex_;
   std::shared_ptr<AttendReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   CallRecord record_ ABSL_GUARDED_BY(mutex_);
-  std::string request_id_ ABSL_GUARDED_BY(mutex_);    // for the log
-  std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // once admitted, until OnDone
+  std::string request_id_ ABSL_GUARDED_BY(mutex_);  // for the log
+  bool awaits_header_ ABSL_GUARDED_BY(mutex_) = true;
+  std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // once in the budget, until OnDone
   bool ragged_ ABSL_GUARDED_BY(mutex_) = false;
-  bool computing_ ABSL_GUARDED_BY(mutex_) = false;  // uploaded, the peer has nothing to do
+  bool admitted_ ABSL_GUARDED_BY(mutex_) = false;  // and there is memory
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;      // it is our turn, the peer has nothing to do
   bool job_ended_ ABSL_GUARDED_BY(mutex_) = false;
   bool peer_closed_ ABSL_GUARDED_BY(mutex_) = false;  // its side of the stream, after the upload
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;        // Finish was called
@@ -88,7 +102,6 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   std::optional<grpc::ByteBuffer> next_ ABSL_GUARDED_BY(mutex_);  // encoded while it is written
   absl::Time progress_ ABSL_GUARDED_BY(mutex_) = absl::Now();
   std::unique_ptr<grpc::Alarm> alarm_ ABSL_GUARDED_BY(mutex_);
-  std::unique_ptr<grpc::Alarm> place_ ABSL_GUARDED_BY(mutex_);  // calls PlaceOutputs
 };
 
 }  // namespace prefilld

@@ -18,6 +18,7 @@
 #include "server/rpc/validate.h"
 #include "server/scheduler/scheduler.h"
 #include "server/transport/transports.h"
+#include "server/work_pool.h"
 
 namespace prefilld {
 
@@ -38,6 +39,10 @@ struct RpcContext {
   LiveIds& attends;
   ReportTable& reports;
   Metrics& metrics;
+  // Takes memory from the system and gives it back, which may take a second a gigabyte. Shared with
+  // what may be let go of after the server.
+  std::shared_ptr<WorkPool> memory;
+  WorkPool& transfers;  // checksums, conversion, copies: what calls do beside the engine
   RequestLimits limits;
   int waiting_jobs_max = 0;
   // An Attend whose peer moves no chunk for this long, in either direction, is given up.

@@ -16,17 +16,12 @@ PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerConte
   reactor->self_ = reactor;
   if (!stream.ok()) {
     rpc.metrics.Rejected(stream.status());
-    const grpc::Status wire = ToGrpcStatus(stream.status());
-    Log(Level::kWarning, "prefill_refused",
-        {{"request_id", request.request_id().substr(0, kRequestIdBytesMax)},
-         {"code", CodeName(wire.error_code())},
-         {"message", wire.error_message()}});
+    PrefillStream::LogRefusal(request.request_id().substr(0, kRequestIdBytesMax), stream.status());
     reactor->End(stream.status());
   } else if (*stream == nullptr) {
     reactor->End(absl::OkStatus());
   } else {
     reactor->stream_ = *std::move(stream);
-    reactor->stream_->Attach(reactor);
     reactor->WriteNext();
   }
   return reactor.get();
@@ -53,13 +48,15 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
   valid->job->prefill->model = *model;
   const std::string request_id = valid->job->request_id;
   const std::string content = request.SerializeAsString();
-  return rpc_.prefills.FindOrStart(
-      request_id, content, [&] { return PrefillStream::Start(rpc_, *std::move(valid), content); });
+  const auto self = shared_from_this();
+  return rpc_.prefills.FindOrStart(request_id, content, self, [&] {
+    return PrefillStream::Start(rpc_, *std::move(valid), content, self);
+  });
 }
 
 void PrefillReactor::OnEvents() {
   absl::MutexLock lock(&mutex_);
-  if (!writing_ && !ended_) WriteNext();
+  if (stream_ && !writing_ && !ended_) WriteNext();  // else whoever sets it does
 }
 
 void PrefillReactor::WriteNext() {

@@ -2,22 +2,34 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/record/errors.h"
-#include "server/rpc/prefill_stream.h"
 
 namespace prefilld {
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillRegistry::FindOrStart(
-    const std::string& request_id, const std::string& content, const Start& start) {
+    const std::string& request_id, const std::string& content,
+    const std::shared_ptr<PrefillStream::Reader>& reader, const Start& start) {
   absl::MutexLock lock(&mutex_);
   const auto found = streams_.find(request_id);
   if (found != streams_.end()) {
-    if (found->second->content() == content) return found->second;
-    return InvalidField("request_id", absl::StrCat("'", request_id,
-                                                   "' lives and was asked for with other content"));
+    if (found->second->content() != content) {
+      return InvalidField(
+          "request_id",
+          absl::StrCat("'", request_id, "' lives and was asked for with other content"));
+    }
+    if (found->second->Attach(reader)) return found->second;
   }
   auto stream = start();
-  if (stream.ok()) streams_.emplace(request_id, *stream);
+  if (stream.ok()) streams_.insert_or_assign(request_id, *stream);
   return stream;
+}
+
+void PrefillRegistry::Forget(const PrefillStream& stream) {
+  std::shared_ptr<PrefillStream> gone;  // dropped after the lock
+  absl::MutexLock lock(&mutex_);
+  const auto found = streams_.find(stream.request_id());
+  if (found == streams_.end() || found->second.get() != &stream) return;
+  gone = std::move(found->second);
+  streams_.erase(found);
 }
 
 void PrefillRegistry::Remove(absl::string_view request_id, uint64_t generation) {

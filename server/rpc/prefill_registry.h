@@ -11,20 +11,22 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
+#include "server/rpc/prefill_stream.h"
 
 namespace prefilld {
-
-class PrefillStream;
 
 class PrefillRegistry {
  public:
   using Start = std::function<absl::StatusOr<std::shared_ptr<PrefillStream>>()>;
 
-  // The living stream of `request_id`, or the one that `start` makes. INVALID_ARGUMENT when the
-  // living one has other content. One call of `start` at a time.
-  absl::StatusOr<std::shared_ptr<PrefillStream>> FindOrStart(const std::string& request_id,
-                                                             const std::string& content,
-                                                             const Start& start);
+  // The living stream of `request_id`, to which `reader` is attached, or the one that `start` makes
+  // for it. INVALID_ARGUMENT when the living one has other content. One call of `start` at a time,
+  // so it must not take long.
+  absl::StatusOr<std::shared_ptr<PrefillStream>> FindOrStart(
+      const std::string& request_id, const std::string& content,
+      const std::shared_ptr<PrefillStream::Reader>& reader, const Start& start);
+  // It never began.
+  void Forget(const PrefillStream& stream);
   // The lease has ended: the id is free for another run.
   void Remove(absl::string_view request_id, uint64_t generation);
 

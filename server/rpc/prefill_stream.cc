@@ -9,78 +9,114 @@
 #include "server/rpc/context.h"
 #include "server/rpc/messages.h"
 #include "server/rpc/status.h"
+#include "server/rpc/validate.h"
 
 namespace prefilld {
 
-namespace {
-
-// In a region where that is possible; a caller that has not pinned the transport can do without.
-absl::StatusOr<std::shared_ptr<KvCache>> NewCache(const RpcContext& rpc, const KvGeometry& geometry,
-                                                  const ValidPrefill& valid) {
-  auto cache = KvCache::Create(*rpc.pool, geometry, valid.retain);
-  Medium* medium = FindMedium(rpc.media, valid.transport);
-  if (!cache.ok() || medium == nullptr) return cache;
-  auto region = medium->Create(geometry.region_bytes());
-  if (region.ok()) {
-    (*cache)->LieIn(*std::move(region));
-  } else if (valid.pinned) {
-    return region.status();
-  }
-  return cache;
-}
-
-}  // namespace
-
-absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(RpcContext& rpc,
-                                                                    ValidPrefill valid,
-                                                                    std::string content) {
-  const std::shared_ptr<Job> job = std::move(valid.job);
+absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(
+    RpcContext& rpc, ValidPrefill valid, std::string content,
+    const std::shared_ptr<Reader>& reader) {
+  const std::shared_ptr<Job> job = valid.job;
   if (absl::Status status = rpc.scheduler.CheckOpen(*job); !status.ok()) return status;
-  const ModelInfo& info = job->prefill->model->info();
-  auto cache = NewCache(rpc, GeometryOf(info, job->tokens()), valid);
+  auto cache = KvCache::Create(*rpc.pool, GeometryOf(job->prefill->model->info(), job->tokens()),
+                               valid.retain);
   if (!cache.ok()) return cache.status();
-  job->prefill->cache = *cache;
-
+  job->prefill->cache = *std::move(cache);
   std::shared_ptr<PrefillStream> stream(new PrefillStream(rpc, job, std::move(content)));
   job->sink = stream;
+  stream->Attach(reader);
+  if (Medium* medium = FindMedium(rpc.media, valid.transport)) {
+    rpc.memory->Post(
+        [stream, medium, valid = std::move(valid)] { stream->BeginInRegion(*medium, valid); });
+    return stream;
+  }
+  if (absl::Status status = stream->Begin(valid); !status.ok()) return status;
+  return stream;
+}
+
+void PrefillStream::BeginInRegion(Medium& medium, const ValidPrefill& valid) {
+  if (GivenUp()) return;
+  const std::shared_ptr<KvCache> cache = valid.job->prefill->cache;
+  auto region = medium.Create(cache->geometry().region_bytes());
+  absl::Status status = region.status();
+  if (region.ok()) {
+    cache->LieIn(*std::move(region), [memory = rpc_.memory](std::function<void()> work) {
+      memory->PostFirst(std::move(work));
+    });
+  }
+  if (GivenUp()) return;
+  // A caller that has not pinned the transport can do without.
+  const bool refused = !status.ok() && valid.pinned;
+  if (!refused) status = Begin(valid);
+  if (!status.ok()) {
+    if (GivenUp()) return;
+    rpc_.metrics.Rejected(status);
+    LogRefusal(request_id_, status);
+    rpc_.prefills.Forget(*this);
+    absl::MutexLock lock(&mutex_);
+    if (refused) job_.reset();
+    ended_ = true;
+    end_ = status;
+  }
+  WakeReaders();
+}
+
+bool PrefillStream::GivenUp() const {
+  absl::MutexLock lock(&mutex_);
+  return given_up_;
+}
+
+// A place in the queue and a lease, or neither.
+absl::Status PrefillStream::Begin(const ValidPrefill& valid) {
   // The engine's events wait behind this lock, so that the admission is the first.
-  absl::MutexLock lock(&stream->mutex_);
-  absl::Status status = rpc.scheduler.Admit(job);
+  absl::MutexLock lock(&mutex_);
+  const std::shared_ptr<Job> job = valid.job;
+  const std::shared_ptr<KvCache> cache = job->prefill->cache;
+  if (given_up_) return end_;
+  absl::Status status = rpc_.scheduler.Admit(job);
   if (status.ok()) {
-    auto lease = rpc.leases.Grant(job->request_id, *cache, valid.lease_ttl,
-                                  [&rpc, job] { rpc.scheduler.Cancel(job); });
+    auto lease = rpc_.leases.Grant(job->request_id, cache, valid.lease_ttl,
+                                   [&rpc = rpc_, job] { rpc.scheduler.Cancel(job); });
     if (lease.ok()) {
-      stream->lease_ = *std::move(lease);
+      lease_ = *std::move(lease);
     } else {
       status = lease.status();
-      rpc.scheduler.Cancel(job, status);  // OnFinished lets go of the job
+      rpc_.scheduler.Cancel(job, status);  // OnFinished lets go of the job
     }
   } else {
-    stream->job_.reset();
+    job_.reset();
   }
   if (!status.ok()) {
-    (*cache)->Close(status);
+    cache->Close(status);
     return status;
   }
 
-  v1::Admission& admission = *stream->events_.emplace_back().mutable_admission();
+  const ModelInfo& info = job->prefill->model->info();
+  v1::Admission& admission = *events_.emplace_back().mutable_admission();
   admission.set_request_id(job->request_id);
   admission.set_queue_position(static_cast<uint32_t>(job->queue_position));
   *admission.mutable_estimated_wait() = ProtoOf(job->estimated_wait);
-  *admission.mutable_lease() = ProtoOf(stream->lease_, (*cache)->geometry(), rpc.boot_id);
+  *admission.mutable_lease() = ProtoOf(lease_, cache->geometry(), rpc_.boot_id);
   admission.set_fingerprint(info.fingerprint);
-  const Transport transport = (*cache)->transport();
-  admission.set_transport(ProtoOf(transport));
-  rpc.metrics.prompt_tokens.Observe(static_cast<double>(job->tokens()));
+  admission.set_transport(ProtoOf(cache->transport()));
+  rpc_.metrics.prompt_tokens.Observe(static_cast<double>(job->tokens()));
   Log(Level::kInfo, "prefill_admitted",
       {{"request_id", job->request_id},
        {"model", info.name},
        {"method", Name(job->policy.method)},
        {"tokens", job->tokens()},
        {"retain", valid.retain},
-       {"transport", Name(transport)},
-       {"generation", stream->lease_.generation}});
-  return stream;
+       {"transport", Name(cache->transport())},
+       {"generation", lease_.generation}});
+  return absl::OkStatus();
+}
+
+void PrefillStream::LogRefusal(const std::string& request_id, const absl::Status& why) {
+  const grpc::Status wire = ToGrpcStatus(why);
+  Log(Level::kWarning, "prefill_refused",
+      {{"request_id", request_id},
+       {"code", CodeName(wire.error_code())},
+       {"message", wire.error_message()}});
 }
 
 PrefillStream::PrefillStream(RpcContext& rpc, std::shared_ptr<Job> job, std::string content)
@@ -91,13 +127,16 @@ uint64_t PrefillStream::generation() const {
   return lease_.generation;
 }
 
-void PrefillStream::Attach(const std::shared_ptr<Reader>& reader) {
+bool PrefillStream::Attach(const std::shared_ptr<Reader>& reader) {
   absl::MutexLock lock(&mutex_);
+  if (ended_ && lease_.generation == 0) return false;
   readers_.push_back(reader);
+  return true;
 }
 
 void PrefillStream::Detach(const Reader* reader) {
   std::shared_ptr<Reader> gone;
+  std::shared_ptr<Job> job;
   LeaseInfo abandoned;
   {
     absl::MutexLock lock(&mutex_);
@@ -108,7 +147,13 @@ void PrefillStream::Detach(const Reader* reader) {
     readers_.erase(found);
     if (!readers_.empty() || ended_) return;
     abandoned = lease_;
+    if (abandoned.generation == 0) {  // nothing has begun, and nothing will
+      given_up_ = ended_ = true;
+      end_ = absl::CancelledError("the caller went away");
+      job.swap(job_);
+    }
   }
+  if (abandoned.generation == 0) return rpc_.prefills.Forget(*this);
   // Nobody waits for this any more: the lease's end cancels the work. It may have ended already.
   (void)rpc_.leases.Release(abandoned.name, abandoned.generation, LeaseEnd::kAbandoned);
 }

@@ -16,6 +16,7 @@
 #include "prefilld/v1/prefill_service.pb.h"
 #include "server/job.h"
 #include "server/kv/lease_table.h"
+#include "server/transport/region.h"
 
 namespace prefilld {
 
@@ -30,16 +31,21 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
     virtual void OnEvents() = 0;  // more can be read; any thread
   };
 
-  // Takes blocks, a place in the queue and a lease, all or none. `content` is compared with that of
-  // later requests of the same id.
-  static absl::StatusOr<std::shared_ptr<PrefillStream>> Start(RpcContext& rpc, ValidPrefill valid,
-                                                              std::string content);
+  // Takes blocks, a place in the queue and a lease, all or none, for `reader`. `content` is
+  // compared with that of later requests of the same id. Where the cache is to lie in a region,
+  // whose memory takes time, only the blocks that stand for it are taken here: a thread that may
+  // wait does the rest, and readers hear how it went.
+  static absl::StatusOr<std::shared_ptr<PrefillStream>> Start(
+      RpcContext& rpc, ValidPrefill valid, std::string content,
+      const std::shared_ptr<Reader>& reader);
+  static void LogRefusal(const std::string& request_id, const absl::Status& why);
 
   const std::string& content() const { return content_; }
   const std::string& request_id() const { return request_id_; }
   uint64_t generation() const;
 
-  void Attach(const std::shared_ptr<Reader>& reader);
+  // False: it ended before it began, and is of use to nobody.
+  bool Attach(const std::shared_ptr<Reader>& reader);
   void Detach(const Reader* reader);
 
   // Event `index`, which stays where it is while the stream lives; or null when it has not
@@ -51,6 +57,9 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
 
  private:
   PrefillStream(RpcContext& rpc, std::shared_ptr<Job> job, std::string content);
+  absl::Status Begin(const ValidPrefill& valid) ABSL_LOCKS_EXCLUDED(mutex_);
+  void BeginInRegion(Medium& medium, const ValidPrefill& valid) ABSL_LOCKS_EXCLUDED(mutex_);
+  bool GivenUp() const ABSL_LOCKS_EXCLUDED(mutex_);
   void WakeReaders() ABSL_LOCKS_EXCLUDED(mutex_);
   void AppendResults(const Job& job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -59,9 +68,10 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   const std::string request_id_;
   mutable absl::Mutex mutex_;
   std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // until OnFinished
-  LeaseInfo lease_ ABSL_GUARDED_BY(mutex_);
+  LeaseInfo lease_ ABSL_GUARDED_BY(mutex_);           // generation 0: it has not begun
   std::deque<v1::PrefillEvent> events_ ABSL_GUARDED_BY(mutex_);
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;
+  bool given_up_ ABSL_GUARDED_BY(mutex_) = false;  // by its last reader, before it began
   absl::Status end_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Reader>> readers_ ABSL_GUARDED_BY(mutex_);
 };

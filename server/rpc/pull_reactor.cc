@@ -15,17 +15,13 @@ PullReactor* PullReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* co
                                 const grpc::ByteBuffer& request) {
   std::shared_ptr<PullReactor> reactor(new PullReactor(rpc, context));
   const absl::Status status = reactor->Open(request);
-  int ask = -1;
-  {
-    absl::MutexLock lock(&reactor->mutex_);
-    reactor->self_ = reactor;
-    if (status.ok()) {
-      ask = reactor->Advance();
-    } else {
-      reactor->End(status, "refused");
-    }
+  absl::MutexLock lock(&reactor->mutex_);
+  reactor->self_ = reactor;
+  if (status.ok()) {
+    reactor->Schedule();
+  } else {
+    reactor->End(status, "refused");
   }
-  if (ask >= 0) reactor->AskForLayer(ask);
   return reactor.get();
 }
 
@@ -67,105 +63,124 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
   cache_ = *std::move(cache);
   transfer_ = *std::move(transfer);
   range_ = *range;
-  layer_ = range_.first_layer;
-  tensor_ = range_.tensor;
-  offset_ = range_.byte_offset;
+  position_ = {range_.first_layer, range_.tensor, range_.byte_offset};
   tensor_bytes_ = range_.form.tensor_bytes(cache_->geometry());
-  if (offset_ == tensor_bytes_) {  // resumed at a tensor's end: that is the next one's start
-    offset_ = 0;
-    if (++tensor_ == 2) {
-      tensor_ = 0;
-      ++layer_;
+  if (position_.offset ==
+      tensor_bytes_) {  // resumed at a tensor's end: that is the next one's start
+    position_.offset = 0;
+    if (++position_.tensor == 2) {
+      position_.tensor = 0;
+      ++position_.layer;
     }
   }
   // Who starts here has all before it: a write that broke after the last byte had arrived must not
   // keep a layer of a streamed cache for ever.
-  for (int layer = std::max(0, layer_ - 2); layer < layer_; ++layer) cache_->Delivered(layer);
+  for (int layer = std::max(0, position_.layer - 2); layer < position_.layer; ++layer) {
+    cache_->Delivered(layer);
+  }
   return absl::OkStatus();
 }
 
-void PullReactor::AskForLayer(int layer) {
-  std::shared_ptr<KvCache> cache;
-  {
-    absl::MutexLock lock(&mutex_);
-    cache = cache_;
-  }
-  if (!cache) return;  // done meanwhile
-  cache->WhenReady(layer, [self = shared_from_this()](auto pin) { self->OnLayer(std::move(pin)); });
+void PullReactor::Schedule() {
+  if (running_ || ended_) return;  // it looks again before it rests
+  running_ = true;
+  rpc_.transfers.Post([self = shared_from_this()] { self->Run(); });
 }
 
-void PullReactor::OnLayer(absl::StatusOr<std::shared_ptr<const KvCache::Pin>> pin) {
-  int ask = -1;
-  {
-    absl::MutexLock lock(&mutex_);
-    if (ended_) return;
-    if (!pin.ok()) {
-      const bool refused = absl::IsFailedPrecondition(pin.status());
-      return End(pin.status(), refused ? "refused" : "computation");
-    }
-    pin_ = *std::move(pin);
-    ask = Advance();
-  }
-  if (ask >= 0) AskForLayer(ask);
+// Whoever commits the layer only posts.
+void PullReactor::AskForLayer(int layer, KvCache& cache) {
+  cache.WhenReady(layer, [weak = weak_from_this(), &pool = rpc_.transfers](auto pin) {
+    pool.Post([weak, pin = std::move(pin)] {
+      if (const auto self = weak.lock()) self->OnLayer(pin);
+    });
+  });
 }
 
-int PullReactor::Advance() {
-  int ask = -1;
+void PullReactor::OnLayer(const absl::StatusOr<std::shared_ptr<const KvCache::Pin>>& pin) {
+  absl::MutexLock lock(&mutex_);
+  if (ended_) return;
+  if (!pin.ok()) {
+    const bool refused = absl::IsFailedPrecondition(pin.status());
+    return End(pin.status(), refused ? "refused" : "computation");
+  }
+  pin_ = *pin;
+  Schedule();
+}
+
+// Makes the next chunk and starts the next write, as far as both are possible. Chunks are made
+// outside the lock, by nobody else meanwhile.
+void PullReactor::Run() {
+  mutex_.Lock();
   while (!ended_) {
-    if (!next_ && layer_ < range_.end_layer) {
-      if (pin_) {
-        next_ = Encode();
-      } else if (!asked_) {
-        asked_ = true;
-        ask = layer_;
-      }
-    }
-    if (writing_) break;
-    if (next_) {
+    if (next_ && !writing_) {
       write_ = *std::exchange(next_, std::nullopt);
       writing_ = true;
       StartWrite(&write_.message);
-      continue;  // make the next one ready
+    } else if (!next_ && pin_ && position_.layer < range_.end_layer) {
+      const Position from = position_;
+      const std::shared_ptr<const KvCache::Pin> pin = pin_;
+      mutex_.Unlock();
+      Chunk chunk = Encode(from, pin);
+      mutex_.Lock();
+      if (chunk.ends_layer >= 0) {
+        pin_.reset();  // the slices hold it now
+        asked_ = false;
+      }
+      position_ = chunk.end;
+      next_ = std::move(chunk);
+    } else if (!next_ && !asked_ && position_.layer < range_.end_layer) {
+      asked_ = true;
+      const int layer = position_.layer;
+      const std::shared_ptr<KvCache> cache = cache_;
+      mutex_.Unlock();
+      AskForLayer(layer, *cache);
+      mutex_.Lock();
+    } else {
+      if (!next_ && !writing_ && position_.layer >= range_.end_layer) {
+        End(absl::OkStatus(), nullptr);
+      }
+      break;
     }
-    if (layer_ >= range_.end_layer) End(absl::OkStatus(), nullptr);
-    break;
   }
-  return ask;
+  running_ = false;
+  mutex_.Unlock();
 }
 
-PullReactor::Chunk PullReactor::Encode() {
-  const uint64_t bytes = std::min(range_.chunk_bytes, tensor_bytes_ - offset_);
+PullReactor::Chunk PullReactor::Encode(const Position& from,
+                                       const std::shared_ptr<const KvCache::Pin>& pin) const {
+  const uint64_t bytes = std::min(range_.chunk_bytes, tensor_bytes_ - from.offset);
   ChunkHeader header;
-  header.tensor_index = static_cast<uint32_t>(tensor_);
-  header.layer = static_cast<uint32_t>(layer_);
-  header.byte_offset = offset_;
-  header.last = offset_ + bytes == tensor_bytes_;
+  header.tensor_index = static_cast<uint32_t>(from.tensor);
+  header.layer = static_cast<uint32_t>(from.layer);
+  header.byte_offset = from.offset;
+  header.last = from.offset + bytes == tensor_bytes_;
   Chunk chunk;
-  chunk.message = RowOf(transport_).open != nullptr ? Place(header) : Bytes(header, bytes);
+  chunk.message =
+      RowOf(range_.transport).open != nullptr ? Place(header, *pin) : Bytes(header, bytes, pin);
   chunk.payload_bytes = bytes;
-  offset_ += bytes;
+  chunk.end = from;
+  chunk.end.offset += bytes;
   if (!header.last) return chunk;
-  offset_ = 0;
-  if (++tensor_ < 2) return chunk;
-  chunk.ends_layer = layer_++;
-  tensor_ = 0;
-  pin_.reset();  // the slices hold it now
-  asked_ = false;
+  chunk.end.offset = 0;
+  if (++chunk.end.tensor < 2) return chunk;
+  chunk.end.tensor = 0;
+  chunk.ends_layer = chunk.end.layer++;
   return chunk;
 }
 
-grpc::ByteBuffer PullReactor::Bytes(ChunkHeader header, size_t bytes) {
-  const KvRange range{tensor_ == 1, offset_, bytes};
+grpc::ByteBuffer PullReactor::Bytes(ChunkHeader header, size_t bytes,
+                                    const std::shared_ptr<const KvCache::Pin>& pin) const {
+  const KvRange range{header.tensor_index == 1, header.byte_offset, bytes};
   const auto& [layout, dtype] = range_.form;
   std::vector<grpc::Slice> payload;
-  if (dtype == cache_->geometry().dtype && layout->spans != nullptr) {
-    for (const ByteSpan& span : layout->spans(*pin_, range)) {
+  if (dtype == pin->geometry().dtype && layout->spans != nullptr) {
+    for (const ByteSpan& span : layout->spans(*pin, range)) {
       header.crc32c = Crc32c(header.crc32c, span.data, span.bytes);
-      payload.push_back(SliceOf(span.data, span.bytes, pin_));
+      payload.push_back(SliceOf(span.data, span.bytes, pin));
     }
   } else {
     const std::shared_ptr<std::byte[]> converted(new std::byte[bytes]);
-    layout->convert(*pin_, dtype, range, converted.get());
+    layout->convert(*pin, dtype, range, converted.get());
     header.crc32c = Crc32c(0, converted.get(), bytes);
     payload.push_back(SliceOf(converted.get(), bytes, converted));
   }
@@ -173,19 +188,19 @@ grpc::ByteBuffer PullReactor::Bytes(ChunkHeader header, size_t bytes) {
 }
 
 // The whole tensor, which is readable from now until the cache is freed.
-grpc::ByteBuffer PullReactor::Place(const ChunkHeader& header) {
+grpc::ByteBuffer PullReactor::Place(const ChunkHeader& header, const KvCache::Pin& pin) const {
   v1::TensorChunk chunk;
   chunk.set_tensor_index(header.tensor_index);
   chunk.set_layer(header.layer);
   chunk.set_last(header.last);
-  *chunk.mutable_buffer() = BufferIn(
-      *pin_->region(), cache_->geometry().region_offset(layer_, tensor_ == 1), tensor_bytes_);
+  const uint64_t offset = pin.geometry().region_offset(pin.layer(), header.tensor_index == 1);
+  *chunk.mutable_buffer() = BufferIn(*pin.region(), offset, tensor_bytes_);
   return EncodeMessage(chunk);
 }
 
 void PullReactor::OnWriteDone(bool ok) {
   std::shared_ptr<KvCache> cache;
-  int delivered = -1, ask = -1;
+  int delivered = -1;
   {
     absl::MutexLock lock(&mutex_);
     writing_ = false;
@@ -197,10 +212,9 @@ void PullReactor::OnWriteDone(bool ok) {
     delivered = write_.ends_layer;
     cache = cache_;
     write_ = Chunk();
-    ask = Advance();
+    Schedule();
   }
   if (delivered >= 0) cache->Delivered(delivered);
-  if (ask >= 0) AskForLayer(ask);
 }
 
 void PullReactor::OnCancel() {

@@ -3,8 +3,9 @@
 // and blocks are free when the last slice is. While one chunk is written the next is made ready.
 // Where the caller opens what the cache lies in, a chunk is a whole tensor and only says where.
 //
-// Shared by gRPC (until OnDone) and by what waits for a layer. Waits through KvCache::WhenReady,
-// never on a gRPC thread.
+// Checksums, conversion and writes are the work of a pool (RpcContext::transfers): neither gRPC's
+// few threads nor the one that commits layers waits for them. Shared by gRPC (until OnDone) and by
+// what is posted; waits for a layer through KvCache::WhenReady.
 #pragma once
 
 #include <grpcpp/server_context.h>
@@ -37,22 +38,30 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   void OnDone() override;
 
  private:
+  struct Position {
+    int layer = 0;
+    int tensor = 0;
+    uint64_t offset = 0;
+  };
   struct Chunk {
     grpc::ByteBuffer message;
     uint64_t payload_bytes = 0;  // sent, or named
     int ends_layer = -1;         // the layer whose last chunk this is
+    Position end;                // where the next one starts
   };
 
   PullReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
   absl::Status Open(grpc::ByteBuffer request) ABSL_LOCKS_EXCLUDED(mutex_);
-  void AskForLayer(int layer) ABSL_LOCKS_EXCLUDED(mutex_);
-  void OnLayer(absl::StatusOr<std::shared_ptr<const KvCache::Pin>> pin);
-  // Makes the next chunk and starts the next write, as far as both are possible. Returns the layer
-  // to ask for, or -1.
-  int Advance() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  Chunk Encode() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  grpc::ByteBuffer Bytes(ChunkHeader header, size_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  grpc::ByteBuffer Place(const ChunkHeader& header) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Schedule() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);  // Run, unless it does
+  // On the pool's threads.
+  void Run() ABSL_LOCKS_EXCLUDED(mutex_);
+  void OnLayer(const absl::StatusOr<std::shared_ptr<const KvCache::Pin>>& pin);
+  void AskForLayer(int layer, KvCache& cache) ABSL_LOCKS_EXCLUDED(mutex_);
+  Chunk Encode(const Position& from, const std::shared_ptr<const KvCache::Pin>& pin) const;
+  grpc::ByteBuffer Bytes(ChunkHeader header, size_t bytes,
+                         const std::shared_ptr<const KvCache::Pin>& pin) const;
+  grpc::ByteBuffer Place(const ChunkHeader& header, const KvCache::Pin& pin) const;
+
   void End(const absl::Status& status, const char* failure) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   RpcContext& rpc_;
@@ -63,17 +72,15 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   CallRecord record_ ABSL_GUARDED_BY(mutex_);
   std::string lease_ ABSL_GUARDED_BY(mutex_);                       // for the log
   Transport transport_ ABSL_GUARDED_BY(mutex_) = Transport::kGrpc;  // also of a refused pull
-  ValidPull range_ ABSL_GUARDED_BY(mutex_);
-  uint64_t tensor_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  ValidPull range_;                                                 // set by Open, then constant
+  uint64_t tensor_bytes_ = 0;                                       // as range_
   std::shared_ptr<KvCache> cache_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<KvCache::Transfer> transfer_ ABSL_GUARDED_BY(mutex_);  // until OnDone
 
-  // Where the next chunk starts.
-  int layer_ ABSL_GUARDED_BY(mutex_) = 0;
-  int tensor_ ABSL_GUARDED_BY(mutex_) = 0;
-  uint64_t offset_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::shared_ptr<const KvCache::Pin> pin_ ABSL_GUARDED_BY(mutex_);  // of layer_
-  bool asked_ ABSL_GUARDED_BY(mutex_) = false;                       // for layer_
+  bool running_ ABSL_GUARDED_BY(mutex_) = false;  // Run is posted, or runs
+  Position position_ ABSL_GUARDED_BY(mutex_);     // where the next chunk starts; moved by Run
+  std::shared_ptr<const KvCache::Pin> pin_ ABSL_GUARDED_BY(mutex_);  // of that layer
+  bool asked_ ABSL_GUARDED_BY(mutex_) = false;                       // for it
 
   std::optional<Chunk> next_ ABSL_GUARDED_BY(mutex_);
   Chunk write_ ABSL_GUARDED_BY(mutex_);  // of the outstanding write

@@ -2,6 +2,8 @@
 #include "server/server.h"
 
 #include <grpcpp/create_channel.h>
+#include <grpcpp/impl/codegen/client_unary_call.h>
+#include <grpcpp/support/byte_buffer.h>
 #include <gtest/gtest.h>
 
 #include <fstream>
@@ -10,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "absl/synchronization/blocking_counter.h"
+#include "absl/synchronization/notification.h"
 #include "google/rpc/error_details.pb.h"
 #include "prefilld/v1/kv_handoff_service.grpc.pb.h"
 #include "prefilld/v1/model_service.grpc.pb.h"
@@ -48,6 +52,17 @@ class Caller {
         prefill(v1::PrefillService::NewStub(channel_)),
         handoff(v1::KvHandoffService::NewStub(channel_)),
         models(v1::ModelService::NewStub(channel_)) {}
+
+  // grpc.health.v1, of the server as a whole.
+  grpc::Status Health() const {
+    const grpc::internal::RpcMethod check("/grpc.health.v1.Health/Check",
+                                          grpc::internal::RpcMethod::NORMAL_RPC);
+    grpc::ClientContext context;
+    const grpc::Slice nothing;
+    const grpc::ByteBuffer request(&nothing, 1);
+    grpc::ByteBuffer response;
+    return grpc::internal::BlockingUnaryCall(channel_.get(), check, &context, request, &response);
+  }
 
  private:
   std::shared_ptr<grpc::Channel> channel_;
@@ -337,6 +352,178 @@ TEST_F(ServerTest, APullOverSharedMemoryNamesWholeTensors) {
   EXPECT_TRUE(reader->Finish().ok());
   EXPECT_EQ(mapped, sent);
   Release(lease);
+}
+
+// Keeps every thread of a pool until it goes.
+class Held {
+ public:
+  Held(WorkPool& pool, int threads) {
+    for (int i = 0; i < threads; ++i) {
+      pool.Post([this] {
+        all_.DecrementCount();
+        go_.WaitForNotification();
+        gone_.DecrementCount();
+      });
+    }
+    all_.Wait();
+  }
+  ~Held() {
+    go_.Notify();
+    gone_.Wait();
+  }
+
+ private:
+  absl::BlockingCounter all_{2}, gone_{2};
+  absl::Notification go_;
+};
+
+class ServerWithHeldThreads : public testing::Test {
+ protected:
+  ServerWithHeldThreads() {
+    Config config = TestConfig();
+    config.upload_timeout = absl::Seconds(30);
+    config.memory_threads = config.transfer_threads = 2;
+    server_ = *Server::Start(config);
+    caller_ = std::make_unique<Caller>(*server_);
+  }
+  static v1::PrefillRequest Prompt(int tokens) {
+    v1::PrefillRequest request;
+    request.set_request_id("held");
+    request.set_model("base");
+    for (int t = 0; t < tokens; ++t) request.add_token_ids(t % 96);
+    return request;
+  }
+  using AttendStream = grpc::ClientReaderWriter<v1::AttendRequest, v1::AttendResponse>;
+  // One token over gRPC, from beginning to end.
+  void AttendOnce() {
+    grpc::ClientContext context;
+    auto stream = caller_->prefill->Attend(&context);
+    stream->Write(Header(1));
+    for (uint32_t tensor : {0u, 1u, 2u}) stream->Write(Chunk(tensor, std::string(256, '\0')));
+    v1::AttendResponse response;
+    while (stream->Read(&response)) {
+    }
+    EXPECT_TRUE(stream->Finish().ok());
+    EXPECT_TRUE(response.has_summary());
+  }
+
+  std::unique_ptr<Server> server_;
+  std::unique_ptr<Caller> caller_;
+};
+
+TEST_F(ServerWithHeldThreads, WhoWaitsForMemoryKeepsNobodyElse) {
+  v1::AttendRequest header = Header(1000);
+  header.mutable_header()->set_transport(v1::TRANSPORT_POSIX_SHM);
+  struct Call {
+    grpc::ClientContext context;
+    std::unique_ptr<AttendStream> stream;
+  };
+  std::vector<std::unique_ptr<Call>> calls;
+  std::vector<v1::PrefillEvent> events[2];
+  std::vector<std::thread> readers;
+  grpc::ClientContext contexts[2];
+  {
+    Held held(server_->memory(), 2);
+    for (int i = 0; i < 3; ++i) {
+      calls.push_back(std::make_unique<Call>());
+      calls.back()->stream = caller_->prefill->Attend(&calls.back()->context);
+      ASSERT_TRUE(calls.back()->stream->Write(header));
+    }
+    for (int i = 0; i < 2; ++i) {
+      readers.emplace_back([&, i] {
+        auto reader = caller_->prefill->Prefill(&contexts[i], Prompt(130));
+        for (v1::PrefillEvent event; reader->Read(&event);) events[i].push_back(event);
+        EXPECT_TRUE(reader->Finish().ok());
+      });
+    }
+    for (int i = 0; i < 10; ++i) EXPECT_TRUE(caller_->Health().ok());
+    AttendOnce();
+    // Who goes meanwhile need not wait.
+    calls[0]->context.TryCancel();
+    EXPECT_EQ(calls[0]->stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+    // The same id with other content is refused once the first has come.
+    for (grpc::Status status;;) {
+      grpc::ClientContext context;
+      context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
+      auto reader = caller_->prefill->Prefill(&context, Prompt(7));
+      v1::PrefillEvent event;
+      EXPECT_FALSE(reader->Read(&event));
+      status = reader->Finish();
+      if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT) break;
+      ASSERT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+    }
+  }
+  for (int i : {1, 2}) {
+    v1::AttendResponse response;
+    ASSERT_TRUE(calls[i]->stream->Read(&response));
+    EXPECT_EQ(response.admission().buffers_size(), 3);
+    calls[i]->context.TryCancel();
+    EXPECT_EQ(calls[i]->stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  for (std::thread& reader : readers) reader.join();
+  ASSERT_EQ(events[0].size(), 5u) << "admission, two layers, kv_ready, summary";
+  ASSERT_EQ(events[1].size(), 5u);
+  EXPECT_EQ(events[0][0].admission().transport(), v1::TRANSPORT_POSIX_SHM);
+  for (size_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(events[0][i].SerializeAsString(), events[1][i].SerializeAsString());
+  }
+}
+
+TEST_F(ServerWithHeldThreads, NobodyTakesMemoryForAPromptThatWasGivenUp) {
+  {
+    Held held(server_->memory(), 2);
+    grpc::ClientContext context;
+    auto reader = caller_->prefill->Prefill(&context, Prompt(130));
+    // Until it is known to the server.
+    for (grpc::StatusCode code = grpc::StatusCode::OK;
+         code != grpc::StatusCode::INVALID_ARGUMENT;) {
+      grpc::ClientContext other;
+      other.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
+      auto attached = caller_->prefill->Prefill(&other, Prompt(7));
+      v1::PrefillEvent event;
+      EXPECT_FALSE(attached->Read(&event));
+      code = attached->Finish().error_code();
+    }
+    context.TryCancel();
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  // The id is free again as soon as the server has heard of it, and so are the blocks.
+  int count = 0;
+  for (grpc::StatusCode code = grpc::StatusCode::INVALID_ARGUMENT;
+       code == grpc::StatusCode::INVALID_ARGUMENT;) {
+    grpc::ClientContext context;
+    auto reader = caller_->prefill->Prefill(&context, Prompt(7));
+    for (v1::PrefillEvent event; reader->Read(&event);) ++count;
+    code = reader->Finish().error_code();
+    EXPECT_TRUE(code == grpc::StatusCode::OK || code == grpc::StatusCode::INVALID_ARGUMENT);
+  }
+  EXPECT_EQ(count, 5);
+}
+
+TEST_F(ServerWithHeldThreads, AComputationWaitsForNoPull) {
+  v1::PrefillRequest request = Prompt(130);
+  request.mutable_destination()->set_transport(v1::TRANSPORT_GRPC);
+  grpc::ClientContext context, pull_context;
+  std::unique_ptr<grpc::ClientReader<v1::TensorChunk>> pull;
+  {
+    Held held(server_->transfers(), 2);
+    auto reader = caller_->prefill->Prefill(&context, request);
+    v1::PrefillEvent event;
+    ASSERT_TRUE(reader->Read(&event));
+    v1::PullKvRequest pulled;
+    pulled.set_lease(event.admission().lease().name());
+    pulled.set_generation(event.admission().lease().generation());
+    pull = caller_->handoff->PullKv(&pull_context, pulled);
+    int count = 1;
+    while (reader->Read(&event)) ++count;
+    EXPECT_TRUE(reader->Finish().ok());
+    EXPECT_EQ(count, 5);
+    EXPECT_TRUE(caller_->Health().ok());
+  }
+  int chunks = 0;
+  for (v1::TensorChunk chunk; pull->Read(&chunk);) ++chunks;
+  EXPECT_TRUE(pull->Finish().ok());
+  EXPECT_EQ(chunks, 4);
 }
 
 TEST(ServerStart, AnErrorIsOneLineThatNamesTheFlag) {

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "proto/wire/chunk.h"
 #include "server/rpc/services.h"
 #include "server/transport/ipc_memory.h"
@@ -231,11 +232,13 @@ class AttendOnDeviceTest : public testing::Test {
     return media;
   }
   Media media_ = OpenMedia(device_);
+  std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(2);
+  WorkPool transfers_{2};
   LeaseTable leases_{{}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {}};
-  RpcContext rpc_{backend_,  models_,  media_,   nullptr,  leases_, scheduler_,
-                  prefills_, attends_, reports_, metrics_, {}};
+  RpcContext rpc_{backend_, models_,  media_,   nullptr, leases_,    scheduler_, prefills_,
+                  attends_, reports_, metrics_, memory_, transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   std::unique_ptr<grpc::Server> server_;
@@ -332,6 +335,50 @@ TEST_F(AttendOnDeviceTest, ACallerThatGoesTakesItsMemoryWithIt) {
       WaitUntilFree();
       EXPECT_EQ(device_.live_bytes(Kind::kDevice), at_rest_);
     }
+  }
+}
+
+TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
+  const auto next_region = [&] {
+    return (*media_[Transport::kPosixShm]->Create(1))->address().shm_name;
+  };
+  const auto number = [](const std::string& name) {
+    return std::stoi(name.substr(name.rfind('-') + 1));
+  };
+  const int before = number(next_region());
+  absl::Notification go;
+  for (int i = 0; i < 2; ++i) memory_->Post([&] { go.WaitForNotification(); });
+  grpc::ClientContext context;
+  auto stream = prefill_->Attend(&context);
+  stream->Write(Header(700, v1::TRANSPORT_POSIX_SHM));
+  context.TryCancel();
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  go.Notify();
+  WaitUntilFree();
+  EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(10)));
+  EXPECT_EQ(number(next_region()), before + 1);
+}
+
+// Outputs are placed, inputs are let go of: none of it by whoever computes.
+TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
+  absl::Notification go;
+  for (int i = 0; i < 2; ++i) transfers_.Post([&] { go.WaitForNotification(); });
+  const v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
+  grpc::ClientContext contexts[2];
+  std::unique_ptr<Stream> streams[2];
+  for (int i = 0; i < 2; ++i) {
+    streams[i] = prefill_->Attend(&contexts[i]);
+    Admit(*streams[i], header);
+    ASSERT_TRUE(streams[i]->Write(Written()));
+  }
+  EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30))) << "both were computed";
+  go.Notify();
+  for (auto& stream : streams) {
+    v1::AttendResponse response;
+    while (!response.has_summary()) ASSERT_TRUE(stream->Read(&response));
+    stream->WritesDone();
+    EXPECT_FALSE(stream->Read(&response));
+    EXPECT_TRUE(stream->Finish().ok());
   }
 }
 
