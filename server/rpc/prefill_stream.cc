@@ -40,9 +40,13 @@ void PrefillStream::BeginInRegion(Medium& medium, const ValidPrefill& valid) {
   auto region = medium.Create(cache->geometry().region_bytes());
   absl::Status status = region.status();
   if (region.ok()) {
-    cache->LieIn(*std::move(region), [memory = rpc_.memory](std::function<void()> work) {
+    // What takes no time to give back is free as soon as its lease has ended.
+    constexpr uint64_t kQuickBytes = uint64_t{64} << 20;
+    KvCache::Later later = [memory = rpc_.memory](std::function<void()> work) {
       memory->PostFirst(std::move(work));
-    });
+    };
+    if (cache->geometry().region_bytes() <= kQuickBytes) later = nullptr;
+    cache->LieIn(*std::move(region), std::move(later));
   }
   if (GivenUp()) return;
   // A caller that has not pinned the transport can do without.
