@@ -30,9 +30,9 @@ RESTING = ("prefilld_requests_running", "prefilld_requests_waiting", "prefilld_l
 class Server:
     """One prefilld; use as a context manager, which stops it and checks the exit status."""
 
-    def __init__(self, *flags, log_path, models=(), pass_fds=(), program=PREFILLD):
+    def __init__(self, *flags, log_path, models=(), pass_fds=(), program=None):
         self.log_path = pathlib.Path(log_path)
-        command = [str(program), "--listen=127.0.0.1:0", "--http=127.0.0.1:0"]
+        command = [str(program or PREFILLD), "--listen=127.0.0.1:0", "--http=127.0.0.1:0"]
         if not any(flag.startswith("--backend=") for flag in flags):
             command.append("--backend=cpu")
         command += [f"--model={name}={path}" for name, path in models] + list(flags)
