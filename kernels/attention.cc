@@ -9,6 +9,7 @@ std::vector<SequenceBlocks> SplitIntoBlocks(const AttentionShape& shape, int blo
   int64_t row = 0;
   for (int s = 0; s < shape.sequences(); ++s) {
     SequenceBlocks& blocks = sequences[s];
+    blocks.sequence = s;
     blocks.q_begin = shape.cu_seqlens_q[s];
     blocks.k_begin = shape.cu_seqlens_k[s];
     blocks.sq = shape.cu_seqlens_q[s + 1] - blocks.q_begin;

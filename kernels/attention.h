@@ -11,29 +11,16 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/methods.h"
 #include "kernels/tensor.h"
 
 namespace prefilld {
 
-enum class Method : uint8_t { kDense, kFlexPrefill, kJoint };
-constexpr const char* Name(Method method) {
-  return method == Method::kDense         ? "dense"
-         : method == Method::kFlexPrefill ? "flexprefill"
-                                          : "joint";
-}
-
-// What a head was given; the values are those of reports and outputs.
-enum class Pattern : uint8_t { kDense = 0, kVerticalSlash = 1, kQueryAware = 2, kJoint = 3 };
-constexpr const char* Name(Pattern pattern) {
-  constexpr const char* kNames[] = {"dense", "vertical_slash", "query_aware", "joint"};
-  return kNames[static_cast<int>(pattern)];
-}
-
 struct SparsityPolicy {
-  Method method = Method::kJoint;
-  double gamma = 0.9;             // coverage, 0 < gamma < 1
-  double tau = 0.1;               // flexprefill: heads with JS distance below it are query-aware
-  int64_t min_budget_tokens = 0;  // flexprefill's published value is 1024 (kFlexPrefillMinBudget)
+  Method method = kOpenMethod;
+  double gamma = 0.9;  // coverage, 0 < gamma < 1
+  FlexPrefillParameters flexprefill;
+  int64_t min_budget_tokens = 0;
   int64_t max_budget_tokens = std::numeric_limits<int64_t>::max();
   int block_size = 128;  // 64 or 128
   bool measure_captured_mass = true;
@@ -41,7 +28,6 @@ struct SparsityPolicy {
 
   bool operator==(const SparsityPolicy&) const = default;
 };
-inline constexpr int64_t kFlexPrefillMinBudget = 1024;
 
 inline constexpr int64_t kKeyBlocksMax = 65536;  // of a sequence: a block index is 16 bits wide
 
@@ -60,6 +46,7 @@ struct AttentionShape {
 
 // One sequence of a shape, in blocks.
 struct SequenceBlocks {
+  int64_t sequence;          // its number in the shape
   int64_t q_begin, k_begin;  // first row of this sequence in q, in k
   int64_t sq, sk;            // tokens
   int64_t prefix;            // sk - sq

@@ -68,6 +68,25 @@ bool Has(std::span<const T> table, T value) {
   return std::find(table.begin(), table.end(), value) != table.end();
 }
 
+constexpr auto kName = [](std::string* out, auto value) { out->append(Name(value)); };
+
+absl::Status ValidateMethod(const AttentionShape& shape, Method method, const KernelTable& table) {
+  const std::string backend(table.backend);
+  if (!Has(table.methods, method)) {
+    return absl::UnimplementedError(absl::StrCat("method ", Name(method), " not supported by ",
+                                                 backend, " (",
+                                                 absl::StrJoin(table.methods, ", ", kName), ")"));
+  }
+  if (RowOf(method).needs_equal_lengths && shape.cu_seqlens_q != shape.cu_seqlens_k) {
+    std::vector<Method> others(table.methods.begin(), table.methods.end());
+    std::erase_if(others, [](Method other) { return RowOf(other).needs_equal_lengths; });
+    return absl::UnimplementedError(absl::StrCat("method ", Name(method), " not supported by ",
+                                                 backend, " for fewer queries than keys (",
+                                                 absl::StrJoin(others, ", ", kName), ")"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status ValidateAttention(const AttentionShape& shape, const SparsityPolicy& policy,
@@ -79,10 +98,9 @@ absl::Status ValidateAttention(const AttentionShape& shape, const SparsityPolicy
 
   const std::string backend(table.backend);
   if (!Has(table.dtypes, shape.dtype)) {
-    const auto name = [](std::string* out, DType dtype) { out->append(Name(dtype)); };
     return absl::UnimplementedError(absl::StrCat("dtype ", Name(shape.dtype), " not supported by ",
                                                  backend, " (",
-                                                 absl::StrJoin(table.dtypes, ", ", name), ")"));
+                                                 absl::StrJoin(table.dtypes, ", ", kName), ")"));
   }
   if (!Has(table.head_dims, shape.head_dim)) {
     return absl::UnimplementedError(absl::StrCat("head_dim ", shape.head_dim, " not supported by ",
@@ -93,17 +111,12 @@ absl::Status ValidateAttention(const AttentionShape& shape, const SparsityPolicy
   for (int s = 0; s < shape.sequences(); ++s) {
     const int64_t tokens = shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s];
     if (tokens > tokens_max) {
-      return absl::UnimplementedError(absl::StrCat(
-          "sequence ", s, " has ", tokens, " keys, a block index of ", policy.block_size,
-          " tokens a block reaches ", tokens_max));
+      return absl::UnimplementedError(absl::StrCat("sequence ", s, " has ", tokens,
+                                                   " keys, a block index of ", policy.block_size,
+                                                   " tokens a block reaches ", tokens_max));
     }
   }
-  if (policy.method == Method::kFlexPrefill && shape.cu_seqlens_q != shape.cu_seqlens_k) {
-    return absl::UnimplementedError(
-        absl::StrCat("method flexprefill not supported by ", backend,
-                     " for fewer queries than keys (dense, joint)"));
-  }
-  return absl::OkStatus();
+  return ValidateMethod(shape, policy.method, table);
 }
 
 }  // namespace prefilld

@@ -15,6 +15,7 @@ struct KernelTable {
   std::string_view backend;  // as in an error: "cpu"
   std::span<const DType> dtypes;
   std::span<const int> head_dims;
+  std::span<const Method> methods;
 };
 
 // INVALID_ARGUMENT for what no backend can run. UNIMPLEMENTED, naming what was asked and what there

@@ -1,5 +1,6 @@
 #include "kernels/cpu/cpu_backend.h"
 
+#include "kernels/cpu/methods.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/validate.h"
 
@@ -16,8 +17,9 @@ CpuBackend::CpuBackend(int threads)
     : ops_(CreateOps(threads)), selection_(threads), attention_(threads) {}
 
 absl::Status CpuBackend::Supports(const AttentionShape& shape, const SparsityPolicy& policy) const {
-  return ValidateAttention(shape, policy,
-                           {.backend = name(), .dtypes = kDTypes, .head_dims = kHeadDims});
+  return ValidateAttention(
+      shape, policy,
+      {.backend = name(), .dtypes = kDTypes, .head_dims = kHeadDims, .methods = ServedMethods()});
 }
 
 absl::Status CpuBackend::EstimatePattern(const AttentionArgs& args, Stream) {

@@ -226,7 +226,7 @@ FlexPrefillMap EstimateFlexPrefill(const Head& head, const SparsityPolicy& polic
   map.vertical = SumBlocks(vertical, B);
   map.diagonal = SumBlocks(diagonal, B);
   const double distance = JensenShannonDistance(PooledProbe(head, probe.MeanQuery()), map.vertical);
-  map.query_aware = distance < policy.tau;
+  map.query_aware = distance < policy.flexprefill.tau;
   if (map.query_aware) {  // the minimum itself, whatever max_budget says
     map.vertical_budget = map.diagonal_budget = least;
     return map;
@@ -240,9 +240,11 @@ FlexPrefillMap EstimateFlexPrefill(const Head& head, const SparsityPolicy& polic
   return map;
 }
 
-FlexPrefillChoice SelectFlexPrefill(const Head& head, const SparsityPolicy& policy,
-                                    const FlexPrefillMap& map) {
-  if (map.short_prompt) return {Pattern::kDense, head.WriteCausal()};
+HeadChoice SelectFlexPrefill(const Head& head, const SparsityPolicy& policy,
+                             const FlexPrefillMap& map) {
+  if (map.short_prompt) {
+    return {.dense_reason = DenseReason::kShortPrompt, .blocks = head.WriteCausal()};
+  }
   const int64_t n = head.blocks.k_blocks;
   // The first key block and the diagonal of blocks each use one slot.
   std::vector<double> vertical = map.vertical, diagonal = map.diagonal;
@@ -254,7 +256,7 @@ FlexPrefillChoice SelectFlexPrefill(const Head& head, const SparsityPolicy& poli
   std::vector<uint8_t> pooled;
   if (map.query_aware) pooled = PooledBlocks(head, policy.gamma);
 
-  FlexPrefillChoice choice = {map.query_aware ? Pattern::kQueryAware : Pattern::kVerticalSlash, 0};
+  HeadChoice choice = {.pattern = map.query_aware ? Pattern::kQueryAware : Pattern::kVerticalSlash};
   std::vector<uint8_t> keep(n);
   for (int64_t I = 0; I < n; ++I) {
     for (int64_t J = 0; J <= I; ++J) {

@@ -23,12 +23,8 @@ struct FlexPrefillMap {
 FlexPrefillMap EstimateFlexPrefill(const Head& head, const SparsityPolicy& policy);
 
 // Stage 2: writes the rows of the head.
-struct FlexPrefillChoice {
-  Pattern pattern;
-  int64_t blocks;  // written
-};
-FlexPrefillChoice SelectFlexPrefill(const Head& head, const SparsityPolicy& policy,
-                                    const FlexPrefillMap& map);
+HeadChoice SelectFlexPrefill(const Head& head, const SparsityPolicy& policy,
+                             const FlexPrefillMap& map);
 
 // The steps that are functions of numbers alone.
 

@@ -12,8 +12,10 @@ const char* FirstRow(const ConstHeadsView& view, DType dtype, int64_t token, int
 
 }  // namespace
 
-Head::Head(const AttentionArgs& args, const SequenceBlocks& blocks_in, int h)
+Head::Head(const AttentionArgs& args, const SequenceBlocks& blocks_in, int h_in)
     : blocks(blocks_in),
+      h(h_in),
+      place(blocks.sequence * args.shape.q_heads + h),
       block_size(args.policy.block_size),
       softmax_scale(args.softmax_scale),
       d(args.shape.head_dim),
@@ -58,6 +60,17 @@ int64_t Head::WriteCausal() const {
     std::iota(out, out + count_[row], uint16_t{0});
   }
   return blocks.causal_blocks();
+}
+
+void ForEachHead(const AttentionArgs& args, std::span<const int> heads, int threads,
+                 const std::function<void(const Head&)>& body) {
+  const std::vector<SequenceBlocks> sequences = SplitIntoBlocks(args.shape, args.policy.block_size);
+  const int64_t per_sequence = static_cast<int64_t>(heads.size());
+  const int64_t count = static_cast<int64_t>(sequences.size()) * per_sequence;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t x = 0; x < count; ++x) {
+    body(Head(args, sequences[x / per_sequence], heads[x % per_sequence]));
+  }
 }
 
 }  // namespace prefilld::cpu

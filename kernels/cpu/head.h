@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <span>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -11,7 +13,7 @@
 namespace prefilld::cpu {
 
 struct Head {
-  Head(const AttentionArgs& args, const SequenceBlocks& blocks_in, int h);
+  Head(const AttentionArgs& args, const SequenceBlocks& blocks_in, int h_in);
 
   // dst[rows, d] F32, unscaled. Queries and keys count from the begin of the sequence.
   void WidenQueries(int64_t begin, int64_t rows, float* dst) const;
@@ -26,6 +28,8 @@ struct Head {
   int64_t WriteCausal() const;
 
   SequenceBlocks blocks;
+  int h;
+  int64_t place;  // in what is [sequences, q_heads]
   int64_t block_size;
   double softmax_scale;
   int d;
@@ -39,5 +43,17 @@ struct Head {
   uint16_t* index_;              // [q_blocks, index_stride_]
   int64_t index_stride_;
 };
+
+// What stage 2 gave a head.
+struct HeadChoice {
+  Pattern pattern = Pattern::kDense;
+  DenseReason dense_reason = DenseReason::kNone;
+  int64_t blocks = 0;  // written
+};
+
+// Calls `body` for these query heads of every sequence, on `threads` threads. Heads differ much in
+// their work, so each is handed out as a thread comes free.
+void ForEachHead(const AttentionArgs& args, std::span<const int> heads, int threads,
+                 const std::function<void(const Head&)>& body);
 
 }  // namespace prefilld::cpu

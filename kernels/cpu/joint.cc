@@ -154,6 +154,15 @@ void Cut(const std::vector<double>& pooled, int64_t I, int64_t most, std::vector
 
 }  // namespace
 
+JointMap ReadJointMap(const Head& head, const BlockMass& probe) {
+  JointMap map;
+  for (int64_t t : probe.rows(head.blocks.sequence)) {
+    map.query_block.push_back((head.blocks.prefix + t) / head.block_size);
+  }
+  probe.Read(head.blocks.sequence, head.h, &map.mass);
+  return map;
+}
+
 JointLines ChooseLines(const JointMap& map, int64_t n, double gamma) {
   JointLines lines = {std::vector<uint8_t>(n), std::vector<uint8_t>(n)};
   Uncovered uncovered(map, n);
@@ -195,7 +204,7 @@ JointLines ChooseLines(const JointMap& map, int64_t n, double gamma) {
   return lines;
 }
 
-int64_t SelectJoint(const Head& head, const SparsityPolicy& policy, const JointMap& map) {
+HeadChoice SelectJoint(const Head& head, const SparsityPolicy& policy, const JointMap& map) {
   const int64_t n = head.blocks.k_blocks;
   const JointLines lines = ChooseLines(map, n, policy.gamma - kLinesBelowGamma);
   const bool repair = NeedsRepair(map, lines, policy.gamma);
@@ -204,7 +213,7 @@ int64_t SelectJoint(const Head& head, const SparsityPolicy& policy, const JointM
   std::optional<PooledMap> pooled_map;
   if (repair || most < n) pooled_map.emplace(head, kPool, head.softmax_scale);
 
-  int64_t written = 0;
+  HeadChoice choice = {.pattern = Pattern::kJoint};
   std::vector<uint8_t> keep(n);
   std::vector<double> pooled;
   for (int64_t I = head.blocks.first_q_block; I < n; ++I) {
@@ -212,9 +221,9 @@ int64_t SelectJoint(const Head& head, const SparsityPolicy& policy, const JointM
     if (pooled_map) pooled_map->BlockRow(I, &pooled);
     if (repair) Repair(pooled, policy.gamma, &keep);
     if (Extend(I, least, &keep) > most) Cut(pooled, I, most, &keep);
-    written += head.WriteRow(I, keep);
+    choice.blocks += head.WriteRow(I, keep);
   }
-  return written;
+  return choice;
 }
 
 }  // namespace prefilld::cpu

@@ -8,6 +8,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/cpu/head.h"
+#include "kernels/cpu/probe.h"
 
 namespace prefilld::cpu {
 
@@ -16,6 +17,7 @@ struct JointMap {
   std::vector<int64_t> query_block;  // [rows] absolute, ascending
   std::vector<double> mass;          // [rows, k_blocks]
 };
+JointMap ReadJointMap(const Head& head, const BlockMass& probe);
 
 struct JointLines {
   std::vector<uint8_t> vertical;  // [n] by key block
@@ -30,7 +32,7 @@ struct JointLines {
 // Lines that cover `gamma` of the mass, a mean over the rows. gamma <= 0: the forced lines alone.
 JointLines ChooseLines(const JointMap& map, int64_t n, double gamma);
 
-// Stage 2 of one head: writes its rows and returns the number of blocks written.
-int64_t SelectJoint(const Head& head, const SparsityPolicy& policy, const JointMap& map);
+// Stage 2 of one head: writes its rows.
+HeadChoice SelectJoint(const Head& head, const SparsityPolicy& policy, const JointMap& map);
 
 }  // namespace prefilld::cpu

@@ -48,8 +48,12 @@ std::vector<int64_t> MeasuredRows(int64_t sq) {
   return rows;
 }
 
-void BlockMass::Probe(const AttentionArgs& args, RowRule rule, int threads) {
+void BlockMass::Probe(const AttentionArgs& args, std::span<const int> heads, RowRule rule,
+                      int threads) {
   const AttentionShape& shape = args.shape;
+  const int group = shape.q_heads / shape.kv_heads;
+  probed_.assign(shape.q_heads, 0);
+  for (int h : heads) probed_[h] = 1;
   sequences_.clear();
   struct Tile {
     int64_t sequence, key;
@@ -59,6 +63,8 @@ void BlockMass::Probe(const AttentionArgs& args, RowRule rule, int threads) {
   int64_t queries = 0, parts = 0;
   for (const SequenceBlocks& blocks : SplitIntoBlocks(shape, args.policy.block_size)) {
     for (int kv = 0; kv < shape.kv_heads; ++kv) {
+      const auto first = probed_.begin() + kv * group;
+      if (std::find(first, first + group, 1) == first + group) continue;
       for (int64_t key = 0; key < blocks.sk; key += kTileKeys) {
         tiles.push_back({static_cast<int64_t>(sequences_.size()), key, kv});
       }
@@ -72,8 +78,9 @@ void BlockMass::Probe(const AttentionArgs& args, RowRule rule, int threads) {
   parts_.resize(parts);
 
   for (const Sequence& sequence : sequences_) {
-    float* dst = queries_.data() + sequence.first_query * shape.head_dim;
-    for (int h = 0; h < shape.q_heads; ++h) {
+    const int64_t rows = static_cast<int64_t>(sequence.rows.size());
+    for (int h : heads) {
+      float* dst = queries_.data() + (sequence.first_query + h * rows) * shape.head_dim;
       const Head head(args, sequence.blocks, h);
       for (int64_t t : sequence.rows) {
         head.WidenQueries(t, 1, dst);
@@ -107,6 +114,7 @@ void BlockMass::ProbeTile(const AttentionArgs& args, const Sequence& sequence, i
       std::lower_bound(sequence.rows.begin(), sequence.rows.end(), key - blocks.prefix) -
       sequence.rows.begin();
   for (int h = kv * group; h < (kv + 1) * group; ++h) {
+    if (!probed_[h]) continue;
     const float* q = queries_.data() + (sequence.first_query + h * rows) * first.d;
     Part* parts = parts_.data() + sequence.first_part + h * rows * blocks.k_blocks;
     if (first_row < rows) {

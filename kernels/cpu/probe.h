@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -19,12 +20,13 @@ class BlockMass {
  public:
   using RowRule = std::vector<int64_t> (*)(int64_t sq);
 
-  // Probes all heads of all sequences, on `threads` threads. q and k of args must be readable.
-  void Probe(const AttentionArgs& args, RowRule rule, int threads);
+  // Probes these query heads of all sequences, on `threads` threads. q and k must be readable.
+  void Probe(const AttentionArgs& args, std::span<const int> heads, RowRule rule, int threads);
 
   // Query tokens that were probed in sequence s, ascending.
   const std::vector<int64_t>& rows(int64_t s) const { return sequences_[s].rows; }
-  // mass[rows, k_blocks]: each row sums to 1, or is zero where q or k hold NaN or infinity.
+  // Of a head that was probed. mass[rows, k_blocks]: each row sums to 1, or is zero where q or k
+  // hold NaN or infinity.
   void Read(int64_t s, int h, std::vector<double>* mass) const;
 
  private:
@@ -41,6 +43,7 @@ class BlockMass {
   };
   void ProbeTile(const AttentionArgs& args, const Sequence& sequence, int kv, int64_t key);
 
+  std::vector<uint8_t> probed_;  // [q_heads]
   std::vector<Sequence> sequences_;
   std::vector<float> queries_;  // per sequence [q_heads, rows, d], times softmax_scale
   std::vector<Part> parts_;

@@ -165,15 +165,8 @@ void ReferenceSelectBlocks(const AttentionArgs& args) {
   for (const SequenceBlocks& blocks : SplitIntoBlocks(args.shape, args.policy.block_size)) {
     for (int h = 0; h < args.shape.q_heads; ++h) {
       HeadReport& report = args.report[s * args.shape.q_heads + h];
-      report = HeadReport();
       Mask keep(blocks.k_blocks, std::vector<bool>(blocks.k_blocks));
-      if (args.policy.method == Method::kFlexPrefill) {
-        report.pattern = FlexPrefill(LoadHead(args, blocks, h), args.policy, &keep);
-        if (report.pattern == Pattern::kDense) report.dense_reason = DenseReason::kShortPrompt;
-      } else if (args.policy.method == Method::kJoint) {
-        report.pattern = Pattern::kJoint;
-        Joint(LoadHead(args, blocks, h), args.policy, &keep);
-      }
+      report = FunctionOf(args.policy.method)(LoadHead(args, blocks, h), args.policy, &keep);
       if (report.pattern == Pattern::kDense) keep = CausalMask(blocks);
       const int64_t kept = WriteMask(args, blocks, h, keep);
       report.density = static_cast<float>(static_cast<double>(kept) / blocks.causal_blocks());

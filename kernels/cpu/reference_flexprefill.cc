@@ -60,12 +60,14 @@ double JensenShannonDistance(const std::vector<double>& a, const std::vector<dou
 
 }  // namespace
 
-Pattern FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep) {
+HeadReport FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep) {
   const int64_t B = head.block_size, S = head.blocks.sk, n = head.blocks.k_blocks;
   const int d = head.head_dim;
   const int64_t n_min = CeilDiv(std::max<int64_t>(policy.min_budget_tokens, 1), B);
   const int64_t n_max = std::min(CeilDiv(policy.max_budget_tokens, B), n);
-  if (S <= 2 * B || n_min >= CeilDiv(S, B)) return Pattern::kDense;  // S <= max(2B, Nmin B)
+  if (S <= 2 * B || n_min >= CeilDiv(S, B)) {  // S <= max(2B, Nmin B)
+    return {.dense_reason = DenseReason::kShortPrompt};
+  }
 
   // 1, 2. The last B rows; scores of columns j and of diagonals delta.
   Matrix q(B, d);
@@ -105,7 +107,7 @@ Pattern FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep) 
   std::vector<double> b(n);
   for (int64_t J = 0; J < n; ++J) b[J] = Dot(qt[0], kbar[J], d);
   Fp32Softmax(&b);
-  const bool query_aware = JensenShannonDistance(b, A_v) < policy.tau;
+  const bool query_aware = JensenShannonDistance(b, A_v) < policy.flexprefill.tau;
   if (query_aware) n_v = n_s = n_min;
 
   // 7, 8.
@@ -122,7 +124,7 @@ Pattern FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep) 
     }
   }
   (*keep)[0][0] = true;
-  if (!query_aware) return Pattern::kVerticalSlash;
+  if (!query_aware) return {.pattern = Pattern::kVerticalSlash};
 
   // 9.
   const Matrix q_mean = BlockMeans(head.q, B), k_mean = BlockMeans(head.k, B);
@@ -142,7 +144,7 @@ Pattern FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep) 
     const int64_t I = flat / n, J = flat % n;
     if (J <= I) (*keep)[I][J] = true;
   }
-  return Pattern::kQueryAware;
+  return {.pattern = Pattern::kQueryAware};
 }
 
 }  // namespace prefilld::cpu::reference

@@ -42,9 +42,12 @@ std::vector<int64_t> DescendingOrder(const std::vector<double>& x);
 // The base-2 radical inverse: the bits of r mirrored behind the point.
 double RadicalInverse(int64_t r);
 
-// docs/sparse-attention.md, sections 2 and 3. `keep` arrives all false. FlexPrefill returns kDense
-// for its short-prompt rule.
-Pattern FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep);
-void Joint(const Head& head, const SparsityPolicy& policy, Mask* keep);
+// A method for one head: marks the blocks to keep, all false before. Of what it returns pattern and
+// dense_reason count; a head of kDense keeps every causal block, whatever is marked.
+using MethodFunction = HeadReport (*)(const Head& head, const SparsityPolicy& policy, Mask* keep);
+MethodFunction FunctionOf(Method method);  // from the table in methods.cc
+// docs/sparse-attention.md, sections 2 and 3.
+HeadReport FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep);
+HeadReport Joint(const Head& head, const SparsityPolicy& policy, Mask* keep);
 
 }  // namespace prefilld::cpu::reference

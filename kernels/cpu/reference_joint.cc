@@ -181,7 +181,7 @@ void ApplyBudgets(const double* P, int64_t least, int64_t most, std::vector<bool
 
 }  // namespace
 
-void Joint(const Head& head, const SparsityPolicy& policy, Mask* keep) {
+HeadReport Joint(const Head& head, const SparsityPolicy& policy, Mask* keep) {
   const int64_t n = head.blocks.k_blocks;
   const Probe probe = ProbeRows(head);
   std::vector<bool> vertical(n), diagonal(n);
@@ -206,6 +206,7 @@ void Joint(const Head& head, const SparsityPolicy& policy, Mask* keep) {
     if (short_rows > probe.rows / 20) RepairRow(P[I], policy.gamma, &(*keep)[I], I);
     ApplyBudgets(P[I], least, most, &(*keep)[I], I);
   }
+  return {.pattern = Pattern::kJoint};
 }
 
 }  // namespace prefilld::cpu::reference

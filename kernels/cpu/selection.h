@@ -9,8 +9,10 @@
 
 namespace prefilld::cpu {
 
+struct Maps;
+
 // Keeps the maps of stage 1 for stage 2; one per backend, reused from call to call. UNIMPLEMENTED
-// where flexprefill is asked for with Sq != Sk.
+// where a method that needs equal lengths is asked for with Sq != Sk.
 class Selection {
  public:
   explicit Selection(int threads);  // >= 1
@@ -21,7 +23,6 @@ class Selection {
   absl::Status MeasureCapturedMass(const AttentionArgs& args);  // Backend::MeasureCapturedMass
 
  private:
-  struct Maps;
   std::unique_ptr<Maps> maps_;
   int threads_;
 };

@@ -4,8 +4,7 @@
 #include <utility>
 
 #include "kernels/cuda/attend/attend.h"
-#include "kernels/cuda/select/flexprefill/flexprefill.h"
-#include "kernels/cuda/select/joint/joint.h"
+#include "kernels/cuda/methods.h"
 
 namespace prefilld::cuda {
 namespace {
@@ -69,7 +68,7 @@ absl::Status CudaBackend::Prepare(const AttentionArgs& args, Stream stream) {
 Selection CudaBackend::SelectionOf(const AttentionArgs& args) const {
   return {.problem = problem_,
           .gamma = args.policy.gamma,
-          .tau = args.policy.tau,
+          .tau = args.policy.flexprefill.tau,
           .min_budget_tokens = args.policy.min_budget_tokens,
           .max_budget_tokens = args.policy.max_budget_tokens,
           .workspace = workspace_.as<std::byte>() + layout_.stage,
@@ -79,39 +78,22 @@ Selection CudaBackend::SelectionOf(const AttentionArgs& args) const {
 absl::Status CudaBackend::EstimatePattern(const AttentionArgs& args, Stream stream) {
   absl::Status status = Prepare(args, stream);
   if (!status.ok()) return status;
-  const int multiprocessors = device_->multiprocessors();
-  switch (args.policy.method) {
-    case Method::kDense:
-      planned_ =
-          (!RunsSm90(set_, problem_) || problem_.total_k < kSm90TokensMin) && dense_.Plan(problem_);
-      return absl::OkStatus();
-    case Method::kJoint:
-      return device_->Check(
-          JointEstimate(SelectionOf(args), multiprocessors, device_->stream(stream)), "estimate");
-    case Method::kFlexPrefill:
-      return device_->Check(
-          FlexPrefillEstimate(SelectionOf(args), multiprocessors, device_->stream(stream)),
-          "estimate");
+  if (args.policy.method == Method::kDense) {
+    planned_ =
+        (!RunsSm90(set_, problem_) || problem_.total_k < kSm90TokensMin) && dense_.Plan(problem_);
   }
-  return absl::InternalError("unknown method");
+  const SelectionLauncher estimate = LaunchersOf(args.policy.method).estimate;
+  if (estimate == nullptr) return absl::OkStatus();
+  return device_->Check(
+      estimate(SelectionOf(args), device_->multiprocessors(), device_->stream(stream)), "estimate");
 }
 
 absl::Status CudaBackend::SelectBlocks(const AttentionArgs& args, Stream stream) {
   absl::Status status = Prepare(args, stream);
   if (!status.ok()) return status;
-  const int multiprocessors = device_->multiprocessors();
-  const Selection selection = SelectionOf(args);
-  switch (args.policy.method) {
-    case Method::kDense:
-      return device_->Check(SelectCausal(selection, device_->stream(stream)), "select");
-    case Method::kJoint:
-      return device_->Check(JointSelect(selection, multiprocessors, device_->stream(stream)),
-                            "select");
-    case Method::kFlexPrefill:
-      return device_->Check(FlexPrefillSelect(selection, multiprocessors, device_->stream(stream)),
-                            "select");
-  }
-  return absl::InternalError("unknown method");
+  const SelectionLauncher select = LaunchersOf(args.policy.method).select;
+  return device_->Check(
+      select(SelectionOf(args), device_->multiprocessors(), device_->stream(stream)), "select");
 }
 
 absl::Status CudaBackend::MeasureCapturedMass(const AttentionArgs& args, Stream stream) {

@@ -7,8 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/attend/attend.h"
-#include "kernels/cuda/select/flexprefill/flexprefill.h"
-#include "kernels/cuda/select/joint/joint.h"
+#include "kernels/cuda/methods.h"
 #include "kernels/validate.h"
 
 namespace prefilld::cuda {
@@ -74,8 +73,11 @@ bool RunsSm90(KernelSet set, const Problem& problem) {
 
 absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
                             const SparsityPolicy& policy) {
-  absl::Status status = ValidateAttention(
-      shape, policy, {.backend = BackendName(set), .dtypes = kDTypes, .head_dims = kHeadDims});
+  absl::Status status = ValidateAttention(shape, policy,
+                                          {.backend = BackendName(set),
+                                           .dtypes = kDTypes,
+                                           .head_dims = kHeadDims,
+                                           .methods = ServedMethods()});
   if (!status.ok()) return status;
   if (!HasAttendSm80(shape.dtype, shape.head_dim, policy.block_size)) {
     return absl::UnimplementedError(absl::StrCat("head_dim ", shape.head_dim, " with block_size ",
@@ -161,8 +163,8 @@ Problem MakeProblem(const AttentionArgs& args, std::vector<Sequence>* sequences)
 
 WorkspaceLayout LayOut(const Problem& problem, Method method) {
   size_t stage = AttendWorkspace(problem);
-  if (method == Method::kJoint) stage = std::max(stage, JointWorkspace(problem));
-  if (method == Method::kFlexPrefill) stage = std::max(stage, FlexPrefillWorkspace(problem));
+  const auto workspace = LaunchersOf(method).workspace;
+  if (workspace != nullptr) stage = std::max(stage, workspace(problem));
   if (method != Method::kDense) stage = std::max(stage, CapturedMassWorkspace(problem));
   WorkspaceLayout layout;
   layout.stage = Aligned(static_cast<size_t>(problem.sequences) * sizeof(Sequence));

@@ -173,7 +173,7 @@ absl::Status Engine::PostCommit(const Batch& batch, std::vector<HeadReport> repo
       part.density += entries[h].density / heads;
       part.captured_mass += entries[h].captured_mass / heads;
     }
-    if (batch.policy.method == Method::kJoint) {
+    if (batch.policy.method == kOpenMethod) {
       cost_.ObserveDensity((job.tokens() + kKvBlockTokens - 1) / kKvBlockTokens, part.density);
     }
     ticket.parts.push_back(std::move(part));

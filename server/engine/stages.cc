@@ -109,7 +109,7 @@ absl::Status Stages::Select(StagesCall& call) {
   if (!status.ok()) return status;
   const CostModel::Work work = CostModel::WorkOf(args.shape);
   const double density = MeanDensity(args.shape, args.report);
-  if (args.policy.method == Method::kJoint) cost_.ObserveDensity(work.k_blocks, density);
+  if (args.policy.method == kOpenMethod) cost_.ObserveDensity(work.k_blocks, density);
   if (cost_.SparseIsFaster(work, density)) return absl::OkStatus();
   args.policy = DenseInsteadOf(args.policy);
   call.dense_reason = DenseReason::kBelowCrossover;
@@ -133,7 +133,7 @@ void Stages::Observe(const StagesCall& call, const PhaseSeconds& phases) {
   const double select = Of(phases, Phase::kSelect), attention = Of(phases, Phase::kAttention);
   if (call.args.policy.method != Method::kDense) {
     // What is open becomes joint or dense: the others' selection says nothing about that.
-    if (call.args.policy.method == Method::kJoint) {
+    if (call.args.policy.method == kOpenMethod) {
       cost_.ObserveSelect(work, Of(phases, Phase::kEstimate) + select);
     }
     cost_.ObserveSparse(work, MeanDensity(shape, call.report.data()), attention);

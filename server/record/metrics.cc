@@ -154,9 +154,8 @@ Metrics::Metrics()
 }
 
 void Metrics::AddModel(const std::string& model) {
-  for (Pattern pattern :
-       {Pattern::kDense, Pattern::kVerticalSlash, Pattern::kQueryAware, Pattern::kJoint}) {
-    head_density_.Add({{"model", model}, {"pattern", Name(pattern)}}, Density());
+  for (const char* pattern : kPatternNames) {
+    head_density_.Add({{"model", model}, {"pattern", pattern}}, Density());
   }
   captured_mass_.Add({{"model", model}}, Mass());
 }

@@ -4,6 +4,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "server/record/errors.h"
 
 namespace prefilld {
@@ -11,24 +12,30 @@ namespace {
 
 constexpr uint32_t kBudgetTokensMax = 1u << 30;
 
+// What is served, by the name that the wire has for it.
+constexpr struct {
+  v1::Method on_wire;
+  Method method;
+} kServed[] = {
+    {v1::METHOD_DENSE, Method::kDense},
+    {v1::METHOD_FLEXPREFILL, Method::kFlexPrefill},
+    {v1::METHOD_JOINT, Method::kJoint},
+};
+
 absl::StatusOr<Method> MethodOf(v1::Method method) {
-  switch (method) {
-    case v1::METHOD_UNSPECIFIED:
-    case v1::METHOD_JOINT:
-      return Method::kJoint;
-    case v1::METHOD_DENSE:
-      return Method::kDense;
-    case v1::METHOD_FLEXPREFILL:
-      return Method::kFlexPrefill;
-    default:
-      break;
+  if (method == v1::METHOD_UNSPECIFIED) return kOpenMethod;
+  for (const auto& row : kServed) {
+    if (row.on_wire == method) return row.method;
   }
   if (!v1::Method_IsValid(method)) {
     return InvalidField("sparsity.method", absl::StrCat("unknown method ", method));
   }
-  return absl::UnimplementedError(absl::StrCat(
-      "method ", v1::Method_Name(method),
-      " is not served yet; served are METHOD_DENSE, METHOD_FLEXPREFILL, METHOD_JOINT"));
+  const auto name = [](std::string* out, const auto& row) {
+    out->append(v1::Method_Name(row.on_wire));
+  };
+  return absl::UnimplementedError(absl::StrCat("method ", v1::Method_Name(method),
+                                               " is not served yet; served are ",
+                                               absl::StrJoin(kServed, ", ", name)));
 }
 
 absl::Status Unserved(const char* field, const char* why) {
@@ -67,7 +74,7 @@ absl::StatusOr<ValidPolicy> ValidatePolicy(const v1::SparsityPolicy& proto) {
     if (!(proto.tau() >= 0 && proto.tau() <= 1)) {
       return InvalidField("sparsity.tau", absl::StrCat(proto.tau(), " is not from 0 to 1"));
     }
-    policy.tau = proto.tau();
+    policy.flexprefill.tau = proto.tau();
   }
   if (proto.has_min_captured_mass()) {
     if (!(proto.min_captured_mass() >= 0 && proto.min_captured_mass() <= 1)) {
@@ -100,12 +107,12 @@ absl::StatusOr<ValidPolicy> ValidatePolicy(const v1::SparsityPolicy& proto) {
                         absl::StrCat(proto.min_budget_tokens(), " is over max_budget_tokens ",
                                      policy.max_budget_tokens));
   }
-  policy.min_budget_tokens = proto.has_min_budget_tokens()           ? proto.min_budget_tokens()
-                             : policy.method == Method::kFlexPrefill ? kFlexPrefillMinBudget
-                                                                     : 0;
+  const MethodRow& row = RowOf(policy.method);
+  policy.min_budget_tokens =
+      proto.has_min_budget_tokens() ? proto.min_budget_tokens() : row.min_budget_tokens;
   switch (proto.report_level()) {
     case v1::REPORT_LEVEL_UNSPECIFIED:
-      policy.measure_captured_mass = policy.method == Method::kJoint;
+      policy.measure_captured_mass = row.measures_by_default;
       break;
     case v1::REPORT_LEVEL_DENSITY:
       policy.measure_captured_mass = false;

@@ -10,7 +10,9 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
 constexpr int kHeadDims[] = {64, 128};
-constexpr KernelTable kTable{.backend = "some", .dtypes = kDTypes, .head_dims = kHeadDims};
+constexpr Method kServed[] = {Method::kFlexPrefill, Method::kJoint};
+constexpr KernelTable kTable{
+    .backend = "some", .dtypes = kDTypes, .head_dims = kHeadDims, .methods = kServed};
 
 AttentionShape Shape(int64_t sq, int64_t sk) { return {DType::kBF16, 4, 2, 64, {0, sq}, {0, sk}}; }
 
@@ -31,6 +33,20 @@ TEST(ValidateAttention, NamesTheHeadDimAndTheTable) {
   shape.head_dim = 96;
   ExpectStatus(ValidateAttention(shape, {}, kTable), absl::StatusCode::kUnimplemented,
                "head_dim 96 not supported by some (64, 128)");
+}
+
+TEST(ValidateAttention, NamesTheMethodAndTheTable) {
+  ExpectStatus(ValidateAttention(Shape(10, 10), {.method = Method::kDense}, kTable),
+               absl::StatusCode::kUnimplemented,
+               "method dense not supported by some (flexprefill, joint)");
+}
+
+TEST(ValidateAttention, ForFewerQueriesThanKeysNamesTheMethodsThatTakeThem) {
+  EXPECT_TRUE(ValidateAttention(Shape(10, 10), {.method = Method::kFlexPrefill}, kTable).ok());
+  ExpectStatus(ValidateAttention(Shape(9, 10), {.method = Method::kFlexPrefill}, kTable),
+               absl::StatusCode::kUnimplemented,
+               "method flexprefill not supported by some for fewer queries than keys (joint)");
+  EXPECT_TRUE(ValidateAttention(Shape(9, 10), {.method = Method::kJoint}, kTable).ok());
 }
 
 TEST(ValidateAttention, AnIndexNames65536Blocks) {

@@ -29,7 +29,7 @@ TEST(CapturedMass, CountsKeysOfSelectedBlocksOnly) {
   args.index.row_at(0, 0)[0] = 0;
   args.report[0].pattern = Pattern::kJoint;
   BlockMass probe;
-  MeasureCapturedMass(args, 1, &probe);
+  MeasureCapturedMass(args, std::vector<int>{0}, 1, &probe);
   double sum = 0, least = 1;
   for (int64_t t : MeasuredRows(128)) {
     sum += 128.0 / static_cast<double>(129 + t);

@@ -106,6 +106,15 @@ TEST(Supports, AdmitsWhatHasAKernel) {
   EXPECT_TRUE(backend->Supports(square, {.method = Method::kFlexPrefill}).ok());
 }
 
+TEST(Supports, AdmitsEveryMethodOfTheTable) {
+  AttentionShape square = Shape();
+  square.cu_seqlens_k = square.cu_seqlens_q;
+  for (const MethodRow& row : kMethodTable) {
+    EXPECT_EQ(std::string(Name(row.method)), row.name);
+    EXPECT_TRUE(Cpu()->Supports(square, {.method = row.method}).ok()) << row.name;
+  }
+}
+
 TEST(Supports, NamesWhatHasNoKernel) {
   auto backend = Cpu();
   ExpectStatus(backend->Supports(Shape(80), {}), absl::StatusCode::kUnimplemented,

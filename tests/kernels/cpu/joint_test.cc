@@ -56,7 +56,7 @@ TEST(BlockMass, OfZeroInputsIsTheShareOfKeys) {
   Case input({.family = Family::kZero, .q_heads = 2, .kv_heads = 1, .sq = {40}, .sk = {300}});
   const AttentionArgs args = input.Args(Policy(.9));
   BlockMass probe;
-  probe.Probe(args, ProbeRows, 1);
+  probe.Probe(args, std::vector<int>{1}, ProbeRows, 1);
   std::vector<double> mass;
   probe.Read(0, 1, &mass);
   for (int64_t r = 0; r < 40; ++r) {

@@ -12,7 +12,7 @@ namespace prefilld::cuda {
 namespace {
 
 SparsityPolicy FlexPrefill(double gamma = 0.9, double tau = 0.1) {
-  return {.method = Method::kFlexPrefill, .gamma = gamma, .tau = tau};
+  return {.method = Method::kFlexPrefill, .gamma = gamma, .flexprefill = {.tau = tau}};
 }
 
 class FlexPrefillOnGpu : public testing::Test {
