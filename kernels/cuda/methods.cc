@@ -8,15 +8,18 @@ namespace {
 
 constexpr MethodLaunchers kLaunchers[] = {
     {.method = Method::kDense,
+     .has = [](DType, int) { return true; },
      .workspace = nullptr,
      .estimate = nullptr,
      .select = [](const Selection& selection, int,
                   cudaStream_t stream) { return SelectCausal(selection, stream); }},
     {.method = Method::kFlexPrefill,
+     .has = HasFlexPrefill,
      .workspace = FlexPrefillWorkspace,
      .estimate = FlexPrefillEstimate,
      .select = FlexPrefillSelect},
     {.method = Method::kJoint,
+     .has = HasJoint,
      .workspace = JointWorkspace,
      .estimate = JointEstimate,
      .select = JointSelect},

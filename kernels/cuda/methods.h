@@ -14,6 +14,7 @@ using SelectionLauncher = cudaError_t (*)(const Selection& selection, int multip
 
 struct MethodLaunchers {
   Method method;
+  bool (*has)(DType dtype, int head_dim);       // whether its kernels exist for these
   size_t (*workspace)(const Problem& problem);  // bytes that both stages share; null: none
   SelectionLauncher estimate;                   // stage 1; null: there is none
   SelectionLauncher select;                     // stage 2

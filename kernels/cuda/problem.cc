@@ -8,20 +8,20 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/attend/attend.h"
 #include "kernels/cuda/methods.h"
+#include "kernels/cuda/workspace.h"
 #include "kernels/validate.h"
 
 namespace prefilld::cuda {
 namespace {
 
-constexpr size_t kAlignment = 256;
 constexpr int64_t kStrideUnit = 8;  // elements: 16 bytes
 // Elements from one token to the next: in bytes they fit 32 bits, as attend_sm80 has them.
 constexpr int64_t kTokenStrideMax = (int64_t{1} << 30) - kStrideUnit;
 constexpr int kGridMax = 65535;  // thread blocks of a grid in y and in z
-constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
-constexpr int kHeadDims[] = {64, 96, 128, 256};
 
-size_t Aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+size_t Aligned(size_t bytes) {
+  return static_cast<size_t>(Workspace::Aligned(static_cast<int64_t>(bytes)));
+}
 
 template <typename View>
 absl::Status CheckTensor(const char* name, const View& view) {
@@ -75,13 +75,20 @@ absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
                             const SparsityPolicy& policy) {
   absl::Status status = ValidateAttention(shape, policy,
                                           {.backend = BackendName(set),
-                                           .dtypes = kDTypes,
-                                           .head_dims = kHeadDims,
+                                           .dtypes = AttendDTypes(),
+                                           .head_dims = AttendHeadDims(),
                                            .methods = ServedMethods()});
   if (!status.ok()) return status;
   if (!HasAttendSm80(shape.dtype, shape.head_dim, policy.block_size)) {
     return absl::UnimplementedError(absl::StrCat("head_dim ", shape.head_dim, " with block_size ",
                                                  policy.block_size, " not supported by ",
+                                                 BackendName(set)));
+  }
+  const bool dense = policy.method == Method::kDense;
+  if (!LaunchersOf(policy.method).has(shape.dtype, shape.head_dim) ||
+      (!dense && !HasCapturedMass(shape.dtype, shape.head_dim))) {
+    return absl::UnimplementedError(absl::StrCat("head_dim ", shape.head_dim, " with method ",
+                                                 Name(policy.method), " not supported by ",
                                                  BackendName(set)));
   }
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <span>
 
 #include "kernels/cuda/launch.h"
 
@@ -17,7 +18,10 @@ cudaError_t AttendSm90(const Problem& problem, void* workspace, int multiprocess
                        cudaStream_t stream);
 cudaError_t AttendSm80(const Problem& problem, void* workspace, int multiprocessors,
                        cudaStream_t stream);
-// What has a kernel: the table that Supports() asks and the launchers choose from.
+// What has a kernel: the tables that Supports() asks and the launchers choose from. The sm80 set
+// has all of AttendDTypes() and AttendHeadDims().
+std::span<const DType> AttendDTypes();
+std::span<const int> AttendHeadDims();
 bool HasAttendSm90(DType dtype, int head_dim, int block_size);
 bool HasAttendSm80(DType dtype, int head_dim, int block_size);
 

@@ -29,8 +29,10 @@
 
 #include "kernels/cuda/attend/attend.h"
 #include "kernels/cuda/attend/task_queue.h"
-#include "kernels/cuda/instructions/ampere.cuh"
 #include "kernels/cuda/instructions/arithmetic.cuh"
+#include "kernels/cuda/instructions/cp_async.cuh"
+#include "kernels/cuda/instructions/mma.cuh"
+#include "kernels/cuda/kernel_table.h"
 
 namespace prefilld::cuda {
 namespace {
@@ -41,8 +43,7 @@ constexpr float kRaise = 8;
 // The reference of a row whose first 16 scores are all -infinity: a later one that is not far below
 // raises it.
 constexpr float kUnset = -4096;
-constexpr int kStepKeys = 16;   // the depth of one product; more would cost registers that Q has
-constexpr int kRowBytes = 128;  // of a key in shared memory: 64 channels
+constexpr int kStepKeys = 16;  // the depth of one product; more would cost registers that Q has
 constexpr int kStepStride = kStepKeys * kRowBytes;
 
 template <int kD, int kB>
@@ -151,21 +152,6 @@ __device__ Task FindTask(const Params& p, int32_t at) {
 // have none to spare.
 __device__ __forceinline__ uint32_t Thread(uint32_t now) { return threadIdx.x | (now >> 30); }
 
-// ---- Instructions -------------------------------------------------------------------------------
-
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool read) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(read ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void CopyAsync4(const void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
-}
-__device__ __forceinline__ void CopyWaitAll() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // ---- A warp's state -----------------------------------------------------------------------------
 
 // Element j of a product lies in query 16 tile + lane / 4 (+ 8 where j & 2) and column
@@ -233,7 +219,8 @@ __device__ __forceinline__ void CopyStage(uint32_t thread, uint32_t ring, uint32
 #pragma unroll
     for (int j = 0; j < kD; j += 64) {
       if (j + 64 <= kD || j + static_cast<int>(vector) * 8 < kD) {
-        CopyAsync(there + j / 64 * P::kHalfStride, from + j * 2, at < keys - static_cast<int>(key));
+        CopyAsyncOfLine(there + j / 64 * P::kHalfStride, from + j * 2,
+                        at < keys - static_cast<int>(key));
       }
     }
     from += Times(kKeysAtOnce, stride);
@@ -544,7 +531,7 @@ __global__ void __launch_bounds__(Plan<kD, kB>::kThreads, Plan<kD, kB>::kBlocksO
   __shared__ Next next;
   __shared__ References<kTiles> references[P::kThreads];
 
-  const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(rings));
+  const uint32_t ring = SharedAddress(rings);
   Rows<kD, kTiles> rows;
   Scores<kTiles> x;
   const auto begin = [&](const Task& task) {
@@ -586,7 +573,7 @@ __global__ void __launch_bounds__(Plan<kD, kB>::kThreads, Plan<kD, kB>::kBlocksO
 
 #pragma unroll 1
     for (int stage = 0; stage < tasks[turn].count * P::kStagesOfBlock; ++stage) {
-      CopyWaitAll();
+      CopyAsyncWaitAll();
       __syncthreads();
       const int stages = tasks[turn].count * P::kStagesOfBlock;
       if (stage + 1 < stages) Load<kD, kB>(params, tasks[turn], next, ring, stage + 1);
@@ -667,51 +654,22 @@ cudaError_t Launch(const Params& params, int multiprocessors, cudaStream_t strea
   return cudaGetLastError();
 }
 
-using Launcher = cudaError_t (*)(const Params&, int, cudaStream_t);
-
-template <typename T, int kD>
-Launcher ForBlockSize(int block_size) {
-  return block_size == 128 ? Launch<T, kD, 128> : block_size == 64 ? Launch<T, kD, 64> : nullptr;
-}
-
-template <typename T>
-Launcher ForHeadDim(int head_dim, int block_size) {
-  switch (head_dim) {
-    case 64:
-      return ForBlockSize<T, 64>(block_size);
-    case 96:
-      return ForBlockSize<T, 96>(block_size);
-    case 128:
-      return ForBlockSize<T, 128>(block_size);
-    case 256:
-      return ForBlockSize<T, 256>(block_size);
-    default:
-      return nullptr;
-  }
-}
-
-// Null: there is none.
-Launcher Find(DType dtype, int head_dim, int block_size) {
-  switch (dtype) {
-    case DType::kBF16:
-      return ForHeadDim<__nv_bfloat16>(head_dim, block_size);
-    case DType::kF16:
-      return ForHeadDim<__half>(head_dim, block_size);
-    default:
-      return nullptr;
-  }
-}
+using Table = KernelTable<64, 96, 128, 256>;
 
 }  // namespace
 
+std::span<const DType> AttendDTypes() { return Table::kDTypes; }
+std::span<const int> AttendHeadDims() { return Table::kHeadDimList; }
+
 bool HasAttendSm80(DType dtype, int head_dim, int block_size) {
-  return Find(dtype, head_dim, block_size) != nullptr;
+  return Table::Has(dtype, head_dim) && (block_size == 64 || block_size == 128);
 }
 
 cudaError_t AttendSm80(const Problem& problem, void* workspace, int multiprocessors,
                        cudaStream_t stream) {
-  const Launcher launch = Find(problem.dtype, problem.head_dim, problem.block_size);
-  if (launch == nullptr) return cudaErrorNotSupported;
+  if (!HasAttendSm80(problem.dtype, problem.head_dim, problem.block_size)) {
+    return cudaErrorInvalidValue;
+  }
   if (problem.rows == 0) return cudaSuccess;
   const int64_t tasks = problem.q_heads * problem.rows;
   const cudaError_t error = QueueTasks(problem, workspace, stream);
@@ -756,7 +714,10 @@ cudaError_t AttendSm80(const Problem& problem, void* workspace, int multiprocess
     p.v = p.k + blocks * p.k_unit;
   }
   p.scale_log2 = problem.softmax_scale * 1.4426950408889634f;
-  return launch(p, multiprocessors, stream);
+  return Table::Launch(problem.dtype, problem.head_dim, [&]<typename T, int kD>() {
+    return problem.block_size == 128 ? Launch<T, kD, 128>(p, multiprocessors, stream)
+                                     : Launch<T, kD, 64>(p, multiprocessors, stream);
+  });
 }
 
 }  // namespace prefilld::cuda

@@ -17,7 +17,11 @@
 #include "kernels/cuda/attend/attend.h"
 #include "kernels/cuda/attend/task_queue.h"
 #include "kernels/cuda/instructions/arithmetic.cuh"
-#include "kernels/cuda/instructions/hopper.cuh"
+#include "kernels/cuda/instructions/barrier.cuh"
+#include "kernels/cuda/instructions/mma.cuh"
+#include "kernels/cuda/instructions/tma.cuh"
+#include "kernels/cuda/instructions/wgmma.cuh"
+#include "kernels/cuda/kernel_table.h"
 #include "kernels/cuda/pages.cuh"
 
 namespace prefilld::cuda {
@@ -661,39 +665,23 @@ cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
   return cudaGetLastError();
 }
 
-struct Row {
-  DType dtype;
-  int head_dim;
-  cudaError_t (*launch)(const Problem&, void*, int, cudaStream_t);
-};
-constexpr Row kTable[] = {
-    {DType::kBF16, 64, Launch<__nv_bfloat16, 64>},
-    {DType::kBF16, 128, Launch<__nv_bfloat16, 128>},
-    {DType::kF16, 64, Launch<__half, 64>},
-    {DType::kF16, 128, Launch<__half, 128>},
-};
-
-// Null: there is none.
-const Row* Find(DType dtype, int head_dim, int block_size) {
-  if (block_size != kBlock) return nullptr;
-  for (const Row& row : kTable) {
-    if (row.dtype == dtype && row.head_dim == head_dim) return &row;
-  }
-  return nullptr;
-}
+using Table = KernelTable<64, 128>;
 
 }  // namespace
 
 bool HasAttendSm90(DType dtype, int head_dim, int block_size) {
-  return Find(dtype, head_dim, block_size) != nullptr;
+  return Table::Has(dtype, head_dim) && block_size == kBlock;
 }
 
 cudaError_t AttendSm90(const Problem& problem, void* workspace, int multiprocessors,
                        cudaStream_t stream) {
-  const Row* row = Find(problem.dtype, problem.head_dim, problem.block_size);
-  if (row == nullptr) return cudaErrorNotSupported;
+  if (!HasAttendSm90(problem.dtype, problem.head_dim, problem.block_size)) {
+    return cudaErrorInvalidValue;
+  }
   if (problem.rows == 0) return cudaSuccess;
-  return row->launch(problem, workspace, multiprocessors, stream);
+  return Table::Launch(problem.dtype, problem.head_dim, [&]<typename T, int D>() {
+    return Launch<T, D>(problem, workspace, multiprocessors, stream);
+  });
 }
 
 }  // namespace prefilld::cuda

@@ -1,4 +1,4 @@
-// What every attention kernel does to numbers.
+// What every kernel does to numbers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,6 +26,19 @@ __device__ __forceinline__ uint32_t Pack(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(both);
   }
+}
+
+// The same value in all lanes, known to the compiler as such.
+__device__ __forceinline__ int Uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
+// Over the four lanes that share a row of a product.
+__device__ __forceinline__ float QuadMax(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float QuadSum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 }  // namespace prefilld::cuda

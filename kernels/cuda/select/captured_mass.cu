@@ -72,6 +72,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+bool HasCapturedMass(DType dtype, int head_dim) { return HasProbe(dtype, head_dim); }
+
 size_t CapturedMassWorkspace(const Problem& problem) { return ProbeBytes(problem); }
 
 cudaError_t MeasureCapturedMass(const Selection& selection, double min_captured_mass,

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "kernels/cuda/kernel_table.h"
 #include "kernels/cuda/pages.cuh"
 #include "kernels/cuda/select/probe.cuh"
 #include "kernels/cuda/select/probe_mma.cuh"
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
   const int kv = blockIdx.y / params.head_parts, part = blockIdx.y % params.head_parts;
   const int first_head = kv * group + part * kHeadsMax<kChannels>;
   const int heads = min(kHeadsMax<kChannels>, group - part * kHeadsMax<kChannels>);
-  const uint32_t base = SharedOffset(shared);
+  const uint32_t base = SharedAddress(shared);
 
   const T* q =
       static_cast<const T*>(p.q.data) + s.q_begin * p.q.token_stride + first_head * p.q.head_stride;
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
       (static_cast<int64_t>(first_head + head) * kProbeRows + lane / 4) * params.slots + first_slot;
   Rows state;
   for (int step = 0; step < steps; ++step) {
-    CopyAsyncWaitAll();
+    WaitForRows();
     __syncthreads();  // this step is in; nobody reads the other buffer any more
     if (step + 1 < steps) load(step + 1);
     const int J = block_of(step), in_block = begin_of(step);
@@ -286,21 +287,11 @@ cudaError_t Launch(Params params, int multiprocessors, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T>
-cudaError_t LaunchOf(const Params& params, int multiprocessors, cudaStream_t stream) {
-  switch (params.problem.head_dim) {
-    case 64:
-      return Launch<T, 64>(params, multiprocessors, stream);
-    case 96:
-      return Launch<T, 96>(params, multiprocessors, stream);
-    case 128:
-      return Launch<T, 128>(params, multiprocessors, stream);
-    default:
-      return Launch<T, 256>(params, multiprocessors, stream);
-  }
-}
+using Table = KernelTable<64, 96, 128, 256>;
 
 }  // namespace
+
+bool HasProbe(DType dtype, int head_dim) { return Table::Has(dtype, head_dim); }
 
 cudaError_t Probe(const Problem& problem, RowRule rule, BlockPart* parts, void* pools,
                   int multiprocessors, cudaStream_t stream) {
@@ -311,8 +302,9 @@ cudaError_t Probe(const Problem& problem, RowRule rule, BlockPart* parts, void* 
                          .head_parts = 1,
                          .parts = parts,
                          .pools = static_cast<__half*>(pools)};
-  return problem.dtype == DType::kBF16 ? LaunchOf<__nv_bfloat16>(params, multiprocessors, stream)
-                                       : LaunchOf<__half>(params, multiprocessors, stream);
+  return Table::Launch(problem.dtype, problem.head_dim, [&]<typename T, int kChannels>() {
+    return Launch<T, kChannels>(params, multiprocessors, stream);
+  });
 }
 
 }  // namespace prefilld::cuda

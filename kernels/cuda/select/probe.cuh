@@ -55,6 +55,7 @@ inline size_t PooledKeyBytes(const Problem& problem) {
          (problem.block_size / kPool) * problem.head_dim * 2;
 }
 
+bool HasProbe(DType dtype, int head_dim);
 // One pass over K. Writes parts, and pools of keys where `pools` is not null.
 cudaError_t Probe(const Problem& problem, RowRule rule, BlockPart* parts, void* pools,
                   int multiprocessors, cudaStream_t stream);

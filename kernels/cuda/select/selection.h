@@ -25,6 +25,7 @@ cudaError_t SelectCausal(const Selection& selection, cudaStream_t stream);
 
 // Captured mass of every head on its own sampled rows (docs/sparse-attention.md, section 4); heads
 // whose mean is below min_captured_mass get every causal block. Reads count and index.
+bool HasCapturedMass(DType dtype, int head_dim);
 size_t CapturedMassWorkspace(const Problem& problem);
 cudaError_t MeasureCapturedMass(const Selection& selection, double min_captured_mass,
                                 int multiprocessors, cudaStream_t stream);

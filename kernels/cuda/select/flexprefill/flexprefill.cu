@@ -1,32 +1,14 @@
 // FlexPrefill's selection: the workspace and the order of its kernels.
 #include "kernels/cuda/select/flexprefill/flexprefill.cuh"
+#include "kernels/cuda/workspace.h"
 
 namespace prefilld::cuda {
 namespace {
 
-// Hands out parts of the workspace; with no base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  void Take(T** part, int64_t count) {
-    *part = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-  }
-  int64_t used() const { return used_; }
-  void Rewind(int64_t used) { used_ = used; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-int64_t CeilDiv(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-
 // Sets the pointers; returns the bytes.
 int64_t Lay(FlexPrefill* f, void* workspace) {
   const Problem& p = f->problem;
-  Arena arena(workspace);
+  Workspace arena(workspace);
   const int64_t pairs = static_cast<int64_t>(p.sequences) * p.q_heads;
   const int64_t blocks = p.rows * p.q_heads;
   arena.Take(&f->row_sums, pairs * MaxChunks(p) * p.block_size);
@@ -99,6 +81,8 @@ ChunkPlan PlanChunks(const Problem& problem, int unit, int64_t lanes, int multip
   }
   return best;
 }
+
+bool HasFlexPrefill(DType dtype, int head_dim) { return FlexPrefillTable::Has(dtype, head_dim); }
 
 size_t FlexPrefillWorkspace(const Problem& problem) {
   FlexPrefill f = {};

@@ -11,11 +11,15 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cuda/kernel_table.h"
 #include "kernels/cuda/select/flexprefill/flexprefill.h"
 
 namespace prefilld::cuda {
 
 constexpr float kMassScale = 0x1p40f;
+
+// Of all kernels of the method: those that are no templates take any multiple of 8 up to 256.
+using FlexPrefillTable = KernelTable<64, 96, 128, 256>;
 
 // What is decided for a head of a sequence.
 struct LineBudget {

@@ -9,6 +9,8 @@
 
 namespace prefilld::cuda {
 
+// Whether every kernel of FlexPrefill exists for these.
+bool HasFlexPrefill(DType dtype, int head_dim);
 // Bytes of workspace that Estimate, Select and the measurement of captured mass share.
 size_t FlexPrefillWorkspace(const Problem& problem);
 cudaError_t FlexPrefillEstimate(const Selection& selection, int multiprocessors,

@@ -291,7 +291,7 @@ cudaError_t FlexPrefillLines(const FlexPrefill& f, int multiprocessors, cudaStre
     shape = {heads, stages, plan.blocks / kBlocks};
   }
   const dim3 grid(best.chunks, lanes, p.sequences);
-  return ForShape(p, [&]<typename T, int kHeadDim>() {
+  return FlexPrefillTable::Launch(p.dtype, p.head_dim, [&]<typename T, int kHeadDim>() {
     return p.block_size == 64 ? Launch<T, kHeadDim, 64>(f, shape, grid, stream)
                               : Launch<T, kHeadDim, 128>(f, shape, grid, stream);
   });

@@ -67,8 +67,9 @@ __device__ void WriteKeyMeans(const FlexPrefill& f, const Sequence& s, int kv_he
 #pragma unroll 4
       for (int key = 0; key < p.block_size; key += 16) {
         uint32_t keys[4], ones[4];
-        LoadTransposed(keys, SharedAddress(tile) +
-                                 PieceOffset(begin + key + lane % 16, 2 * pair + lane / 16, kKeys));
+        LoadTransposed(keys, SharedAddress(tile) + PieceOffset<uint32_t>(begin + key + lane % 16,
+                                                                         2 * pair + lane / 16,
+                                                                         kKeys * kRowBytes));
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           const int at = key + 8 * x + lane % 4 * 2;
@@ -219,7 +220,7 @@ cudaError_t FlexPrefillRowSums(FlexPrefill* f, int multiprocessors, cudaStream_t
   const int bytes = shape.row_tiles * TileBytes(64, p.head_dim) +
                     shape.stages * TileBytes(kKeys, p.head_dim) +
                     static_cast<int>(sizeof(RingBarriers));
-  return ForShape(p, [&]<typename T, int kHeadDim>() {
+  return FlexPrefillTable::Launch(p.dtype, p.head_dim, [&]<typename T, int kHeadDim>() {
     const cudaError_t error = cudaFuncSetAttribute(
         RowSumsKernel<T, kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;

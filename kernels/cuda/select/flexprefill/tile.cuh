@@ -1,8 +1,5 @@
 // Logits of the last rows of a prompt: the shared memory, the ring that keys come through and the
 // product, for the two passes of FlexPrefill.
-//
-// A tile is held in slabs of 64 channels, a slab in rows of 128 bytes whose 16-byte pieces are
-// swizzled (piece ^ row % 8): what wgmma wants, and free of bank conflicts for ldmatrix.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,9 +7,11 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/instructions/ampere.cuh"
 #include "kernels/cuda/instructions/arithmetic.cuh"
-#include "kernels/cuda/instructions/hopper.cuh"
+#include "kernels/cuda/instructions/barrier.cuh"
+#include "kernels/cuda/instructions/cp_async.cuh"
+#include "kernels/cuda/instructions/mma.cuh"
+#include "kernels/cuda/instructions/wgmma.cuh"
 #include "kernels/cuda/pages.cuh"
 #include "kernels/cuda/select/flexprefill/flexprefill.cuh"
 
@@ -25,17 +24,10 @@
 namespace prefilld::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kRowBytes = 128;  // of a slab
 
 __host__ __device__ constexpr int SlabCount(int head_dim) { return (head_dim + 63) / 64; }
 __host__ __device__ constexpr int TileBytes(int rows, int head_dim) {
   return SlabCount(head_dim) * rows * kRowBytes;
-}
-
-// Where 16-byte piece `piece` (8 channels) of a row of a tile of `rows` rows lies.
-__device__ __forceinline__ uint32_t PieceOffset(int row, int piece, int rows) {
-  return static_cast<uint32_t>((piece >> 3) * rows * kRowBytes + row * kRowBytes +
-                               (((piece & 7) ^ (row & 7)) << 4));
 }
 
 // The nearest bf16, ties to even, as a float: the packing conversion beside a zero.
@@ -66,13 +58,22 @@ __device__ __forceinline__ void Widen8(const uint4& piece, float (&x)[8]) {
 struct QueryScale {
   float high, low;
 };
-__host__ __device__ constexpr QueryScale ScaleOf(int head_dim) {
-  const double scale = head_dim == 64    ? 0.125
-                       : head_dim == 96  ? 0.10206207261596575409
-                       : head_dim == 128 ? 0.08838834764831844055
-                                         : 0.0625;
-  const float high = static_cast<float>(scale);
-  return {high, static_cast<float>(scale - high)};
+template <int kHeadDim>
+constexpr double kInverseRoot = 0;
+template <>
+constexpr double kInverseRoot<64> = 0.125;
+template <>
+constexpr double kInverseRoot<96> = 0.10206207261596575409;
+template <>
+constexpr double kInverseRoot<128> = 0.08838834764831844055;
+template <>
+constexpr double kInverseRoot<256> = 0.0625;
+template <int kHeadDim>
+__host__ __device__ constexpr QueryScale ScaleOf() {
+  constexpr double kScale = kInverseRoot<kHeadDim>;
+  static_assert(kScale > 0, "1 / sqrt of this head_dim is not listed above");
+  const float high = static_cast<float>(kScale);
+  return {high, static_cast<float>(kScale - high)};
 }
 __device__ __forceinline__ float ScaleQuery(float x, QueryScale scale) {
   return RoundToBFloat16(fmaf(x, scale.high, x * scale.low));
@@ -111,7 +112,7 @@ template <typename T, int kHeadDim, typename RowOf>
 __device__ __forceinline__ void LoadQueries(int tiles, int rows, RowOf row_of, char* to) {
   constexpr int kAtOnce = 8;  // loads in flight of a thread
   constexpr int kPieces = kHeadDim / 8;
-  constexpr QueryScale scale = ScaleOf(kHeadDim);
+  constexpr QueryScale scale = ScaleOf<kHeadDim>();
   const int pieces = tiles * rows * kPieces;
   for (int i = threadIdx.x; i < pieces; i += kAtOnce * blockDim.x) {
     uint4 loaded[kAtOnce] = {};
@@ -131,8 +132,9 @@ __device__ __forceinline__ void LoadQueries(int tiles, int rows, RowOf row_of, c
 #pragma unroll
       for (int c = 0; c < 4; ++c) word[c] = ScaleQueries<T>(x[2 * c], x[2 * c + 1], scale);
       if (at < pieces) {
-        *reinterpret_cast<uint4*>(to + row / rows * TileBytes(rows, kHeadDim) +
-                                  PieceOffset(row % rows, at % kPieces, rows)) =
+        *reinterpret_cast<uint4*>(
+            to + row / rows * TileBytes(rows, kHeadDim) +
+            PieceOffset<uint32_t>(row % rows, at % kPieces, rows * kRowBytes)) =
             make_uint4(word[0], word[1], word[2], word[3]);
       }
     }
@@ -195,14 +197,9 @@ class KeyRing {
     for (int row = threadIdx.x / kLanes; row < rows; row += blockDim.x / kLanes) {
       if (piece >= kHeadDim / 8) continue;
       const uint16_t* from = KeyRow(p, s, kv_head, token_of(row)) + piece * 8;
-      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                       to + PieceOffset(row, piece, rows)),
-                   "l"(from)
-                   : "memory");
+      CopyAsyncOfLine(to + PieceOffset<uint32_t>(row, piece, rows * kRowBytes), from);
     }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
-                     SharedAddress(&barriers_->full[load_.place]))
-                 : "memory");
+    CopyAsyncArrive(&barriers_->full[load_.place]);
     Advance(&load_);
   }
 
@@ -244,33 +241,6 @@ class KeyRing {
 // 8 i + 2 (lane % 4) + e. Slabs of a and b are a_slab and b_slab bytes apart.
 #if PREFILLD_HAS_WGMMA
 
-template <typename T>
-__device__ __forceinline__ void MultiplySlice(float (&c)[64], uint64_t a, uint64_t b, bool add) {
-  WgmmaQk<T>(c, a, b, add);
-}
-template <typename T>
-__device__ __forceinline__ void MultiplySlice(float (&c)[32], uint64_t a, uint64_t b, bool add) {
-#define PREFILLD_C8(i)                                                                        \
-  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
-      "+f"(c[i + 6]), "+f"(c[i + 7])
-#define PREFILLD_M64N64(TYPE)                                                                    \
-  asm volatile(                                                                                  \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                               \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "  \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, " \
-      "0;\n}\n"                                                                                  \
-      : PREFILLD_C8(0), PREFILLD_C8(8), PREFILLD_C8(16), PREFILLD_C8(24)                         \
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    PREFILLD_M64N64("bf16");
-  } else {
-    PREFILLD_M64N64("f16");
-  }
-#undef PREFILLD_M64N64
-#undef PREFILLD_C8
-}
-
 template <typename T, int kHeadDim, int kColumns>
 __device__ __forceinline__ void Multiply(float (&c)[kColumns / 2], const char* a, int a_slab,
                                          const char* b, int b_slab) {
@@ -278,8 +248,8 @@ __device__ __forceinline__ void Multiply(float (&c)[kColumns / 2], const char* a
   WgmmaFence();
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
-    MultiplySlice<T>(c, a_at.Descriptor(k / 4 * a_slab + k % 4 * 32),
-                     b_at.Descriptor(k / 4 * b_slab + k % 4 * 32), k > 0);
+    WgmmaQk<T>(c, a_at.Descriptor(k / 4 * a_slab + k % 4 * 32),
+               b_at.Descriptor(k / 4 * b_slab + k % 4 * 32), k > 0);
   }
   WgmmaCommit();
   WgmmaWait<0>();
@@ -298,12 +268,13 @@ __device__ __forceinline__ void Multiply(float (&c)[kColumns / 2], const char* a
   for (int channel = 0; channel < kHeadDim; channel += 16) {
     const int slab = channel / 64, piece = channel % 64 / 8;
     uint32_t x[4];
-    LoadMatrices(x, SharedAddress(a + slab * a_slab) + PieceOffset(a_row, piece + a_piece, 0));
+    LoadMatrices(
+        x, SharedAddress(a + slab * a_slab) + PieceOffset<uint32_t>(a_row, piece + a_piece, 0));
 #pragma unroll
     for (int i = 0; i < kColumns / 16; ++i) {
       uint32_t y[4];
-      LoadMatrices(
-          y, SharedAddress(b + slab * b_slab) + PieceOffset(16 * i + b_row, piece + b_piece, 0));
+      LoadMatrices(y, SharedAddress(b + slab * b_slab) +
+                          PieceOffset<uint32_t>(16 * i + b_row, piece + b_piece, 0));
       Mma<T>(c + 8 * i, x, y[0], y[1]);
       Mma<T>(c + 8 * i + 4, x, y[2], y[3]);
     }
@@ -311,18 +282,5 @@ __device__ __forceinline__ void Multiply(float (&c)[kColumns / 2], const char* a
 }
 
 #endif
-
-// Calls f.template operator()<T, kHeadDim>() for the types and head_dims that there are.
-template <typename Function>
-cudaError_t ForShape(const Problem& p, Function function) {
-  const auto with_type = [&]<typename T>() {
-    return p.head_dim == 64    ? function.template operator()<T, 64>()
-           : p.head_dim == 96  ? function.template operator()<T, 96>()
-           : p.head_dim == 128 ? function.template operator()<T, 128>()
-                               : function.template operator()<T, 256>();
-  };
-  return p.dtype == DType::kBF16 ? with_type.template operator()<__nv_bfloat16>()
-                                 : with_type.template operator()<__half>();
-}
 
 }  // namespace prefilld::cuda

@@ -3,40 +3,41 @@
 
 #include "kernels/cuda/select/block_index.cuh"
 #include "kernels/cuda/select/joint/joint.cuh"
+#include "kernels/cuda/workspace.h"
 
 namespace prefilld::cuda {
 namespace {
 
 constexpr size_t kScratchBytesMax = size_t{5} << 28;  // 1.25 GiB: at 1M tokens, 128 per block
 
-size_t AlignUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 }  // namespace
 
 JointPlan PlanJoint(const Problem& problem, void* workspace) {
   JointPlan plan = {};
   JointWork& work = plan.work;
-  const auto take = [&](size_t bytes) {
-    unsigned char* at = static_cast<unsigned char*>(workspace) + plan.bytes;
-    plan.bytes += AlignUp(bytes);
-    return at;
-  };
-  const size_t heads = static_cast<size_t>(problem.sequences) * problem.q_heads;
+  Workspace parts(workspace);
+  const int64_t heads = static_cast<int64_t>(problem.sequences) * problem.q_heads;
   const int64_t n = std::max(1, problem.k_blocks_max);
+  const int64_t cells = static_cast<int64_t>(ProbeBytes(problem) / sizeof(BlockPart));
   work.slots = BlockSlots(problem);
   work.line_words = static_cast<int32_t>((n + 31) / 32 + 1);
-  work.parts = reinterpret_cast<BlockPart*>(take(ProbeBytes(problem)));
-  work.mass = reinterpret_cast<uint32_t*>(take(ProbeBytes(problem) / 2));
-  work.pools = take(PooledKeyBytes(problem));
-  work.lines = reinterpret_cast<uint32_t*>(take(heads * 2 * work.line_words * sizeof(uint32_t)));
-  work.flags = reinterpret_cast<uint32_t*>(take(heads * sizeof(uint32_t)));
-  if (n > kGainsInShared) work.gains = take(problem.q_heads * work.slots * kGainBytes);
-  work.taken = reinterpret_cast<unsigned long long*>(take(sizeof(unsigned long long)));
-  work.scratch_stride = static_cast<int64_t>(AlignUp(RepairScratchBytes(problem)));
+  parts.Take(&work.parts, cells);
+  parts.Take(&work.mass, cells);
+  parts.Take(&work.pools, static_cast<int64_t>(PooledKeyBytes(problem) / sizeof(*work.pools)));
+  parts.Take(&work.lines, heads * 2 * work.line_words);
+  parts.Take(&work.flags, heads);
+  if (n > kGainsInShared) parts.Take(&work.gains, problem.q_heads * work.slots * kGainBytes);
+  parts.Take(&work.taken, 1);
+  work.scratch_stride = Workspace::Aligned(static_cast<int64_t>(RepairScratchBytes(problem)));
   work.scratch_blocks = static_cast<int32_t>(std::clamp<int64_t>(
       static_cast<int64_t>(kScratchBytesMax) / work.scratch_stride, 8, kRepairBlocksMax));
-  work.scratch = take(work.scratch_blocks * work.scratch_stride);
+  parts.Take(&work.scratch, work.scratch_blocks * work.scratch_stride);
+  plan.bytes = static_cast<size_t>(parts.used());
   return plan;
+}
+
+bool HasJoint(DType dtype, int head_dim) {
+  return HasProbe(dtype, head_dim) && HasRepair(dtype, head_dim);
 }
 
 size_t JointWorkspace(const Problem& problem) { return PlanJoint(problem, nullptr).bytes; }

@@ -24,13 +24,13 @@ struct HeadLines {
 constexpr uint32_t kKeepsAll = 1, kNeedsRepair = 2;
 
 struct JointWork {
-  int64_t slots;       // BlockSlots()
-  int32_t line_words;  // of a bitmap: one beyond the last, so that a row can be read unaligned
-  BlockPart* parts;    // Probe()
-  uint32_t* mass;      // like parts: the mass of a block in 2^-32
-  void* pools;         // Probe()
-  uint32_t* lines;     // [sequences, q_heads, 2, line_words]
-  uint32_t* flags;     // [sequences, q_heads]
+  int64_t slots;         // BlockSlots()
+  int32_t line_words;    // of a bitmap: one beyond the last, so that a row can be read unaligned
+  BlockPart* parts;      // Probe()
+  uint32_t* mass;        // like parts: the mass of a block in 2^-32
+  unsigned char* pools;  // Probe()
+  uint32_t* lines;       // [sequences, q_heads, 2, line_words]
+  uint32_t* flags;       // [sequences, q_heads]
   // Where the lines are chosen for sequences too long for shared memory, else null.
   unsigned char* gains;  // [q_heads, slots] of kGainBytes
   // Tasks of the repair taken from the front (low half) and from the back; zeroed by the choice of
@@ -63,6 +63,7 @@ struct JointPlan {
 JointPlan PlanJoint(const Problem& problem, void* workspace);
 
 cudaError_t ChooseLines(const Selection& selection, const JointWork& work, cudaStream_t stream);
+bool HasRepair(DType dtype, int head_dim);
 cudaError_t RepairRows(const Selection& selection, const JointWork& work, int multiprocessors,
                        cudaStream_t stream);
 

@@ -9,6 +9,8 @@
 
 namespace prefilld::cuda {
 
+// Whether every kernel of joint exists for these.
+bool HasJoint(DType dtype, int head_dim);
 // Bytes of workspace that Estimate, Select and the measurement of captured mass share.
 size_t JointWorkspace(const Problem& problem);
 cudaError_t JointEstimate(const Selection& selection, int multiprocessors, cudaStream_t stream);

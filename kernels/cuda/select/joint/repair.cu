@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "kernels/cuda/kernel_table.h"
 #include "kernels/cuda/select/block_index.cuh"
 #include "kernels/cuda/select/joint/joint.cuh"
 #include "kernels/cuda/select/joint/row.cuh"
 #include "kernels/cuda/select/probe_mma.cuh"
+#include "kernels/cuda/workspace.h"
 
 namespace prefilld::cuda {
 namespace {
@@ -337,8 +339,8 @@ __global__ void __launch_bounds__(kThreads, 2) RepairKernel(const __grid_constan
     }
 
     // 1, 2. Rows of the tile beyond the task's blocks are never read.
-    const uint32_t base_address = SharedOffset(shared);
-    const __half* pools = static_cast<const __half*>(params.work.pools) +
+    const uint32_t base_address = SharedAddress(shared);
+    const __half* pools = reinterpret_cast<const __half*>(params.work.pools) +
                           task.first_key_block * kPerBlock * kChannels;
     const int key_pools = task.end * kPerBlock;  // the last row sees so many
     const int steps = (key_pools + At::kKeys - 1) / At::kKeys;
@@ -374,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 2) RepairKernel(const __grid_constan
       base[x] = -INFINITY;
       sum[x] = 0;
     }
-    CopyAsyncWaitAll();
+    WaitForRows();
     for (int step = 0; step < steps; ++step) {
       __syncthreads();  // this step is in; nobody reads the other buffer any more
       if (step + 1 < steps) load(step + 1);
@@ -387,13 +389,13 @@ __global__ void __launch_bounds__(kThreads, 2) RepairKernel(const __grid_constan
             base_address + At::kK + step % 2 * At::Keys::kBytes, group * At::kChunk);
         // Here and not at the end of the step, where its fence would wait for the stores to
         // scratch.
-        CopyAsyncWaitAll();
+        WaitForRows();
         if (mine) {
           SumBlocks<At::kChunk, kPerBlock>(logits, row_tile, first_key, tile_begin * kPerBlock,
                                            scale, cells, bases, base, sum);
         }
       } else {
-        CopyAsyncWaitAll();
+        WaitForRows();
       }
     }
 #pragma unroll
@@ -494,9 +496,11 @@ cudaError_t Launch(const Params& params, int multiprocessors, cudaStream_t strea
              : LaunchOf<kChannels, 2>(params, multiprocessors, stream);
 }
 
-int64_t CeilDiv(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+using Table = KernelTable<64, 96, 128, 256>;
 
 }  // namespace
+
+bool HasRepair(DType dtype, int head_dim) { return Table::Has(dtype, head_dim); }
 
 size_t RepairScratchBytes(const Problem& problem) {
   const int64_t n = std::max(1, problem.k_blocks_max);
@@ -531,16 +535,9 @@ cudaError_t RepairRows(const Selection& selection, const JointWork& work, int mu
   }
   params.tiles_max = static_cast<int32_t>(CeilDiv(p.q_blocks_max, params.blocks_of_task));
   params.tasks = static_cast<int32_t>(tasks(params.blocks_of_task));
-  switch (p.head_dim) {
-    case 64:
-      return Launch<64>(params, multiprocessors, stream);
-    case 96:
-      return Launch<96>(params, multiprocessors, stream);
-    case 128:
-      return Launch<128>(params, multiprocessors, stream);
-    default:
-      return Launch<256>(params, multiprocessors, stream);
-  }
+  return Table::Launch(p.dtype, p.head_dim, [&]<typename T, int kChannels>() {
+    return Launch<kChannels>(params, multiprocessors, stream);
+  });
 }
 
 }  // namespace prefilld::cuda

@@ -1,5 +1,4 @@
-// The matrix instructions of every chip from 8.0 on, each as PTX has it, in the order they are
-// written.
+// The matrix instructions of every chip from 8.0 on, each as PTX has it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +6,8 @@
 
 #include <cstdint>
 #include <type_traits>
+
+#include "kernels/cuda/instructions/shared_memory.cuh"
 
 namespace prefilld::cuda {
 
@@ -23,6 +24,15 @@ __device__ __forceinline__ void LoadTransposed(uint32_t (&x)[4], uint32_t from) 
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(from)
                : "memory");
+}
+// The other way, from 9.0 on: four 8 x 8 matrices, one register of a fragment each; lane 8 i + r
+// says where row r of matrix i goes.
+__device__ __forceinline__ void StoreMatrices(void* to, uint32_t a, uint32_t b, uint32_t c,
+                                              uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(SharedAddress(to)),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
 }
 
 // c[16 x 8] += a[16 x 16] b[16 x 8]; c has four elements a thread.

@@ -1,0 +1,44 @@
+// What a kernel is instantiated for: a closed table of element types and head dims beside each
+// kernel, searched by admission (Has) and by dispatch (Launch) alike, so that what is admitted is
+// what can run and what is not listed runs nothing.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "kernels/tensor.h"
+
+namespace prefilld::cuda {
+
+// BF16 and F16 times the head dims listed.
+template <int... kHeadDims>
+struct KernelTable {
+  static constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
+  static constexpr int kHeadDimList[] = {kHeadDims...};  // for messages
+
+  static constexpr bool Has(DType dtype, int head_dim) {
+    return (dtype == kDTypes[0] || dtype == kDTypes[1]) && ((head_dim == kHeadDims) || ...);
+  }
+
+  // launch.template operator()<T, kHeadDim>() of the row that is listed, which returns a
+  // cudaError_t; cudaErrorInvalidValue where none is.
+  template <typename Function>
+  static cudaError_t Launch(DType dtype, int head_dim, Function&& launch) {
+    if (!Has(dtype, head_dim)) return cudaErrorInvalidValue;
+    return dtype == DType::kBF16 ? Find<__nv_bfloat16>(head_dim, launch)
+                                 : Find<__half>(head_dim, launch);
+  }
+
+ private:
+  template <typename T, typename Function>
+  static cudaError_t Find(int head_dim, Function&& launch) {
+    cudaError_t error = cudaErrorInvalidValue;
+    static_cast<void>(
+        ((head_dim == kHeadDims && (error = launch.template operator()<T, kHeadDims>(), true)) ||
+         ...));
+    return error;
+  }
+};
+
+}  // namespace prefilld::cuda

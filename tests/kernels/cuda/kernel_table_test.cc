@@ -1,0 +1,92 @@
+// What is admitted is what can run: admission and dispatch search the same rows. Needs no GPU.
+#include "kernels/cuda/kernel_table.h"
+
+#include <gtest/gtest.h>
+
+#include <type_traits>
+#include <vector>
+
+#include "kernels/cuda/attend/attend.h"
+#include "kernels/cuda/methods.h"
+#include "kernels/cuda/problem.h"
+#include "kernels/cuda/select/probe.cuh"
+
+namespace prefilld::cuda {
+namespace {
+
+constexpr int kUnlisted[] = {0, 8, 32, 80, 112, 192, 512};
+
+TEST(KernelTable, LaunchesTheRowThatIsAskedFor) {
+  using Table = KernelTable<64, 96>;
+  int head_dim = 0;
+  bool bf16 = false;
+  const auto launch = [&]<typename T, int kHeadDim>() {
+    head_dim = kHeadDim;
+    bf16 = std::is_same_v<T, __nv_bfloat16>;
+    return cudaSuccess;
+  };
+  for (const int asked : {64, 96}) {
+    for (const DType dtype : {DType::kBF16, DType::kF16}) {
+      EXPECT_TRUE(Table::Has(dtype, asked));
+      EXPECT_EQ(Table::Launch(dtype, asked, launch), cudaSuccess);
+      EXPECT_EQ(head_dim, asked);
+      EXPECT_EQ(bf16, dtype == DType::kBF16);
+    }
+  }
+}
+
+TEST(KernelTable, LaunchesNothingForWhatIsNotListed) {
+  using Table = KernelTable<64, 256>;
+  const auto launch = []<typename T, int kHeadDim>() {
+    ADD_FAILURE() << kHeadDim;
+    return cudaSuccess;
+  };
+  for (const int asked : kUnlisted) {
+    EXPECT_FALSE(Table::Has(DType::kBF16, asked));
+    EXPECT_EQ(Table::Launch(DType::kBF16, asked, launch), cudaErrorInvalidValue) << asked;
+  }
+  EXPECT_FALSE(Table::Has(DType::kF32, 64));
+  EXPECT_EQ(Table::Launch(DType::kF32, 64, launch), cudaErrorInvalidValue);
+}
+
+AttentionShape ShapeOf(DType dtype, int head_dim) {
+  return {dtype, 8, 2, head_dim, {0, 300}, {0, 300}};
+}
+
+TEST(Admission, TakesTheHeadDimsThatEveryKernelOfTheMethodHas) {
+  for (const KernelSet set : {KernelSet::kSm80, KernelSet::kSm90}) {
+    for (const Method method : ServedMethods()) {
+      for (int head_dim = 8; head_dim <= 512; head_dim += 8) {
+        const bool runs = HasAttendSm80(DType::kBF16, head_dim, 128) &&
+                          LaunchersOf(method).has(DType::kBF16, head_dim);
+        EXPECT_EQ(CheckSupported(set, ShapeOf(DType::kBF16, head_dim), {.method = method}).ok(),
+                  runs)
+            << Name(method) << " " << head_dim;
+      }
+      for (const int head_dim : kUnlisted) {
+        EXPECT_FALSE(CheckSupported(set, ShapeOf(DType::kBF16, head_dim), {.method = method}).ok());
+      }
+    }
+  }
+}
+
+// A problem of no head_dim that there is reaches no kernel, not even that of the largest.
+TEST(Dispatch, RunsNoOtherKernelForAnUnlistedHeadDim) {
+  const Sequence sequence = {.sq = 128, .sk = 128, .q_blocks = 1, .k_blocks = 1};
+  for (const int head_dim : kUnlisted) {
+    Problem problem;
+    problem.q_heads = problem.kv_heads = 1;
+    problem.head_dim = head_dim;
+    problem.sequences = 1;
+    problem.total_q = problem.total_k = 128;
+    problem.rows = problem.q_blocks_max = problem.k_blocks_max = 1;
+    problem.host_sequence = &sequence;
+    EXPECT_EQ(AttendSm80(problem, nullptr, 1, nullptr), cudaErrorInvalidValue) << head_dim;
+    EXPECT_EQ(AttendSm90(problem, nullptr, 1, nullptr), cudaErrorInvalidValue) << head_dim;
+    EXPECT_EQ(Probe(problem, RowRule::kProbe, nullptr, nullptr, 1, nullptr), cudaErrorInvalidValue)
+        << head_dim;
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::cuda
