@@ -238,7 +238,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
   out.head_dim = reader.Integer("head_dim", 1, kMaxHeadDim, default_head_dim);
   out.max_positions = reader.Integer("max_position_embeddings", 1, kMaxPositions);
   out.rms_norm_eps = static_cast<float>(reader.Positive("rms_norm_eps", family.rms_norm_eps));
-  const auto choose = [&](const Choice& choice) {
+  const auto choose = [&](const FlagKey& choice) {
     return choice.key.empty() ? choice.absent : reader.Bool(choice.key, choice.absent);
   };
   out.tie_word_embeddings = choose(family.tie_word_embeddings);

@@ -12,7 +12,7 @@
 namespace prefilld {
 
 // A yes or no of config.json, and what it is when left out. Without a key it is fixed.
-struct Choice {
+struct FlagKey {
   std::string_view key;
   bool absent = false;
 };
@@ -39,8 +39,8 @@ struct TensorNames {
 
 struct Family {
   std::string_view model_type;  // of config.json
-  Choice qkv_bias, o_bias, mlp_bias;
-  Choice tie_word_embeddings;
+  FlagKey qkv_bias, o_bias, mlp_bias;
+  FlagKey tie_word_embeddings;
   double rms_norm_eps = 0;  // when left out
   double rope_theta = 0;    // when left out
   // The share of a head's channels that turn; partial_rotary_factor may say another one where the
