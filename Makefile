@@ -48,6 +48,16 @@ test-sanitized: packages  ## unit tests under the address and undefined-behaviou
 	@cmake --build --preset dev -j$(JOBS)
 	@ctest --preset dev
 
+.PHONY: sanitize-gpu
+sanitize-gpu: configured  ## the small GPU tests under compute-sanitizer's memcheck, racecheck and synccheck
+	@command -v compute-sanitizer > /dev/null || { echo "sanitize-gpu: there is no compute-sanitizer (it comes with the CUDA toolkit)" >&2; exit 1; }
+	@nvidia-smi > /dev/null 2>&1 || { echo "sanitize-gpu: there is no NVIDIA GPU" >&2; exit 1; }
+	@cmake --build build -j$(JOBS) --target cuda_kernels_test
+	@for tool in memcheck racecheck synccheck; do \
+		echo "== $$tool"; \
+		compute-sanitizer --tool=$$tool --error-exitcode=1 build/tests/cuda_kernels_test --gtest_brief=1 --gtest_filter='*Smoke*'; \
+	done
+
 .PHONY: bench
 bench: build build/bench-venv/.complete $(MODEL)  ## quality and speed, beside transformers
 	@$(BENCH_PYTHON) tests/bench/run.py

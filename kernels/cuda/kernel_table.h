@@ -7,6 +7,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <array>
+
 #include "kernels/tensor.h"
 
 namespace prefilld::cuda {
@@ -14,8 +16,8 @@ namespace prefilld::cuda {
 // BF16 and F16 times the head dims listed.
 template <int... kHeadDims>
 struct KernelTable {
-  static constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
-  static constexpr int kHeadDimList[] = {kHeadDims...};  // for messages
+  static constexpr std::array<DType, 2> kDTypes = {DType::kBF16, DType::kF16};
+  static constexpr std::array<int, sizeof...(kHeadDims)> kHeadDimList = {kHeadDims...};  // for messages
 
   static constexpr bool Has(DType dtype, int head_dim) {
     return (dtype == kDTypes[0] || dtype == kDTypes[1]) && ((head_dim == kHeadDims) || ...);
