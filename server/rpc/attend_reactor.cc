@@ -46,7 +46,8 @@ void AttendReactor::OnReadDone(bool ok) {
   absl::MutexLock lock(&mutex_);
   if (ended_) return;
   busy_ = true;
-  rpc_.memory->Post([self = shared_from_this()] { self->CopyRegion(); });
+  // The job keeps its memory until then, also when the call has ended.
+  rpc_.memory->Post([self = shared_from_this(), job = job_] { self->CopyRegion(); });
 }
 
 // The caller has closed its side.

@@ -346,14 +346,14 @@ TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
     return std::stoi(name.substr(name.rfind('-') + 1));
   };
   const int before = number(next_region());
-  absl::Notification go;
-  for (int i = 0; i < 2; ++i) memory_->Post([&] { go.WaitForNotification(); });
+  const auto go = std::make_shared<absl::Notification>();  // the pool's threads may leave it last
+  for (int i = 0; i < 2; ++i) memory_->Post([go] { go->WaitForNotification(); });
   grpc::ClientContext context;
   auto stream = prefill_->Attend(&context);
   stream->Write(Header(700, v1::TRANSPORT_POSIX_SHM));
   context.TryCancel();
   EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
-  go.Notify();
+  go->Notify();
   WaitUntilFree();
   EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(10)));
   EXPECT_EQ(number(next_region()), before + 1);
@@ -361,8 +361,8 @@ TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
 
 // Outputs are placed, inputs are let go of: none of it by whoever computes.
 TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
-  absl::Notification go;
-  for (int i = 0; i < 2; ++i) transfers_.Post([&] { go.WaitForNotification(); });
+  const auto go = std::make_shared<absl::Notification>();  // the pool's threads may leave it last
+  for (int i = 0; i < 2; ++i) transfers_.Post([go] { go->WaitForNotification(); });
   const v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
   grpc::ClientContext contexts[2];
   std::unique_ptr<Stream> streams[2];
@@ -372,7 +372,7 @@ TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
     ASSERT_TRUE(streams[i]->Write(Written()));
   }
   EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30))) << "both were computed";
-  go.Notify();
+  go->Notify();
   for (auto& stream : streams) {
     v1::AttendResponse response;
     while (!response.has_summary()) ASSERT_TRUE(stream->Read(&response));
