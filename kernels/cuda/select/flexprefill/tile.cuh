@@ -58,22 +58,17 @@ __device__ __forceinline__ void Widen8(const uint4& piece, float (&x)[8]) {
 struct QueryScale {
   float high, low;
 };
-template <int kHeadDim>
-constexpr double kInverseRoot = 0;
-template <>
-constexpr double kInverseRoot<64> = 0.125;
-template <>
-constexpr double kInverseRoot<96> = 0.10206207261596575409;
-template <>
-constexpr double kInverseRoot<128> = 0.08838834764831844055;
-template <>
-constexpr double kInverseRoot<256> = 0.0625;
-template <int kHeadDim>
-__host__ __device__ constexpr QueryScale ScaleOf() {
-  constexpr double kScale = kInverseRoot<kHeadDim>;
-  static_assert(kScale > 0, "1 / sqrt of this head_dim is not listed above");
-  const float high = static_cast<float>(kScale);
-  return {high, static_cast<float>(kScale - high)};
+__host__ __device__ constexpr double InverseRoot(int head_dim) {
+  return head_dim == 64    ? 0.125
+         : head_dim == 96  ? 0.10206207261596575409
+         : head_dim == 128 ? 0.08838834764831844055
+         : head_dim == 256 ? 0.0625
+                           : 0;  // not listed
+}
+__host__ __device__ constexpr QueryScale ScaleOf(int head_dim) {
+  const double scale = InverseRoot(head_dim);
+  const float high = static_cast<float>(scale);
+  return {high, static_cast<float>(scale - high)};
 }
 __device__ __forceinline__ float ScaleQuery(float x, QueryScale scale) {
   return RoundToBFloat16(fmaf(x, scale.high, x * scale.low));
@@ -112,7 +107,8 @@ template <typename T, int kHeadDim, typename RowOf>
 __device__ __forceinline__ void LoadQueries(int tiles, int rows, RowOf row_of, char* to) {
   constexpr int kAtOnce = 8;  // loads in flight of a thread
   constexpr int kPieces = kHeadDim / 8;
-  constexpr QueryScale scale = ScaleOf<kHeadDim>();
+  static_assert(InverseRoot(kHeadDim) > 0, "list 1 / sqrt of this head_dim");
+  constexpr QueryScale scale = ScaleOf(kHeadDim);
   const int pieces = tiles * rows * kPieces;
   for (int i = threadIdx.x; i < pieces; i += kAtOnce * blockDim.x) {
     uint4 loaded[kAtOnce] = {};

@@ -49,7 +49,8 @@ TEST_F(PagesOnGpu, JointSelectsTheSame) {
 // Both of its patterns: a threshold of 2 makes every head query-aware, 0 none.
 TEST_F(PagesOnGpu, FlexPrefillSelectsTheSame) {
   for (double tau : {0.0, 0.1, 2.0}) {
-    const SparsityPolicy policy{.method = Method::kFlexPrefill, .gamma = 0.9, .tau = tau};
+    const SparsityPolicy policy{
+        .method = Method::kFlexPrefill, .gamma = 0.9, .flexprefill = {.tau = tau}};
     Compare(false, [&](CudaCase* contiguous, CudaCase* paged) {
       ExpectSameSelection(contiguous->Select(policy), paged->Select(policy));
     });
