@@ -90,6 +90,18 @@ struct HeadReport {
   float captured_mass_min = 1;  // minimum over the sampled rows
 };
 
+// Paged K and V. Where arena is not null, k and v of the call are not read; what fills the last
+// page of a sequence beyond its tokens is not read either, nor is a page that no sequence names.
+// The caller's; on a device that does not compute in host memory both arrays are device memory.
+struct KvPages {
+  const void* arena = nullptr;  // [arena_pages, kv_heads, k|v, page_tokens, d] in the shape's dtype
+  // For each sequence the ceil(sk / page_tokens) pages of its tokens in order, sequences one after
+  // the other. Each from 0 to below arena_pages.
+  const int32_t* pages = nullptr;
+  int64_t arena_pages = 0;  // > 0
+  int page_tokens = 0;      // a power of two from 16 to 4096
+};
+
 // One call of the three stages. All pointers are the caller's and outlive the stages. q, k, v and o
 // may lie in memory that others write meanwhile: what comes out is then of no use, but no stage
 // reads or writes anything but its arguments.
@@ -99,6 +111,7 @@ struct AttentionArgs {
   double softmax_scale = 0;  // > 0
   ConstHeadsView q;          // [total_q, q_heads, d]
   ConstHeadsView k, v;       // [total_k, kv_heads, d]
+  KvPages kv_pages;          // instead of k and v where its arena is set
   HeadsView o;               // [total_q, q_heads, d], the dtype of q
   float* lse = nullptr;      // [q_heads, total_q] natural log, or null
   BlockIndexView index;

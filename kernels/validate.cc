@@ -12,6 +12,7 @@ namespace prefilld {
 namespace {
 
 constexpr int kBlockSizes[] = {64, 128};
+constexpr int kPageTokensMin = 16, kPageTokensMax = 4096;
 
 absl::Status ValidateHeads(const AttentionShape& shape) {
   if (shape.q_heads <= 0 || shape.kv_heads <= 0 || shape.q_heads % shape.kv_heads != 0) {
@@ -117,6 +118,22 @@ absl::Status ValidateAttention(const AttentionShape& shape, const SparsityPolicy
     }
   }
   return ValidateMethod(shape, policy.method, table);
+}
+
+absl::Status ValidatePages(const KvPages& pages) {
+  if (pages.arena == nullptr) return absl::OkStatus();
+  const int tokens = pages.page_tokens;
+  if (tokens < kPageTokensMin || tokens > kPageTokensMax || (tokens & (tokens - 1)) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("page_tokens ", tokens,
+                                                   " is not a power of two from ", kPageTokensMin,
+                                                   " to ", kPageTokensMax));
+  }
+  if (pages.pages == nullptr) return absl::InvalidArgumentError("pages is null, its arena is not");
+  if (pages.arena_pages <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("arena_pages ", pages.arena_pages, " is not positive"));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace prefilld

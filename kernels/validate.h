@@ -23,4 +23,8 @@ struct KernelTable {
 absl::Status ValidateAttention(const AttentionShape& shape, const SparsityPolicy& policy,
                                const KernelTable& table);
 
+// INVALID_ARGUMENT for pages that no backend can run; where there is no arena all is well. Page
+// numbers are not looked at: they may lie on a device.
+absl::Status ValidatePages(const KvPages& pages);
+
 }  // namespace prefilld

@@ -1,5 +1,6 @@
 #include "kernels/cpu/cpu_backend.h"
 
+#include "kernels/cpu/gather.h"
 #include "kernels/cpu/methods.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/validate.h"
@@ -22,15 +23,25 @@ absl::Status CpuBackend::Supports(const AttentionShape& shape, const SparsityPol
       {.backend = name(), .dtypes = kDTypes, .head_dims = kHeadDims, .methods = ServedMethods()});
 }
 
+template <typename Stage>
+absl::Status CpuBackend::Run(const AttentionArgs& args, Stage stage) {
+  if (args.kv_pages.arena == nullptr) return stage(args);
+  AttentionArgs gathered = args;
+  absl::Status status = GatherPages(&gathered, &gathered_);
+  return status.ok() ? stage(gathered) : status;
+}
+
 absl::Status CpuBackend::EstimatePattern(const AttentionArgs& args, Stream) {
-  return selection_.Estimate(args);
+  return Run(args, [&](const AttentionArgs& rows) { return selection_.Estimate(rows); });
 }
 absl::Status CpuBackend::SelectBlocks(const AttentionArgs& args, Stream) {
-  return selection_.Select(args);
+  return Run(args, [&](const AttentionArgs& rows) { return selection_.Select(rows); });
 }
 absl::Status CpuBackend::MeasureCapturedMass(const AttentionArgs& args, Stream) {
-  return selection_.MeasureCapturedMass(args);
+  return Run(args, [&](const AttentionArgs& rows) { return selection_.MeasureCapturedMass(rows); });
 }
-absl::Status CpuBackend::Attend(const AttentionArgs& args, Stream) { return attention_.Run(args); }
+absl::Status CpuBackend::Attend(const AttentionArgs& args, Stream) {
+  return Run(args, [&](const AttentionArgs& rows) { return attention_.Run(rows); });
+}
 
 }  // namespace prefilld::cpu

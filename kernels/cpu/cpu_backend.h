@@ -28,10 +28,15 @@ class CpuBackend : public Backend {
   absl::Status Attend(const AttentionArgs& args, Stream) override;
 
  private:
+  // `stage` over rows of K and V, gathered from their pages where they are paged.
+  template <typename Stage>
+  absl::Status Run(const AttentionArgs& args, Stage stage);
+
   CpuDevice device_;
   std::unique_ptr<Ops> ops_;
   Selection selection_;
   Attention attention_;
+  Buffer gathered_;  // K and V of paged calls; grows to the largest
 };
 
 }  // namespace prefilld::cpu

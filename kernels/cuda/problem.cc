@@ -1,6 +1,7 @@
 #include "kernels/cuda/problem.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -37,6 +38,21 @@ absl::Status CheckTensor(const char* name, const View& view) {
     return absl::InvalidArgumentError(absl::StrCat(name, " has a stride of ", view.token_stride,
                                                    " elements between tokens, not from 0 to ",
                                                    kTokenStrideMax));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPages(const AttentionArgs& args) {
+  const KvPages& pages = args.kv_pages;
+  absl::Status status = ValidatePages(pages);
+  if (!status.ok()) return status;
+  if (reinterpret_cast<uintptr_t>(pages.arena) % 16 != 0) {
+    return absl::InvalidArgumentError("arena is not 16-byte aligned");
+  }
+  if (pages.page_tokens % args.policy.block_size != 0) {
+    return absl::UnimplementedError(absl::StrCat("page_tokens ", pages.page_tokens,
+                                                 " with block_size ", args.policy.block_size,
+                                                 " not supported (a multiple of block_size)"));
   }
   return absl::OkStatus();
 }
@@ -117,9 +133,10 @@ absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
 
 absl::Status CheckTensors(const AttentionArgs& args) {
   absl::Status status = CheckTensor("q", args.q);
+  if (status.ok()) status = CheckTensor("o", args.o);
+  if (status.ok() && args.kv_pages.arena != nullptr) return CheckPages(args);
   if (status.ok()) status = CheckTensor("k", args.k);
   if (status.ok()) status = CheckTensor("v", args.v);
-  if (status.ok()) status = CheckTensor("o", args.o);
   return status;
 }
 
@@ -137,6 +154,8 @@ Problem MakeProblem(const AttentionArgs& args, std::vector<Sequence>* sequences)
   const std::vector<SequenceBlocks> blocks = SplitIntoBlocks(shape, args.policy.block_size);
   problem.rows = TotalRows(blocks);
   problem.k_blocks_max = static_cast<int32_t>(MaxKeyBlocks(blocks));
+  const KvPages& pages = args.kv_pages;
+  int64_t page_begin = 0;
   sequences->clear();
   for (const SequenceBlocks& from : blocks) {
     const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
@@ -149,7 +168,8 @@ Problem MakeProblem(const AttentionArgs& args, std::vector<Sequence>* sequences)
                           .q_blocks = narrow(from.q_blocks),
                           .k_blocks = narrow(from.k_blocks),
                           .row_begin = narrow(from.row_begin),
-                          .page_begin = 0});
+                          .page_begin = narrow(page_begin)});
+    if (pages.arena != nullptr) page_begin += (from.sk + pages.page_tokens - 1) / pages.page_tokens;
     const Sequence& to = sequences->back();
     problem.q_blocks_max = std::max(problem.q_blocks_max, to.q_blocks);
     problem.sq_max = std::max(problem.sq_max, to.sq);
@@ -161,6 +181,13 @@ Problem MakeProblem(const AttentionArgs& args, std::vector<Sequence>* sequences)
   problem.k = TensorOf(args.k);
   problem.v = TensorOf(args.v);
   problem.o = TensorOf(args.o);
+  if (pages.arena != nullptr) {
+    problem.pages = pages.pages;
+    problem.arena = pages.arena;
+    problem.arena_pages = pages.arena_pages;
+    problem.page_tokens = pages.page_tokens;
+    problem.page_shift = std::countr_zero(static_cast<uint32_t>(pages.page_tokens));
+  }
   problem.lse = args.lse;
   problem.count = args.index.count;
   problem.index = args.index.index;

@@ -27,7 +27,8 @@ bool RunsSm90(KernelSet set, const Problem& problem);
 absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
                             const SparsityPolicy& policy);
 
-// INVALID_ARGUMENT for tensors that the kernels' 16-byte loads and 32-bit strides cannot take.
+// INVALID_ARGUMENT for tensors that the kernels' 16-byte loads and 32-bit strides cannot take, and
+// for pages that are none; UNIMPLEMENTED for pages that are not whole blocks.
 absl::Status CheckTensors(const AttentionArgs& args);
 
 // `sequences` becomes host_sequence, and must stay; device pointers into the workspace are not set.

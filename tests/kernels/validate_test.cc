@@ -72,5 +72,19 @@ TEST(ValidateAttention, AnInvalidRequestIsInvalidEverywhere) {
                absl::StatusCode::kInvalidArgument, "gamma 1");
 }
 
+TEST(ValidatePages, NamesWhatIsWrong) {
+  const int32_t page = 0;
+  EXPECT_TRUE(ValidatePages({}).ok());
+  for (int tokens : {16, 64, 4096}) EXPECT_TRUE(ValidatePages({&page, &page, 1, tokens}).ok());
+  for (int tokens : {0, -16, 8, 48, 8192}) {
+    ExpectStatus(ValidatePages({&page, &page, 1, tokens}), absl::StatusCode::kInvalidArgument,
+                 "page_tokens " + std::to_string(tokens));
+  }
+  ExpectStatus(ValidatePages({&page, nullptr, 1, 64}), absl::StatusCode::kInvalidArgument,
+               "pages is null");
+  ExpectStatus(ValidatePages({&page, &page, 0, 64}), absl::StatusCode::kInvalidArgument,
+               "arena_pages 0 is not positive");
+}
+
 }  // namespace
 }  // namespace prefilld

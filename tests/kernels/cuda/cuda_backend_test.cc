@@ -7,7 +7,10 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -78,6 +81,175 @@ TEST_F(CudaBackendOnGpu, RunsTheStagesInOrder) {
   }
 }
 
+// K and V in shuffled pages, pages of nobody and tails of NaN: bit for bit what rows give.
+class PagedOnGpu : public CudaBackendOnGpu {
+ protected:
+  static constexpr int kHeads = 4, kKvHeads = 2, kDim = 128;
+  struct Result {
+    std::vector<int32_t> rows;  // count, then blocks, of each row
+    std::vector<HeadReport> report;
+    std::vector<uint16_t> o;
+    std::vector<float> lse;
+  };
+
+  template <typename T>
+  Buffer Upload(const std::vector<T>& from) {
+    Buffer to = Take(from.size() * sizeof(T));
+    EXPECT_TRUE(backend_->device().Copy(to.data(), from.data(), to.bytes(), {}).ok());
+    EXPECT_TRUE(backend_->device().Synchronize({}).ok());
+    return to;
+  }
+  template <typename T>
+  void Download(const Buffer& from, std::vector<T>* to) {
+    to->resize(from.bytes() / sizeof(T));
+    EXPECT_TRUE(backend_->device().Copy(to->data(), from.data(), from.bytes(), {}).ok());
+  }
+
+  Result Run(AttentionArgs args) {
+    Device& device = backend_->device();
+    const auto blocks = SplitIntoBlocks(args.shape, args.policy.block_size);
+    const int64_t rows = TotalRows(blocks), stride = MaxKeyBlocks(blocks);
+    const int64_t total = args.shape.total_q();
+    Buffer o = Take(total * kHeads * kDim * 2), lse = Take(total * kHeads * sizeof(float));
+    Buffer count = Take(kHeads * rows * 4), index = Take(kHeads * rows * stride * 2);
+    const int64_t reports = args.shape.sequences() * kHeads;
+    Buffer report = *device.AllocateHost(reports * sizeof(HeadReport));
+    std::fill_n(report.as<HeadReport>(), reports, HeadReport());
+    args.o = {o.data(), kHeads * kDim, kDim};
+    args.lse = lse.as<float>();
+    args.index = {count.as<int32_t>(), index.as<uint16_t>(), rows, stride};
+    args.report = report.as<HeadReport>();
+    for (auto stage : {&Backend::EstimatePattern, &Backend::SelectBlocks,
+                       &Backend::MeasureCapturedMass, &Backend::Attend}) {
+      const absl::Status status = (backend_.get()->*stage)(args, {});
+      EXPECT_TRUE(status.ok()) << status;
+    }
+    Result result;
+    std::vector<int32_t> counts;
+    std::vector<uint16_t> indices;
+    Download(o, &result.o);
+    Download(lse, &result.lse);
+    Download(count, &counts);
+    Download(index, &indices);
+    EXPECT_TRUE(device.Synchronize({}).ok());
+    for (size_t row = 0; row < counts.size(); ++row) {
+      result.rows.push_back(counts[row]);
+      const auto begin = indices.begin() + static_cast<int64_t>(row) * stride;
+      result.rows.insert(result.rows.end(), begin,
+                         begin + std::clamp<int64_t>(counts[row], 0, stride));
+    }
+    result.report.assign(args.report, args.report + reports);
+    return result;
+  }
+
+  static void ExpectSameBits(const Result& a, const Result& b) {
+    EXPECT_TRUE(a.rows == b.rows);
+    ASSERT_EQ(a.report.size(), b.report.size());
+    for (size_t x = 0; x < a.report.size(); ++x) {
+      EXPECT_EQ(a.report[x].pattern, b.report[x].pattern);
+      EXPECT_EQ(a.report[x].dense_reason, b.report[x].dense_reason);
+      EXPECT_EQ(a.report[x].density, b.report[x].density);
+      EXPECT_EQ(a.report[x].captured_mass, b.report[x].captured_mass);
+      EXPECT_EQ(a.report[x].captured_mass_min, b.report[x].captured_mass_min);
+    }
+    EXPECT_TRUE(a.o == b.o);
+    ASSERT_EQ(a.lse.size(), b.lse.size());
+    EXPECT_EQ(std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * sizeof(float)), 0);
+  }
+
+  // BF16 of normal values.
+  static std::vector<uint16_t> Random(int64_t count, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    std::vector<uint16_t> values(count);
+    for (uint16_t& value : values) {
+      const float x = normal(random);
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      value = static_cast<uint16_t>(bits >> 16);
+    }
+    return values;
+  }
+
+  // Fills `arena`, all NaN before, and returns the pages of every sequence.
+  static std::vector<int32_t> Page(const AttentionShape& shape, const std::vector<uint16_t>& k,
+                                   const std::vector<uint16_t>& v, int page_tokens,
+                                   std::vector<uint16_t>* arena) {
+    const auto pages_of = [&](int s) {
+      return (shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s] + page_tokens - 1) / page_tokens;
+    };
+    int64_t used = 0;
+    for (int s = 0; s < shape.sequences(); ++s) used += pages_of(s);
+    std::vector<int32_t> pages(used + 3);
+    std::iota(pages.begin(), pages.end(), 0);
+    std::shuffle(pages.begin(), pages.end(), std::mt19937(7));
+    arena->assign(pages.size() * kKvHeads * 2 * page_tokens * kDim, 0xffff);
+    int64_t first = 0;
+    for (int s = 0; s < shape.sequences(); first += pages_of(s++)) {
+      const int64_t begin = shape.cu_seqlens_k[s], sk = shape.cu_seqlens_k[s + 1] - begin;
+      for (int64_t x = 0; x < sk * kKvHeads * 2; ++x) {
+        const int64_t t = x / (kKvHeads * 2), g = x / 2 % kKvHeads, part = x % 2;
+        const int64_t page = pages[first + t / page_tokens];
+        const int64_t to = ((page * kKvHeads + g) * 2 + part) * page_tokens + t % page_tokens;
+        std::copy_n((part == 0 ? k : v).begin() + ((begin + t) * kKvHeads + g) * kDim, kDim,
+                    arena->begin() + to * kDim);
+      }
+    }
+    pages.resize(used);
+    return pages;
+  }
+};
+
+TEST_F(PagedOnGpu, GivesWhatRowsGive) {
+  const AttentionShape equal{DType::kBF16, kHeads,          kKvHeads,
+                             kDim,         {0, 1000, 2700}, {0, 1000, 2700}};
+  AttentionShape prefix = equal;
+  prefix.cu_seqlens_q = {0, 300, 1001};
+  const Buffer q = Upload(Random(equal.total_q() * kHeads * kDim, 1));
+  const auto k = Random(equal.total_k() * kKvHeads * kDim, 2);
+  const auto v = Random(equal.total_k() * kKvHeads * kDim, 3);
+  const Buffer k_rows = Upload(k), v_rows = Upload(v);
+  for (const AttentionShape& shape : {equal, prefix}) {
+    for (const auto& [block_size, page_tokens] : {std::pair(64, 128), {128, 128}, {128, 256}}) {
+      std::vector<uint16_t> wide;
+      const std::vector<int32_t> numbers = Page(shape, k, v, page_tokens, &wide);
+      const Buffer pages = Upload(numbers), arena = Upload(wide);
+      for (const MethodRow& method : kMethodTable) {
+        const SparsityPolicy policy{
+            .method = method.method, .gamma = 0.7, .block_size = block_size};
+        if (!backend_->Supports(shape, policy).ok()) continue;  // fewer queries than keys
+        SCOPED_TRACE(std::string(method.name) + " blocks of " + std::to_string(block_size) +
+                     " pages of " + std::to_string(page_tokens));
+        AttentionArgs args{.shape = shape,
+                           .policy = policy,
+                           .softmax_scale = 0.088,
+                           .q = {q.data(), kHeads * kDim, kDim},
+                           .k = {k_rows.data(), kKvHeads * kDim, kDim},
+                           .v = {v_rows.data(), kKvHeads * kDim, kDim}};
+        const Result want = Run(args);
+        args.k = args.v = {};
+        args.kv_pages = {arena.data(), pages.as<int32_t>(),
+                         static_cast<int64_t>(numbers.size()) + 3, page_tokens};
+        ExpectSameBits(Run(args), want);
+      }
+    }
+  }
+}
+
+TEST_F(PagedOnGpu, PagesOfPartsOfBlocksAreRefusedByName) {
+  Buffer memory = Take(1 << 20);
+  AttentionArgs args{.shape = {DType::kBF16, 1, 1, 64, {0, 100}, {0, 100}},
+                     .policy = {.method = Method::kJoint, .block_size = 128},
+                     .softmax_scale = 0.125,
+                     .q = {memory.data(), 64, 64},
+                     .kv_pages = {memory.data(), memory.as<int32_t>(), 8, 64},
+                     .o = {memory.data(), 64, 64}};
+  const absl::Status status = backend_->Attend(args, {});
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(std::string(status.message()),
+              testing::HasSubstr("page_tokens 64 with block_size 128 not supported"));
+}
+
 TEST_F(CudaBackendOnGpu, MisalignedTensorsAreRefusedAndNotLaunched) {
   Buffer memory = Take(1 << 20);
   Buffer report = *backend_->device().AllocateHost(sizeof(HeadReport));
@@ -96,8 +268,7 @@ TEST_F(CudaBackendOnGpu, MisalignedTensorsAreRefusedAndNotLaunched) {
 
 TEST_F(CudaBackendOnGpu, AfterMemoryHasRunOutTheNextCallWorks) {
   Device& device = backend_->device();
-  EXPECT_EQ(device.Allocate(size_t{1} << 45).status().code(),
-            absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(device.Allocate(size_t{1} << 45).status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_TRUE(device.fault().empty());
   EXPECT_TRUE(device.Allocate(1 << 20).ok());
   EXPECT_TRUE(device.Synchronize({}).ok());
