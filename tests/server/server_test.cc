@@ -469,37 +469,6 @@ TEST_F(ServerWithHeldThreads, WhoWaitsForMemoryKeepsNobodyElse) {
   }
 }
 
-TEST_F(ServerWithHeldThreads, NobodyTakesMemoryForAPromptThatWasGivenUp) {
-  {
-    Held held(server_->memory(), 2);
-    grpc::ClientContext context;
-    auto reader = caller_->prefill->Prefill(&context, Prompt(130));
-    // Until it is known to the server.
-    for (grpc::StatusCode code = grpc::StatusCode::OK;
-         code != grpc::StatusCode::INVALID_ARGUMENT;) {
-      grpc::ClientContext other;
-      other.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
-      auto attached = caller_->prefill->Prefill(&other, Prompt(7));
-      v1::PrefillEvent event;
-      EXPECT_FALSE(attached->Read(&event));
-      code = attached->Finish().error_code();
-    }
-    context.TryCancel();
-    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
-  }
-  // The id is free again as soon as the server has heard of it, and so are the blocks.
-  int count = 0;
-  for (grpc::StatusCode code = grpc::StatusCode::INVALID_ARGUMENT;
-       code == grpc::StatusCode::INVALID_ARGUMENT;) {
-    grpc::ClientContext context;
-    auto reader = caller_->prefill->Prefill(&context, Prompt(7));
-    for (v1::PrefillEvent event; reader->Read(&event);) ++count;
-    code = reader->Finish().error_code();
-    EXPECT_TRUE(code == grpc::StatusCode::OK || code == grpc::StatusCode::INVALID_ARGUMENT);
-  }
-  EXPECT_EQ(count, 5);
-}
-
 TEST_F(ServerWithHeldThreads, AComputationWaitsForNoPull) {
   v1::PrefillRequest request = Prompt(130);
   request.mutable_destination()->set_transport(v1::TRANSPORT_GRPC);

@@ -338,27 +338,6 @@ TEST_F(AttendOnDeviceTest, ACallerThatGoesTakesItsMemoryWithIt) {
   }
 }
 
-TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
-  const auto next_region = [&] {
-    return (*media_[Transport::kPosixShm]->Create(1))->address().shm_name;
-  };
-  const auto number = [](const std::string& name) {
-    return std::stoi(name.substr(name.rfind('-') + 1));
-  };
-  const int before = number(next_region());
-  const auto go = std::make_shared<absl::Notification>();  // the pool's threads may leave it last
-  for (int i = 0; i < 2; ++i) memory_->Post([go] { go->WaitForNotification(); });
-  grpc::ClientContext context;
-  auto stream = prefill_->Attend(&context);
-  stream->Write(Header(700, v1::TRANSPORT_POSIX_SHM));
-  context.TryCancel();
-  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
-  go->Notify();
-  WaitUntilFree();
-  EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(10)));
-  EXPECT_EQ(number(next_region()), before + 1);
-}
-
 // Outputs are placed, inputs are let go of: none of it by whoever computes.
 TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
   const auto go = std::make_shared<absl::Notification>();  // the pool's threads may leave it last
