@@ -34,4 +34,10 @@ int64_t MaxKeyBlocks(const std::vector<SequenceBlocks>& sequences) {
   return most;
 }
 
+bool Measures(const AttentionArgs& args) {
+  if (args.per_head.of_head.empty()) return Measures(args.policy);
+  return std::any_of(args.per_head.of_head.begin(), args.per_head.of_head.end(),
+                     [&](uint16_t place) { return Measures(args.per_head.policies[place]); });
+}
+
 }  // namespace prefilld

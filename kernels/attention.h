@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "kernels/methods.h"
@@ -28,6 +29,10 @@ struct SparsityPolicy {
 
   bool operator==(const SparsityPolicy&) const = default;
 };
+// Whether captured mass is to be known.
+constexpr bool Measures(const SparsityPolicy& policy) {
+  return policy.measure_captured_mass || policy.min_captured_mass > 0;
+}
 
 inline constexpr int64_t kKeyBlocksMax = 65536;  // of a sequence: a block index is 16 bits wide
 
@@ -102,12 +107,20 @@ struct KvPages {
   int page_tokens = 0;      // a power of two from 16 to 4096
 };
 
+// Policies that differ from head to head. One block_size for all: that of the call's policy.
+struct HeadPolicies {
+  std::span<const SparsityPolicy> policies;
+  // [q_heads]: the place in policies of each query head's. Empty: all have the call's policy.
+  std::span<const uint16_t> of_head;
+};
+
 // One call of the three stages. All pointers are the caller's and outlive the stages. q, k, v and o
 // may lie in memory that others write meanwhile: what comes out is then of no use, but no stage
 // reads or writes anything but its arguments.
 struct AttentionArgs {
   AttentionShape shape;
   SparsityPolicy policy;
+  HeadPolicies per_head;     // instead of policy where it names any
   double softmax_scale = 0;  // > 0
   ConstHeadsView q;          // [total_q, q_heads, d]
   ConstHeadsView k, v;       // [total_k, kv_heads, d]
@@ -122,5 +135,10 @@ struct AttentionArgs {
   // When it turns true, stage 3 may stop early and leave o and lse unspecified. May be null.
   const std::atomic<bool>* cancelled = nullptr;
 };
+inline const SparsityPolicy& PolicyOf(const AttentionArgs& args, int h) {
+  const HeadPolicies& heads = args.per_head;
+  return heads.of_head.empty() ? args.policy : heads.policies[heads.of_head[h]];
+}
+bool Measures(const AttentionArgs& args);  // of any head
 
 }  // namespace prefilld

@@ -38,6 +38,11 @@ Buffer::~Buffer() {
   if (data_ != nullptr && free_ != nullptr) free_(data_, bytes_);
 }
 
+absl::Status Backend::SupportsPerHead(const AttentionShape&, const HeadPolicies&) const {
+  return absl::UnimplementedError(
+      absl::StrCat("policies that differ per head not supported by ", std::string(name())));
+}
+
 absl::StatusOr<std::string> Device::Export(const Buffer&) {
   return absl::UnimplementedError(
       absl::StrCat("memory of ", std::string(name()), " is not shared with other processes"));

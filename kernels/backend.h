@@ -121,13 +121,16 @@ class Backend {
   // The admission check: UNIMPLEMENTED, naming what was asked and what exists. Threads: any.
   virtual absl::Status Supports(const AttentionShape& shape,
                                 const SparsityPolicy& policy) const = 0;
+  // The same for AttentionArgs::per_head. UNIMPLEMENTED where all heads have one policy.
+  virtual absl::Status SupportsPerHead(const AttentionShape& shape,
+                                       const HeadPolicies& heads) const;
 
   // Stage 1: probes rows, leaves the method's maps in the backend's workspace.
   virtual absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) = 0;
   // Stage 2: writes args.index, and pattern, dense_reason and density of args.report.
   virtual absl::Status SelectBlocks(const AttentionArgs& args, Stream stream) = 0;
-  // Between 2 and 3, when policy.measure_captured_mass or min_captured_mass asks for it: captured
-  // mass of every head on its own sampled rows; heads below the minimum get every causal block.
+  // Between 2 and 3, where a policy asks for it (Measures): captured mass of its heads on rows
+  // sampled for that; heads below the minimum get every causal block.
   virtual absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) = 0;
   // Stage 3: attention over the blocks in args.index; reads nothing else of the method.
   virtual absl::Status Attend(const AttentionArgs& args, Stream stream) = 0;

@@ -30,6 +30,10 @@ class FaultyBackend : public Backend {
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
     return backend_->Supports(shape, policy);
   }
+  absl::Status SupportsPerHead(const AttentionShape& shape,
+                               const HeadPolicies& heads) const override {
+    return backend_->SupportsPerHead(shape, heads);
+  }
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override {
     return backend_->EstimatePattern(args, stream);
   }

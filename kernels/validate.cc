@@ -120,6 +120,25 @@ absl::Status ValidateAttention(const AttentionShape& shape, const SparsityPolicy
   return ValidateMethod(shape, policy.method, table);
 }
 
+absl::Status ValidateHeadPolicies(const AttentionShape& shape, const HeadPolicies& heads) {
+  if (heads.of_head.size() != static_cast<size_t>(shape.q_heads)) {
+    return absl::InvalidArgumentError(absl::StrCat("policies of ", heads.of_head.size(),
+                                                   " heads for ", shape.q_heads, " query heads"));
+  }
+  for (const uint16_t place : heads.of_head) {
+    if (place < heads.policies.size()) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("a head has policy ", place, " of ", heads.policies.size()));
+  }
+  for (const SparsityPolicy& policy : heads.policies) {
+    if (policy.block_size == heads.policies.front().block_size) continue;
+    return absl::InvalidArgumentError(absl::StrCat("block_size ", heads.policies.front().block_size,
+                                                   " and ", policy.block_size,
+                                                   " in one call: its heads share one"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ValidatePages(const KvPages& pages) {
   if (pages.arena == nullptr) return absl::OkStatus();
   const int tokens = pages.page_tokens;

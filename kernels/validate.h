@@ -23,6 +23,10 @@ struct KernelTable {
 absl::Status ValidateAttention(const AttentionShape& shape, const SparsityPolicy& policy,
                                const KernelTable& table);
 
+// INVALID_ARGUMENT where a head has no policy, or policies differ in block_size. The policies
+// themselves: one by one, as above.
+absl::Status ValidateHeadPolicies(const AttentionShape& shape, const HeadPolicies& heads);
+
 // INVALID_ARGUMENT for pages that no backend can run; where there is no arena all is well. Page
 // numbers are not looked at: they may lie on a device.
 absl::Status ValidatePages(const KvPages& pages);

@@ -26,7 +26,7 @@ void MeasureHead(const AttentionArgs& args, const Head& head, const BlockMass& p
     least = std::min(least, share);
   }
   const double mean = rows.empty() ? 1 : sum / static_cast<double>(rows.size());
-  if (mean < args.policy.min_captured_mass && report->pattern != Pattern::kDense) {
+  if (mean < PolicyOf(args, head.h).min_captured_mass && report->pattern != Pattern::kDense) {
     head.WriteCausal();
     *report = {.pattern = Pattern::kDense, .dense_reason = DenseReason::kMinCapturedMass};
     return;

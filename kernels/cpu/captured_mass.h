@@ -10,8 +10,8 @@
 namespace prefilld::cpu {
 
 // Writes captured_mass and captured_mass_min of these query heads in args.report from args.index.
-// Heads whose mean is below policy.min_captured_mass get every causal block and are reported as
-// dense. `probe` is overwritten. q, k and index are read.
+// Heads whose mean is below their policy's min_captured_mass get every causal block and are
+// reported as dense. `probe` is overwritten. q, k and index are read.
 void MeasureCapturedMass(const AttentionArgs& args, std::span<const int> heads, int threads,
                          BlockMass* probe);
 

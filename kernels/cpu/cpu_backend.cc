@@ -23,6 +23,14 @@ absl::Status CpuBackend::Supports(const AttentionShape& shape, const SparsityPol
       {.backend = name(), .dtypes = kDTypes, .head_dims = kHeadDims, .methods = ServedMethods()});
 }
 
+absl::Status CpuBackend::SupportsPerHead(const AttentionShape& shape,
+                                         const HeadPolicies& heads) const {
+  for (const SparsityPolicy& policy : heads.policies) {
+    if (absl::Status status = Supports(shape, policy); !status.ok()) return status;
+  }
+  return ValidateHeadPolicies(shape, heads);
+}
+
 template <typename Stage>
 absl::Status CpuBackend::Run(const AttentionArgs& args, Stage stage) {
   if (args.kv_pages.arena == nullptr) return stage(args);

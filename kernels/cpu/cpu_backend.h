@@ -22,6 +22,8 @@ class CpuBackend : public Backend {
   Ops* ops() override { return ops_.get(); }
 
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override;
+  absl::Status SupportsPerHead(const AttentionShape& shape,
+                               const HeadPolicies& heads) const override;
   absl::Status EstimatePattern(const AttentionArgs& args, Stream) override;
   absl::Status SelectBlocks(const AttentionArgs& args, Stream) override;
   absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream) override;

@@ -19,7 +19,7 @@ constexpr MethodFunctions kFunctions[] = {
            maps->flexprefill.resize(static_cast<size_t>(args.shape.sequences()) *
                                     args.shape.q_heads);
            ForEachHead(args, heads, threads, [&](const Head& head) {
-             maps->flexprefill[head.place] = EstimateFlexPrefill(head, args.policy);
+             maps->flexprefill[head.place] = EstimateFlexPrefill(head, PolicyOf(args, head.h));
            });
          },
      .select =

@@ -166,7 +166,8 @@ void ReferenceSelectBlocks(const AttentionArgs& args) {
     for (int h = 0; h < args.shape.q_heads; ++h) {
       HeadReport& report = args.report[s * args.shape.q_heads + h];
       Mask keep(blocks.k_blocks, std::vector<bool>(blocks.k_blocks));
-      report = FunctionOf(args.policy.method)(LoadHead(args, blocks, h), args.policy, &keep);
+      const SparsityPolicy& policy = PolicyOf(args, h);
+      report = FunctionOf(policy.method)(LoadHead(args, blocks, h), policy, &keep);
       if (report.pattern == Pattern::kDense) keep = CausalMask(blocks);
       const int64_t kept = WriteMask(args, blocks, h, keep);
       report.density = static_cast<float>(static_cast<double>(kept) / blocks.causal_blocks());
@@ -192,7 +193,7 @@ void ReferenceMeasureCapturedMass(const AttentionArgs& args) {
       }
       report.captured_mass = static_cast<float>(sum / rows.size());
       report.captured_mass_min = static_cast<float>(least);
-      if (sum / rows.size() < args.policy.min_captured_mass) {
+      if (sum / rows.size() < PolicyOf(args, h).min_captured_mass) {
         WriteMask(args, blocks, h, CausalMask(blocks));
         report = {.pattern = Pattern::kDense, .dense_reason = DenseReason::kMinCapturedMass};
       }

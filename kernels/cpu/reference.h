@@ -15,7 +15,8 @@ namespace prefilld::cpu {
 void ReferenceSelectBlocks(const AttentionArgs& args);
 
 // The measurement between stages 2 and 3: writes captured_mass and captured_mass_min of
-// args.report; heads below policy.min_captured_mass get every causal block. Only q and k are read.
+// args.report for every head; those below their policy's min_captured_mass get every causal block.
+// Only q and k are read.
 void ReferenceMeasureCapturedMass(const AttentionArgs& args);
 
 // Stage 3 over args.index: o [total_q, q_heads, d] and lse [q_heads, total_q], natural log. args.o

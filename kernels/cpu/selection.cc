@@ -1,6 +1,5 @@
 #include "kernels/cpu/selection.h"
 
-#include <numeric>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -11,17 +10,21 @@
 namespace prefilld::cpu {
 namespace {
 
-std::vector<int> AllHeads(const AttentionArgs& args) {
-  std::vector<int> heads(args.shape.q_heads);
-  std::iota(heads.begin(), heads.end(), 0);
+// The query heads whose policy is such.
+template <typename Such>
+std::vector<int> HeadsWhose(const AttentionArgs& args, Such such) {
+  std::vector<int> heads;
+  for (int h = 0; h < args.shape.q_heads; ++h) {
+    if (such(PolicyOf(args, h))) heads.push_back(h);
+  }
   return heads;
 }
 
-absl::Status CheckLengths(const AttentionArgs& args) {
-  if (!RowOf(args.policy.method).needs_equal_lengths) return absl::OkStatus();
+absl::Status CheckLengths(const AttentionArgs& args, Method method) {
+  if (!RowOf(method).needs_equal_lengths) return absl::OkStatus();
   for (const SequenceBlocks& blocks : SplitIntoBlocks(args.shape, args.policy.block_size)) {
     if (blocks.prefix == 0) continue;
-    return absl::UnimplementedError(absl::StrCat(Name(args.policy.method),
+    return absl::UnimplementedError(absl::StrCat(Name(method),
                                                  " needs as many queries as keys; a sequence has ",
                                                  blocks.sq, " queries and ", blocks.sk, " keys"));
   }
@@ -34,15 +37,22 @@ Selection::Selection(int threads) : maps_(std::make_unique<Maps>()), threads_(th
 Selection::~Selection() = default;
 
 absl::Status Selection::Estimate(const AttentionArgs& args) {
-  if (absl::Status status = CheckLengths(args); !status.ok()) return status;
-  const auto estimate = FunctionsOf(args.policy.method).estimate;
-  if (estimate != nullptr) estimate(args, AllHeads(args), threads_, maps_.get());
+  for (const Method method : ServedMethods()) {
+    const std::vector<int> heads =
+        HeadsWhose(args, [&](const SparsityPolicy& policy) { return policy.method == method; });
+    if (heads.empty()) continue;
+    if (absl::Status status = CheckLengths(args, method); !status.ok()) return status;
+    const auto estimate = FunctionsOf(method).estimate;
+    if (estimate != nullptr) estimate(args, heads, threads_, maps_.get());
+  }
   return absl::OkStatus();
 }
 
 absl::Status Selection::Select(const AttentionArgs& args) {
-  ForEachHead(args, AllHeads(args), threads_, [&](const Head& head) {
-    const HeadChoice choice = FunctionsOf(args.policy.method).select(head, args.policy, *maps_);
+  const std::vector<int> all = HeadsWhose(args, [](const SparsityPolicy&) { return true; });
+  ForEachHead(args, all, threads_, [&](const Head& head) {
+    const SparsityPolicy& policy = PolicyOf(args, head.h);
+    const HeadChoice choice = FunctionsOf(policy.method).select(head, policy, *maps_);
     args.report[head.place] = {
         .pattern = choice.pattern,
         .dense_reason = choice.dense_reason,
@@ -54,9 +64,10 @@ absl::Status Selection::Select(const AttentionArgs& args) {
 
 absl::Status Selection::MeasureCapturedMass(const AttentionArgs& args) {
   // Dense attention captures everything, as the report already says.
-  if (args.policy.method != Method::kDense) {
-    cpu::MeasureCapturedMass(args, AllHeads(args), threads_, &maps_->probe);
-  }
+  const std::vector<int> heads = HeadsWhose(args, [](const SparsityPolicy& policy) {
+    return policy.method != Method::kDense && Measures(policy);
+  });
+  if (!heads.empty()) cpu::MeasureCapturedMass(args, heads, threads_, &maps_->probe);
   return absl::OkStatus();
 }
 

@@ -132,6 +132,9 @@ absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
 }
 
 absl::Status CheckTensors(const AttentionArgs& args) {
+  if (!args.per_head.of_head.empty()) {
+    return absl::UnimplementedError("policies that differ per head not supported");
+  }
   absl::Status status = CheckTensor("q", args.q);
   if (status.ok()) status = CheckTensor("o", args.o);
   if (status.ok() && args.kv_pages.arena != nullptr) return CheckPages(args);

@@ -39,10 +39,6 @@ absl::Status Grow(Device& device, size_t bytes, Buffer& buffer) {
   return GrowBy([&](size_t size) { return device.Allocate(size); }, bytes, buffer);
 }
 
-bool Measures(const SparsityPolicy& policy) {
-  return policy.measure_captured_mass || policy.min_captured_mass > 0;
-}
-
 SparsityPolicy DenseInsteadOf(SparsityPolicy policy) {
   policy.method = Method::kDense;
   policy.measure_captured_mass = false;
@@ -86,7 +82,7 @@ absl::Status Stages::Enqueue(StagesCall& call) {
   absl::Status status = backend_.EstimatePattern(args, kStream);
   if (status.ok()) status = clock_.End(Phase::kEstimate);
   if (status.ok()) status = Select(call);
-  if (status.ok() && Measures(args.policy)) status = backend_.MeasureCapturedMass(args, kStream);
+  if (status.ok() && Measures(args)) status = backend_.MeasureCapturedMass(args, kStream);
   if (status.ok()) status = clock_.End(Phase::kSelect);
   if (status.ok()) status = backend_.Attend(args, kStream);
   if (status.ok()) status = clock_.End(Phase::kAttention);

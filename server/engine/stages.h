@@ -51,8 +51,6 @@ class Stages {
   Buffer index_staging_;  // host: where a block index passes through on its way to a caller
 };
 
-// Whether a call of this policy measures the captured mass.
-bool Measures(const SparsityPolicy& policy);
 // Dense in the place of a sparse method that was left open.
 SparsityPolicy DenseInsteadOf(SparsityPolicy policy);
 // Computed share of all causal blocks of a call. report: [sequences, q_heads].
