@@ -58,76 +58,73 @@ double JensenShannonDistance(const std::vector<double>& a, const std::vector<dou
   return std::sqrt(sum < 0 ? 0 : sum);
 }
 
-}  // namespace
-
-HeadReport FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep) {
-  const int64_t B = head.block_size, S = head.blocks.sk, n = head.blocks.k_blocks;
-  const int d = head.head_dim;
-  const int64_t n_min = CeilDiv(std::max<int64_t>(policy.min_budget_tokens, 1), B);
-  const int64_t n_max = std::min(CeilDiv(policy.max_budget_tokens, B), n);
-  if (S <= 2 * B || n_min >= CeilDiv(S, B)) {  // S <= max(2B, Nmin B)
-    return {.dense_reason = DenseReason::kShortPrompt};
-  }
-
-  // 1, 2. The last B rows; scores of columns j and of diagonals delta.
-  Matrix q(B, d);
+// 1. The last B rows, as the kernels of the paper's authors hold them.
+Matrix LastQueries(const Head& head) {
+  const int64_t B = head.block_size;
+  Matrix q(B, head.head_dim);
   for (int64_t r = 0; r < B; ++r) {
-    for (int c = 0; c < d; ++c) {
-      q[r][c] = RoundToBFloat16(head.q[S - B + r][c] / std::sqrt(static_cast<double>(d)));
+    for (int c = 0; c < head.head_dim; ++c) {
+      q[r][c] = RoundToBFloat16(head.q[head.blocks.sk - B + r][c] /
+                                std::sqrt(static_cast<double>(head.head_dim)));
     }
   }
-  std::vector<double> a_v(S), a_s(S);
+  return q;
+}
+
+// 2. Mean scores of columns j and of diagonals delta.
+struct LineScores {
+  std::vector<double> columns, diagonals;  // [S]
+};
+LineScores ScoreLines(const Head& head, const Matrix& q) {
+  const int64_t B = head.block_size, S = head.blocks.sk;
+  LineScores a = {std::vector<double>(S), std::vector<double>(S)};
   for (int64_t r = 0; r < B; ++r) {
     const int64_t t = S - B + r;
     std::vector<double> p(t + 1);
-    for (int64_t j = 0; j <= t; ++j) p[j] = RoundToBFloat16(Dot(q[r], head.k[j], d));
+    for (int64_t j = 0; j <= t; ++j) p[j] = RoundToBFloat16(Dot(q[r], head.k[j], head.head_dim));
     Fp32Softmax(&p);
     for (int64_t j = 0; j <= t; ++j) {
-      a_v[j] += p[j] / B;
-      a_s[t - j] += p[j] / B;
+      a.columns[j] += p[j] / B;
+      a.diagonals[t - j] += p[j] / B;
     }
   }
+  return a;
+}
 
-  // 3.
-  int64_t n_v = std::min(std::max(Budget(a_v, policy.gamma), n_min), n_max);
-  int64_t n_s = std::min(std::max(Budget(a_s, policy.gamma), n_min), n_max);
-
-  // 4. Bin u of the diagonals runs over i = S - 1 - delta and stands for block offset n - 1 - u.
-  std::vector<double> A_v(n), A_s(n);
-  for (int64_t i = 0; i < S; ++i) {
-    A_v[i / B] += a_v[i];
-    A_s[i / B] += a_s[S - 1 - i];
-  }
-
-  // 5, 6.
-  Matrix kbar = BlockMeans(head.k, B);
+// 5. What pooled queries and keys make of the last row of blocks.
+std::vector<double> PooledLastRow(const Head& head, const Matrix& q) {
+  const int64_t n = head.blocks.k_blocks;
+  Matrix kbar = BlockMeans(head.k, head.block_size), qt = BlockMeans(q, head.block_size);
   for (double& x : kbar.x) x = RoundToBFloat16(x);
-  Matrix qt = BlockMeans(q, B);
   for (double& x : qt.x) x = RoundToBFloat16(x);
   std::vector<double> b(n);
-  for (int64_t J = 0; J < n; ++J) b[J] = Dot(qt[0], kbar[J], d);
+  for (int64_t J = 0; J < n; ++J) b[J] = Dot(qt[0], kbar[J], head.head_dim);
   Fp32Softmax(&b);
-  const bool query_aware = JensenShannonDistance(b, A_v) < policy.flexprefill.tau;
-  if (query_aware) n_v = n_s = n_min;
+  return b;
+}
 
-  // 7, 8.
-  A_v[0] = INFINITY;
-  A_s[n - 1] = INFINITY;
-  const std::vector<int64_t> by_v = DescendingOrder(A_v), by_s = DescendingOrder(A_s);
+// 7, 8. Bin u of the diagonals stands for block offset n - 1 - u.
+void KeepLines(const std::vector<int64_t>& columns, const std::vector<int64_t>& diagonals,
+               Mask* keep) {
+  const int64_t n = static_cast<int64_t>(keep->size());
   for (int64_t I = 0; I < n; ++I) {
-    for (int64_t x = 0; x < n_v; ++x) {
-      if (by_v[x] <= I) (*keep)[I][by_v[x]] = true;
+    for (int64_t J : columns) {
+      if (J <= I) (*keep)[I][J] = true;
     }
-    for (int64_t x = 0; x < n_s; ++x) {
-      const int64_t o = n - 1 - by_s[x];
-      if (o <= I) (*keep)[I][I - o] = true;
+    for (int64_t u : diagonals) {
+      const int64_t offset = n - 1 - u;
+      if (offset <= I) (*keep)[I][I - offset] = true;
     }
   }
   (*keep)[0][0] = true;
-  if (!query_aware) return {.pattern = Pattern::kVerticalSlash};
+}
 
-  // 9.
-  const Matrix q_mean = BlockMeans(head.q, B), k_mean = BlockMeans(head.k, B);
+// 9. Over all rows at once.
+void KeepPooledBlocks(const Head& head, double gamma, Mask* keep) {
+  const int64_t n = head.blocks.k_blocks;
+  const int d = head.head_dim;
+  const Matrix q_mean = BlockMeans(head.q, head.block_size);
+  const Matrix k_mean = BlockMeans(head.k, head.block_size);
   std::vector<double> E(n * n);
   for (int64_t I = 0; I < n; ++I) {
     std::vector<double> row(I + 1);
@@ -140,10 +137,48 @@ HeadReport FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* kee
   double sum = 0;
   for (int64_t flat : DescendingOrder(E)) {
     sum += E[flat];
-    if (!(sum <= policy.gamma * n)) break;
+    if (!(sum <= gamma * n)) break;
     const int64_t I = flat / n, J = flat % n;
     if (J <= I) (*keep)[I][J] = true;
   }
+}
+
+}  // namespace
+
+HeadReport FlexPrefill(const Head& head, const SparsityPolicy& policy, Mask* keep) {
+  const int64_t B = head.block_size, S = head.blocks.sk, n = head.blocks.k_blocks;
+  const int64_t n_min = CeilDiv(std::max<int64_t>(policy.min_budget_tokens, 1), B);
+  const int64_t n_max = std::min(CeilDiv(policy.max_budget_tokens, B), n);
+  if (S <= 2 * B || n_min >= CeilDiv(S, B)) {  // S <= max(2B, Nmin B)
+    return {.dense_reason = DenseReason::kShortPrompt};
+  }
+  const Matrix q = LastQueries(head);
+  const LineScores a = ScoreLines(head, q);
+
+  // 3.
+  int64_t n_v = std::min(std::max(Budget(a.columns, policy.gamma), n_min), n_max);
+  int64_t n_s = std::min(std::max(Budget(a.diagonals, policy.gamma), n_min), n_max);
+
+  // 4. Bins of the diagonals run over i = S - 1 - delta.
+  std::vector<double> A_v(n), A_s(n);
+  for (int64_t i = 0; i < S; ++i) {
+    A_v[i / B] += a.columns[i];
+    A_s[i / B] += a.diagonals[S - 1 - i];
+  }
+
+  // 6.
+  const bool query_aware =
+      JensenShannonDistance(PooledLastRow(head, q), A_v) < policy.flexprefill.tau;
+  if (query_aware) n_v = n_s = n_min;
+
+  A_v[0] = INFINITY;
+  A_s[n - 1] = INFINITY;
+  std::vector<int64_t> by_v = DescendingOrder(A_v), by_s = DescendingOrder(A_s);
+  by_v.resize(n_v);
+  by_s.resize(n_s);
+  KeepLines(by_v, by_s, keep);
+  if (!query_aware) return {.pattern = Pattern::kVerticalSlash};
+  KeepPooledBlocks(head, policy.gamma, keep);
   return {.pattern = Pattern::kQueryAware};
 }
 
