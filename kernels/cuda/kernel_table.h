@@ -17,7 +17,7 @@ namespace prefilld::cuda {
 template <int... kHeadDims>
 struct KernelTable {
   static constexpr std::array<DType, 2> kDTypes = {DType::kBF16, DType::kF16};
-  static constexpr std::array<int, sizeof...(kHeadDims)> kHeadDimList = {kHeadDims...};  // for messages
+  static constexpr std::array kHeadDimList = {kHeadDims...};  // for messages
 
   static constexpr bool Has(DType dtype, int head_dim) {
     return (dtype == kDTypes[0] || dtype == kDTypes[1]) && ((head_dim == kHeadDims) || ...);
