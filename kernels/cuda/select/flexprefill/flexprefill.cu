@@ -52,10 +52,13 @@ FlexPrefill Prepare(const Selection& selection) {
 }  // namespace
 
 int SharedMemoryLimit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
+  static const int limit = [] {  // a process has one device
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+  }();
+  return limit;
 }
 
 ChunkPlan PlanChunks(const Problem& problem, int unit, int64_t lanes, int multiprocessors) {
