@@ -284,7 +284,7 @@ CudaCase::Rows CudaCase::GetIndex() const {
 Selection CudaCase::SelectionOf(const SparsityPolicy& policy) {
   Selection selection = {.problem = problem_,
                          .gamma = policy.gamma,
-                         .tau = policy.flexprefill.tau,
+                         .flexprefill = policy.flexprefill,
                          .min_budget_tokens = policy.min_budget_tokens,
                          .max_budget_tokens = policy.max_budget_tokens,
                          .report = report_->data()};

@@ -38,7 +38,7 @@ FlexPrefill Prepare(const Selection& selection) {
   f.problem = selection.problem;
   f.report = selection.report;
   f.gamma = selection.gamma;
-  f.tau = selection.tau;
+  f.tau = selection.flexprefill.tau;
   const int64_t B = f.problem.block_size;
   const auto blocks = [&](int64_t tokens) {
     return static_cast<int32_t>(std::min<int64_t>(CeilDiv(tokens, B), INT32_MAX));
