@@ -68,7 +68,7 @@ absl::Status CudaBackend::Prepare(const AttentionArgs& args, Stream stream) {
 Selection CudaBackend::SelectionOf(const AttentionArgs& args) const {
   return {.problem = problem_,
           .gamma = args.policy.gamma,
-          .tau = args.policy.flexprefill.tau,
+          .flexprefill = args.policy.flexprefill,
           .min_budget_tokens = args.policy.min_budget_tokens,
           .max_budget_tokens = args.policy.max_budget_tokens,
           .workspace = workspace_.as<std::byte>() + layout_.stage,

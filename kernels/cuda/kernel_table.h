@@ -16,8 +16,10 @@ namespace prefilld::cuda {
 // BF16 and F16 times the head dims listed.
 template <int... kHeadDims>
 struct KernelTable {
+  // What tiles are cut for: outputs leave in pieces of 32 channels, at most a warp copies a row.
+  static_assert(((kHeadDims % 32 == 0 && kHeadDims >= 64 && kHeadDims <= 256) && ...));
   static constexpr std::array<DType, 2> kDTypes = {DType::kBF16, DType::kF16};
-  static constexpr std::array<int, sizeof...(kHeadDims)> kHeadDimList = {kHeadDims...};  // for messages
+  static constexpr std::array kHeadDimList = {kHeadDims...};  // for messages
 
   static constexpr bool Has(DType dtype, int head_dim) {
     return (dtype == kDTypes[0] || dtype == kDTypes[1]) && ((head_dim == kHeadDims) || ...);

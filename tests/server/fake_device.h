@@ -97,6 +97,7 @@ class FakeDevice : public Device {
     absl::MutexLock lock(&mutex_);
     return LiveBytes(kind);
   }
+  int taken() const { return taken_; }  // pieces of memory of any kind, given back or not
   std::vector<Copied> copied() const {
     absl::MutexLock lock(&mutex_);
     return copied_;
@@ -168,6 +169,7 @@ class FakeDevice : public Device {
     void* data = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
     std::memset(data, fill, bytes);
     live_[data] = {kind, bytes};
+    ++taken_;
     return Buffer(data, bytes, [this](void* taken, size_t) {
       Give(taken);
       std::free(taken);
@@ -194,7 +196,7 @@ class FakeDevice : public Device {
   }
 
   std::atomic<bool> lost_{false}, marks_fail_{false};
-  std::atomic<int> waits_{0}, marks_recorded_{0};
+  std::atomic<int> waits_{0}, marks_recorded_{0}, taken_{0};
   char upload_ = 0;  // its address names the stream
   mutable absl::Mutex mutex_;
   std::map<const void*, Live> live_ ABSL_GUARDED_BY(mutex_);

@@ -12,13 +12,12 @@
 #include <thread>
 #include <vector>
 
-#include "absl/synchronization/blocking_counter.h"
-#include "absl/synchronization/notification.h"
 #include "google/rpc/error_details.pb.h"
 #include "prefilld/v1/kv_handoff_service.grpc.pb.h"
 #include "prefilld/v1/model_service.grpc.pb.h"
 #include "prefilld/v1/prefill_service.grpc.pb.h"
 #include "proto/wire/chunk.h"
+#include "tests/server/waits.h"
 
 namespace prefilld {
 namespace {
@@ -354,35 +353,13 @@ TEST_F(ServerTest, APullOverSharedMemoryNamesWholeTensors) {
   Release(lease);
 }
 
-// Keeps every thread of a pool until it goes.
-class Held {
- public:
-  Held(WorkPool& pool, int threads) {
-    for (int i = 0; i < threads; ++i) {
-      pool.Post([this] {
-        all_.DecrementCount();
-        go_.WaitForNotification();
-        gone_.DecrementCount();
-      });
-    }
-    all_.Wait();
-  }
-  ~Held() {
-    go_.Notify();
-    gone_.Wait();
-  }
-
- private:
-  absl::BlockingCounter all_{2}, gone_{2};
-  absl::Notification go_;
-};
-
 class ServerWithHeldThreads : public testing::Test {
  protected:
   ServerWithHeldThreads() {
     Config config = TestConfig();
     config.upload_timeout = absl::Seconds(30);
     config.memory_threads = config.transfer_threads = 2;
+    config.kv_memory = kBlocks * 128 * 1024;
     server_ = *Server::Start(config);
     caller_ = std::make_unique<Caller>(*server_);
   }
@@ -392,6 +369,25 @@ class ServerWithHeldThreads : public testing::Test {
     request.set_model("base");
     for (int t = 0; t < tokens; ++t) request.add_token_ids(t % 96);
     return request;
+  }
+  // The events of a prompt; none when it is refused.
+  std::vector<v1::PrefillEvent> Prefill(int tokens, grpc::Status* status) {
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
+    auto reader = caller_->prefill->Prefill(&context, Prompt(tokens));
+    std::vector<v1::PrefillEvent> events;
+    for (v1::PrefillEvent event; reader->Read(&event);) events.push_back(event);
+    *status = reader->Finish();
+    return events;
+  }
+  // Whether the server knows a prompt. Who asks comes with another of the same id, one that there
+  // is never room for: it leaves nothing behind, also when it is the first.
+  bool Lives() {
+    grpc::Status status;
+    EXPECT_TRUE(Prefill(1000, &status).empty());
+    if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT) return true;
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED) << status.error_message();
+    return false;
   }
   using AttendStream = grpc::ClientReaderWriter<v1::AttendRequest, v1::AttendResponse>;
   // One token over gRPC, from beginning to end.
@@ -407,6 +403,7 @@ class ServerWithHeldThreads : public testing::Test {
     EXPECT_TRUE(response.has_summary());
   }
 
+  static constexpr int kBlocks = 8;  // for 512 tokens in two layers
   std::unique_ptr<Server> server_;
   std::unique_ptr<Caller> caller_;
 };
@@ -441,18 +438,9 @@ TEST_F(ServerWithHeldThreads, WhoWaitsForMemoryKeepsNobodyElse) {
     // Who goes meanwhile need not wait.
     calls[0]->context.TryCancel();
     EXPECT_EQ(calls[0]->stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
-    // The same id with other content is refused once the first has come.
-    for (grpc::Status status;;) {
-      grpc::ClientContext context;
-      context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
-      auto reader = caller_->prefill->Prefill(&context, Prompt(7));
-      v1::PrefillEvent event;
-      EXPECT_FALSE(reader->Read(&event));
-      status = reader->Finish();
-      if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT) break;
-      ASSERT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
-    }
+    EXPECT_TRUE(Becomes([&] { return Lives(); }));
   }
+  for (std::thread& reader : readers) reader.join();
   for (int i : {1, 2}) {
     v1::AttendResponse response;
     ASSERT_TRUE(calls[i]->stream->Read(&response));
@@ -460,13 +448,43 @@ TEST_F(ServerWithHeldThreads, WhoWaitsForMemoryKeepsNobodyElse) {
     calls[i]->context.TryCancel();
     EXPECT_EQ(calls[i]->stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
   }
-  for (std::thread& reader : readers) reader.join();
   ASSERT_EQ(events[0].size(), 5u) << "admission, two layers, kv_ready, summary";
   ASSERT_EQ(events[1].size(), 5u);
   EXPECT_EQ(events[0][0].admission().transport(), v1::TRANSPORT_POSIX_SHM);
   for (size_t i = 0; i < 5; ++i) {
     EXPECT_EQ(events[0][i].SerializeAsString(), events[1][i].SerializeAsString());
   }
+}
+
+TEST_F(ServerWithHeldThreads, NobodyTakesMemoryForAPromptThatWasGivenUp) {
+  {
+    Held held(server_->memory(), 2);
+    grpc::ClientContext context;
+    auto reader = caller_->prefill->Prefill(&context, Prompt(130));
+    ASSERT_TRUE(Becomes([&] { return Lives(); }));
+    context.TryCancel();
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+    ASSERT_TRUE(Becomes([&] { return !Lives(); })) << "the server has not heard of it";
+  }
+  Held{server_->memory(), 2};  // its turn has come and gone
+  // All blocks are free, and who takes them next has the second segment: the first was a trial.
+  grpc::Status status;
+  std::vector<v1::PrefillEvent> events;
+  ASSERT_TRUE(Becomes([&] {
+    events = Prefill(512, &status);
+    return status.error_code() != grpc::StatusCode::RESOURCE_EXHAUSTED;
+  }));
+  ASSERT_EQ(events.size(), 5u) << status.error_message();
+  v1::PullKvRequest request;
+  request.set_lease(events[3].kv_ready().name());
+  request.set_generation(events[3].kv_ready().generation());
+  request.set_transport(v1::TRANSPORT_POSIX_SHM);
+  grpc::ClientContext context;
+  auto reader = caller_->handoff->PullKv(&context, request);
+  v1::TensorChunk chunk;
+  ASSERT_TRUE(reader->Read(&chunk));
+  const std::string& segment = chunk.buffer().name();
+  EXPECT_EQ(segment.substr(segment.rfind('-') + 1), "2");
 }
 
 TEST_F(ServerWithHeldThreads, AComputationWaitsForNoPull) {

@@ -47,8 +47,8 @@ TEST(WorkPool, WorkIsDestroyedOnItsThreads) {
   };
   auto tells = std::make_shared<Tells>(Tells{&ended});
   ended = {};
-  WorkPool pool(1);
   absl::Notification held;
+  WorkPool pool(1);
   pool.Post([&] { held.WaitForNotification(); });
   pool.Post([tells = std::move(tells)] {});
   held.Notify();

@@ -672,7 +672,7 @@ cudaError_t AttendSm80(const Problem& problem, void* workspace, int multiprocess
   }
   if (problem.rows == 0) return cudaSuccess;
   const int64_t tasks = problem.q_heads * problem.rows;
-  const cudaError_t error = QueueTasks(problem, workspace, stream);
+  const cudaError_t error = QueueTasks(problem, workspace, multiprocessors, stream);
   if (error != cudaSuccess) return error;
 
   constexpr int64_t kSize = 2;  // bytes of an element

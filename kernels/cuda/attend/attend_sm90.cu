@@ -653,7 +653,7 @@ cudaError_t Launch(const Problem& problem, void* workspace, int multiprocessors,
       !encode_kv(&k_map, problem.k) || !encode_kv(&v_map, problem.v)) {
     return cudaErrorInvalidValue;
   }
-  cudaError_t error = QueueTasks(problem, workspace, stream);
+  cudaError_t error = QueueTasks(problem, workspace, multiprocessors, stream);
   const int bytes = sizeof(Shared<T, D>);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(AttendKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -147,13 +147,8 @@ TaskQueue TaskQueueIn(void* workspace, const Problem& problem) {
           reinterpret_cast<int32_t*>(bytes + TakenAt(problem))};
 }
 
-cudaError_t QueueTasks(const Problem& problem, void* workspace, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) return error;
+cudaError_t QueueTasks(const Problem& problem, void* workspace, int multiprocessors,
+                       cudaStream_t stream) {
   const int64_t kv_bytes = 2 * problem.total_k * problem.kv_heads * problem.head_dim *
                            static_cast<int64_t>(SizeOf(problem.dtype));
   const int64_t all_groups = static_cast<int64_t>(problem.sequences) * problem.kv_heads;

@@ -25,6 +25,7 @@ TaskQueue TaskQueueIn(void* workspace, const Problem& problem);
 // one multiprocessor has to do, then the others, grouped by (sequence, kv head) so that what runs
 // together shares K and V in L2, within a group the longest rows first. Called by AttendSm80 and
 // AttendSm90.
-cudaError_t QueueTasks(const Problem& problem, void* workspace, cudaStream_t stream);
+cudaError_t QueueTasks(const Problem& problem, void* workspace, int multiprocessors,
+                       cudaStream_t stream);
 
 }  // namespace prefilld::cuda

@@ -1,6 +1,7 @@
 // Addresses in shared memory, and tiles of rows there as the matrix instructions read them.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 namespace prefilld::cuda {
@@ -29,6 +30,9 @@ template <int kChannels, int kRows>
 struct RowTile {
   static constexpr int kPadded = (kChannels + 63) / 64 * 64;
   static constexpr int kChunks = kPadded / 8;  // of a row; the first kChannels / 8 hold channels
+  // Threads that copy a row, a chunk each: a power of two, which divides a thread block. Those
+  // beyond kChunks have none.
+  static constexpr int kCopiers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(kChunks)));
   static constexpr int kHalfBytes = kRows * kRowBytes;
   static constexpr int kBytes = kRows * kPadded * 2;
   static __device__ __forceinline__ int Offset(int row, int chunk) {

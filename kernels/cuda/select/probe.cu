@@ -179,10 +179,10 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
   const int64_t stride = p.pages != nullptr ? kChannels : p.k.token_stride;
   const void* base_of_k = p.pages != nullptr ? p.arena : p.k.data;
   // A thread copies the same chunk of every kRowsAtOnce-th row, and so to equally spaced places.
-  constexpr int kRowsAtOnce = kThreads / At::Keys::kChunks;
+  constexpr int kRowsAtOnce = kThreads / At::Keys::kCopiers;
   static_assert(kRowsAtOnce % 8 == 0);
-  const int copied_row = threadIdx.x / At::Keys::kChunks;
-  const int copied_chunk = threadIdx.x % At::Keys::kChunks;
+  const int copied_row = threadIdx.x / At::Keys::kCopiers;
+  const int copied_chunk = threadIdx.x % At::Keys::kCopiers;
   const uint32_t copied_to = base + At::kK + At::Keys::Offset(copied_row, copied_chunk);
   const auto load = [&](int step) {
     const int J = block_of(step);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
     from += copied_row * stride + copied_chunk * 8;
     const uint32_t to = copied_to + step % 2 * At::Keys::kBytes;
 #pragma unroll
-    for (int i = 0; i < kKeys / kRowsAtOnce; ++i) {
+    for (int i = 0; i < kKeys / kRowsAtOnce && copied_chunk < At::Keys::kChunks; ++i) {
       const bool exists = copied_row + i * kRowsAtOnce < exist && copied_chunk < kChannels / 8;
       CopyAsync(to + i * kRowsAtOnce * 128, exists ? from + i * kRowsAtOnce * stride : base_of_k,
                 exists);

@@ -14,7 +14,8 @@ namespace prefilld::cuda {
 
 struct Selection {
   Problem problem;
-  double gamma = 0.9, tau = 0.1;
+  double gamma = 0.9;
+  FlexPrefillParameters flexprefill;
   int64_t min_budget_tokens = 0, max_budget_tokens = INT64_MAX;
   void* workspace = nullptr;     // 256-byte aligned, of the size that the layout says
   HeadReport* report = nullptr;  // [sequences, q_heads]; device or mapped host memory

@@ -240,7 +240,7 @@ cuda::Selection AttentionProblem::SelectionOf(Method method) const {
   const bool joint = method == Method::kJoint;
   return {.problem = problem_,
           .gamma = joint ? settings_.gamma : settings_.flexprefill_gamma,
-          .tau = settings_.tau,
+          .flexprefill = {.tau = settings_.tau},
           .min_budget_tokens = joint ? 0 : settings_.min_budget,
           .workspace = selection_workspace_->as<void>(),
           .report = report_->as<HeadReport>()};

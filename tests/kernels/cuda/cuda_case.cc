@@ -284,7 +284,7 @@ CudaCase::Rows CudaCase::GetIndex() const {
 Selection CudaCase::SelectionOf(const SparsityPolicy& policy) {
   Selection selection = {.problem = problem_,
                          .gamma = policy.gamma,
-                         .tau = policy.flexprefill.tau,
+                         .flexprefill = policy.flexprefill,
                          .min_budget_tokens = policy.min_budget_tokens,
                          .max_budget_tokens = policy.max_budget_tokens,
                          .report = report_->data()};
@@ -562,8 +562,9 @@ Difference Compare(const CudaCase& input, const Selected& got, const Selected& w
 
 void ExpectSelects(const CaseOptions& options, const SparsityPolicy& policy, Difference* sum) {
   std::ostringstream what;
-  what << Name(policy.method) << " gamma " << policy.gamma << " tau " << policy.flexprefill.tau << " budget "
-       << policy.min_budget_tokens << ".." << policy.max_budget_tokens << ", " << Describe(options);
+  what << Name(policy.method) << " gamma " << policy.gamma << " tau " << policy.flexprefill.tau
+       << " budget " << policy.min_budget_tokens << ".." << policy.max_budget_tokens << ", "
+       << Describe(options);
   SCOPED_TRACE(what.str());
   CudaCase input(options);
   const Selected got = input.Select(policy), want = input.ReferenceSelect(policy);

@@ -52,19 +52,19 @@ TEST(CompletionQueue, WaitsForTheMarkAndLetsNothingPass) {
 
 TEST(CompletionQueue, TellsHowTheWorkWent) {
   FakeDevice device;
+  absl::Status told;
   CompletionQueue queue;
   auto mark = *device.NewMark();
   ASSERT_TRUE(mark->Record({}).ok());
   device.Lose();
-  absl::Status told;
   queue.Post(std::move(mark), [&](const absl::Status& work) { told = work; });
   queue.Flush();
   EXPECT_EQ(told.code(), absl::StatusCode::kInternal);
 }
 
 TEST(CompletionQueue, HoldsNoMoreTicketsThanAllowed) {
-  CompletionQueue queue(/*tickets_max=*/2);
   absl::Notification open, third;
+  CompletionQueue queue(/*tickets_max=*/2);
   queue.Post(nullptr, [&](const absl::Status&) { open.WaitForNotification(); });
   queue.Post(nullptr, [](const absl::Status&) {});
   std::thread poster([&] {

@@ -289,10 +289,10 @@ TEST_F(EngineTest, ALayerIsCommittedByItsTicket) {
 TEST_F(EngineTest, ATicketThatFailsFailsItsJobsOnce) {
   FakeBackend fake;
   Prompts prompts(fake);
+  std::vector<absl::Status> failed;
   Engine engine(fake, metrics_);
   auto one = prompts.New(150, 5), two = prompts.New(140, 9);
   auto batch = *engine.Begin({one, two});
-  std::vector<absl::Status> failed;
   batch->on_failed = [&](const std::shared_ptr<Job>&, const absl::Status& why) {
     failed.push_back(why);
   };

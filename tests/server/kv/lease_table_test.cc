@@ -91,10 +91,10 @@ TEST_F(LeaseTableTest, AbandoningUnfinishedWorkStopsIt) {
 }
 
 TEST_F(LeaseTableTest, AStalledPullIsCutOffAfterTheLeaseEnds) {
+  absl::Notification aborted;
   LeaseTable table({}, /*stalled_reader_grace=*/absl::Milliseconds(10));
   auto cache = NewCache();
   Complete(*cache);
-  absl::Notification aborted;
   auto transfer = *cache->Open([&] { aborted.Notify(); });
   auto lease = *table.Grant("a", cache, absl::Milliseconds(30), nullptr);
   EXPECT_EQ(*table.Release("a", lease.generation, LeaseEnd::kConsumed), 1);

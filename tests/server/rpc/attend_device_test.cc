@@ -14,13 +14,13 @@
 #include <string>
 #include <vector>
 
-#include "absl/synchronization/notification.h"
 #include "proto/wire/chunk.h"
 #include "server/rpc/services.h"
 #include "server/transport/ipc_memory.h"
 #include "server/transport/shm_segment.h"
 #include "server/transport/staging.h"
 #include "tests/server/fake_device.h"
+#include "tests/server/waits.h"
 
 namespace prefilld {
 namespace {
@@ -46,33 +46,33 @@ class AttendOnDeviceTest : public testing::Test {
                                        grpc::InsecureChannelCredentials());
     prefill_ = v1::PrefillService::NewStub(channel);
     handoff_ = v1::KvHandoffService::NewStub(channel);
-    // The engine's own memory is there from now on.
+    // The engine's own memory is there from now on, and no other once the job, which has a share of
+    // the pool that it is given back on, and what it left there are gone.
     Attend(v1::TRANSPORT_GRPC, 700);
-    WaitUntilFree();
+    EXPECT_TRUE(Becomes([this] { return memory_.use_count() == 2; }));
+    Held{*memory_, 2};
     at_rest_ = device_.live_bytes(Kind::kDevice);
     host_at_rest_ = device_.live_bytes(Kind::kHost);
     device_.ForgetCopied();
   }
 
   ~AttendOnDeviceTest() override {
-    WaitUntilFree();
-    if (at_rest_ > 0) {
-      EXPECT_EQ(device_.live_bytes(Kind::kDevice), at_rest_);
-      EXPECT_EQ(device_.live_bytes(Kind::kHost), host_at_rest_);
-    }
-    EXPECT_FALSE(device_.freed_under_a_copy());
     server_->Shutdown();
+    // What the pools still have to run uses members that go before them.
+    memory_->Stop();
+    transfers_.Stop();
+    WaitUntilFree();
+    EXPECT_FALSE(device_.freed_under_a_copy());
   }
 
   // No call holds memory: the last slices may go after the call has ended.
-  void WaitUntilFree() {
-    for (int i = 0; i < 500; ++i) {
-      if (device_.live_bytes(Kind::kDevice) == at_rest_ &&
-          device_.live_bytes(Kind::kHost) == host_at_rest_) {
-        return;
-      }
-      absl::SleepFor(absl::Milliseconds(at_rest_ > 0 ? 10 : 1));
-    }
+  void WaitUntilFree() const {
+    (void)Becomes([this] {
+      return device_.live_bytes(Kind::kDevice) == at_rest_ &&
+             device_.live_bytes(Kind::kHost) == host_at_rest_;
+    });
+    EXPECT_EQ(device_.live_bytes(Kind::kDevice), at_rest_);
+    EXPECT_EQ(device_.live_bytes(Kind::kHost), host_at_rest_);
   }
 
   static v1::AttendRequest Header(int tokens, v1::Transport transport) {
@@ -264,7 +264,7 @@ TEST_F(AttendOnDeviceTest, ChunksAreOnTheirWayBeforeTheLastHasArrived) {
   auto stream = prefill_->Attend(&context);
   Admit(*stream, header);
   Send(*stream, Inputs(header), 1 << 20, 5);
-  for (int i = 0; i < 500 && Copies(true) == 0; ++i) absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_TRUE(Becomes([this] { return Copies(true) > 0; }));
   EXPECT_EQ(Copies(true), 1u);
   EXPECT_EQ(device_.copied()[0].bytes, Staging::kGroupBytes);
   // Its copy is still pending when the caller goes.
@@ -286,13 +286,11 @@ TEST_F(AttendOnDeviceTest, NoDeviceMemoryIsToldAtAdmissionAndTheNextRequestWorks
        {v1::TRANSPORT_GRPC, v1::TRANSPORT_POSIX_SHM, v1::TRANSPORT_CUDA_IPC}) {
     for (Kind kind : {Kind::kDevice, Kind::kHost}) {
       if (kind == Kind::kHost && transport == v1::TRANSPORT_CUDA_IPC) continue;
-      const size_t used = device_.live_bytes(kind);
-      device_.Limit(kind, used + 400'000);
+      device_.Limit(kind, device_.live_bytes(kind) + 400'000);
       const grpc::Status status = Refused(Header(700, transport));
       EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED)
           << status.error_message();
       WaitUntilFree();
-      EXPECT_EQ(device_.live_bytes(kind), used);
       device_.Limit(kind, SIZE_MAX);
       EXPECT_EQ(Attend(transport, 700).size(), 6u);
       WaitUntilFree();
@@ -301,9 +299,9 @@ TEST_F(AttendOnDeviceTest, NoDeviceMemoryIsToldAtAdmissionAndTheNextRequestWorks
 }
 
 TEST_F(AttendOnDeviceTest, DeviceMemoryIsTheCallersUntilItClosesItsSide) {
-  rpc_.upload_timeout = absl::Milliseconds(500);
   const v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
   for (const bool closes : {true, false}) {
+    rpc_.upload_timeout = closes ? absl::Seconds(30) : absl::Seconds(1);
     grpc::ClientContext context;
     auto stream = prefill_->Attend(&context);
     Admit(*stream, header);
@@ -318,7 +316,6 @@ TEST_F(AttendOnDeviceTest, DeviceMemoryIsTheCallersUntilItClosesItsSide) {
     EXPECT_EQ(stream->Finish().error_code(),
               closes ? grpc::StatusCode::OK : grpc::StatusCode::DEADLINE_EXCEEDED);
     WaitUntilFree();
-    EXPECT_EQ(device_.live_bytes(Kind::kDevice), at_rest_);
   }
 }
 
@@ -333,25 +330,41 @@ TEST_F(AttendOnDeviceTest, ACallerThatGoesTakesItsMemoryWithIt) {
       context.TryCancel();
       EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
       WaitUntilFree();
-      EXPECT_EQ(device_.live_bytes(Kind::kDevice), at_rest_);
     }
   }
 }
 
+TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
+  const int before = device_.taken();
+  {
+    Held held(*memory_, 2);
+    grpc::ClientContext context;
+    auto stream = prefill_->Attend(&context);
+    stream->Write(Header(700, v1::TRANSPORT_POSIX_SHM));
+    ASSERT_TRUE(Becomes([this] { return metrics_.waiting.Value() == 1; })) << "it has not come";
+    context.TryCancel();
+    EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+    ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30)))
+        << "the server has not heard of it";
+  }
+  Held{*memory_, 2};  // its turn has come and gone
+  EXPECT_EQ(device_.taken(), before);
+}
+
 // Outputs are placed, inputs are let go of: none of it by whoever computes.
 TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
-  const auto go = std::make_shared<absl::Notification>();  // the pool's threads may leave it last
-  for (int i = 0; i < 2; ++i) transfers_.Post([go] { go->WaitForNotification(); });
   const v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
   grpc::ClientContext contexts[2];
   std::unique_ptr<Stream> streams[2];
-  for (int i = 0; i < 2; ++i) {
-    streams[i] = prefill_->Attend(&contexts[i]);
-    Admit(*streams[i], header);
-    ASSERT_TRUE(streams[i]->Write(Written()));
+  {
+    Held held(transfers_, 2);
+    for (int i = 0; i < 2; ++i) {
+      streams[i] = prefill_->Attend(&contexts[i]);
+      Admit(*streams[i], header);
+      ASSERT_TRUE(streams[i]->Write(Written()));
+    }
+    EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30))) << "both were computed";
   }
-  EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30))) << "both were computed";
-  go->Notify();
   for (auto& stream : streams) {
     v1::AttendResponse response;
     while (!response.has_summary()) ASSERT_TRUE(stream->Read(&response));

@@ -259,17 +259,17 @@ TEST_F(PrefillTest, AJobEndsBehindTheCommitOfItsLastLayer) {
 
 // Two layers' worth of blocks: each next layer waits for the delivery of one that a ticket commits.
 TEST_F(PrefillTest, AStreamedCachePassesThroughTwoSlots) {
+  absl::Notification ready[Prompts::kLayers];
   Scheduler scheduler(engine_, metrics_, {});
   auto job = prompts_.New(150, 5, /*retain=*/false);
   const std::shared_ptr<KvCache> cache = job->prefill->cache;
   ASSERT_TRUE(scheduler.Admit(job).ok());
   for (int layer = 0; layer < layers(); ++layer) {
-    absl::Notification ready;
-    cache->WhenReady(layer, [&](auto pin) {
+    cache->WhenReady(layer, [&ready = ready[layer]](auto pin) {
       EXPECT_TRUE(pin.ok());
       ready.Notify();
     });
-    ASSERT_TRUE(ready.WaitForNotificationWithTimeout(absl::Seconds(20))) << layer;
+    ASSERT_TRUE(ready[layer].WaitForNotificationWithTimeout(absl::Seconds(20))) << layer;
     cache->Delivered(layer);
   }
   EXPECT_TRUE(Prompts::SinkOf(job).Wait().ok());
@@ -277,10 +277,10 @@ TEST_F(PrefillTest, AStreamedCachePassesThroughTwoSlots) {
 }
 
 TEST_F(PrefillTest, AFailedTicketEndsTheJobThoughItWasComputed) {
-  Scheduler scheduler(engine_, metrics_, {});
-  auto job = prompts_.New(150, 5);
   std::vector<absl::StatusCode> told;
   absl::Notification all_told;
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = prompts_.New(150, 5);
   for (int layer = 0; layer < layers(); ++layer) {
     job->prefill->cache->WhenReady(layer, [&](auto pin) {
       told.push_back(pin.status().code());

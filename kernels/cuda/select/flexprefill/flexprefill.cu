@@ -38,7 +38,7 @@ FlexPrefill Prepare(const Selection& selection) {
   f.problem = selection.problem;
   f.report = selection.report;
   f.gamma = selection.gamma;
-  f.tau = selection.tau;
+  f.tau = selection.flexprefill.tau;
   const int64_t B = f.problem.block_size;
   const auto blocks = [&](int64_t tokens) {
     return static_cast<int32_t>(std::min<int64_t>(CeilDiv(tokens, B), INT32_MAX));
@@ -52,10 +52,13 @@ FlexPrefill Prepare(const Selection& selection) {
 }  // namespace
 
 int SharedMemoryLimit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
+  static const int limit = [] {  // a process has one device
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+  }();
+  return limit;
 }
 
 ChunkPlan PlanChunks(const Problem& problem, int unit, int64_t lanes, int multiprocessors) {

@@ -20,6 +20,14 @@ constexpr float kMassScale = 0x1p40f;
 
 // Of all kernels of the method: those that are no templates take any multiple of 8 up to 256.
 using FlexPrefillTable = KernelTable<64, 96, 128, 256>;
+// 1 / sqrt of each of them.
+__host__ __device__ constexpr double InverseRoot(int head_dim) {
+  return head_dim == 64    ? 0.125
+         : head_dim == 96  ? 0.10206207261596575409
+         : head_dim == 128 ? 0.08838834764831844055
+         : head_dim == 256 ? 0.0625
+                           : 0;  // not listed
+}
 
 // What is decided for a head of a sequence.
 struct LineBudget {

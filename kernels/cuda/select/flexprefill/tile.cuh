@@ -58,13 +58,6 @@ __device__ __forceinline__ void Widen8(const uint4& piece, float (&x)[8]) {
 struct QueryScale {
   float high, low;
 };
-__host__ __device__ constexpr double InverseRoot(int head_dim) {
-  return head_dim == 64    ? 0.125
-         : head_dim == 96  ? 0.10206207261596575409
-         : head_dim == 128 ? 0.08838834764831844055
-         : head_dim == 256 ? 0.0625
-                           : 0;  // not listed
-}
 __host__ __device__ constexpr QueryScale ScaleOf(int head_dim) {
   const double scale = InverseRoot(head_dim);
   const float high = static_cast<float>(scale);

@@ -345,17 +345,17 @@ __global__ void __launch_bounds__(kThreads, 2) RepairKernel(const __grid_constan
     const int key_pools = task.end * kPerBlock;  // the last row sees so many
     const int steps = (key_pools + At::kKeys - 1) / At::kKeys;
     // A thread copies the same chunk of every kRowsAtOnce-th row, and so to equally spaced places.
-    constexpr int kRowsAtOnce = kThreads / At::Keys::kChunks;
+    constexpr int kRowsAtOnce = kThreads / At::Keys::kCopiers;
     static_assert(kRowsAtOnce % 8 == 0);
-    const int copied_row = threadIdx.x / At::Keys::kChunks;
-    const int copied_chunk = threadIdx.x % At::Keys::kChunks;
+    const int copied_row = threadIdx.x / At::Keys::kCopiers;
+    const int copied_chunk = threadIdx.x % At::Keys::kCopiers;
     const uint32_t copied_to = base_address + At::kK + At::Keys::Offset(copied_row, copied_chunk);
     const auto load = [&](int step) {
       const uint32_t to = copied_to + step % 2 * At::Keys::kBytes;
       const __half* from =
           pools + (int64_t{step} * At::kKeys + copied_row) * kChannels + copied_chunk * 8;
 #pragma unroll
-      for (int i = 0; i < At::kKeys / kRowsAtOnce; ++i) {
+      for (int i = 0; i < At::kKeys / kRowsAtOnce && copied_chunk < At::Keys::kChunks; ++i) {
         const int key = step * At::kKeys + copied_row + i * kRowsAtOnce;
         const bool exists = key < key_pools && copied_chunk < kChannels / 8;
         CopyAsync(to + i * kRowsAtOnce * 128, exists ? from + i * kRowsAtOnce * kChannels : pools,

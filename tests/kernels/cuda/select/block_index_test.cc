@@ -99,7 +99,7 @@ TEST_F(IndexOnGpu, EveryTaskIsQueuedOnce) {
     input.SetIndex(rows);
     const Problem& p = input.problem();
     DeviceArray<uint8_t> workspace(static_cast<int64_t>(AttendWorkspace(p)));
-    EXPECT_CUDA_OK(QueueTasks(p, workspace.data(), nullptr));
+    EXPECT_CUDA_OK(QueueTasks(p, workspace.data(), Multiprocessors(), nullptr));
     EXPECT_CUDA_OK(cudaDeviceSynchronize());
     workspace.ExpectGuardsIntact("workspace");
     std::vector<uint8_t> bytes = workspace.Get();
