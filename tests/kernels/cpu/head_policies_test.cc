@@ -22,7 +22,7 @@ struct Outcome {
 };
 
 // The whole call, through the waist.
-Outcome Run(AttentionArgs args) {
+Outcome Compute(AttentionArgs args) {
   CpuBackend backend(/*threads=*/2);
   Outcome outcome;
   outcome.o.resize(args.shape.total_q() * args.shape.q_heads * args.shape.head_dim);
@@ -76,10 +76,10 @@ TEST(HeadPolicies, EachHeadGetsWhatItGetsWhereAllHaveItsPolicy) {
                   .sk = {700, 1300}});
       std::vector<SparsityPolicy> policies = kPolicies;
       for (SparsityPolicy& policy : policies) policy.block_size = block_size;
-      const Outcome mixed = Run(Mixed(&input, policies, kOfHead));
+      const Outcome mixed = Compute(Mixed(&input, policies, kOfHead));
       for (int h = 0; h < kHeads; ++h) {
         SCOPED_TRACE(Describe(family, 1300, DType::kF32, 0) + " head " + std::to_string(h));
-        const Outcome uniform = Run(input.Args(policies[kOfHead[h]]));
+        const Outcome uniform = Compute(input.Args(policies[kOfHead[h]]));
         ExpectHead(input.shape(), h, mixed, uniform);
       }
     }
@@ -88,7 +88,7 @@ TEST(HeadPolicies, EachHeadGetsWhatItGetsWhereAllHaveItsPolicy) {
 
 TEST(HeadPolicies, TheReferenceReadsThemAlike) {
   Case input({.family = Family::kNeedle, .q_heads = kHeads, .kv_heads = 2});
-  const Outcome got = Run(Mixed(&input, kPolicies, kOfHead));
+  const Outcome got = Compute(Mixed(&input, kPolicies, kOfHead));
   const AttentionArgs args = Mixed(&input, kPolicies, kOfHead);
   ReferenceSelectBlocks(args);
   const Selected want = Copy(args);
@@ -105,7 +105,7 @@ TEST(HeadPolicies, OnlyThoseThatAskAreMeasuredAndBoundByAMinimum) {
        .gamma = .5,
        .measure_captured_mass = false,
        .min_captured_mass = .9999}};
-  const Outcome got = Run(Mixed(&input, policies, {0, 1, 0, 1}));
+  const Outcome got = Compute(Mixed(&input, policies, {0, 1, 0, 1}));
   for (int h = 0; h < 4; ++h) {
     const HeadReport& report = got.selected.report[h];
     EXPECT_EQ(report.dense_reason, h % 2 ? DenseReason::kMinCapturedMass : DenseReason::kNone);
