@@ -47,7 +47,7 @@ void AttendReactor::OnReadDone(bool ok) {
   if (ended_) return;
   busy_ = true;
   // The job keeps its memory until then, also when the call has ended.
-  rpc_.memory->Post([self = shared_from_this(), job = job_] { self->CopyRegion(); });
+  rpc_.transfers.Post([self = shared_from_this(), job = job_] { self->CopyRegion(); });
 }
 
 // The caller has closed its side.

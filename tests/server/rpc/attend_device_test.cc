@@ -36,14 +36,12 @@ class AttendOnDeviceTest : public testing::Test {
   AttendOnDeviceTest() {
     rpc_.limits.offered = {Transport::kPosixShm, Transport::kCudaIpc};
     grpc::ServerBuilder builder;
-    int port = 0;
-    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
     builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
     builder.RegisterService(&prefill_service_);
     builder.RegisterService(&handoff_service_);
     server_ = builder.BuildAndStart();
-    auto channel = grpc::CreateChannel("127.0.0.1:" + std::to_string(port),
-                                       grpc::InsecureChannelCredentials());
+    auto channel = Connect({});
     prefill_ = v1::PrefillService::NewStub(channel);
     handoff_ = v1::KvHandoffService::NewStub(channel);
     // The engine's own memory is there from now on, and no other once the job, which has a share of
@@ -63,6 +61,11 @@ class AttendOnDeviceTest : public testing::Test {
     transfers_.Stop();
     WaitUntilFree();
     EXPECT_FALSE(device_.freed_under_a_copy());
+  }
+
+  std::shared_ptr<grpc::Channel> Connect(const grpc::ChannelArguments& arguments) const {
+    return grpc::CreateCustomChannel("127.0.0.1:" + std::to_string(port_),
+                                     grpc::InsecureChannelCredentials(), arguments);
   }
 
   // No call holds memory: the last slices may go after the call has ended.
@@ -202,6 +205,32 @@ class AttendOnDeviceTest : public testing::Test {
     return outputs;
   }
 
+  // A call over shared memory of which a test sees to the rest.
+  struct Call {
+    Call(AttendOnDeviceTest& test, const v1::AttendRequest& header) {
+      // One that waits for what the test holds fails instead.
+      context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
+      stream = test.prefill_->Attend(&context);
+      Admit(*stream, header);
+    }
+    bool ReadToSummary() {
+      v1::AttendResponse response;
+      while (stream->Read(&response)) {
+        if (response.has_summary()) return true;
+      }
+      return false;
+    }
+    void ExpectToEndWell() {
+      stream->WritesDone();
+      v1::AttendResponse response;
+      EXPECT_FALSE(stream->Read(&response));
+      const grpc::Status status = stream->Finish();
+      EXPECT_TRUE(status.ok()) << status.error_message();
+    }
+    grpc::ClientContext context;
+    std::unique_ptr<Stream> stream;
+  };
+
   // A call that is refused.
   grpc::Status Refused(const v1::AttendRequest& header) {
     grpc::ClientContext context;
@@ -212,9 +241,9 @@ class AttendOnDeviceTest : public testing::Test {
     return stream->Finish();
   }
 
-  size_t Copies(bool upload) const {
+  size_t Uploads() const {
     size_t count = 0;
-    for (const FakeDevice::Copied& copy : device_.copied()) count += copy.upload == upload;
+    for (const FakeDevice::Copied& copy : device_.copied()) count += copy.upload;
     return count;
   }
 
@@ -241,6 +270,7 @@ class AttendOnDeviceTest : public testing::Test {
                   attends_, reports_, metrics_, memory_, transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
+  int port_ = 0;
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<v1::PrefillService::Stub> prefill_;
   std::unique_ptr<v1::KvHandoffService::Stub> handoff_;
@@ -264,8 +294,8 @@ TEST_F(AttendOnDeviceTest, ChunksAreOnTheirWayBeforeTheLastHasArrived) {
   auto stream = prefill_->Attend(&context);
   Admit(*stream, header);
   Send(*stream, Inputs(header), 1 << 20, 5);
-  EXPECT_TRUE(Becomes([this] { return Copies(true) > 0; }));
-  EXPECT_EQ(Copies(true), 1u);
+  EXPECT_TRUE(Becomes([this] { return Uploads() > 0; }));
+  EXPECT_EQ(Uploads(), 1u);
   EXPECT_EQ(device_.copied()[0].bytes, Staging::kGroupBytes);
   // Its copy is still pending when the caller goes.
   EXPECT_EQ(device_.pending(), 1u);
@@ -275,7 +305,7 @@ TEST_F(AttendOnDeviceTest, ChunksAreOnTheirWayBeforeTheLastHasArrived) {
 
 TEST_F(AttendOnDeviceTest, OverCudaIpcTensorsStayWhereTheyAre) {
   Attend(v1::TRANSPORT_CUDA_IPC, 700);
-  EXPECT_EQ(Copies(true), 0u);
+  EXPECT_EQ(Uploads(), 0u);
   for (const FakeDevice::Copied& copy : device_.copied()) {
     EXPECT_LT(copy.bytes, 10'000u) << "more than a block index";
   }
@@ -354,24 +384,27 @@ TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
 // Outputs are placed, inputs are let go of: none of it by whoever computes.
 TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
   const v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
-  grpc::ClientContext contexts[2];
-  std::unique_ptr<Stream> streams[2];
+  Call first(*this, header), second(*this, header);
   {
     Held held(transfers_, 2);
-    for (int i = 0; i < 2; ++i) {
-      streams[i] = prefill_->Attend(&contexts[i]);
-      Admit(*streams[i], header);
-      ASSERT_TRUE(streams[i]->Write(Written()));
-    }
+    for (Call* call : {&first, &second}) ASSERT_TRUE(call->stream->Write(Written()));
     EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30))) << "both were computed";
   }
-  for (auto& stream : streams) {
-    v1::AttendResponse response;
-    while (!response.has_summary()) ASSERT_TRUE(stream->Read(&response));
-    stream->WritesDone();
-    EXPECT_FALSE(stream->Read(&response));
-    EXPECT_TRUE(stream->Finish().ok());
+  for (Call* call : {&first, &second}) {
+    EXPECT_TRUE(call->ReadToSummary());
+    call->ExpectToEndWell();
   }
+}
+
+// Memory that somebody waits for may take seconds.
+TEST_F(AttendOnDeviceTest, ASegmentIsCopiedWhileOthersWaitForMemory) {
+  Call call(*this, Header(700, v1::TRANSPORT_POSIX_SHM));
+  {
+    Held held(*memory_, 2);
+    ASSERT_TRUE(call.stream->Write(Written()));
+    EXPECT_TRUE(call.ReadToSummary());
+  }
+  call.ExpectToEndWell();
 }
 
 TEST_F(AttendOnDeviceTest, OnlyWrittenFollowsTheHeader) {
