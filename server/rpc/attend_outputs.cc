@@ -82,19 +82,21 @@ AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged,
 absl::Status AttendOutputs::Place(Device& device) {
   if (memory_.region == nullptr) return absl::OkStatus();
   const bool on_device = RowOf(memory_.region->transport()).on_device;
+  bool copied = false;
   for (size_t i = 0; i < tensors_.size(); ++i) {
     std::byte* place = memory_.region->data() + memory_.outputs[i];
     const Tensor& tensor = tensors_[i];
     if (reinterpret_cast<const std::byte*>(tensor.data) == place) continue;  // o and lse
     if (!on_device) {
       std::memcpy(place, tensor.data, tensor.bytes);
-    } else if (absl::Status status = device.Copy(place, tensor.data, tensor.bytes, Stream{});
-               !status.ok()) {
-      return status;
+      continue;
     }
+    copied = true;
+    absl::Status status = device.Copy(place, tensor.data, tensor.bytes, device.upload_stream());
+    if (!status.ok()) return status;
   }
   current_ = tensors_.size();
-  return on_device ? device.Synchronize(Stream{}) : absl::OkStatus();
+  return copied ? device.Synchronize(device.upload_stream()) : absl::OkStatus();
 }
 
 v1::OutputSpecs AttendOutputs::specs() const {

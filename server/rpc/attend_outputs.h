@@ -31,7 +31,8 @@ class AttendOutputs {
   AttendOutputs(std::shared_ptr<const Job> job, bool ragged, const AttendMemory& memory);
 
   // Puts what is not there yet into the region, where there is one; then there is nothing to send.
-  // Copies, and waits for `device` where the region is its memory.
+  // Copies; where the region is memory of `device`, on its upload stream, and waits for that, but
+  // for no step.
   absl::Status Place(Device& device);
 
   v1::OutputSpecs specs() const;

