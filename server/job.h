@@ -90,8 +90,11 @@ struct Job {
   SteadyTime arrival = SteadyNow();
   absl::Time deadline = absl::InfiniteFuture();
   SparsityPolicy policy;
-  bool method_unspecified = false;     // dense may be chosen where it is faster
-  uint64_t held_bytes = 0;             // host memory of an Attend: tensors, outputs, block index
+  bool method_unspecified = false;  // dense may be chosen where it is faster
+  uint64_t held_bytes = 0;          // host memory of an Attend: tensors, outputs, block index
+  // By Scheduler::Admit: takes held_bytes back when the last that holds it goes. Before the memory
+  // it stands for, so that it goes after it.
+  std::shared_ptr<void> budget;
   std::unique_ptr<AttendWork> attend;  // exactly one of the two
   std::unique_ptr<PrefillWork> prefill;
   std::shared_ptr<JobSink> sink;
@@ -99,8 +102,7 @@ struct Job {
   // By Scheduler::Cancel: honoured between steps, and within attention over many blocks.
   std::atomic<bool> cancelled{false};
 
-  // By Scheduler::Admit. The budget takes held_bytes back when the job goes, outputs and all.
-  std::shared_ptr<void> budget;
+  // By Scheduler::Admit.
   int queue_position = 0;
   absl::Duration estimated_wait;
 

@@ -96,8 +96,7 @@ absl::StatusOr<ValidAttend> AttendReactor::Admit() {
   if (!valid.ok()) return valid.status();
   // It may end with whoever holds it last, a thread that must not give gigabytes back.
   valid->job = std::shared_ptr<Job>(valid->job.get(),
-                                    [memory = rpc_.memory, owner = valid->job](Job* job) mutable {
-                                      job->budget.reset();
+                                    [memory = rpc_.memory, owner = valid->job](Job*) mutable {
                                       memory->PostFirst([owner = std::move(owner)] {});
                                     });
   Job& job = *valid->job;
@@ -239,10 +238,12 @@ void AttendReactor::Conclude(const absl::Status& result) {
 void AttendReactor::LetGoOfInputs() {
   AttendWork& work = *job_->attend;
   struct Gone {
+    std::shared_ptr<void> budget;  // goes last
     Buffer q, k, v, o, lse;
     std::shared_ptr<void> staging;  // goes before them
   };
   auto gone = std::make_shared<Gone>();
+  gone->budget = job_->budget;
   gone->q = std::move(work.q);
   gone->k = std::move(work.k);
   gone->v = std::move(work.v);

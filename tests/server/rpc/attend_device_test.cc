@@ -44,11 +44,9 @@ class AttendOnDeviceTest : public testing::Test {
     auto channel = Connect({});
     prefill_ = v1::PrefillService::NewStub(channel);
     handoff_ = v1::KvHandoffService::NewStub(channel);
-    // The engine's own memory is there from now on, and no other once the job, which has a share of
-    // the pool that it is given back on, and what it left there are gone.
+    // The engine's own memory is there from now on, and no other.
     Attend(v1::TRANSPORT_GRPC, 700);
-    EXPECT_TRUE(Becomes([this] { return memory_.use_count() == 2; }));
-    Held{*memory_, 2};
+    WaitUntilGivenBack();
     at_rest_ = device_.live_bytes(Kind::kDevice);
     host_at_rest_ = device_.live_bytes(Kind::kHost);
     device_.ForgetCopied();
@@ -66,6 +64,13 @@ class AttendOnDeviceTest : public testing::Test {
   std::shared_ptr<grpc::Channel> Connect(const grpc::ChannelArguments& arguments) const {
     return grpc::CreateCustomChannel("127.0.0.1:" + std::to_string(port_),
                                      grpc::InsecureChannelCredentials(), arguments);
+  }
+
+  // Jobs are gone, which have a share of the pool that their memory is given back on, and so is
+  // what they left there.
+  void WaitUntilGivenBack() {
+    EXPECT_TRUE(Becomes([this] { return memory_.use_count() == 2; }));
+    Held{*memory_, 2};
   }
 
   // No call holds memory: the last slices may go after the call has ended.
@@ -265,7 +270,7 @@ class AttendOnDeviceTest : public testing::Test {
   WorkPool transfers_{2};
   LeaseTable leases_{{}};
   Engine engine_{backend_, metrics_};
-  Scheduler scheduler_{engine_, metrics_, {}};
+  Scheduler scheduler_{engine_, metrics_, {.attend_bytes_max = 32 << 20}};
   RpcContext rpc_{backend_, models_,  media_,   nullptr, leases_,    scheduler_, prefills_,
                   attends_, reports_, metrics_, memory_, transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
@@ -426,6 +431,30 @@ TEST_F(AttendOnDeviceTest, ASegmentIsCopiedWhileOthersWaitForMemory) {
     EXPECT_TRUE(call.ReadToSummary());
   }
   call.ExpectToEndWell();
+}
+
+TEST_F(AttendOnDeviceTest, ItsBytesAreTakenUntilItsMemoryIsGivenBack) {
+  const v1::AttendRequest header = Header(12'000, v1::TRANSPORT_GRPC);  // two are too many
+  {
+    Call call(*this, header);
+    Held held(*memory_, 2);
+    call.context.TryCancel();
+    EXPECT_EQ(call.stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+    ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30)));
+    for (int i = 0; i < 100; ++i) {
+      grpc::ClientContext context;
+      context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(5));
+      auto stream = prefill_->Attend(&context);
+      stream->Write(header);
+      v1::AttendResponse response;
+      ASSERT_FALSE(stream->Read(&response));
+      ASSERT_EQ(stream->Finish().error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+    }
+  }
+  WaitUntilGivenBack();
+  Call next(*this, header);
+  next.context.TryCancel();
+  EXPECT_EQ(next.stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 
 TEST_F(AttendOnDeviceTest, OnlyWrittenFollowsTheHeader) {
