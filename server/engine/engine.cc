@@ -16,14 +16,14 @@ constexpr Stream kStream{};
 
 }  // namespace
 
-absl::Status Engine::Calibrate() { return prefilld::Calibrate(backend_, stages_, clock_, cost_); }
-
-// What one head adds to the metrics.
-void Engine::Observe(const std::string& model, const HeadReport& head, bool measured) {
-  metrics_.HeadDensity(model, head.pattern, head.density);
-  if (measured) metrics_.CapturedMass(model, head.captured_mass);
-  if (head.dense_reason != DenseReason::kNone) metrics_.DenseFallback(head.dense_reason);
+void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& head,
+                 bool measured) {
+  metrics.HeadDensity(model, head.pattern, head.density);
+  if (measured) metrics.CapturedMass(model, head.captured_mass);
+  if (head.dense_reason != DenseReason::kNone) metrics.DenseFallback(head.dense_reason);
 }
+
+absl::Status Engine::Calibrate() { return prefilld::Calibrate(backend_, stages_, clock_, cost_); }
 
 // Dense instead of an unspecified method where selecting would cost more than it saves.
 Engine::Decision Engine::Decide(const Job& job, const AttentionShape& shape) {
@@ -201,7 +201,7 @@ void Engine::Commit(const LayerTicket& ticket, const absl::Status& work) {
     const ModelInfo& info = prefill.model->info();
     const bool measured = job.report.captured_mass_measured;
     for (int h = 0; h < info.q_heads; ++h) {
-      Observe(info.name, ticket.report[s * info.q_heads + h], measured);
+      ObserveHead(metrics_, info.name, ticket.report[s * info.q_heads + h], measured);
     }
     metrics_.LayerDensity(info.name, ticket.layer, part.density);
     if (ticket.layer == 0) {
@@ -305,9 +305,6 @@ absl::Status Engine::RunAttend(Job& job) {
                 .heads = heads,
                 .entries = std::move(call.report),
                 .captured_mass_measured = Measures(args.policy)};
-  for (const HeadReport& entry : job.report.entries) {
-    Observe(kAttendModel, entry, job.report.captured_mass_measured);
-  }
   return absl::OkStatus();
 }
 

@@ -38,6 +38,10 @@ struct Batch {
   bool done() const { return next_layer == model->info().layers; }
 };
 
+// What one head adds to the metrics: of a layer by the engine's completion, of an Attend by whoever
+// answers it, for they may be many. Thread: any.
+void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& head, bool measured);
+
 class Engine {
  public:
   Engine(Backend& backend, Metrics& metrics) : backend_(backend), metrics_(metrics) {}
@@ -86,7 +90,6 @@ class Engine {
     bool open = false;  // was left open and is sparse: dense may still take its place
   };
 
-  void Observe(const std::string& model, const HeadReport& head, bool measured);
   Decision Decide(const Job& job, const AttentionShape& shape);
   void NoteFault();
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);

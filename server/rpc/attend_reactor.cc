@@ -214,23 +214,29 @@ void AttendReactor::OnFinished(const absl::Status& status) {
 }
 
 void AttendReactor::Conclude(const absl::Status& result) {
-  std::shared_ptr<AttendOutputs> outputs;
+  std::shared_ptr<Job> job;
   {
     absl::MutexLock lock(&mutex_);
     job_ended_ = true;
     if (ended_) return;
     if (!result.ok()) return End(result);
     LetGoOfInputs();
-    rpc_.reports.Add({job_->request_id, kAttendModel, job_->policy.method, job_->policy.gamma,
-                      job_->tokens(), job_->report});
-    outputs = outputs_ = std::make_shared<AttendOutputs>(job_, ragged_, memory_);
+    job = job_;
   }
+  const JobReport& report = job->report;
+  rpc_.reports.Add({job->request_id, kAttendModel, job->policy.method, job->policy.gamma,
+                    job->tokens(), report});
+  for (const HeadReport& head : report.entries) {
+    ObserveHead(rpc_.metrics, kAttendModel, head, report.captured_mass_measured);
+  }
+  auto outputs = std::make_shared<AttendOutputs>(job, ragged_, memory_);
   const absl::Time begin = absl::Now();
   const absl::Status status = outputs->Place(rpc_.backend.device());
   absl::MutexLock lock(&mutex_);
   if (ended_) return;
   if (!status.ok()) return End(status);
   if (memory_.region != nullptr) placing_ = absl::Now() - begin;
+  outputs_ = std::move(outputs);
   Answer();
 }
 

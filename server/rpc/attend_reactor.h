@@ -6,8 +6,8 @@
 //
 // Lifetime: shared by gRPC (until OnDone), the job (as its sink) and what is posted.
 // Threads: gRPC's, the completion thread and those of two pools, where memory is taken and copied;
-// every member is guarded by one mutex, held for no longer than a message takes, but the upload and
-// the memory, which only the single outstanding read touches, or what goes on from it.
+// every member is guarded by one mutex, held for no longer than a message takes, but what belongs
+// to the upload, which only the single outstanding read touches, or what goes on from it.
 #pragma once
 
 #include <grpcpp/alarm.h>
@@ -79,7 +79,8 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   const absl::Time deadline_;
   grpc::ByteBuffer read_;         // of the outstanding read
   std::optional<Upload> upload_;  // the outstanding read's thread
-  AttendMemory memory_;           // set once, before the first tensor is read
+  bool ragged_ = false;           // set once, before the first tensor is read, as is the memory
+  AttendMemory memory_;
 
   absl::Mutex mutex_;
   std::shared_ptr<AttendReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
@@ -87,9 +88,8 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   std::string request_id_ ABSL_GUARDED_BY(mutex_);  // for the log
   bool awaits_header_ ABSL_GUARDED_BY(mutex_) = true;
   std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // once in the budget, until OnDone
-  bool ragged_ ABSL_GUARDED_BY(mutex_) = false;
-  bool admitted_ ABSL_GUARDED_BY(mutex_) = false;  // and there is memory
-  bool busy_ ABSL_GUARDED_BY(mutex_) = false;      // it is our turn, the peer has nothing to do
+  bool admitted_ ABSL_GUARDED_BY(mutex_) = false;     // and there is memory
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;         // it is our turn, the peer has nothing to do
   bool job_ended_ ABSL_GUARDED_BY(mutex_) = false;
   bool peer_closed_ ABSL_GUARDED_BY(mutex_) = false;  // its side of the stream, after the upload
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;        // Finish was called

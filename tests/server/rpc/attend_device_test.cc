@@ -252,6 +252,15 @@ class AttendOnDeviceTest : public testing::Test {
     return count;
   }
 
+  uint64_t HeadsInMetrics() {
+    uint64_t heads = 0;
+    for (const auto& family : metrics_.Collect()) {
+      if (family.name != "prefilld_head_density_ratio") continue;
+      for (const auto& metric : family.metric) heads += metric.histogram.sample_count;
+    }
+    return heads;
+  }
+
   FakeBackend backend_;
   FakeDevice& device_ = backend_.device();
   Metrics metrics_;
@@ -385,19 +394,22 @@ TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
   EXPECT_EQ(device_.taken(), before);
 }
 
-// Outputs are placed, inputs are let go of: none of it by whoever computes.
+// Outputs are placed, inputs are let go of, metrics are told: none of it by whoever computes.
 TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
+  const uint64_t heads = HeadsInMetrics();
   const v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
   Call first(*this, header), second(*this, header);
   {
     Held held(transfers_, 2);
     for (Call* call : {&first, &second}) ASSERT_TRUE(call->stream->Write(Written()));
     EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30))) << "both were computed";
+    EXPECT_EQ(HeadsInMetrics(), heads);
   }
   for (Call* call : {&first, &second}) {
     EXPECT_TRUE(call->ReadToSummary());
     call->ExpectToEndWell();
   }
+  EXPECT_EQ(HeadsInMetrics(), heads + 2 * kQHeads);
 }
 
 TEST_F(AttendOnDeviceTest, AnAnswerWaitsForNoOtherStep) {
