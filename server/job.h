@@ -66,12 +66,13 @@ struct AttendWork {
   // Where the engine copies o and lse when they are done, pinned. Empty where they need not move:
   // the device computes in host memory, or the caller reads them on the device.
   Buffer host_o, host_lse;
+  // Where it copies the block index, as BlockIndexView has it. Empty where nobody asked for it.
+  Buffer host_count, host_index;
   // The Region that the caller reads and writes, and that the buffers above may point into; and the
   // Staging that copies into them, which goes before them.
   std::shared_ptr<void> region, staging;
-  std::vector<int32_t> block_count;  // [q_heads, rows], by the engine
-  std::vector<int32_t> block_index;  // [q_heads, rows, max], -1 padding
-  int64_t rows = 0, max_blocks = 0;
+  // The index as callers read it, [q_heads, rows, longest row], -1 padding; by whoever answers.
+  std::vector<int32_t> block_index;
 };
 
 struct PrefillWork {

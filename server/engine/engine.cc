@@ -289,17 +289,14 @@ absl::Status Engine::RunAttend(Job& job) {
   call.o_bytes = work.o.bytes();
   call.host_lse = work.host_lse.data();
   call.lse_bytes = work.lse.bytes();
+  call.host_count = work.host_count.data();
+  call.host_index = work.host_index.data();
   status = stages_.Prepare(call);
   if (status.ok()) status = clock_.Await(EnqueueAttend(call));
   NoteFault();
   if (status.ok()) status = stages_.Collect(call);
   if (!status.ok()) return status;
   stages_.Observe(call, clock_.Read());
-  if (work.return_block_index) {
-    status = stages_.CopyIndex(args.index, heads, work);
-    if (status.ok()) status = clock_.Await(clock_.End(Phase::kHandoff));
-    if (!status.ok()) return status;
-  }
   Add(clock_.Read(), job.phases);
   job.report = {.layers = shape.sequences(),
                 .heads = heads,

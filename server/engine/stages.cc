@@ -7,7 +7,6 @@ namespace prefilld {
 namespace {
 
 constexpr Stream kStream{};
-constexpr int64_t kIndexStagingBytes = 8 << 20;
 
 // From what allocates: device or host memory.
 template <typename Allocate>
@@ -78,7 +77,6 @@ absl::Status Stages::Prepare(StagesCall& call) {
 
 absl::Status Stages::Enqueue(StagesCall& call) {
   AttentionArgs& args = call.args;
-  Device& device = backend_.device();
   absl::Status status = backend_.EstimatePattern(args, kStream);
   if (status.ok()) status = clock_.End(Phase::kEstimate);
   if (status.ok()) status = Select(call);
@@ -86,14 +84,28 @@ absl::Status Stages::Enqueue(StagesCall& call) {
   if (status.ok()) status = clock_.End(Phase::kSelect);
   if (status.ok()) status = backend_.Attend(args, kStream);
   if (status.ok()) status = clock_.End(Phase::kAttention);
-  if (status.ok() && call.host_o != nullptr) {
-    status = device.Copy(call.host_o, args.o.data, call.o_bytes, kStream);
-  }
-  if (status.ok() && call.host_lse != nullptr) {
-    status = device.Copy(call.host_lse, args.lse, call.lse_bytes, kStream);
-  }
+  if (status.ok()) status = CopyOut(call);
   if (status.ok()) status = clock_.End(Phase::kHandoff);
   return status.ok() ? CheckCancelled(args) : status;
+}
+
+absl::Status Stages::CopyOut(const StagesCall& call) {
+  const AttentionArgs& args = call.args;
+  const size_t rows = static_cast<size_t>(args.shape.q_heads) * args.index.rows;
+  const struct {
+    void* host;
+    const void* from;
+    size_t bytes;
+  } outputs[] = {{call.host_o, args.o.data, call.o_bytes},
+                 {call.host_lse, args.lse, call.lse_bytes},
+                 {call.host_count, args.index.count, rows * sizeof(int32_t)},
+                 {call.host_index, args.index.index, rows * args.index.stride * sizeof(uint16_t)}};
+  for (const auto& [host, from, bytes] : outputs) {
+    if (host == nullptr) continue;
+    absl::Status status = backend_.device().Copy(host, from, bytes, kStream);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Stages::Select(StagesCall& call) {
@@ -137,39 +149,6 @@ void Stages::Observe(const StagesCall& call, const PhaseSeconds& phases) {
     // Without the estimate, which of dense is the making of a plan, once a shape.
     cost_.ObserveDense(work, select + attention);
   }
-}
-
-// The rows in use, as wide as the longest one, -1 behind each row's blocks. A long prompt's index
-// is larger than its tensors, so it passes through a staging buffer some rows at a time.
-absl::Status Stages::CopyIndex(const BlockIndexView& index, int heads, AttendWork& work) {
-  Device& device = backend_.device();
-  const int64_t rows = heads * index.rows;
-  const int64_t row_bytes = index.stride * static_cast<int64_t>(sizeof(uint16_t));
-  const int64_t rows_at_once = std::clamp<int64_t>(kIndexStagingBytes / row_bytes, 1, rows);
-  absl::Status status =
-      GrowHost(device, static_cast<size_t>(std::max(rows_at_once * row_bytes, kIndexStagingBytes)),
-               index_staging_);
-  if (!status.ok()) return status;
-  work.rows = index.rows;
-  work.block_count.resize(static_cast<size_t>(rows));
-  status = device.Copy(work.block_count.data(), index.count,
-                       static_cast<size_t>(rows) * sizeof(int32_t), kStream);
-  if (status.ok()) status = device.Synchronize(kStream);
-  if (!status.ok()) return status;
-  work.max_blocks = *std::max_element(work.block_count.begin(), work.block_count.end());
-  work.block_index.assign(static_cast<size_t>(rows * work.max_blocks), -1);
-  for (int64_t begin = 0; begin < rows; begin += rows_at_once) {
-    const int64_t count = std::min(rows_at_once, rows - begin);
-    status = device.Copy(index_staging_.data(), index.index + begin * index.stride,
-                         static_cast<size_t>(count * row_bytes), kStream);
-    if (status.ok()) status = device.Synchronize(kStream);
-    if (!status.ok()) return status;
-    for (int64_t row = 0; row < count; ++row) {
-      std::copy_n(index_staging_.as<uint16_t>() + row * index.stride, work.block_count[begin + row],
-                  work.block_index.begin() + (begin + row) * work.max_blocks);
-    }
-  }
-  return absl::OkStatus();
 }
 
 }  // namespace prefilld

@@ -17,7 +17,8 @@ struct StagesCall {
   AttentionArgs args;  // all but index and report
   bool open = false;   // the method was left open: dense may still take its place
   DenseReason dense_reason = DenseReason::kNone;
-  void *host_o = nullptr, *host_lse = nullptr;  // where o and lse are copied, or null
+  // Where o, lse and the index are copied when they are there, or null.
+  void *host_o = nullptr, *host_lse = nullptr, *host_count = nullptr, *host_index = nullptr;
   size_t o_bytes = 0, lse_bytes = 0;
   std::vector<HeadReport> report;  // [sequences, q_heads], out
 };
@@ -32,23 +33,21 @@ class Stages {
   // All of a call, phase by phase; waits only where the method is open, after selecting. CANCELLED
   // where stage 3 was left to the host and may have stopped early.
   absl::Status Enqueue(StagesCall& call);
-  // After the step's wait: call.report. The index in call.args stays until the next call.
+  // After the step's wait: call.report.
   absl::Status Collect(StagesCall& call);
 
   // What the call teaches the cost model.
   void Observe(const StagesCall& call, const PhaseSeconds& phases);
-  // The index of the last call, as a caller gets it: to work.block_count and what follows. Blocks.
-  absl::Status CopyIndex(const BlockIndexView& index, int heads, AttendWork& work);
 
  private:
   absl::Status Select(StagesCall& call);
+  absl::Status CopyOut(const StagesCall& call);
 
   Backend& backend_;
   CostModel& cost_;
   StepClock& clock_;
   // Of the call that runs; grow to the largest seen.
   Buffer index_count_, index_, report_;
-  Buffer index_staging_;  // host: where a block index passes through on its way to a caller
 };
 
 // Dense in the place of a sparse method that was left open.

@@ -34,6 +34,17 @@ absl::Status Take(absl::StatusOr<Buffer> memory, Buffer* buffer) {
   return absl::OkStatus();
 }
 
+// Where the engine leaves the block index for who answers.
+absl::Status AllocateIndex(const ValidAttend& valid, Device& device) {
+  AttendWork& work = *valid.job->attend;
+  if (!work.return_block_index) return absl::OkStatus();
+  const auto sequences = SplitIntoBlocks(work.shape, valid.job->policy.block_size);
+  const uint64_t rows = static_cast<uint64_t>(work.shape.q_heads) * TotalRows(sequences);
+  const uint64_t bytes = rows * MaxKeyBlocks(sequences) * sizeof(uint16_t);
+  absl::Status status = Take(device.AllocateHost(rows * sizeof(int32_t)), &work.host_count);
+  return status.ok() ? Take(device.AllocateHost(bytes), &work.host_index) : status;
+}
+
 // The device's side of the tensors, where nobody else has made it.
 absl::Status AllocateOnDevice(Device& device, AttendWork& work) {
   const auto [q_bytes, kv_bytes] = TensorBytes(work.shape);
@@ -129,6 +140,7 @@ absl::StatusOr<AttendMemory> TakeRegion(const ValidAttend& valid, Device& device
 }  // namespace
 
 absl::StatusOr<AttendMemory> TakeMemory(const ValidAttend& valid, Device& device, Medium* medium) {
+  if (absl::Status status = AllocateIndex(valid, device); !status.ok()) return status;
   return medium == nullptr ? TakeBuffers(valid, device) : TakeRegion(valid, device, *medium);
 }
 

@@ -37,6 +37,20 @@ std::vector<v1::TensorSpec> Specs(const Job& job, bool ragged, int64_t rows, int
   return specs;
 }
 
+// The block index as callers read it: as wide as its longest row, which is returned, and -1 behind
+// each row's blocks.
+int64_t Widen(AttendWork& work, int64_t rows, int64_t stride) {
+  const int32_t* const count = work.host_count.as<int32_t>();
+  const uint16_t* from = work.host_index.as<uint16_t>();
+  const int64_t width = *std::max_element(count, count + rows);
+  work.block_index.assign(static_cast<size_t>(rows * width), -1);
+  auto to = work.block_index.begin();
+  for (int64_t row = 0; row < rows; ++row, from += stride, to += width) {
+    std::copy_n(from, count[row], to);
+  }
+  return width;
+}
+
 }  // namespace
 
 uint64_t BytesOf(const v1::TensorSpec& spec) {
@@ -53,21 +67,24 @@ std::vector<v1::TensorSpec> AnnouncedOutputs(const Job& job, bool ragged) {
   return Specs(job, ragged, TotalRows(sequences), MaxKeyBlocks(sequences));
 }
 
-AttendOutputs::AttendOutputs(std::shared_ptr<const Job> job, bool ragged,
-                             const AttendMemory& memory)
+AttendOutputs::AttendOutputs(std::shared_ptr<Job> job, bool ragged, const AttendMemory& memory)
     : memory_(memory) {
   auto held = std::make_shared<Held>();
   for (const HeadReport& entry : job->report.entries) {
     held->pattern.push_back(static_cast<uint8_t>(entry.pattern));
     held->captured_mass.push_back(entry.captured_mass);
   }
-  const AttendWork& work = *job->attend;
+  AttendWork& work = *job->attend;
+  const auto sequences = SplitIntoBlocks(work.shape, job->policy.block_size);
+  const int64_t rows = TotalRows(sequences);
+  const int64_t width =
+      work.return_block_index ? Widen(work, work.shape.q_heads * rows, MaxKeyBlocks(sequences)) : 0;
   const bool moved = work.host_o.data() != nullptr;
-  for (v1::TensorSpec& spec : Specs(*job, ragged, work.rows, work.max_blocks)) {
+  for (v1::TensorSpec& spec : Specs(*job, ragged, rows, width)) {
     const std::string& name = spec.name();
     const void* data = name == "o"             ? (moved ? work.host_o : work.o).data()
                        : name == "lse"         ? (moved ? work.host_lse : work.lse).data()
-                       : name == "block_count" ? work.block_count.data()
+                       : name == "block_count" ? work.host_count.data()
                        : name == "block_index" ? work.block_index.data()
                        : name == "pattern"     ? static_cast<const void*>(held->pattern.data())
                                                : held->captured_mass.data();

@@ -1,6 +1,7 @@
 // The tensors that an Attend answers with, and their chunks. The bytes stay where the engine wrote
-// them: slices refer to the job, which lives until gRPC has let go of the last of them. In memory
-// that the caller opens there are no chunks: what the engine has not written there is copied.
+// them, but the block index, which is widened for the caller: slices refer to the job, which lives
+// until gRPC has let go of the last of them. In memory that the caller opens there are no chunks:
+// what the engine has not written there is copied.
 #pragma once
 
 #include <grpcpp/support/byte_buffer.h>
@@ -26,9 +27,9 @@ uint64_t BytesOf(const v1::TensorSpec& spec);
 
 class AttendOutputs {
  public:
-  // job: finished with OK. `memory`: of the job, outlives this; where the outputs have to be when
-  // it has a region.
-  AttendOutputs(std::shared_ptr<const Job> job, bool ragged, const AttendMemory& memory);
+  // job: finished with OK, and nobody else's. `memory`: of the job, outlives this; where the
+  // outputs have to be when it has a region. Takes as long as the index is large.
+  AttendOutputs(std::shared_ptr<Job> job, bool ragged, const AttendMemory& memory);
 
   // Puts what is not there yet into the region, where there is one; then there is nothing to send.
   // Copies; where the region is memory of `device`, on its upload stream, and waits for that, but

@@ -229,13 +229,13 @@ void AttendReactor::Conclude(const absl::Status& result) {
   for (const HeadReport& head : report.entries) {
     ObserveHead(rpc_.metrics, kAttendModel, head, report.captured_mass_measured);
   }
-  auto outputs = std::make_shared<AttendOutputs>(job, ragged_, memory_);
   const absl::Time begin = absl::Now();
+  auto outputs = std::make_shared<AttendOutputs>(job, ragged_, memory_);
   const absl::Status status = outputs->Place(rpc_.backend.device());
   absl::MutexLock lock(&mutex_);
   if (ended_) return;
   if (!status.ok()) return End(status);
-  if (memory_.region != nullptr) placing_ = absl::Now() - begin;
+  placing_ = absl::Now() - begin;
   outputs_ = std::move(outputs);
   Answer();
 }

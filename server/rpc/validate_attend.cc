@@ -97,10 +97,10 @@ absl::Status CheckSequences(const v1::AttendHeader& header, AttentionShape* shap
   return absl::OkStatus();
 }
 
-// Tensors, outputs and the block index, which the engine needs whether it is returned or not. Where
-// the caller reads its outputs in memory that we hand out, the index exists twice: the engine's,
-// and that one. For a device with memory of its own a segment's tensors are copied once more; that
-// memory counts its own.
+// Tensors, outputs and the block index, which the engine needs whether it is returned or not. What
+// is returned is twice as wide as the engine's, of which the job has a copy then; where the caller
+// reads its outputs in memory that we hand out, it exists there once more. For a device with memory
+// of its own a segment's tensors are copied once more; that memory counts its own.
 uint64_t AttendBytes(const AttendWork& work, int block_size, const TransportRow& transport,
                      const RequestLimits& limits) {
   const AttentionShape& shape = work.shape;

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <random>
@@ -297,6 +298,17 @@ TEST_F(AttendOnDeviceTest, EveryTransportGivesTheSameBytes) {
   EXPECT_EQ(sent.at("o").size(), 700u * kQHeads * kDim * 4);
   EXPECT_EQ(sent.at("lse").size(), 700u * kQHeads * 4);
   EXPECT_EQ(sent.at("o").find("\xCD\xCD\xCD\xCD"), std::string::npos) << "memory nobody wrote";
+  const auto* count = reinterpret_cast<const int32_t*>(sent.at("block_count").data());
+  const auto* blocks = reinterpret_cast<const int32_t*>(sent.at("block_index").data());
+  constexpr int kRows = kQHeads * 6;
+  const int width = *std::max_element(count, count + kRows);
+  ASSERT_EQ(sent.at("block_index").size(), sizeof(int32_t) * kRows * width);
+  for (int row = 0; row < kRows; ++row, blocks += width) {
+    ASSERT_GE(count[row], 1);
+    EXPECT_EQ(blocks[count[row] - 1], row % 6) << "its diagonal is the last";
+    EXPECT_TRUE(std::is_sorted(blocks, blocks + count[row]));
+    EXPECT_EQ(std::count(blocks, blocks + width, -1), width - count[row]);
+  }
   EXPECT_EQ(Attend(v1::TRANSPORT_POSIX_SHM, 700), sent);
   EXPECT_EQ(Attend(v1::TRANSPORT_CUDA_IPC, 700), sent);
 }
@@ -431,6 +443,15 @@ TEST_F(AttendOnDeviceTest, AnAnswerWaitsForNoOtherStep) {
     device_.ReleaseSteps();
     EXPECT_TRUE(computing->ReadToSummary());
     for (Call* call : {&computed, computing.get()}) call->ExpectToEndWell();
+  }
+}
+
+TEST_F(AttendOnDeviceTest, TheStepIsAllThatIsWaitedFor) {
+  for (v1::Transport transport :
+       {v1::TRANSPORT_GRPC, v1::TRANSPORT_POSIX_SHM, v1::TRANSPORT_CUDA_IPC}) {
+    const int waits = device_.waits();
+    Attend(transport, 700);
+    EXPECT_EQ(device_.waits() - waits, 1) << v1::Transport_Name(transport);
   }
 }
 
