@@ -342,6 +342,8 @@ void AttendReactor::End(const absl::Status& status) {
          {"code", CodeName(wire.error_code())},
          {"message", wire.error_message()}});
   }
+  progress_ = absl::Now();
+  Watch();  // whether the peer takes the status
   Finish(wire);
 }
 

@@ -490,6 +490,28 @@ TEST_F(AttendOnDeviceTest, ItsBytesAreTakenUntilItsMemoryIsGivenBack) {
   EXPECT_EQ(next.stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 
+// The alarm that came while it was computed was not the last one.
+TEST_F(AttendOnDeviceTest, AFailureThatTheCallerDoesNotTakeEndsToo) {
+  rpc_.upload_timeout = absl::Milliseconds(300);
+  grpc::ChannelArguments arguments;  // less is let through unread than an admission has
+  arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 5);
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  auto prefill = v1::PrefillService::NewStub(Connect(arguments));
+  const v1::AttendRequest header = Header(700, v1::TRANSPORT_GRPC);
+  grpc::ClientContext context;
+  auto stream = prefill->Attend(&context);
+  device_.HoldSteps();
+  ASSERT_TRUE(stream->Write(header));
+  Send(*stream, Inputs(header), 100'000);
+  device_.AwaitHeldStep();
+  absl::SleepFor(3 * rpc_.upload_timeout);
+  device_.Lose();
+  device_.ReleaseSteps();
+  WaitUntilFree();
+  context.TryCancel();
+  stream->Finish();
+}
+
 TEST_F(AttendOnDeviceTest, OnlyWrittenFollowsTheHeader) {
   const v1::AttendRequest header = Header(1, v1::TRANSPORT_CUDA_IPC);
   grpc::ClientContext context;
