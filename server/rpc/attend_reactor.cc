@@ -31,7 +31,7 @@ void AttendReactor::OnReadDone(bool ok) {
   {
     absl::MutexLock lock(&mutex_);
     if (ended_) return;
-    progress_ = absl::Now();
+    progress_ = SteadyNow();
     header = std::exchange(awaits_header_, false);
     if (!ok) {
       if (context_->IsCancelled()) return End(WhyCancelled(deadline_));
@@ -138,7 +138,7 @@ void AttendReactor::PlaceTensors(const ValidAttend& valid) {
        {"tokens", job_->tokens()},
        {"upload_bytes", bytes_to_come_}});
   busy_ = false;
-  progress_ = absl::Now();
+  progress_ = SteadyNow();
   Watch();
   Write(EncodeMessage(Admission(valid.transport)));
   StartRead(&read_);
@@ -229,13 +229,13 @@ void AttendReactor::Conclude(const absl::Status& result) {
   for (const HeadReport& head : report.entries) {
     ObserveHead(rpc_.metrics, kAttendModel, head, report.captured_mass_measured);
   }
-  const absl::Time begin = absl::Now();
+  const SteadyTime begin = SteadyNow();
   auto outputs = std::make_shared<AttendOutputs>(job, ragged_, memory_);
   const absl::Status status = outputs->Place(rpc_.backend.device());
   absl::MutexLock lock(&mutex_);
   if (ended_) return;
   if (!status.ok()) return End(status);
-  placing_ = absl::Now() - begin;
+  placing_ = Since(begin);
   outputs_ = std::move(outputs);
   Answer();
 }
@@ -264,7 +264,7 @@ void AttendReactor::LetGoOfInputs() {
 
 void AttendReactor::Answer() {
   busy_ = false;
-  progress_ = absl::Now();
+  progress_ = SteadyNow();
   v1::AttendResponse response;
   *response.mutable_outputs() = outputs_->specs();
   next_ = EncodeMessage(response);
@@ -303,7 +303,7 @@ void AttendReactor::OnWriteDone(bool ok) {
   absl::MutexLock lock(&mutex_);
   writing_ = false;
   if (ended_) return;
-  progress_ = absl::Now();
+  progress_ = SteadyNow();
   if (!ok) return End(WhyCancelled(deadline_));
   WriteNext();
 }
@@ -342,7 +342,7 @@ void AttendReactor::End(const absl::Status& status) {
          {"code", CodeName(wire.error_code())},
          {"message", wire.error_message()}});
   }
-  progress_ = absl::Now();
+  progress_ = SteadyNow();
   Watch();  // whether the peer takes the status
   Finish(wire);
 }
@@ -360,7 +360,7 @@ void AttendReactor::OnDone() {
 // A peer that stalls holds memory: there is a limit to that, but not while it waits for us.
 void AttendReactor::Watch() {
   alarm_ = std::make_unique<grpc::Alarm>();
-  alarm_->Set(absl::ToChronoTime(progress_ + rpc_.upload_timeout),
+  alarm_->Set(absl::ToChronoTime(absl::Now() + (rpc_.upload_timeout - Since(progress_))),
               [weak = weak_from_this()](bool fired) {
                 // Weak: the alarm, which is ours, keeps this function as long as it lives.
                 const auto self = fired ? weak.lock() : nullptr;
@@ -372,7 +372,7 @@ void AttendReactor::OnAlarm() {
   absl::MutexLock lock(&mutex_);
   if (!self_) return;            // the call is over, its context gone
   if (!ended_ && busy_) return;  // whoever has done it watches again
-  if (absl::Now() < progress_ + rpc_.upload_timeout) return Watch();
+  if (Since(progress_) < rpc_.upload_timeout) return Watch();
   if (ended_) return context_->TryCancel();  // the peer does not even take the status
   const absl::Status status = absl::DeadlineExceededError(
       absl::StrCat("nothing moved for ", absl::FormatDuration(rpc_.upload_timeout)));

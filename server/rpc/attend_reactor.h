@@ -100,7 +100,7 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   grpc::ByteBuffer write_ ABSL_GUARDED_BY(mutex_);                // of the outstanding write
   std::optional<grpc::ByteBuffer> next_ ABSL_GUARDED_BY(mutex_);  // encoded while it is written
-  absl::Time progress_ ABSL_GUARDED_BY(mutex_) = absl::Now();
+  SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
   std::unique_ptr<grpc::Alarm> alarm_ ABSL_GUARDED_BY(mutex_);
 };
 

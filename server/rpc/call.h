@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "server/job.h"
 #include "server/record/metrics.h"
 #include "server/rpc/status.h"
 
@@ -20,7 +21,7 @@ class CallRecord {
  public:
   CallRecord(Metrics& metrics, const char* method) : metrics_(metrics), method_(method) {}
 
-  absl::Duration age() const { return absl::Now() - begin_; }
+  absl::Duration age() const { return Since(begin_); }
   // Counts the call and returns what to finish it with. Once.
   grpc::Status End(const absl::Status& status) {
     grpc::Status wire = ToGrpcStatus(status);
@@ -31,7 +32,7 @@ class CallRecord {
  private:
   Metrics& metrics_;
   const char* const method_;
-  const absl::Time begin_ = absl::Now();
+  const SteadyTime begin_ = SteadyNow();
 };
 
 // Infinite when the caller set none.
