@@ -17,7 +17,7 @@ KvCache::Transfer::~Transfer() { cache_->Leave(this); }
 
 void KvCache::Transfer::Progress() {
   absl::MutexLock lock(&cache_->mutex_);
-  progress_ = cache_->progress_ = absl::Now();
+  progress_ = cache_->progress_ = SteadyNow();
 }
 
 absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
@@ -143,7 +143,7 @@ void KvCache::Commit(int layer) {
     absl::MutexLock lock(&mutex_);
     layers_[layer] = LayerState::kReady;
     ++committed_;
-    progress_ = absl::Now();
+    progress_ = SteadyNow();
     SetState(SlotOf(layer), BlockState::kLeased);
     for (size_t i = 0; i < waiting_.size();) {
       if (waiting_[i].first != layer) {
@@ -176,7 +176,7 @@ absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<v
   std::unique_ptr<Transfer> transfer(new Transfer(shared_from_this()));
   transfer->abort_ = std::move(abort);
   transfers_.push_back(transfer.get());
-  progress_ = absl::Now();
+  progress_ = SteadyNow();
   return transfer;
 }
 
@@ -205,7 +205,7 @@ void KvCache::Delivered(int layer) {
     absl::MutexLock lock(&mutex_);
     if (retain_ || layers_[layer] != LayerState::kReady) return;
     layers_[layer] = LayerState::kDelivered;
-    progress_ = absl::Now();
+    progress_ = SteadyNow();
     if (SlotOf(layer).pins > 0) return;  // Unpin goes on from here
     SetState(SlotOf(layer), BlockState::kComputing);
     on_slot_free = on_slot_free_;
@@ -240,7 +240,7 @@ void KvCache::Close(absl::Status why) {
   absl::MutexLock lock(&mutex_);
   if (closed_.ok()) closed_ = std::move(why);
   // A slow reader has its whole time from here, even if slowness is what ended the lease.
-  for (Transfer* transfer : transfers_) transfer->progress_ = absl::Now();
+  for (Transfer* transfer : transfers_) transfer->progress_ = SteadyNow();
   FreeIfQuiet();
 }
 
@@ -268,18 +268,18 @@ bool KvCache::complete() const {
   return committed_ == geometry_.layers;
 }
 
-absl::Time KvCache::last_progress() const {
+SteadyTime KvCache::last_progress() const {
   absl::MutexLock lock(&mutex_);
   return progress_;
 }
 
-void KvCache::AbortStalled(absl::Time idle_since) {
+void KvCache::AbortStalled(absl::Duration idle) {
   std::vector<std::function<void()>> aborts;
   {
     absl::MutexLock lock(&mutex_);
     if (closed_.ok()) return;
     for (Transfer* transfer : transfers_) {
-      if (transfer->abort_ && transfer->progress_ <= idle_since) {
+      if (transfer->abort_ && Since(transfer->progress_) >= idle) {
         aborts.push_back(std::exchange(transfer->abort_, nullptr));
       }
     }

@@ -16,6 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "kernels/tensor.h"
+#include "server/job.h"
 #include "server/kv/block_pool.h"
 #include "server/transport/region.h"
 
@@ -83,7 +84,7 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
     friend class KvCache;
     explicit Transfer(std::shared_ptr<KvCache> cache) : cache_(std::move(cache)) {}
     const std::shared_ptr<KvCache> cache_;
-    absl::Time progress_ = absl::Now();  // guarded by the cache
+    SteadyTime progress_ = SteadyNow();  // guarded by the cache
     std::function<void()> abort_;        // guarded by the cache
   };
 
@@ -125,8 +126,8 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   int running_transfers() const;
   bool computing() const;  // layers are still to come and the engine is not waiting for us
   bool complete() const;   // every layer was committed
-  absl::Time last_progress() const;          // of the computation or of any pull
-  void AbortStalled(absl::Time idle_since);  // once closed: ends pulls without progress since then
+  SteadyTime last_progress() const;        // of the computation or of any pull
+  void AbortStalled(absl::Duration idle);  // once closed: ends pulls without progress for so long
 
  private:
   // The blocks of one layer at a time.
@@ -174,7 +175,7 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   std::vector<std::pair<int, Ready>> waiting_ ABSL_GUARDED_BY(mutex_);
   std::vector<Transfer*> transfers_ ABSL_GUARDED_BY(mutex_);
   std::function<void()> on_slot_free_ ABSL_GUARDED_BY(mutex_);
-  absl::Time progress_ ABSL_GUARDED_BY(mutex_) = absl::Now();
+  SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
 };
 
 }  // namespace prefilld

@@ -61,7 +61,7 @@ class LeaseTable {
     LeaseInfo info;
     std::shared_ptr<KvCache> cache;
     std::function<void()> abandon;
-    absl::Time renewed;
+    SteadyTime renewed;
   };
   using Entries = std::map<std::string, Entry, std::less<>>;
   absl::StatusOr<Entries::const_iterator> FindLocked(absl::string_view name,
