@@ -61,22 +61,29 @@ Transport KvCache::transport() const {
 
 // Pins and transfers hold the cache, so nobody reads any more.
 KvCache::~KvCache() {
-  absl::MutexLock lock(&mutex_);
-  if (!freed_) Free();
+  std::function<void()> give_back = [] {};
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!freed_) give_back = Free();
+  }
+  give_back();
 }
 
 // The region first: the blocks are free for others only when its memory is.
-void KvCache::Free() {
+std::function<void()> KvCache::Free() {
   freed_ = true;
   std::vector<std::pair<std::vector<int32_t>, BlockState>> taken;
   for (Slot& slot : slots_) taken.emplace_back(slot.blocks, slot.state);
-  const Later later = region_ ? std::exchange(later_, nullptr) : nullptr;
+  Later later = region_ ? std::exchange(later_, nullptr) : nullptr;
   auto give_back = [&pool = pool_, region = std::move(region_),
                     taken = std::move(taken)]() mutable {
     region.reset();
     for (const auto& [blocks, state] : taken) pool.GiveBack(blocks, state);
   };
-  later ? later(std::move(give_back)) : give_back();
+  if (!later) return give_back;
+  return [later = std::move(later), give_back = std::move(give_back)]() mutable {
+    later(std::move(give_back));  // no share of the region stays here
+  };
 }
 
 std::byte* KvCache::TileAt(const std::vector<int32_t>& blocks, const Region* region, int layer,
@@ -139,6 +146,7 @@ std::shared_ptr<const KvCache::Pin> KvCache::PinLocked(int layer) {
 
 void KvCache::Commit(int layer) {
   std::vector<std::pair<Ready, std::shared_ptr<const Pin>>> wake;
+  std::function<void()> give_back;
   {
     absl::MutexLock lock(&mutex_);
     layers_[layer] = LayerState::kReady;
@@ -153,20 +161,23 @@ void KvCache::Commit(int layer) {
       wake.emplace_back(std::move(waiting_[i].second), PinLocked(layer));
       waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
     }
-    FreeIfQuiet();
+    give_back = FreeIfQuiet();
   }
+  give_back();
   for (auto& [ready, pin] : wake) ready(std::move(pin));
 }
 
 void KvCache::Fail(absl::Status why) {
   std::vector<std::pair<int, Ready>> wake;
+  std::function<void()> give_back;
   {
     absl::MutexLock lock(&mutex_);
     if (finished()) return;
     failed_ = why;
     wake.swap(waiting_);
-    FreeIfQuiet();
+    give_back = FreeIfQuiet();
   }
+  give_back();
   for (auto& [layer, ready] : wake) ready(why);
 }
 
@@ -214,7 +225,7 @@ void KvCache::Delivered(int layer) {
 }
 
 void KvCache::Unpin(int layer) {
-  std::function<void()> on_slot_free;
+  std::function<void()> on_slot_free, give_back;
   {
     absl::MutexLock lock(&mutex_);
     Slot& slot = SlotOf(layer);
@@ -225,32 +236,40 @@ void KvCache::Unpin(int layer) {
     } else {
       SetState(slot, BlockState::kLeased);
     }
-    FreeIfQuiet();
+    give_back = FreeIfQuiet();
   }
+  give_back();
   if (on_slot_free) on_slot_free();
 }
 
 void KvCache::Leave(Transfer* transfer) {
-  absl::MutexLock lock(&mutex_);
-  transfers_.erase(std::find(transfers_.begin(), transfers_.end(), transfer));
-  FreeIfQuiet();
+  std::function<void()> give_back;
+  {
+    absl::MutexLock lock(&mutex_);
+    transfers_.erase(std::find(transfers_.begin(), transfers_.end(), transfer));
+    give_back = FreeIfQuiet();
+  }
+  give_back();
 }
 
 void KvCache::Close(absl::Status why) {
-  absl::MutexLock lock(&mutex_);
-  if (closed_.ok()) closed_ = std::move(why);
-  // A slow reader has its whole time from here, even if slowness is what ended the lease.
-  for (Transfer* transfer : transfers_) transfer->progress_ = SteadyNow();
-  FreeIfQuiet();
+  std::function<void()> give_back;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (closed_.ok()) closed_ = std::move(why);
+    // A slow reader has its whole time from here, even if slowness is what ended the lease.
+    for (Transfer* transfer : transfers_) transfer->progress_ = SteadyNow();
+    give_back = FreeIfQuiet();
+  }
+  give_back();
 }
 
 // The engine may still write into the blocks until it has committed the last layer or failed.
-void KvCache::FreeIfQuiet() {
-  if (freed_ || closed_.ok() || !finished() || !transfers_.empty()) return;
-  for (const Slot& slot : slots_) {
-    if (slot.pins > 0) return;
-  }
-  Free();
+std::function<void()> KvCache::FreeIfQuiet() {
+  bool quiet = !freed_ && !closed_.ok() && finished() && transfers_.empty();
+  for (const Slot& slot : slots_) quiet &= slot.pins == 0;
+  if (!quiet) return [] {};
+  return Free();
 }
 
 int KvCache::running_transfers() const {

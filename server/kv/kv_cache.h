@@ -98,7 +98,8 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   using Later = std::function<void(std::function<void()>)>;
   // A retained cache, before anybody computes or reads it: from now on it lies in `region`, of
   // geometry().region_bytes(), and the memory of the blocks goes back to the device, which may take
-  // long. `later` lets go of the region in the end; empty: whoever is last does.
+  // long. `later` lets go of the region in the end; empty: whoever is last does, be it the engine's
+  // thread, gRPC's or the one that commits.
   void LieIn(std::shared_ptr<Region> region, Later later = nullptr);
 
   const KvGeometry& geometry() const { return geometry_; }
@@ -156,8 +157,10 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   std::shared_ptr<const Pin> PinLocked(int layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Unpin(int layer);
   void Leave(Transfer* transfer);
-  void Free() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void FreeIfQuiet() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Both return what gives back region and blocks, to be run after the lock: it may take long.
+  // Never null.
+  std::function<void()> Free() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::function<void()> FreeIfQuiet() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   BlockPool& pool_;
   const KvGeometry geometry_;

@@ -5,8 +5,10 @@
 
 #include <cstring>
 #include <fstream>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "server/kv/layout.h"
 #include "server/transport/shm_segment.h"
 #include "tests/server/kv/compute_tile.h"
@@ -250,6 +252,34 @@ TEST_F(SegmentCacheTest, BlocksAreFreeOnceTheRegionWasLetGoOfLater) {
   later.front()();
   EXPECT_FALSE(Exists(name));
   EXPECT_EQ(Free(), 64);
+}
+
+// Whoever is last lets go of the region, which may take long: not while it keeps others from the
+// cache.
+TEST_F(SegmentCacheTest, NobodyWaitsForARegionThatGoes) {
+  for (const bool close_is_last : {true, false}) {
+    auto cache = *KvCache::Create(*pool_, geometry_, true);
+    absl::Notification answered;
+    bool gone = false;
+    std::thread asks;
+    auto region = *shm_->Create(geometry_.region_bytes());
+    // Its own owner holds it to the end, so that the cache's share is all that goes.
+    cache->LieIn({region.get(), [&](Region*) {
+                    asks = std::thread([&] {
+                      cache->running_transfers();
+                      answered.Notify();
+                    });
+                    gone = answered.WaitForNotificationWithTimeout(absl::Seconds(5));
+                  }});
+    Fill(*cache);
+    auto pin = *Wait(*cache, 0);
+    if (close_is_last) pin.reset();
+    cache->Close(absl::FailedPreconditionError("released"));
+    pin.reset();
+    EXPECT_TRUE(gone);
+    asks.join();
+    EXPECT_EQ(Free(), 64);
+  }
 }
 
 TEST_F(SegmentCacheTest, NoRoomTakesNothing) {
