@@ -153,13 +153,9 @@ void KvCache::Commit(int layer) {
     ++committed_;
     progress_ = SteadyNow();
     SetState(SlotOf(layer), BlockState::kLeased);
-    for (size_t i = 0; i < waiting_.size();) {
-      if (waiting_[i].first != layer) {
-        ++i;
-        continue;
-      }
-      wake.emplace_back(std::move(waiting_[i].second), PinLocked(layer));
-      waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
+    for (Transfer* transfer : transfers_) {
+      if (!transfer->ready_ || transfer->awaited_ != layer) continue;
+      wake.emplace_back(std::exchange(transfer->ready_, nullptr), PinLocked(layer));
     }
     give_back = FreeIfQuiet();
   }
@@ -168,17 +164,19 @@ void KvCache::Commit(int layer) {
 }
 
 void KvCache::Fail(absl::Status why) {
-  std::vector<std::pair<int, Ready>> wake;
+  std::vector<Ready> wake;
   std::function<void()> give_back;
   {
     absl::MutexLock lock(&mutex_);
     if (finished()) return;
     failed_ = why;
-    wake.swap(waiting_);
+    for (Transfer* transfer : transfers_) {
+      if (transfer->ready_) wake.push_back(std::exchange(transfer->ready_, nullptr));
+    }
     give_back = FreeIfQuiet();
   }
   give_back();
-  for (auto& [layer, ready] : wake) ready(why);
+  for (const Ready& ready : wake) ready(why);
 }
 
 absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<void()> abort) {
@@ -191,19 +189,20 @@ absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<v
   return transfer;
 }
 
-void KvCache::WhenReady(int layer, Ready ready) {
+void KvCache::Transfer::WhenReady(int layer, Ready ready) {
   absl::StatusOr<std::shared_ptr<const Pin>> now = absl::InternalError("");
   {
-    absl::MutexLock lock(&mutex_);
-    if (layers_[layer] == LayerState::kReady) {
-      now = PinLocked(layer);
-    } else if (layers_[layer] == LayerState::kDelivered) {
+    absl::MutexLock lock(&cache_->mutex_);
+    if (cache_->layers_[layer] == LayerState::kReady) {
+      now = cache_->PinLocked(layer);
+    } else if (cache_->layers_[layer] == LayerState::kDelivered) {
       now = absl::FailedPreconditionError(
           absl::StrCat("layer ", layer, " was delivered and freed (retain = false)"));
-    } else if (!failed_.ok()) {
-      now = failed_;
+    } else if (!cache_->failed_.ok()) {
+      now = cache_->failed_;
     } else {
-      waiting_.emplace_back(layer, std::move(ready));
+      awaited_ = layer;
+      ready_ = std::move(ready);
       return;
     }
   }

@@ -73,12 +73,17 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
 
   // One running pull. While it lives the cache is not freed, even after Close. `abort` is called
   // (any thread, at most once) when the cache is closed and the pull has made no progress for too
-  // long; it may come while the Transfer is being destroyed, so it must own what it touches.
+  // long. That, and what waits for a layer, may come while the Transfer is being destroyed, so both
+  // must own what they touch.
   class Transfer {
    public:
     ~Transfer();
     const std::shared_ptr<KvCache>& cache() const { return cache_; }
     void Progress();
+    // Calls `ready` once, inline or later from the thread that commits, with a pin, or with the
+    // reason why this layer will never be readable. One layer at a time: it has been called, or
+    // the Transfer goes first and lets go of it.
+    void WhenReady(int layer, Ready ready);
 
    private:
     friend class KvCache;
@@ -86,6 +91,8 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
     const std::shared_ptr<KvCache> cache_;
     SteadyTime progress_ = SteadyNow();  // guarded by the cache
     std::function<void()> abort_;        // guarded by the cache
+    int awaited_ = 0;                    // the layer that ready_ waits for; guarded by the cache
+    Ready ready_;                        // null: none; guarded by the cache
   };
 
   // retain: takes the blocks of every layer at once. Otherwise those of min(2, layers) layers, used
@@ -117,9 +124,6 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   // --- pulls ---
   // FAILED_PRECONDITION when closed.
   absl::StatusOr<std::unique_ptr<Transfer>> Open(std::function<void()> abort);
-  // Calls `ready` exactly once, inline or later from the thread that commits, with a pin, or with
-  // the reason why this layer will never be readable.
-  void WhenReady(int layer, Ready ready);
   void Delivered(int layer);  // retain = false: frees it once its pins are gone
 
   // --- leases ---
@@ -175,7 +179,6 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   bool freed_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failed_ ABSL_GUARDED_BY(mutex_);
   absl::Status closed_ ABSL_GUARDED_BY(mutex_);
-  std::vector<std::pair<int, Ready>> waiting_ ABSL_GUARDED_BY(mutex_);
   std::vector<Transfer*> transfers_ ABSL_GUARDED_BY(mutex_);
   std::function<void()> on_slot_free_ ABSL_GUARDED_BY(mutex_);
   SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();

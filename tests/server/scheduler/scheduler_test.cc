@@ -263,9 +263,10 @@ TEST_F(PrefillTest, AStreamedCachePassesThroughTwoSlots) {
   auto job = prompts_.New(150, 5, /*retain=*/false);
   const std::shared_ptr<KvCache> cache = job->prefill->cache;
   ASSERT_TRUE(scheduler.Admit(job).ok());
+  auto transfer = *cache->Open([] {});
   for (int layer = 0; layer < layers(); ++layer) {
     absl::Notification ready;
-    cache->WhenReady(layer, [&](auto pin) {
+    transfer->WhenReady(layer, [&](auto pin) {
       EXPECT_TRUE(pin.ok());
       ready.Notify();
     });
@@ -281,8 +282,10 @@ TEST_F(PrefillTest, AFailedTicketEndsTheJobThoughItWasComputed) {
   auto job = prompts_.New(150, 5);
   std::vector<absl::StatusCode> told;
   absl::Notification all_told;
+  std::vector<std::unique_ptr<KvCache::Transfer>> transfers;
   for (int layer = 0; layer < layers(); ++layer) {
-    job->prefill->cache->WhenReady(layer, [&](auto pin) {
+    transfers.push_back(*job->prefill->cache->Open([] {}));
+    transfers.back()->WhenReady(layer, [&](auto pin) {
       told.push_back(pin.status().code());
       if (told.size() == static_cast<size_t>(layers())) all_told.Notify();
     });
