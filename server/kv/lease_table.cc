@@ -13,7 +13,10 @@ LeaseTable::LeaseTable(Events events, absl::Duration stalled_reader_grace)
       stalled_reader_grace_(stalled_reader_grace),
       thread_([this] { Expire(); }) {}
 
-LeaseTable::~LeaseTable() {
+LeaseTable::~LeaseTable() { Stop(); }
+
+void LeaseTable::Stop() {
+  if (!thread_.joinable()) return;
   {
     absl::MutexLock lock(&mutex_);
     stop_ = true;

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <thread>
 
 #include "absl/synchronization/notification.h"
 
@@ -147,6 +148,31 @@ TEST_F(LeaseTableTest, RenewalStartsTheTimeAnew) {
   ASSERT_TRUE(renewed.ok());
   EXPECT_EQ(renewed->ttl, absl::Hours(1));
   EXPECT_FALSE(table.WaitEmpty(absl::Now() + absl::Milliseconds(400)));
+}
+
+// What a lease's end reaches into may go then.
+TEST_F(LeaseTableTest, StoppingWaitsForALeaseThatEnds) {
+  absl::Notification begun, go_on;
+  std::atomic<bool> abandoned = false;
+  LeaseTable table({});
+  KvGeometry geometry = geometry_;
+  geometry.layers = 3;
+  auto cache = *KvCache::Create(*pool_, geometry, /*retain=*/false);
+  for (int layer : {0, 1}) cache->Commit(layer);  // it waits for its consumer: a lease ages
+  ASSERT_TRUE(table
+                  .Grant("a", cache, absl::ZeroDuration(),
+                         [&] {
+                           begun.Notify();
+                           go_on.WaitForNotification();
+                           abandoned = true;
+                         })
+                  .ok());
+  begun.WaitForNotification();
+  std::thread other([&] { go_on.Notify(); });
+  table.Stop();
+  EXPECT_TRUE(abandoned);
+  other.join();
+  cache->Fail(absl::CancelledError("abandoned"));
 }
 
 // Neither a lease nor a pull ages by a clock that somebody sets.
