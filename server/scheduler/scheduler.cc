@@ -44,8 +44,9 @@ Scheduler::Scheduler(Engine& engine, Metrics& metrics, SchedulerOptions options)
 Scheduler::~Scheduler() {
   {
     absl::MutexLock lock(&mutex_);
-    stop_ = wake_ = true;
+    stop_ = true;
   }
+  bell_->Ring();
   thread_.join();
   engine_.completions().Flush();  // they tell us
 }
@@ -106,9 +107,9 @@ absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
   backlog_seconds_ += seconds;
   metrics_.waiting.Set(waiting_jobs_);
   metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
-  if (job->prefill) job->prefill->cache->SetOnSlotFree([this] { Wake(); });
+  if (job->prefill) job->prefill->cache->SetOnSlotFree([bell = bell_] { bell->Ring(); });
   inbox_.push_back({What::kAdmit, job, absl::OkStatus()});
-  wake_ = true;
+  bell_->Ring();
   return absl::OkStatus();
 }
 
@@ -116,7 +117,7 @@ void Scheduler::UploadDone(const std::shared_ptr<Job>& job) {
   absl::MutexLock lock(&mutex_);
   job->uploaded = SteadyNow();
   inbox_.push_back({What::kUploaded, job, absl::OkStatus()});
-  wake_ = true;
+  bell_->Ring();
 }
 
 void Scheduler::Cancel(const std::shared_ptr<Job>& job, absl::Status why) {
@@ -124,12 +125,7 @@ void Scheduler::Cancel(const std::shared_ptr<Job>& job, absl::Status why) {
   absl::MutexLock lock(&mutex_);
   if (stop_) return;
   inbox_.push_back({What::kCancel, job, std::move(why)});
-  wake_ = true;
-}
-
-void Scheduler::Wake() {
-  absl::MutexLock lock(&mutex_);
-  wake_ = true;
+  bell_->Ring();
 }
 
 void Scheduler::Drain() {
@@ -154,17 +150,13 @@ void Scheduler::Loop() {
     {
       absl::MutexLock lock(&mutex_);
       if (stop_) break;
-      wake_ = false;
       inbox.swap(inbox_);
     }
     Receive(std::move(inbox));
     DropLate(absl::Now());
     const bool ran = RunOneStep();
     PublishLoad();
-    if (ran) continue;
-    const absl::Time deadline = NextDeadline();
-    absl::MutexLock lock(&mutex_);
-    mutex_.AwaitWithDeadline(absl::Condition(&wake_), deadline);
+    if (!ran) bell_->Await(NextDeadline());
   }
   std::vector<Message> inbox;
   {
