@@ -52,9 +52,13 @@ Scheduler::~Scheduler() {
 }
 
 absl::Status Scheduler::CheckOpen(const Job& job) const {
-  const absl::Time now = absl::Now();
   const double seconds = engine_.PredictSeconds(job);
   absl::MutexLock lock(&mutex_);
+  return CheckOpenLocked(job, seconds);
+}
+
+absl::Status Scheduler::CheckOpenLocked(const Job& job, double seconds) const {
+  const absl::Time now = absl::Now();
   if (draining_ || stop_) return Draining();
   if (absl::Status lost = engine_.CheckDevice(); !lost.ok()) return lost;
   // gRPC rounds a deadline up: less than a millisecond left is none.
@@ -66,33 +70,35 @@ absl::Status Scheduler::CheckOpen(const Job& job) const {
         absl::StrCat("the work takes about ", absl::FormatDuration(absl::Seconds(seconds)),
                      ", the deadline is in ", absl::FormatDuration(job.deadline - now)));
   }
-  return absl::OkStatus();
-}
-
-absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
-  if (absl::Status status = CheckOpen(*job); !status.ok()) return status;
-  const double seconds = engine_.PredictSeconds(*job);
-  absl::MutexLock lock(&mutex_);
-  if (draining_ || stop_) return Draining();  // meanwhile
-  const absl::Duration wait =
-      std::clamp(absl::Seconds(backlog_seconds_), absl::Milliseconds(100), absl::Seconds(60));
   if (waiting_jobs_ >= options_.waiting_jobs_max) {
     return RetryLater(
         absl::StatusCode::kResourceExhausted, "queue_full",
-        absl::StrCat(waiting_jobs_, " jobs wait, the limit is ", options_.waiting_jobs_max), wait);
+        absl::StrCat(waiting_jobs_, " jobs wait, the limit is ", options_.waiting_jobs_max),
+        WaitHint());
   }
-  if (waiting_jobs_ > 0 && waiting_tokens_ + job->tokens() > options_.waiting_tokens_max) {
+  if (waiting_jobs_ > 0 && waiting_tokens_ + job.tokens() > options_.waiting_tokens_max) {
     return RetryLater(absl::StatusCode::kResourceExhausted, "queue_full",
-                      absl::StrCat(waiting_tokens_, " tokens wait, this job has ", job->tokens(),
+                      absl::StrCat(waiting_tokens_, " tokens wait, this job has ", job.tokens(),
                                    ", the limit is ", options_.waiting_tokens_max),
-                      wait);
+                      WaitHint());
   }
+  return absl::OkStatus();
+}
+
+absl::Duration Scheduler::WaitHint() const {
+  return std::clamp(absl::Seconds(backlog_seconds_), absl::Milliseconds(100), absl::Seconds(60));
+}
+
+absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
+  const double seconds = engine_.PredictSeconds(*job);
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = CheckOpenLocked(*job, seconds); !status.ok()) return status;
   const uint64_t bytes = job->held_bytes;
   if (*attend_bytes_ + bytes > options_.attend_bytes_max) {
     return RetryLater(absl::StatusCode::kResourceExhausted, "attend_memory",
                       absl::StrCat("this Attend holds ", bytes, " bytes, ", attend_bytes_->load(),
                                    " of ", options_.attend_bytes_max, " are taken"),
-                      wait);
+                      WaitHint());
   }
   if (bytes > 0) {
     *attend_bytes_ += bytes;

@@ -42,9 +42,9 @@ class Scheduler {
   // is not run before UploadDone. UNAVAILABLE when draining, DEADLINE_EXCEEDED when late,
   // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts).
   absl::Status Admit(const std::shared_ptr<Job>& job);
-  // The part of Admit that needs no place yet: not draining, not late, not hopeless, the device
-  // there. Ask before
-  // other memory is taken for the job.
+  // Whether Admit would take the job, but for an Attend's bytes: not draining, not late, not
+  // hopeless, the device there, a place in the queue. It reserves none: ask before memory is taken
+  // for the job, and Admit afterwards.
   absl::Status CheckOpen(const Job& job) const;
   void UploadDone(const std::shared_ptr<Job>& job);
   // Ends the job with `why` before its next step. Harmless when it has ended.
@@ -105,6 +105,10 @@ class Scheduler {
   void Finish(Job& job, const absl::Status& result);
   bool EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status);
   void PublishLoad();
+
+  absl::Status CheckOpenLocked(const Job& job, double seconds) const
+      ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  absl::Duration WaitHint() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);  // for who is refused
 
   Engine& engine_;
   Metrics& metrics_;

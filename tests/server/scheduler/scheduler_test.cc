@@ -129,6 +129,7 @@ TEST_F(SchedulerTest, RejectsWhenFullAndTakesAgainWhenNot) {
   auto waiting = NewAttend();
   ASSERT_TRUE(scheduler.Admit(waiting).ok());
   EXPECT_EQ(waiting->queue_position, 1);
+  EXPECT_EQ(FactsOf(scheduler.CheckOpen(*NewAttend())).reason, "queue_full");
   auto refused = scheduler.Admit(NewAttend());
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(FactsOf(refused).reason, "queue_full");
