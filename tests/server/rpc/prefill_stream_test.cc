@@ -1,8 +1,10 @@
-// What a refusal takes. No calls: the streams themselves.
+// What callers of one prompt see who come and go, and what a refusal takes. No calls: the streams
+// themselves, on a device whose work ends when the test says so.
 #include "server/rpc/prefill_stream.h"
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -49,6 +51,11 @@ class PrefillStreamTest : public testing::Test {
     valid.job->prefill->token_ids = {1, 2, 3};
     return valid;
   }
+  absl::StatusOr<std::shared_ptr<PrefillStream>> Come(const std::shared_ptr<Caller>& caller) {
+    return prefills_.FindOrStart("id", "content", caller, [&] {
+      return PrefillStream::Start(rpc_, Valid(), "content", caller);
+    });
+  }
 
   FakeBackend backend_;
   std::unique_ptr<BlockPool> pool_ = *BlockPool::Create(backend_.device(), 16 << 20, 128 << 10);
@@ -60,7 +67,9 @@ class PrefillStreamTest : public testing::Test {
   Media media_;
   std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(1);
   WorkPool transfers_{1};
+  std::function<void()> on_ended_;
   LeaseTable leases_{{.ended = [this](const LeaseInfo& lease, LeaseEnd) {
+    if (on_ended_) on_ended_();
     prefills_.Remove(lease.name, lease.generation);
   }}};
   Engine engine_{backend_, metrics_};
@@ -68,6 +77,29 @@ class PrefillStreamTest : public testing::Test {
   RpcContext rpc_{backend_, models_,  media_,   pool_.get(), leases_,    scheduler_, prefills_,
                   attends_, reports_, metrics_, memory_,     transfers_, {}};
 };
+
+TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {
+  const auto first = std::make_shared<Caller>(), second = std::make_shared<Caller>();
+  backend_.device().HoldMarks();
+  const auto stream = *Come(first);
+  absl::Status meanwhile = absl::UnknownError("the lease has not ended");
+  on_ended_ = [&] { meanwhile = Come(second).status(); };
+  stream->Detach(first.get());
+  on_ended_ = nullptr;
+  EXPECT_EQ(meanwhile.code(), absl::StatusCode::kUnavailable) << meanwhile;
+  EXPECT_TRUE(FactsOf(meanwhile).retry_after.has_value());
+
+  const auto again = Come(second);  // the id is free
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_NE(*again, stream);
+  backend_.device().ReleaseMarks();
+  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+  absl::Status end = absl::UnknownError("it has not ended");
+  bool ended = false;
+  for (size_t index = 0; (*again)->Get(index, &end, &ended) != nullptr;) ++index;
+  EXPECT_TRUE(ended);
+  EXPECT_TRUE(end.ok()) << end;
+}
 
 class FullQueueTest : public PrefillStreamTest {
  protected:
