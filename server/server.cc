@@ -273,7 +273,10 @@ Server::~Server() {
   memory_->Stop();
   transfers_.Stop();
   http_.reset();
-  if (leases_) leases_->ReleaseAll(LeaseEnd::kAbandoned);
+  if (leases_) {
+    leases_->Stop();  // a lease's end reaches into the scheduler
+    leases_->ReleaseAll(LeaseEnd::kAbandoned);
+  }
   scheduler_.reset();  // its sinks reach into what is above it
   RemoveSegments();    // a slice may hold one, see below
   // gRPC lets go of the last slices in its own time. A pool they point into is rather leaked.

@@ -17,7 +17,7 @@ KvCache::Transfer::~Transfer() { cache_->Leave(this); }
 
 void KvCache::Transfer::Progress() {
   absl::MutexLock lock(&cache_->mutex_);
-  progress_ = cache_->progress_ = absl::Now();
+  progress_ = cache_->progress_ = SteadyNow();
 }
 
 absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
@@ -61,22 +61,29 @@ Transport KvCache::transport() const {
 
 // Pins and transfers hold the cache, so nobody reads any more.
 KvCache::~KvCache() {
-  absl::MutexLock lock(&mutex_);
-  if (!freed_) Free();
+  std::function<void()> give_back = [] {};
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!freed_) give_back = Free();
+  }
+  give_back();
 }
 
 // The region first: the blocks are free for others only when its memory is.
-void KvCache::Free() {
+std::function<void()> KvCache::Free() {
   freed_ = true;
   std::vector<std::pair<std::vector<int32_t>, BlockState>> taken;
   for (Slot& slot : slots_) taken.emplace_back(slot.blocks, slot.state);
-  const Later later = region_ ? std::exchange(later_, nullptr) : nullptr;
+  Later later = region_ ? std::exchange(later_, nullptr) : nullptr;
   auto give_back = [&pool = pool_, region = std::move(region_),
                     taken = std::move(taken)]() mutable {
     region.reset();
     for (const auto& [blocks, state] : taken) pool.GiveBack(blocks, state);
   };
-  later ? later(std::move(give_back)) : give_back();
+  if (!later) return give_back;
+  return [later = std::move(later), give_back = std::move(give_back)]() mutable {
+    later(std::move(give_back));  // no share of the region stays here
+  };
 }
 
 std::byte* KvCache::TileAt(const std::vector<int32_t>& blocks, const Region* region, int layer,
@@ -139,35 +146,37 @@ std::shared_ptr<const KvCache::Pin> KvCache::PinLocked(int layer) {
 
 void KvCache::Commit(int layer) {
   std::vector<std::pair<Ready, std::shared_ptr<const Pin>>> wake;
+  std::function<void()> give_back;
   {
     absl::MutexLock lock(&mutex_);
     layers_[layer] = LayerState::kReady;
     ++committed_;
-    progress_ = absl::Now();
+    progress_ = SteadyNow();
     SetState(SlotOf(layer), BlockState::kLeased);
-    for (size_t i = 0; i < waiting_.size();) {
-      if (waiting_[i].first != layer) {
-        ++i;
-        continue;
-      }
-      wake.emplace_back(std::move(waiting_[i].second), PinLocked(layer));
-      waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
+    for (Transfer* transfer : transfers_) {
+      if (!transfer->ready_ || transfer->awaited_ != layer) continue;
+      wake.emplace_back(std::exchange(transfer->ready_, nullptr), PinLocked(layer));
     }
-    FreeIfQuiet();
+    give_back = FreeIfQuiet();
   }
+  give_back();
   for (auto& [ready, pin] : wake) ready(std::move(pin));
 }
 
 void KvCache::Fail(absl::Status why) {
-  std::vector<std::pair<int, Ready>> wake;
+  std::vector<Ready> wake;
+  std::function<void()> give_back;
   {
     absl::MutexLock lock(&mutex_);
     if (finished()) return;
     failed_ = why;
-    wake.swap(waiting_);
-    FreeIfQuiet();
+    for (Transfer* transfer : transfers_) {
+      if (transfer->ready_) wake.push_back(std::exchange(transfer->ready_, nullptr));
+    }
+    give_back = FreeIfQuiet();
   }
-  for (auto& [layer, ready] : wake) ready(why);
+  give_back();
+  for (const Ready& ready : wake) ready(why);
 }
 
 absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<void()> abort) {
@@ -176,23 +185,24 @@ absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<v
   std::unique_ptr<Transfer> transfer(new Transfer(shared_from_this()));
   transfer->abort_ = std::move(abort);
   transfers_.push_back(transfer.get());
-  progress_ = absl::Now();
+  progress_ = SteadyNow();
   return transfer;
 }
 
-void KvCache::WhenReady(int layer, Ready ready) {
+void KvCache::Transfer::WhenReady(int layer, Ready ready) {
   absl::StatusOr<std::shared_ptr<const Pin>> now = absl::InternalError("");
   {
-    absl::MutexLock lock(&mutex_);
-    if (layers_[layer] == LayerState::kReady) {
-      now = PinLocked(layer);
-    } else if (layers_[layer] == LayerState::kDelivered) {
+    absl::MutexLock lock(&cache_->mutex_);
+    if (cache_->layers_[layer] == LayerState::kReady) {
+      now = cache_->PinLocked(layer);
+    } else if (cache_->layers_[layer] == LayerState::kDelivered) {
       now = absl::FailedPreconditionError(
           absl::StrCat("layer ", layer, " was delivered and freed (retain = false)"));
-    } else if (!failed_.ok()) {
-      now = failed_;
+    } else if (!cache_->failed_.ok()) {
+      now = cache_->failed_;
     } else {
-      waiting_.emplace_back(layer, std::move(ready));
+      awaited_ = layer;
+      ready_ = std::move(ready);
       return;
     }
   }
@@ -205,7 +215,7 @@ void KvCache::Delivered(int layer) {
     absl::MutexLock lock(&mutex_);
     if (retain_ || layers_[layer] != LayerState::kReady) return;
     layers_[layer] = LayerState::kDelivered;
-    progress_ = absl::Now();
+    progress_ = SteadyNow();
     if (SlotOf(layer).pins > 0) return;  // Unpin goes on from here
     SetState(SlotOf(layer), BlockState::kComputing);
     on_slot_free = on_slot_free_;
@@ -214,7 +224,7 @@ void KvCache::Delivered(int layer) {
 }
 
 void KvCache::Unpin(int layer) {
-  std::function<void()> on_slot_free;
+  std::function<void()> on_slot_free, give_back;
   {
     absl::MutexLock lock(&mutex_);
     Slot& slot = SlotOf(layer);
@@ -225,32 +235,40 @@ void KvCache::Unpin(int layer) {
     } else {
       SetState(slot, BlockState::kLeased);
     }
-    FreeIfQuiet();
+    give_back = FreeIfQuiet();
   }
+  give_back();
   if (on_slot_free) on_slot_free();
 }
 
 void KvCache::Leave(Transfer* transfer) {
-  absl::MutexLock lock(&mutex_);
-  transfers_.erase(std::find(transfers_.begin(), transfers_.end(), transfer));
-  FreeIfQuiet();
+  std::function<void()> give_back;
+  {
+    absl::MutexLock lock(&mutex_);
+    transfers_.erase(std::find(transfers_.begin(), transfers_.end(), transfer));
+    give_back = FreeIfQuiet();
+  }
+  give_back();
 }
 
 void KvCache::Close(absl::Status why) {
-  absl::MutexLock lock(&mutex_);
-  if (closed_.ok()) closed_ = std::move(why);
-  // A slow reader has its whole time from here, even if slowness is what ended the lease.
-  for (Transfer* transfer : transfers_) transfer->progress_ = absl::Now();
-  FreeIfQuiet();
+  std::function<void()> give_back;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (closed_.ok()) closed_ = std::move(why);
+    // A slow reader has its whole time from here, even if slowness is what ended the lease.
+    for (Transfer* transfer : transfers_) transfer->progress_ = SteadyNow();
+    give_back = FreeIfQuiet();
+  }
+  give_back();
 }
 
 // The engine may still write into the blocks until it has committed the last layer or failed.
-void KvCache::FreeIfQuiet() {
-  if (freed_ || closed_.ok() || !finished() || !transfers_.empty()) return;
-  for (const Slot& slot : slots_) {
-    if (slot.pins > 0) return;
-  }
-  Free();
+std::function<void()> KvCache::FreeIfQuiet() {
+  bool quiet = !freed_ && !closed_.ok() && finished() && transfers_.empty();
+  for (const Slot& slot : slots_) quiet &= slot.pins == 0;
+  if (!quiet) return [] {};
+  return Free();
 }
 
 int KvCache::running_transfers() const {
@@ -268,18 +286,18 @@ bool KvCache::complete() const {
   return committed_ == geometry_.layers;
 }
 
-absl::Time KvCache::last_progress() const {
+SteadyTime KvCache::last_progress() const {
   absl::MutexLock lock(&mutex_);
   return progress_;
 }
 
-void KvCache::AbortStalled(absl::Time idle_since) {
+void KvCache::AbortStalled(absl::Duration idle) {
   std::vector<std::function<void()>> aborts;
   {
     absl::MutexLock lock(&mutex_);
     if (closed_.ok()) return;
     for (Transfer* transfer : transfers_) {
-      if (transfer->abort_ && transfer->progress_ <= idle_since) {
+      if (transfer->abort_ && Since(transfer->progress_) >= idle) {
         aborts.push_back(std::exchange(transfer->abort_, nullptr));
       }
     }

@@ -16,6 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "kernels/tensor.h"
+#include "server/job.h"
 #include "server/kv/block_pool.h"
 #include "server/transport/region.h"
 
@@ -72,19 +73,26 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
 
   // One running pull. While it lives the cache is not freed, even after Close. `abort` is called
   // (any thread, at most once) when the cache is closed and the pull has made no progress for too
-  // long; it may come while the Transfer is being destroyed, so it must own what it touches.
+  // long. That, and what waits for a layer, may come while the Transfer is being destroyed, so both
+  // must own what they touch.
   class Transfer {
    public:
     ~Transfer();
     const std::shared_ptr<KvCache>& cache() const { return cache_; }
     void Progress();
+    // Calls `ready` once, inline or later from the thread that commits, with a pin, or with the
+    // reason why this layer will never be readable. One layer at a time: it has been called, or
+    // the Transfer goes first and lets go of it.
+    void WhenReady(int layer, Ready ready);
 
    private:
     friend class KvCache;
     explicit Transfer(std::shared_ptr<KvCache> cache) : cache_(std::move(cache)) {}
     const std::shared_ptr<KvCache> cache_;
-    absl::Time progress_ = absl::Now();  // guarded by the cache
+    SteadyTime progress_ = SteadyNow();  // guarded by the cache
     std::function<void()> abort_;        // guarded by the cache
+    int awaited_ = 0;                    // the layer that ready_ waits for; guarded by the cache
+    Ready ready_;                        // null: none; guarded by the cache
   };
 
   // retain: takes the blocks of every layer at once. Otherwise those of min(2, layers) layers, used
@@ -97,7 +105,8 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   using Later = std::function<void(std::function<void()>)>;
   // A retained cache, before anybody computes or reads it: from now on it lies in `region`, of
   // geometry().region_bytes(), and the memory of the blocks goes back to the device, which may take
-  // long. `later` lets go of the region in the end; empty: whoever is last does.
+  // long. `later` lets go of the region in the end; empty: whoever is last does, be it the engine's
+  // thread, gRPC's or the one that commits.
   void LieIn(std::shared_ptr<Region> region, Later later = nullptr);
 
   const KvGeometry& geometry() const { return geometry_; }
@@ -115,9 +124,6 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   // --- pulls ---
   // FAILED_PRECONDITION when closed.
   absl::StatusOr<std::unique_ptr<Transfer>> Open(std::function<void()> abort);
-  // Calls `ready` exactly once, inline or later from the thread that commits, with a pin, or with
-  // the reason why this layer will never be readable.
-  void WhenReady(int layer, Ready ready);
   void Delivered(int layer);  // retain = false: frees it once its pins are gone
 
   // --- leases ---
@@ -125,8 +131,8 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   int running_transfers() const;
   bool computing() const;  // layers are still to come and the engine is not waiting for us
   bool complete() const;   // every layer was committed
-  absl::Time last_progress() const;          // of the computation or of any pull
-  void AbortStalled(absl::Time idle_since);  // once closed: ends pulls without progress since then
+  SteadyTime last_progress() const;        // of the computation or of any pull
+  void AbortStalled(absl::Duration idle);  // once closed: ends pulls without progress for so long
 
  private:
   // The blocks of one layer at a time.
@@ -155,8 +161,10 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   std::shared_ptr<const Pin> PinLocked(int layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Unpin(int layer);
   void Leave(Transfer* transfer);
-  void Free() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void FreeIfQuiet() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Both return what gives back region and blocks, to be run after the lock: it may take long.
+  // Never null.
+  std::function<void()> Free() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::function<void()> FreeIfQuiet() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   BlockPool& pool_;
   const KvGeometry geometry_;
@@ -171,10 +179,9 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   bool freed_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failed_ ABSL_GUARDED_BY(mutex_);
   absl::Status closed_ ABSL_GUARDED_BY(mutex_);
-  std::vector<std::pair<int, Ready>> waiting_ ABSL_GUARDED_BY(mutex_);
   std::vector<Transfer*> transfers_ ABSL_GUARDED_BY(mutex_);
   std::function<void()> on_slot_free_ ABSL_GUARDED_BY(mutex_);
-  absl::Time progress_ ABSL_GUARDED_BY(mutex_) = absl::Now();
+  SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
 };
 
 }  // namespace prefilld

@@ -13,7 +13,10 @@ LeaseTable::LeaseTable(Events events, absl::Duration stalled_reader_grace)
       stalled_reader_grace_(stalled_reader_grace),
       thread_([this] { Expire(); }) {}
 
-LeaseTable::~LeaseTable() {
+LeaseTable::~LeaseTable() { Stop(); }
+
+void LeaseTable::Stop() {
+  if (!thread_.joinable()) return;
   {
     absl::MutexLock lock(&mutex_);
     stop_ = true;
@@ -31,7 +34,7 @@ absl::StatusOr<LeaseInfo> LeaseTable::Grant(absl::string_view name, std::shared_
   Entry entry{{std::string(name), next_generation_++, ttl},
               std::move(cache),
               std::move(abandon),
-              absl::Now()};
+              SteadyNow()};
   const LeaseInfo info = entry.info;
   entries_.emplace(info.name, std::move(entry));
   changed_ = true;
@@ -65,7 +68,7 @@ absl::StatusOr<LeaseInfo> LeaseTable::Renew(absl::string_view name, uint64_t gen
   if (!found.ok()) return found.status();
   Entry& entry = entries_.find(name)->second;
   if (ttl > absl::ZeroDuration()) entry.info.ttl = ttl;
-  entry.renewed = absl::Now();
+  entry.renewed = SteadyNow();
   changed_ = true;
   return entry.info;
 }
@@ -121,16 +124,16 @@ void LeaseTable::Expire() {
   mutex_.Lock();
   while (!stop_) {
     changed_ = false;
-    const absl::Time now = absl::Now();
-    absl::Time next = absl::InfiniteFuture();
+    absl::Duration next = absl::InfiniteDuration();
     std::vector<Entry> expired;
     for (auto it = entries_.begin(); it != entries_.end();) {
       const Entry& entry = it->second;
       // While the engine works on it a lease does not age; it will have its whole ttl afterwards.
-      const absl::Time used =
-          entry.cache->computing() ? now : std::max(entry.renewed, entry.cache->last_progress());
-      if (used + entry.info.ttl > now) {
-        next = std::min(next, used + entry.info.ttl);
+      const absl::Duration idle =
+          entry.cache->computing() ? absl::ZeroDuration()
+                                   : Since(std::max(entry.renewed, entry.cache->last_progress()));
+      if (idle < entry.info.ttl) {
+        next = std::min(next, entry.info.ttl - idle);
         ++it;
       } else {
         expired.push_back(std::move(it->second));
@@ -142,15 +145,15 @@ void LeaseTable::Expire() {
     for (const auto& [cache, grace] : closing_) {
       if (cache->running_transfers() == 0) continue;
       closing.emplace_back(cache, grace);
-      next = std::min(next, now + grace);
+      next = std::min(next, grace);
     }
     closing_ = closing;
     mutex_.Unlock();
     for (Entry& entry : expired) End(std::move(entry), LeaseEnd::kExpired);
-    for (const auto& [cache, grace] : closing) cache->AbortStalled(now - grace);
+    for (const auto& [cache, grace] : closing) cache->AbortStalled(grace);
     closing.clear();
     mutex_.Lock();
-    mutex_.AwaitWithDeadline(absl::Condition(&changed_), next);
+    mutex_.AwaitWithTimeout(absl::Condition(&changed_), next);
   }
   mutex_.Unlock();
 }

@@ -51,6 +51,9 @@ class LeaseTable {
   // Returns the number of transfers that still run.
   absl::StatusOr<int> Release(absl::string_view name, uint64_t generation, LeaseEnd why);
   void ReleaseAll(LeaseEnd why);
+  // Joins the thread: what it has begun to end has ended then, and no other lease expires. To be
+  // called before what `ended` and `abandon` reach into goes.
+  void Stop();
 
   int64_t active() const;
   // Blocks until no lease is left, or the deadline: false.
@@ -61,7 +64,7 @@ class LeaseTable {
     LeaseInfo info;
     std::shared_ptr<KvCache> cache;
     std::function<void()> abandon;
-    absl::Time renewed;
+    SteadyTime renewed;
   };
   using Entries = std::map<std::string, Entry, std::less<>>;
   absl::StatusOr<Entries::const_iterator> FindLocked(absl::string_view name,

@@ -17,6 +17,11 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillRegistry::FindOrStart(
           absl::StrCat("'", request_id, "' lives and was asked for with other content"));
     }
     if (found->second->Attach(reader)) return found->second;
+    if (found->second->generation() > 0) {  // its lease is about to end
+      return RetryLater(absl::StatusCode::kUnavailable, "ending",
+                        absl::StrCat("'", request_id, "' is just being given up"),
+                        absl::Milliseconds(100));
+    }
   }
   auto stream = start();
   if (stream.ok()) streams_.insert_or_assign(request_id, *stream);

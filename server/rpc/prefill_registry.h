@@ -20,8 +20,8 @@ class PrefillRegistry {
   using Start = std::function<absl::StatusOr<std::shared_ptr<PrefillStream>>()>;
 
   // The living stream of `request_id`, to which `reader` is attached, or the one that `start` makes
-  // for it. INVALID_ARGUMENT when the living one has other content. One call of `start` at a time,
-  // so it must not take long.
+  // for it. INVALID_ARGUMENT when the living one has other content, UNAVAILABLE while the lease of
+  // one ends whose last reader has left. One call of `start` at a time, so it must not take long.
   absl::StatusOr<std::shared_ptr<PrefillStream>> FindOrStart(
       const std::string& request_id, const std::string& content,
       const std::shared_ptr<PrefillStream::Reader>& reader, const Start& start);

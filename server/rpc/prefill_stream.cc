@@ -133,7 +133,7 @@ uint64_t PrefillStream::generation() const {
 
 bool PrefillStream::Attach(const std::shared_ptr<Reader>& reader) {
   absl::MutexLock lock(&mutex_);
-  if (ended_ && lease_.generation == 0) return false;
+  if (given_up_ || (ended_ && lease_.generation == 0)) return false;
   readers_.push_back(reader);
   return true;
 }
@@ -150,9 +150,10 @@ void PrefillStream::Detach(const Reader* reader) {
     gone = std::move(*found);
     readers_.erase(found);
     if (!readers_.empty() || ended_) return;
+    given_up_ = true;
     abandoned = lease_;
     if (abandoned.generation == 0) {  // nothing has begun, and nothing will
-      given_up_ = ended_ = true;
+      ended_ = true;
       end_ = absl::CancelledError("the caller went away");
       job.swap(job_);
     }

@@ -44,7 +44,7 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   const std::string& request_id() const { return request_id_; }
   uint64_t generation() const;
 
-  // False: it ended before it began, and is of use to nobody.
+  // False: it ended before it began, or its last reader has given it up; it is of use to nobody.
   bool Attach(const std::shared_ptr<Reader>& reader);
   void Detach(const Reader* reader);
 
@@ -71,7 +71,7 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   LeaseInfo lease_ ABSL_GUARDED_BY(mutex_);           // generation 0: it has not begun
   std::deque<v1::PrefillEvent> events_ ABSL_GUARDED_BY(mutex_);
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;
-  bool given_up_ ABSL_GUARDED_BY(mutex_) = false;  // by its last reader, before it began
+  bool given_up_ ABSL_GUARDED_BY(mutex_) = false;  // by its last reader
   absl::Status end_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Reader>> readers_ ABSL_GUARDED_BY(mutex_);
 };

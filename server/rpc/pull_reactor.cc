@@ -88,8 +88,8 @@ void PullReactor::Schedule() {
 }
 
 // Whoever commits the layer only posts.
-void PullReactor::AskForLayer(int layer, KvCache& cache) {
-  cache.WhenReady(layer, [weak = weak_from_this(), &pool = rpc_.transfers](auto pin) {
+void PullReactor::AskForLayer(int layer, std::shared_ptr<KvCache::Transfer> transfer) {
+  transfer->WhenReady(layer, [weak = weak_from_this(), &pool = rpc_.transfers](auto pin) {
     pool.Post([weak, pin = std::move(pin)] {
       if (const auto self = weak.lock()) self->OnLayer(pin);
     });
@@ -131,9 +131,9 @@ void PullReactor::Run() {
     } else if (!next_ && !asked_ && position_.layer < range_.end_layer) {
       asked_ = true;
       const int layer = position_.layer;
-      const std::shared_ptr<KvCache> cache = cache_;
+      std::shared_ptr<KvCache::Transfer> transfer = transfer_;
       mutex_.Unlock();
-      AskForLayer(layer, *cache);
+      AskForLayer(layer, std::move(transfer));
       mutex_.Lock();
     } else {
       if (!next_ && !writing_ && position_.layer >= range_.end_layer) {
@@ -250,7 +250,7 @@ void PullReactor::End(const absl::Status& status, const char* failure) {
 void PullReactor::OnDone() {
   std::shared_ptr<PullReactor> self;
   std::shared_ptr<KvCache> cache;
-  std::unique_ptr<KvCache::Transfer> transfer;
+  std::shared_ptr<KvCache::Transfer> transfer;
   std::shared_ptr<const KvCache::Pin> pin;
   std::optional<Chunk> next;
   Chunk write;

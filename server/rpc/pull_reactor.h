@@ -5,7 +5,7 @@
 //
 // Checksums, conversion and writes are the work of a pool (RpcContext::transfers): neither gRPC's
 // few threads nor the one that commits layers waits for them. Shared by gRPC (until OnDone) and by
-// what is posted; waits for a layer through KvCache::WhenReady.
+// what is posted; waits for a layer through its Transfer.
 #pragma once
 
 #include <grpcpp/server_context.h>
@@ -56,7 +56,8 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   // On the pool's threads.
   void Run() ABSL_LOCKS_EXCLUDED(mutex_);
   void OnLayer(const absl::StatusOr<std::shared_ptr<const KvCache::Pin>>& pin);
-  void AskForLayer(int layer, KvCache& cache) ABSL_LOCKS_EXCLUDED(mutex_);
+  void AskForLayer(int layer, std::shared_ptr<KvCache::Transfer> transfer)
+      ABSL_LOCKS_EXCLUDED(mutex_);
   Chunk Encode(const Position& from, const std::shared_ptr<const KvCache::Pin>& pin) const;
   grpc::ByteBuffer Bytes(ChunkHeader header, size_t bytes,
                          const std::shared_ptr<const KvCache::Pin>& pin) const;
@@ -75,7 +76,8 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   ValidPull range_;                                                 // set by Open, then constant
   uint64_t tensor_bytes_ = 0;                                       // as range_
   std::shared_ptr<KvCache> cache_ ABSL_GUARDED_BY(mutex_);
-  std::unique_ptr<KvCache::Transfer> transfer_ ABSL_GUARDED_BY(mutex_);  // until OnDone
+  // Until OnDone, and while Run asks it for a layer.
+  std::shared_ptr<KvCache::Transfer> transfer_ ABSL_GUARDED_BY(mutex_);
 
   bool running_ ABSL_GUARDED_BY(mutex_) = false;  // Run is posted, or runs
   Position position_ ABSL_GUARDED_BY(mutex_);     // where the next chunk starts; moved by Run

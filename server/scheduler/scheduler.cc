@@ -44,16 +44,21 @@ Scheduler::Scheduler(Engine& engine, Metrics& metrics, SchedulerOptions options)
 Scheduler::~Scheduler() {
   {
     absl::MutexLock lock(&mutex_);
-    stop_ = wake_ = true;
+    stop_ = true;
   }
+  bell_->Ring();
   thread_.join();
   engine_.completions().Flush();  // they tell us
 }
 
 absl::Status Scheduler::CheckOpen(const Job& job) const {
-  const absl::Time now = absl::Now();
   const double seconds = engine_.PredictSeconds(job);
   absl::MutexLock lock(&mutex_);
+  return CheckOpenLocked(job, seconds);
+}
+
+absl::Status Scheduler::CheckOpenLocked(const Job& job, double seconds) const {
+  const absl::Time now = absl::Now();
   if (draining_ || stop_) return Draining();
   if (absl::Status lost = engine_.CheckDevice(); !lost.ok()) return lost;
   // gRPC rounds a deadline up: less than a millisecond left is none.
@@ -65,33 +70,35 @@ absl::Status Scheduler::CheckOpen(const Job& job) const {
         absl::StrCat("the work takes about ", absl::FormatDuration(absl::Seconds(seconds)),
                      ", the deadline is in ", absl::FormatDuration(job.deadline - now)));
   }
-  return absl::OkStatus();
-}
-
-absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
-  if (absl::Status status = CheckOpen(*job); !status.ok()) return status;
-  const double seconds = engine_.PredictSeconds(*job);
-  absl::MutexLock lock(&mutex_);
-  if (draining_ || stop_) return Draining();  // meanwhile
-  const absl::Duration wait =
-      std::clamp(absl::Seconds(backlog_seconds_), absl::Milliseconds(100), absl::Seconds(60));
   if (waiting_jobs_ >= options_.waiting_jobs_max) {
     return RetryLater(
         absl::StatusCode::kResourceExhausted, "queue_full",
-        absl::StrCat(waiting_jobs_, " jobs wait, the limit is ", options_.waiting_jobs_max), wait);
+        absl::StrCat(waiting_jobs_, " jobs wait, the limit is ", options_.waiting_jobs_max),
+        WaitHint());
   }
-  if (waiting_jobs_ > 0 && waiting_tokens_ + job->tokens() > options_.waiting_tokens_max) {
+  if (waiting_jobs_ > 0 && waiting_tokens_ + job.tokens() > options_.waiting_tokens_max) {
     return RetryLater(absl::StatusCode::kResourceExhausted, "queue_full",
-                      absl::StrCat(waiting_tokens_, " tokens wait, this job has ", job->tokens(),
+                      absl::StrCat(waiting_tokens_, " tokens wait, this job has ", job.tokens(),
                                    ", the limit is ", options_.waiting_tokens_max),
-                      wait);
+                      WaitHint());
   }
+  return absl::OkStatus();
+}
+
+absl::Duration Scheduler::WaitHint() const {
+  return std::clamp(absl::Seconds(backlog_seconds_), absl::Milliseconds(100), absl::Seconds(60));
+}
+
+absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
+  const double seconds = engine_.PredictSeconds(*job);
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = CheckOpenLocked(*job, seconds); !status.ok()) return status;
   const uint64_t bytes = job->held_bytes;
   if (*attend_bytes_ + bytes > options_.attend_bytes_max) {
     return RetryLater(absl::StatusCode::kResourceExhausted, "attend_memory",
                       absl::StrCat("this Attend holds ", bytes, " bytes, ", attend_bytes_->load(),
                                    " of ", options_.attend_bytes_max, " are taken"),
-                      wait);
+                      WaitHint());
   }
   if (bytes > 0) {
     *attend_bytes_ += bytes;
@@ -106,9 +113,9 @@ absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
   backlog_seconds_ += seconds;
   metrics_.waiting.Set(waiting_jobs_);
   metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
-  if (job->prefill) job->prefill->cache->SetOnSlotFree([this] { Wake(); });
+  if (job->prefill) job->prefill->cache->SetOnSlotFree([bell = bell_] { bell->Ring(); });
   inbox_.push_back({What::kAdmit, job, absl::OkStatus()});
-  wake_ = true;
+  bell_->Ring();
   return absl::OkStatus();
 }
 
@@ -116,7 +123,7 @@ void Scheduler::UploadDone(const std::shared_ptr<Job>& job) {
   absl::MutexLock lock(&mutex_);
   job->uploaded = SteadyNow();
   inbox_.push_back({What::kUploaded, job, absl::OkStatus()});
-  wake_ = true;
+  bell_->Ring();
 }
 
 void Scheduler::Cancel(const std::shared_ptr<Job>& job, absl::Status why) {
@@ -124,12 +131,7 @@ void Scheduler::Cancel(const std::shared_ptr<Job>& job, absl::Status why) {
   absl::MutexLock lock(&mutex_);
   if (stop_) return;
   inbox_.push_back({What::kCancel, job, std::move(why)});
-  wake_ = true;
-}
-
-void Scheduler::Wake() {
-  absl::MutexLock lock(&mutex_);
-  wake_ = true;
+  bell_->Ring();
 }
 
 void Scheduler::Drain() {
@@ -154,17 +156,13 @@ void Scheduler::Loop() {
     {
       absl::MutexLock lock(&mutex_);
       if (stop_) break;
-      wake_ = false;
       inbox.swap(inbox_);
     }
     Receive(std::move(inbox));
     DropLate(absl::Now());
     const bool ran = RunOneStep();
     PublishLoad();
-    if (ran) continue;
-    const absl::Time deadline = NextDeadline();
-    absl::MutexLock lock(&mutex_);
-    mutex_.AwaitWithDeadline(absl::Condition(&wake_), deadline);
+    if (!ran) bell_->Await(NextDeadline());
   }
   std::vector<Message> inbox;
   {

@@ -42,9 +42,9 @@ class Scheduler {
   // is not run before UploadDone. UNAVAILABLE when draining, DEADLINE_EXCEEDED when late,
   // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts).
   absl::Status Admit(const std::shared_ptr<Job>& job);
-  // The part of Admit that needs no place yet: not draining, not late, not hopeless, the device
-  // there. Ask before
-  // other memory is taken for the job.
+  // Whether Admit would take the job, but for an Attend's bytes: not draining, not late, not
+  // hopeless, the device there, a place in the queue. It reserves none: ask before memory is taken
+  // for the job, and Admit afterwards.
   absl::Status CheckOpen(const Job& job) const;
   void UploadDone(const std::shared_ptr<Job>& job);
   // Ends the job with `why` before its next step. Harmless when it has ended.
@@ -71,6 +71,24 @@ class Scheduler {
     std::unique_ptr<Batch> batch;
     SteadyTime last_run;
   };
+  // Wakes the thread. Shared with who may ring it when the scheduler is gone.
+  class Bell {
+   public:
+    void Ring() {
+      absl::MutexLock lock(&mutex_);
+      rung_ = true;
+    }
+    // Until somebody rings, or has since the last time, or the deadline.
+    void Await(absl::Time deadline) {
+      absl::MutexLock lock(&mutex_);
+      mutex_.AwaitWithDeadline(absl::Condition(&rung_), deadline);
+      rung_ = false;
+    }
+
+   private:
+    absl::Mutex mutex_;
+    bool rung_ ABSL_GUARDED_BY(mutex_) = false;
+  };
 
   // The thread and what only it touches.
   void Loop();
@@ -87,11 +105,15 @@ class Scheduler {
   void Finish(Job& job, const absl::Status& result);
   bool EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status);
   void PublishLoad();
-  void Wake();
+
+  absl::Status CheckOpenLocked(const Job& job, double seconds) const
+      ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  absl::Duration WaitHint() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);  // for who is refused
 
   Engine& engine_;
   Metrics& metrics_;
   const SchedulerOptions options_;
+  const std::shared_ptr<Bell> bell_ = std::make_shared<Bell>();
   std::vector<Waiting> waiting_;
   std::vector<Active> active_;
 
@@ -101,7 +123,6 @@ class Scheduler {
 
   mutable absl::Mutex mutex_;
   std::vector<Message> inbox_ ABSL_GUARDED_BY(mutex_);
-  bool wake_ ABSL_GUARDED_BY(mutex_) = false;  // the thread must look again
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   int jobs_ ABSL_GUARDED_BY(mutex_) = 0;          // admitted and not ended

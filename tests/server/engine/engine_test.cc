@@ -251,7 +251,8 @@ TEST_F(EngineTest, ASlowReaderDelaysNoLayer) {
   Prompts prompts(*backend_);
   auto slow = prompts.New(150, 5), other = prompts.New(150, 9);
   absl::Notification read_on;
-  slow->prefill->cache->WhenReady(0, [&](auto pin) {
+  auto transfer = *slow->prefill->cache->Open([] {});
+  transfer->WhenReady(0, [&](auto pin) {
     EXPECT_TRUE(pin.ok());
     read_on.WaitForNotification();
   });

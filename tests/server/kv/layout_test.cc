@@ -39,7 +39,7 @@ class LayoutTest : public testing::TestWithParam<DType> {
       }
     }
     cache_->Commit(0);
-    cache_->WhenReady(0, [&](auto pin) { pin_ = *std::move(pin); });
+    (*cache_->Open([] {}))->WhenReady(0, [&](auto pin) { pin_ = *std::move(pin); });
   }
 
   std::string Spans(bool value, uint64_t offset, size_t bytes) const {
@@ -106,7 +106,7 @@ class ConversionTest : public testing::Test {
     std::memcpy(ComputeTile(*cache, 0, 0, 0, false), row, row_bytes);
     cache->Commit(0);
     std::vector<T> out(64);
-    cache->WhenReady(0, [&](auto pin) {
+    (*cache->Open([] {}))->WhenReady(0, [&](auto pin) {
       ConvertHf(**pin, to, {false, 0, out.size() * sizeof(T)},
                 reinterpret_cast<std::byte*>(out.data()));
     });

@@ -1,11 +1,46 @@
 #include "server/kv/lease_table.h"
 
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
 
 #include "absl/synchronization/notification.h"
 
+namespace {
+std::atomic<int> wall_clock_set_by{0};  // seconds
+}  // namespace
+
+// The wall's clock of this program, which can be set.
+extern "C" int clock_gettime(clockid_t clock, timespec* time) noexcept {
+  const long result = syscall(SYS_clock_gettime, clock, time);
+  if (clock == CLOCK_REALTIME) time->tv_sec += wall_clock_set_by;
+  return static_cast<int>(result);
+}
+
 namespace prefilld {
 namespace {
+
+// Sets the wall's clock ahead while it lives.
+class WallClockAhead {
+ public:
+  explicit WallClockAhead(int seconds) { Set(seconds); }
+  ~WallClockAhead() { Set(0); }
+
+ private:
+  static void Set(int seconds) {
+    wall_clock_set_by = seconds;
+    const auto off = [] {
+      return absl::Now() - absl::FromChrono(std::chrono::system_clock::now());
+    };
+    // absl asks the system every two seconds.
+    while (absl::AbsDuration(off()) > absl::Minutes(1)) absl::SleepFor(absl::Milliseconds(1));
+  }
+};
 
 class LeaseTableTest : public testing::Test {
  protected:
@@ -113,6 +148,57 @@ TEST_F(LeaseTableTest, RenewalStartsTheTimeAnew) {
   ASSERT_TRUE(renewed.ok());
   EXPECT_EQ(renewed->ttl, absl::Hours(1));
   EXPECT_FALSE(table.WaitEmpty(absl::Now() + absl::Milliseconds(400)));
+}
+
+// What a lease's end reaches into may go then.
+TEST_F(LeaseTableTest, StoppingWaitsForALeaseThatEnds) {
+  absl::Notification begun, go_on;
+  std::atomic<bool> abandoned = false;
+  LeaseTable table({});
+  KvGeometry geometry = geometry_;
+  geometry.layers = 3;
+  auto cache = *KvCache::Create(*pool_, geometry, /*retain=*/false);
+  for (int layer : {0, 1}) cache->Commit(layer);  // it waits for its consumer: a lease ages
+  ASSERT_TRUE(table
+                  .Grant("a", cache, absl::ZeroDuration(),
+                         [&] {
+                           begun.Notify();
+                           go_on.WaitForNotification();
+                           abandoned = true;
+                         })
+                  .ok());
+  begun.WaitForNotification();
+  std::thread other([&] { go_on.Notify(); });
+  table.Stop();
+  EXPECT_TRUE(abandoned);
+  other.join();
+  cache->Fail(absl::CancelledError("abandoned"));
+}
+
+// Neither a lease nor a pull ages by a clock that somebody sets.
+TEST_F(LeaseTableTest, TheWallClockMayBeSet) {
+  absl::Notification first, second;
+  LeaseTable table({.ended =
+                        [&](const LeaseInfo& info, LeaseEnd) {
+                          if (info.name == "first") first.Notify();
+                          if (info.name == "second") second.Notify();
+                        }},
+                   /*stalled_reader_grace=*/absl::Minutes(10));
+  auto kept = NewCache(), read = NewCache(), other = NewCache();
+  for (const auto& cache : {kept, read, other}) Complete(*cache);
+  auto lease = *table.Grant("a", kept, absl::Minutes(10), nullptr);
+  auto ended = *table.Grant("b", read, absl::Minutes(10), nullptr);
+  std::atomic<bool> aborted = false;
+  auto transfer = *read->Open([&] { aborted = true; });
+  EXPECT_EQ(*table.Release("b", ended.generation, LeaseEnd::kConsumed), 1);
+  const WallClockAhead ahead(3600);
+  // The thread looks at everything to end these; it cuts pulls off behind that.
+  ASSERT_TRUE(table.Grant("first", other, absl::ZeroDuration(), nullptr).ok());
+  first.WaitForNotification();
+  ASSERT_TRUE(table.Grant("second", other, absl::ZeroDuration(), nullptr).ok());
+  second.WaitForNotification();
+  EXPECT_TRUE(table.Find("a", lease.generation).ok());
+  EXPECT_FALSE(aborted);
 }
 
 }  // namespace

@@ -1,12 +1,16 @@
 #include "server/scheduler/scheduler.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <new>
 #include <thread>
 
 #include "absl/synchronization/notification.h"
 #include "server/record/errors.h"
+#include "server/transport/shm_segment.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/prompts.h"
 
@@ -125,6 +129,7 @@ TEST_F(SchedulerTest, RejectsWhenFullAndTakesAgainWhenNot) {
   auto waiting = NewAttend();
   ASSERT_TRUE(scheduler.Admit(waiting).ok());
   EXPECT_EQ(waiting->queue_position, 1);
+  EXPECT_EQ(FactsOf(scheduler.CheckOpen(*NewAttend())).reason, "queue_full");
   auto refused = scheduler.Admit(NewAttend());
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(FactsOf(refused).reason, "queue_full");
@@ -264,8 +269,9 @@ TEST_F(PrefillTest, AStreamedCachePassesThroughTwoSlots) {
   auto job = prompts_.New(150, 5, /*retain=*/false);
   const std::shared_ptr<KvCache> cache = job->prefill->cache;
   ASSERT_TRUE(scheduler.Admit(job).ok());
+  auto transfer = *cache->Open([] {});
   for (int layer = 0; layer < layers(); ++layer) {
-    cache->WhenReady(layer, [&ready = ready[layer]](auto pin) {
+    transfer->WhenReady(layer, [&ready = ready[layer]](auto pin) {
       EXPECT_TRUE(pin.ok());
       ready.Notify();
     });
@@ -281,8 +287,10 @@ TEST_F(PrefillTest, AFailedTicketEndsTheJobThoughItWasComputed) {
   absl::Notification all_told;
   Scheduler scheduler(engine_, metrics_, {});
   auto job = prompts_.New(150, 5);
+  std::vector<std::unique_ptr<KvCache::Transfer>> transfers;
   for (int layer = 0; layer < layers(); ++layer) {
-    job->prefill->cache->WhenReady(layer, [&](auto pin) {
+    transfers.push_back(*job->prefill->cache->Open([] {}));
+    transfers.back()->WhenReady(layer, [&](auto pin) {
       told.push_back(pin.status().code());
       if (told.size() == static_cast<size_t>(layers())) all_told.Notify();
     });
@@ -320,6 +328,64 @@ TEST_F(PrefillTest, ACancelledJobEndsBehindItsLayersOnTheirWay) {
   EXPECT_EQ(Prompts::SinkOf(job).Wait().code(), absl::StatusCode::kCancelled);
   EXPECT_GE(Prompts::SinkOf(job).layers.size(), 1u);
   EXPECT_TRUE(InOrder(Prompts::SinkOf(job)));
+}
+
+// Memory of its own, which nobody may touch when it is gone.
+struct Unmap {
+  void operator()(Scheduler* scheduler) const {
+    scheduler->~Scheduler();
+    munmap(scheduler, sizeof *scheduler);
+  }
+};
+
+class HeldAtTheLastLayer : public LayerSink {
+ public:
+  void OnLayerReady(int layer, double density, double captured_mass) override {
+    LayerSink::OnLayerReady(layer, density, captured_mass);
+    if (layer != Prompts::kLayers - 1) return;
+    reached.Notify();
+    go_on.WaitForNotification();
+  }
+  absl::Notification reached, go_on;
+};
+
+// Who drops the last slice of a streamed layer tells the scheduler so, which may have gone since
+// the cache was asked whom to tell. Between the two the cache gives its memory back: there it goes.
+TEST_F(PrefillTest, ACacheMayOutliveTheScheduler) {
+  void* memory =
+      mmap(nullptr, sizeof(Scheduler), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  std::unique_ptr<Scheduler, Unmap> scheduler(new (memory) Scheduler(engine_, metrics_, {}));
+  auto job = prompts_.New(150, 5, /*retain=*/false);
+  const auto sink = std::make_shared<HeldAtTheLastLayer>();
+  job->sink = sink;
+  const std::shared_ptr<KvCache> cache = job->prefill->cache;
+  auto shm = *ShmDomain::Open("scheduler-test-" + std::to_string(getpid()));
+  cache->LieIn(*shm->Create(cache->geometry().region_bytes()), [&](std::function<void()> work) {
+    sink->go_on.Notify();
+    scheduler.reset();
+    work();
+  });
+  ASSERT_TRUE(scheduler->Admit(job).ok());
+  std::shared_ptr<const KvCache::Pin> last;
+  {
+    auto transfer = *cache->Open([] {});
+    for (int layer = 0; layer < layers(); ++layer) {
+      absl::Notification ready;
+      transfer->WhenReady(layer, [&](auto pin) {
+        last = *std::move(pin);
+        ready.Notify();
+      });
+      ready.WaitForNotification();
+      cache->Delivered(layer);
+      if (layer < layers() - 1) last.reset();
+    }
+  }
+  sink->reached.WaitForNotification();
+  cache->Close(absl::FailedPreconditionError("released"));
+  last.reset();
+  EXPECT_EQ(scheduler, nullptr);
+  EXPECT_TRUE(sink->Wait().ok());
 }
 
 TEST_F(PrefillTest, StoppingWaitsForWhatIsOnItsWay) {

@@ -1,0 +1,123 @@
+// What callers of one prompt see who come and go, and what a refusal takes. No calls: the streams
+// themselves, on a device whose work ends when the test says so.
+#include "server/rpc/prefill_stream.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "server/record/errors.h"
+#include "server/rpc/context.h"
+#include "server/rpc/validate.h"
+#include "tests/server/fake_device.h"
+#include "tests/server/model/model_directory.h"
+
+namespace prefilld {
+namespace {
+
+class Caller : public PrefillStream::Reader {
+ public:
+  void OnEvents() override {}
+};
+
+// Has no memory, and counts who asks.
+class NoMedium : public Medium {
+ public:
+  absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t) override {
+    ++asked;
+    return absl::ResourceExhaustedError("no room");
+  }
+  void Introduce(PeerFacts*) const override {}
+  absl::Status Reaches(const PeerFacts&) const override { return absl::OkStatus(); }
+
+  int asked = 0;
+};
+
+class PrefillStreamTest : public testing::Test {
+ protected:
+  explicit PrefillStreamTest(SchedulerOptions options = {})
+      : scheduler_(engine_, metrics_, options) {
+    models_.emplace("base", *Transformer::Load("base", FixtureModel("base"), backend_));
+  }
+  ~PrefillStreamTest() override { leases_.ReleaseAll(LeaseEnd::kConsumed); }
+
+  ValidPrefill Valid() const {
+    ValidPrefill valid{.job = std::make_shared<Job>(), .lease_ttl = absl::Hours(1)};
+    valid.job->request_id = "id";
+    valid.job->prefill = std::make_unique<PrefillWork>();
+    valid.job->prefill->model = models_.at("base").get();
+    valid.job->prefill->token_ids = {1, 2, 3};
+    return valid;
+  }
+  absl::StatusOr<std::shared_ptr<PrefillStream>> Come(const std::shared_ptr<Caller>& caller) {
+    return prefills_.FindOrStart("id", "content", caller, [&] {
+      return PrefillStream::Start(rpc_, Valid(), "content", caller);
+    });
+  }
+
+  FakeBackend backend_;
+  std::unique_ptr<BlockPool> pool_ = *BlockPool::Create(backend_.device(), 16 << 20, 128 << 10);
+  Metrics metrics_;
+  ReportTable reports_;
+  LiveIds attends_;
+  PrefillRegistry prefills_;
+  Models models_;
+  Media media_;
+  std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(1);
+  WorkPool transfers_{1};
+  std::function<void()> on_ended_;
+  LeaseTable leases_{{.ended = [this](const LeaseInfo& lease, LeaseEnd) {
+    if (on_ended_) on_ended_();
+    prefills_.Remove(lease.name, lease.generation);
+  }}};
+  Engine engine_{backend_, metrics_};
+  Scheduler scheduler_;
+  RpcContext rpc_{backend_, models_,  media_,   pool_.get(), leases_,    scheduler_, prefills_,
+                  attends_, reports_, metrics_, memory_,     transfers_, {}};
+};
+
+TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {
+  const auto first = std::make_shared<Caller>(), second = std::make_shared<Caller>();
+  backend_.device().HoldMarks();
+  const auto stream = *Come(first);
+  absl::Status meanwhile = absl::UnknownError("the lease has not ended");
+  on_ended_ = [&] { meanwhile = Come(second).status(); };
+  stream->Detach(first.get());
+  on_ended_ = nullptr;
+  EXPECT_EQ(meanwhile.code(), absl::StatusCode::kUnavailable) << meanwhile;
+  EXPECT_TRUE(FactsOf(meanwhile).retry_after.has_value());
+
+  const auto again = Come(second);  // the id is free
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_NE(*again, stream);
+  backend_.device().ReleaseMarks();
+  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+  absl::Status end = absl::UnknownError("it has not ended");
+  bool ended = false;
+  for (size_t index = 0; (*again)->Get(index, &end, &ended) != nullptr;) ++index;
+  EXPECT_TRUE(ended);
+  EXPECT_TRUE(end.ok()) << end;
+}
+
+class FullQueueTest : public PrefillStreamTest {
+ protected:
+  FullQueueTest() : PrefillStreamTest({.waiting_jobs_max = 0}) {}
+};
+
+TEST_F(FullQueueTest, NoRegionIsMadeForWhomTheQueueHasNoPlace) {
+  auto medium = std::make_unique<NoMedium>();
+  const NoMedium& asked = *medium;
+  media_[Transport::kPosixShm] = std::move(medium);
+  ValidPrefill valid = Valid();
+  valid.transport = Transport::kPosixShm;
+  const auto stream = PrefillStream::Start(rpc_, valid, "content", std::make_shared<Caller>());
+  memory_->Stop();  // what was posted has run
+  EXPECT_EQ(FactsOf(stream.status()).reason, "queue_full") << stream.status();
+  EXPECT_EQ(asked.asked, 0);
+  EXPECT_EQ(pool_->CountByState()[0], pool_->total());
+}
+
+}  // namespace
+}  // namespace prefilld
