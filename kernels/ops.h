@@ -173,6 +173,10 @@ class Ops {
   // The dtype of rows, for a model whose weights are of `weights`.
   virtual DType activations(DType weights) const = 0;
 
+  // Rows that a product is given at a time: enough for its full rate, and few, since what lies
+  // between products is held for so many.
+  virtual int64_t tile_tokens() const = 0;
+
   // INVALID_ARGUMENT for a shape that the backend has no kernel for, RESOURCE_EXHAUSTED.
   virtual absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) = 0;
   virtual absl::StatusOr<std::unique_ptr<Norm>> Prepare(const NormWeights& weights) = 0;

@@ -47,6 +47,9 @@ class CpuOps : public Ops {
   CpuOps(int threads, BF16Weights bf16) : threads_(threads), multiplier_(threads, bf16) {}
 
   DType activations(DType) const override { return DType::kF32; }
+  // The products run as fast as over a whole prompt, and gate and up of a small model stay in the
+  // last-level cache between them.
+  int64_t tile_tokens() const override { return 512; }
 
   absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) override {
     return multiplier_.Prepare(weights);

@@ -9,10 +9,8 @@
 namespace prefilld {
 namespace {
 
-// Tokens whose hidden activations are held at once. At 512 the products run as fast as over a whole
-// prompt, and gate and up of a small model stay in the last-level cache between them.
-constexpr int64_t kTileTokens = 512;
-constexpr size_t kTileAlignment = 64;
+constexpr int64_t kLogitsTokens = 64;  // rows of logits at once
+constexpr size_t kTileAlignment = 256;
 
 // Elements of one layer's linear maps.
 int64_t LayerElements(const ModelConfig& c) {
@@ -78,8 +76,8 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const std::string
                                                                const std::string& directory,
                                                                Backend& backend) {
   if (backend.ops() == nullptr) {
-    return absl::UnimplementedError(absl::StrCat("models are served by --backend=cpu only, not by ",
-                                                 std::string(backend.name())));
+    return absl::UnimplementedError(absl::StrCat("backend ", std::string(backend.name()),
+                                                 " serves no models here: libcublasLt is missing"));
   }
   absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Load(directory, *backend.ops());
   if (!checkpoint.ok()) return checkpoint.status();
@@ -91,16 +89,17 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const std::string
 }
 
 absl::Status Transformer::AllocateTiles() {
-  size_t workspace = weights_.lm_head->WorkspaceBytes(kTileTokens);
+  tile_tokens_ = ops_.tile_tokens();
+  size_t workspace = weights_.lm_head->WorkspaceBytes(kLogitsTokens);
   for (const LayerWeights& layer : weights_.layers) {
     for (const auto* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
-      workspace = std::max(workspace, (*linear)->WorkspaceBytes(kTileTokens));
+      workspace = std::max(workspace, (*linear)->WorkspaceBytes(tile_tokens_));
     }
   }
   const auto aligned = [](size_t bytes) {
     return (bytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
   };
-  const size_t row = kTileTokens * SizeOf(info_.activations);
+  const size_t row = static_cast<size_t>(tile_tokens_) * SizeOf(info_.activations);
   const size_t normed = aligned(row * weights_.config.hidden_size);
   const size_t gated = aligned(row * weights_.config.intermediate_size);
   absl::StatusOr<Buffer> memory = backend_.device().Allocate(normed + gated + workspace);
@@ -142,8 +141,8 @@ absl::Status Transformer::Begin(PrefillBatch& batch, Stream stream) {
 absl::Status Transformer::ProjectQkv(int layer, const PrefillBatch& batch,
                                      const LayerScratch& scratch, Stream stream) {
   const LayerWeights& weights = weights_.layers[layer];
-  for (int64_t begin = 0; begin < batch.tokens(); begin += kTileTokens) {
-    const int64_t tokens = std::min(kTileTokens, batch.tokens() - begin);
+  for (int64_t begin = 0; begin < batch.tokens(); begin += tile_tokens_) {
+    const int64_t tokens = std::min(tile_tokens_, batch.tokens() - begin);
     absl::Status status = ops_.Normalize({.norm = weights.input_norm.get(),
                                           .x = batch.residual.From(begin),
                                           .out = normed_,
@@ -173,8 +172,8 @@ absl::Status Transformer::ProjectQkv(int layer, const PrefillBatch& batch,
 absl::Status Transformer::FinishLayer(int layer, PrefillBatch& batch, const LayerScratch& scratch,
                                       Stream stream) {
   const LayerWeights& weights = weights_.layers[layer];
-  for (int64_t begin = 0; begin < batch.tokens(); begin += kTileTokens) {
-    const int64_t tokens = std::min(kTileTokens, batch.tokens() - begin);
+  for (int64_t begin = 0; begin < batch.tokens(); begin += tile_tokens_) {
+    const int64_t tokens = std::min(tile_tokens_, batch.tokens() - begin);
     const Rows residual = batch.residual.From(begin);
     absl::Status status = ops_.AddProduct({.linear = weights.o.get(),
                                            .x = scratch.o.From(begin),
@@ -219,12 +218,12 @@ absl::Status Transformer::Remove(PrefillBatch& batch, size_t prompt, Stream stre
 }
 
 absl::Status Transformer::Logits(const PrefillBatch& batch, const LogitsOf& of, Stream stream) {
-  for (int64_t done = 0; done < of.rows; done += kTileTokens) {
+  for (int64_t done = 0; done < of.rows; done += kLogitsTokens) {
     absl::Status status = ops_.Logits({.norm = weights_.final_norm.get(),
                                        .linear = weights_.lm_head.get(),
                                        .x = batch.residual.From(of.row + done),
                                        .normed = normed_,
-                                       .tokens = std::min(kTileTokens, of.rows - done),
+                                       .tokens = std::min(kLogitsTokens, of.rows - done),
                                        .out = of.out + done * info_.vocab_size,
                                        .workspace = workspace_},
                                       stream);

@@ -106,8 +106,9 @@ class Transformer {
   Ops& ops_;
   ModelInfo info_;
   Buffer tiles_;  // what `normed_`, `gated_` and `workspace_` lie in
-  Rows normed_;   // [kTileTokens, hidden_size]
-  Rows gated_;    // [kTileTokens, intermediate_size]
+  int64_t tile_tokens_ = 0;
+  Rows normed_;  // [tile_tokens_, hidden_size]
+  Rows gated_;   // [tile_tokens_, intermediate_size]
   void* workspace_ = nullptr;
 };
 
