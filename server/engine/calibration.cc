@@ -138,27 +138,39 @@ absl::Status CalibrateAttention(Device& device, Stages& stages, StepClock& clock
   return absl::OkStatus();
 }
 
+// A square product of `width` tokens.
+struct LinearTrial {
+  DType dtype;
+  int width;
+};
+const LinearTrial kHostLinear = {DType::kF32, 512};
+const LinearTrial kDeviceLinear = {DType::kBF16, 4096};
+
 absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost) {
-  constexpr int kLinear = 512;
-  std::vector<float> x(kLinear * kLinear, 0.5f), weight(x), y(x.size());
+  Device& device = backend.device();
   Ops& ops = *backend.ops();
-  auto linear = ops.Prepare(LinearWeights{
-      .parts = {{.weight = weight.data(), .out_features = kLinear}}, .in_features = kLinear});
+  const auto [dtype, width] = device.host_memory() ? kHostLinear : kDeviceLinear;
+  const std::vector<char> weight = RandomValues(static_cast<size_t>(width) * width, dtype);
+  auto linear =
+      ops.Prepare(LinearWeights{.parts = {{.weight = weight.data(), .out_features = width}},
+                                .dtype = dtype,
+                                .in_features = width});
   if (!linear.ok()) return linear.status();
+  const DType rows = ops.activations(dtype);
+  auto memory = device.Allocate(2 * static_cast<size_t>(width) * width * SizeOf(rows));
+  if (!memory.ok()) return memory.status();
+  const Rows x = {memory->data(), rows, width};
   for (int round = 0; round < 3; ++round) {
     absl::Status status = clock.Start();
     if (status.ok()) {
-      status = ops.AddProduct({.linear = linear->get(),
-                               .x = {x.data(), DType::kF32, kLinear},
-                               .residual = {y.data(), DType::kF32, kLinear},
-                               .tokens = kLinear},
-                              kStream);
+      status = ops.AddProduct(
+          {.linear = linear->get(), .x = x, .residual = x.From(width), .tokens = width}, kStream);
     }
     if (status.ok()) status = clock.End(Phase::kLinear);
     if (status = clock.Await(status); !status.ok()) return status;
     const double seconds = Of(clock.Read(), Phase::kLinear);
     for (int follow = 0; follow < 10 * round; ++follow) {
-      cost.ObserveLinear(kLinear, int64_t{kLinear} * kLinear, seconds);
+      cost.ObserveLinear(width, int64_t{width} * width, seconds);
     }
   }
   return absl::OkStatus();

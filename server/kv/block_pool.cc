@@ -17,7 +17,8 @@ absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::Create(Device& device, siz
                                                    " blocks of ", block_bytes,
                                                    " bytes; 1 to 2147483647 are allowed"));
   }
-  auto arena = device.Allocate(total * block_bytes);
+  auto arena = device.host_memory() ? device.Allocate(total * block_bytes)
+                                    : device.AllocateHost(total * block_bytes);
   if (!arena.ok()) return arena.status();
   return std::unique_ptr<BlockPool>(
       new BlockPool(device, *std::move(arena), block_bytes, static_cast<int64_t>(total)));

@@ -1,4 +1,5 @@
-// The memory of every KV cache: one arena of equal blocks, taken at start. A KV block holds the K
+// The memory of every KV cache: one arena of equal blocks, taken at start, in host memory, where
+// pulls read it: pinned, where the device computes elsewhere. A KV block holds the K
 // and V of 128 tokens of one layer, [kv_head][k|v][128][d]; models with smaller blocks waste the
 // rest. Thread-safe; never blocks longer than a list operation.
 #pragma once
