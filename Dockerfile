@@ -36,11 +36,12 @@ EXPOSE 50051 9464
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["prefilld", "--listen=0.0.0.0:50051", "--http=0.0.0.0:9464", "--insecure_listen"]
 
-# The driver comes from the host; cuDNN and what it loads, from the toolkit.
+# The driver comes from the host; cuDNN and what it loads, and cuBLASLt, from the toolkit.
 FROM runtime AS cuda
 USER root
 COPY --from=toolkit /usr/lib/x86_64-linux-gnu/libcudnn*.so.9* /usr/local/lib/
 COPY --from=toolkit /usr/local/cuda/lib64/libcudart.so.13* /usr/local/cuda/lib64/libnvrtc*.so.13* \
+     /usr/local/cuda/lib64/libcublasLt.so.13* \
      /usr/local/lib/
 RUN ldconfig
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

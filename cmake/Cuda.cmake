@@ -58,4 +58,10 @@ if(CUDNN_INCLUDE)
 else()
   message(STATUS "CUDA: no cudnn.h, dense runs without cuDNN")
 endif()
+
+# cuBLASLt is loaded at run time too; its header is needed to build what serves models.
+find_path(PREFILLD_CUBLASLT_INCLUDE cublasLt.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+if(NOT PREFILLD_CUBLASLT_INCLUDE)
+  message(STATUS "CUDA: no cublasLt.h, no models on a GPU")
+endif()
 message(STATUS "CUDA: ${CMAKE_CUDA_COMPILER_VERSION}, kernels for sm_80, sm_86, sm_89, sm_90a, PTX for later")

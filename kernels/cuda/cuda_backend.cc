@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/attend/attend.h"
 #include "kernels/cuda/methods.h"
+#include "kernels/cuda/model/ops.h"
 
 namespace prefilld::cuda {
 namespace {
@@ -22,7 +23,11 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(std::string_vie
   if (!device.ok()) return device.status();
   auto set = ChooseKernelSet(kernels, (*device)->capability());
   if (!set.ok()) return set.status();
-  return std::unique_ptr<CudaBackend>(new CudaBackend(*std::move(device), *set));
+  std::unique_ptr<CudaBackend> backend(new CudaBackend(*std::move(device), *set));
+  auto ops = CreateOps(*backend->device_);
+  if (ops.ok()) backend->ops_ = *std::move(ops);
+  if (ops.ok() || absl::IsUnavailable(ops.status())) return backend;
+  return ops.status();
 }
 
 CudaBackend::CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set)

@@ -1,0 +1,339 @@
+#include "kernels/cuda/model/ops.h"
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/convert.h"
+#include "kernels/cuda/model/elementwise.h"
+#include "kernels/cuda/model/linear.h"
+#include "kernels/cuda/model/upload.h"
+
+namespace prefilld::cuda {
+namespace {
+
+// Products reach their rate; what a layer keeps between them stays below a GiB.
+constexpr int64_t kTileTokens = 4096;
+constexpr int kHeadDimMax = 256;
+
+struct CudaNorm : Norm {
+  Buffer weight;  // [width] F32
+  int64_t width = 0;
+  float eps = 0;
+};
+struct CudaEmbedding : Embedding {
+  Buffer table;
+  DType dtype = DType::kBF16;
+  int64_t vocabulary = 0, width = 0;
+};
+struct CudaRotary : Rotary {
+  Buffer inverse;  // [pairs] F32
+  int pairs = 0, head_dim = 0;
+  RotaryPairing pairing = RotaryPairing::kHalf;
+};
+struct CudaTokens : PreparedTokens {
+  Buffer ids, positions;  // [tokens]
+  int64_t tokens = 0;
+  // Cosines and sines of the rotary that has last asked, [tokens, pairs].
+  mutable Buffer turns;
+  mutable const CudaRotary* turned_by = nullptr;
+};
+
+template <typename Cuda, typename Any>
+const Cuda& As(const Any* prepared) {
+  return static_cast<const Cuda&>(*prepared);
+}
+
+absl::Status CheckWidth(const char* what, int64_t width, int64_t most) {
+  if (width > 0 && width <= most && width % kWidthUnit == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(what, " of ", width, " channels is not computed by cuda (a multiple of ",
+                   kWidthUnit, " up to ", most, ")"));
+}
+
+absl::Status CheckDType(DType dtype) {
+  if (dtype != DType::kF32) return absl::OkStatus();
+  return absl::UnimplementedError("weights of F32 are not computed by cuda (BF16, F16)");
+}
+
+class CudaOps : public Ops {
+ public:
+  CudaOps(CudaDevice& device, std::unique_ptr<Multiplier> multiplier)
+      : device_(device), multiplier_(std::move(multiplier)), upload_(device) {}
+
+  DType activations(DType weights) const override { return weights; }
+  int64_t tile_tokens() const override { return kTileTokens; }
+
+  absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) override {
+    absl::Status status = CheckDType(weights.dtype);
+    if (status.ok()) status = CheckWidth("a product", weights.in_features, INT32_MAX);
+    auto linear = std::make_unique<CudaLinear>();
+    linear->dtype = weights.dtype;
+    linear->in_features = weights.in_features;
+    const int64_t size = static_cast<int64_t>(SizeOf(weights.dtype));
+    std::vector<Piece> weight, bias;
+    bool biased = false;
+    for (const LinearPart& part : weights.parts) {
+      if (status.ok()) status = CheckWidth("a product", part.out_features, INT32_MAX);
+      linear->parts.push_back(part.out_features);
+      linear->out_features += part.out_features;
+      weight.push_back(
+          {part.weight, static_cast<size_t>(part.out_features * weights.in_features * size)});
+      bias.push_back({part.bias, static_cast<size_t>(part.out_features * size)});
+      biased = biased || part.bias != nullptr;
+    }
+    if (status.ok()) status = upload_.Pieces(weight, &linear->weight);
+    if (status.ok() && biased) status = upload_.Pieces(bias, &linear->bias);
+    if (!status.ok()) return status;
+    return linear;
+  }
+
+  absl::StatusOr<std::unique_ptr<Norm>> Prepare(const NormWeights& weights) override {
+    if (absl::Status s = CheckWidth("a norm", weights.width, kWidthMax); !s.ok()) return s;
+    auto norm = std::make_unique<CudaNorm>();
+    norm->width = weights.width;
+    norm->eps = weights.eps;
+    std::vector<float> wide(static_cast<size_t>(weights.width));
+    Convert({.src = weights.weight,
+             .from = weights.dtype,
+             .dst = wide.data(),
+             .to = DType::kF32,
+             .count = weights.width});
+    absl::Status status = upload_.Values(wide, &norm->weight);
+    if (!status.ok()) return status;
+    return norm;
+  }
+
+  absl::StatusOr<std::unique_ptr<Embedding>> Prepare(const EmbeddingWeights& weights) override {
+    absl::Status status = CheckDType(weights.dtype);
+    if (status.ok()) status = CheckWidth("an embedding", weights.width, INT32_MAX);
+    auto embedding = std::make_unique<CudaEmbedding>();
+    embedding->dtype = weights.dtype;
+    embedding->vocabulary = weights.vocabulary;
+    embedding->width = weights.width;
+    const size_t bytes =
+        static_cast<size_t>(weights.vocabulary * weights.width) * SizeOf(weights.dtype);
+    if (status.ok()) status = upload_.Pieces({{weights.table, bytes}}, &embedding->table);
+    if (!status.ok()) return status;
+    return embedding;
+  }
+
+  absl::StatusOr<std::unique_ptr<Rotary>> Prepare(const RotaryFrequencies& frequencies) override {
+    const int pairs = static_cast<int>(frequencies.inverse.size()), d = frequencies.head_dim;
+    if (d % kWidthUnit != 0 || d > kHeadDimMax || pairs < 2 || pairs % 2 != 0 || 2 * pairs > d) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("rotation of ", 2 * pairs, " channels of head_dim ", d,
+                       " is not computed by cuda; head_dim is a multiple of ", kWidthUnit,
+                       " up to ", kHeadDimMax, ", and a multiple of 4 of its channels turn"));
+    }
+    auto rotary = std::make_unique<CudaRotary>();
+    rotary->pairs = pairs;
+    rotary->head_dim = d;
+    rotary->pairing = frequencies.pairing;
+    absl::Status status = upload_.Values(frequencies.inverse, &rotary->inverse);
+    if (!status.ok()) return status;
+    return rotary;
+  }
+
+  absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
+    auto prepared = std::make_unique<CudaTokens>();
+    prepared->tokens = static_cast<int64_t>(tokens.ids.size());
+    absl::Status status = upload_.Values(tokens.ids, &prepared->ids);
+    if (status.ok()) status = upload_.Values(tokens.positions, &prepared->positions);
+    if (!status.ok()) return status;
+    return prepared;
+  }
+
+  absl::Status Embed(const EmbedArgs& args, Stream stream) override {
+    const auto& embedding = As<CudaEmbedding>(args.embedding);
+    const auto& tokens = As<CudaTokens>(args.tokens);
+    return device_.Check(EmbedRows({.table = embedding.table.data(),
+                                    .ids = tokens.ids.as<uint32_t>(),
+                                    .vocabulary = embedding.vocabulary,
+                                    .width = embedding.width,
+                                    .tokens = tokens.tokens,
+                                    .out = args.out},
+                                   device_.stream(stream)),
+                         "embed");
+  }
+
+  absl::Status Normalize(const NormalizeArgs& args, Stream stream) override {
+    const auto& norm = As<CudaNorm>(args.norm);
+    return device_.Check(NormalizeRows({.weight = norm.weight.as<float>(),
+                                        .eps = norm.eps,
+                                        .width = norm.width,
+                                        .tokens = args.tokens,
+                                        .x = args.x,
+                                        .out = args.out},
+                                       device_.stream(stream)),
+                         "norm");
+  }
+
+  absl::Status AddProduct(const AddProductArgs& args, Stream stream) override {
+    absl::Status status = multiplier_->Run({.linear = &As<CudaLinear>(args.linear),
+                                            .x = args.x,
+                                            .y = args.residual,
+                                            .tokens = args.tokens,
+                                            .accumulate = true},
+                                           device_.stream(stream));
+    if (!status.ok() || args.norm == nullptr) return status;
+    return Normalize(
+        {.norm = args.norm, .x = args.residual, .out = args.normed, .tokens = args.tokens}, stream);
+  }
+
+  absl::Status ProjectQkv(const ProjectQkvArgs& args, Stream stream) override {
+    const auto& linear = As<CudaLinear>(args.linear);
+    const auto& rotary = As<CudaRotary>(args.rotary);
+    const auto& tokens = As<CudaTokens>(args.batch);
+    const Rows y = {args.workspace, linear.dtype, linear.out_features};
+    absl::Status status = multiplier_->Run(
+        {.linear = &linear, .x = args.x, .y = y, .tokens = args.tokens}, device_.stream(stream));
+    if (status.ok()) status = Turn(rotary, tokens, stream);
+    if (!status.ok()) return status;
+    const auto weight = [](const Norm* norm) {
+      return norm == nullptr ? nullptr : As<CudaNorm>(norm).weight.as<float>();
+    };
+    const auto eps = [](const Norm* norm) { return norm == nullptr ? 0 : As<CudaNorm>(norm).eps; };
+    return device_.Check(SplitQkv({.y = y,
+                                   .q = args.q,
+                                   .k = args.k,
+                                   .v = args.v,
+                                   .q_heads = args.q_heads,
+                                   .kv_heads = args.kv_heads,
+                                   .head_dim = rotary.head_dim,
+                                   .q_norm = weight(args.q_norm),
+                                   .k_norm = weight(args.k_norm),
+                                   .q_eps = eps(args.q_norm),
+                                   .k_eps = eps(args.k_norm),
+                                   .turns = tokens.turns.as<float2>() + args.first * rotary.pairs,
+                                   .pairs = rotary.pairs,
+                                   .pairing = rotary.pairing,
+                                   .tokens = args.tokens},
+                                  device_.stream(stream)),
+                         "qkv");
+  }
+
+  absl::Status Gate(const GateArgs& args, Stream stream) override {
+    const auto& linear = As<CudaLinear>(args.linear);
+    const Rows y = {args.workspace, linear.dtype, linear.out_features};
+    absl::Status status = multiplier_->Run(
+        {.linear = &linear, .x = args.x, .y = y, .tokens = args.tokens}, device_.stream(stream));
+    if (!status.ok()) return status;
+    return device_.Check(
+        GateRows({.y = y, .out = args.out, .width = linear.parts[0], .tokens = args.tokens},
+                 device_.stream(stream)),
+        "gate");
+  }
+
+  absl::Status Logits(const LogitsArgs& args, Stream stream) override {
+    const auto& linear = As<CudaLinear>(args.linear);
+    const Rows y = {args.workspace, DType::kF32, linear.out_features};
+    absl::Status status = Normalize(
+        {.norm = args.norm, .x = args.x, .out = args.normed, .tokens = args.tokens}, stream);
+    if (status.ok()) {
+      status =
+          multiplier_->Run({.linear = &linear, .x = args.normed, .y = y, .tokens = args.tokens},
+                           device_.stream(stream));
+    }
+    if (!status.ok()) return status;
+    return device_.Copy(args.out, y.data,
+                        static_cast<size_t>(args.tokens * y.stride) * sizeof(float), stream);
+  }
+
+  // Through device memory, where the pages are put together, to where the target lies.
+  absl::Status WriteKv(const WriteKvArgs& args, Stream stream) override {
+    const KvTarget& target = *args.target;
+    if (target.dtype != args.k.dtype) {
+      return absl::UnimplementedError(absl::StrCat("a cache of ", Name(target.dtype), " from ",
+                                                   Name(args.k.dtype), " is not written by cuda"));
+    }
+    const int64_t size = static_cast<int64_t>(SizeOf(target.dtype));
+    // The values of a page that are written: K and V in one run, or one each where they lie apart.
+    const int64_t run = target.value_stride < args.kv_heads * target.head_stride
+                            ? args.kv_heads * target.head_stride
+                            : args.kv_heads * target.page_tokens * args.head_dim;
+    const bool apart = target.value_stride >= args.kv_heads * target.head_stride;
+    const int64_t page_stride = apart ? 2 * run : run;
+    const int64_t pages = static_cast<int64_t>(target.pages.size());
+    absl::Status status = Grow(static_cast<size_t>(pages * page_stride * size), &packed_);
+    if (!status.ok()) return status;
+    status = device_.Check(PackKv({.k = args.k,
+                                   .v = args.v,
+                                   .kv_heads = args.kv_heads,
+                                   .head_dim = args.head_dim,
+                                   .tokens = args.tokens,
+                                   .page_tokens = target.page_tokens,
+                                   .page_stride = page_stride,
+                                   .head_stride = target.head_stride,
+                                   .value_stride = apart ? run : target.value_stride,
+                                   .out = packed_.data()},
+                                  device_.stream(stream)),
+                           "kv");
+    for (int64_t page = 0; page < pages && status.ok(); ++page) {
+      const char* from = packed_.as<char>() + page * page_stride * size;
+      char* to = static_cast<char*>(target.pages[page]);
+      status = device_.Copy(to, from, static_cast<size_t>(run * size), stream);
+      if (status.ok() && apart) {
+        status = device_.Copy(to + target.value_stride * size, from + run * size,
+                              static_cast<size_t>(run * size), stream);
+      }
+    }
+    return status;
+  }
+
+  // In steps that are as long as the hole, so that no copy reads what it writes.
+  absl::Status RemoveRows(const RemoveRowsArgs& args, Stream stream) override {
+    const int64_t hole = args.end - args.begin;
+    absl::Status status;
+    for (int64_t row = args.end; row < args.tokens && status.ok(); row += hole) {
+      const int64_t rows = std::min(hole, args.tokens - row);
+      const int64_t values = (rows - 1) * args.rows.stride + args.width;
+      status = device_.Copy(args.rows.From(row - hole).data, args.rows.From(row).data,
+                            static_cast<size_t>(values) * SizeOf(args.rows.dtype), stream);
+    }
+    return status;
+  }
+
+ private:
+  absl::Status Grow(size_t bytes, Buffer* buffer) {
+    if (buffer->bytes() >= bytes) return absl::OkStatus();
+    *buffer = Buffer();
+    auto larger = device_.Allocate(bytes);
+    if (larger.ok()) *buffer = *std::move(larger);
+    return larger.status();
+  }
+
+  // Once a batch.
+  absl::Status Turn(const CudaRotary& rotary, const CudaTokens& tokens, Stream stream) {
+    if (tokens.turned_by == &rotary) return absl::OkStatus();
+    absl::Status status =
+        Grow(static_cast<size_t>(tokens.tokens * rotary.pairs) * sizeof(float2), &tokens.turns);
+    if (!status.ok()) return status;
+    tokens.turned_by = &rotary;
+    return device_.Check(FillTurns({.positions = tokens.positions.as<int32_t>(),
+                                    .inverse = rotary.inverse.as<float>(),
+                                    .pairs = rotary.pairs,
+                                    .tokens = tokens.tokens,
+                                    .turns = tokens.turns.as<float2>()},
+                                   device_.stream(stream)),
+                         "rotation");
+  }
+
+  CudaDevice& device_;
+  const std::unique_ptr<Multiplier> multiplier_;
+  Upload upload_;
+  Buffer packed_;  // K and V on their way to a target; grows to the largest
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Ops>> CreateOps(CudaDevice& device) {
+  auto multiplier = Multiplier::Create(device);
+  if (!multiplier.ok()) return multiplier.status();
+  return std::make_unique<CudaOps>(device, *std::move(multiplier));
+}
+
+}  // namespace prefilld::cuda

@@ -1,0 +1,17 @@
+// A transformer's operations on CUDA: products by cuBLASLt, kernels (elementwise.h) between them.
+// Weights are copied to the device when they are prepared. Rows are of the weights' dtype, BF16 or
+// F16; F32 weights are refused.
+#pragma once
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "kernels/cuda/device/cuda_device.h"
+#include "kernels/ops.h"
+
+namespace prefilld::cuda {
+
+// UNAVAILABLE where there is no cuBLASLt. The device outlives it.
+absl::StatusOr<std::unique_ptr<Ops>> CreateOps(CudaDevice& device);
+
+}  // namespace prefilld::cuda
