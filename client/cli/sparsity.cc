@@ -1,8 +1,10 @@
 // prefillctl sparsity: what a finished request computed, layer by layer.
 #include <algorithm>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "client/cli/command.h"
@@ -34,8 +36,13 @@ absl::StatusOr<Grid> ReadU16(const v1::SparsityReport& report, const std::string
   return grid;
 }
 
+std::string NameOf(uint8_t pattern) {
+  constexpr size_t kPrefix = sizeof("PATTERN_") - 1;
+  if (!v1::Pattern_IsValid(pattern)) return "unknown";
+  return absl::AsciiStrToLower(v1::Pattern_Name(static_cast<v1::Pattern>(pattern)).substr(kPrefix));
+}
+
 absl::StatusOr<ordered_json> ReadPatterns(const v1::SparsityReport& report) {
-  constexpr const char* kNames[] = {"dense", "vertical_slash", "query_aware", "joint"};
   const std::string& bytes = report.pattern_u8();
   ordered_json layers = ordered_json::array();
   if (bytes.empty()) return layers;
@@ -46,7 +53,7 @@ absl::StatusOr<ordered_json> ReadPatterns(const v1::SparsityReport& report) {
     ordered_json names = ordered_json::array();
     for (uint32_t head = 0; head < report.heads(); ++head) {
       const auto pattern = static_cast<uint8_t>(bytes[layer * report.heads() + head]);
-      names.push_back(pattern < std::size(kNames) ? kNames[pattern] : "unknown");
+      names.push_back(NameOf(pattern));
     }
     layers.push_back(names);
   }

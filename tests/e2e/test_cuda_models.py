@@ -12,8 +12,8 @@ from e2e.test_cuda import start
 from prefilld import PrefillClient
 
 LENGTHS = (1, 129, 1000, 5000)
-# Of the norm of K, V or logits. Rows are rounded between operations, 2^-9 or 2^-12 of a value, about
-# ten times a layer of four.
+# Of the norm of K, V or logits. Rows are rounded between operations, 2^-9 or 2^-12 of a value,
+# about ten times a layer of four.
 BOUNDS = {"bfloat16": 0.03, "float16": 0.004}
 
 

@@ -16,7 +16,7 @@ from .errors import PrefilldError, Retry
 from .shm import Segments
 from .sparsity import SparsityReport, Summary
 from .tensors import DTYPES, NUMPY_TYPES, Assembly, chunks, data_loss, invalid
-from .transport import TRANSPORTS, Transport
+from .transport import TRANSPORTS, Transport, transport_name
 from .v1 import prefill_service_pb2, prefill_service_pb2_grpc, tensor_pb2
 
 Progress = Callable[[float, str], None]
@@ -132,7 +132,7 @@ class AttendCall:
 
     def _requests(self, admitted: queue.SimpleQueue[bool]
                   ) -> Iterator[prefill_service_pb2.AttendRequest]:
-        mapped = self._header.transport == TRANSPORTS["posix_shm"]
+        mapped = TRANSPORTS[transport_name(self._header.transport)].mapped
         yield prefill_service_pb2.AttendRequest(header=self._header)
         if not admitted.get():  # not a byte before admission
             return
@@ -211,7 +211,7 @@ class InPlaceAttend:
                  header: prefill_service_pb2.AttendHeader, device: Any, timeout: float,
                  progress: Progress):
         """header: complete but for the transport. device: torch's."""
-        header.transport = TRANSPORTS["cuda_ipc"]
+        header.transport = TRANSPORTS["cuda_ipc"].value
         self._stub, self._header, self._timeout = stub, header, timeout
         self._progress = progress
         self._requests: queue.SimpleQueue[prefill_service_pb2.AttendRequest | None] = (

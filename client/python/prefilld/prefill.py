@@ -14,7 +14,7 @@ from .errors import PrefilldError, Retry
 from .pull import KvPull, Layer, Lease
 from .sparsity import SparsityReport, Summary
 from .tensors import data_loss
-from .transport import transport_name
+from .transport import TRANSPORTS, transport_name
 from .v1 import model_service_pb2, prefill_service_pb2, prefill_service_pb2_grpc
 
 Progress = Callable[[float, str], None]
@@ -210,7 +210,7 @@ class Prefill:
         with self._changed:
             if kind == "admission":
                 self._on_admission(Lease.from_message(event.admission.lease))
-                self._mappable = transport_name(event.admission.transport) == "posix_shm"
+                self._mappable = TRANSPORTS[transport_name(event.admission.transport)].mapped
             elif kind == "layer_ready":
                 self._ready[event.layer_ready.layer] = event.layer_ready
             elif kind == "logits":

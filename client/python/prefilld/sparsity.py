@@ -18,7 +18,9 @@ REPORT_LEVELS = {
     "density": sparsity_pb2.REPORT_LEVEL_DENSITY,
     "captured_mass": sparsity_pb2.REPORT_LEVEL_CAPTURED_MASS,
 }
-PATTERNS = ("dense", "vertical_slash", "query_aware", "joint")  # by the values of `pattern`
+PATTERNS = tuple(  # by the values of `pattern`
+    name.removeprefix("PATTERN_").lower()
+    for name, _ in sorted(sparsity_pb2.Pattern.items(), key=lambda item: item[1]))
 
 
 class Policy(TypedDict, total=False):

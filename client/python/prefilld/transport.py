@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 
@@ -12,9 +13,21 @@ from .errors import PrefilldError
 from .tensors import invalid
 from .v1 import kv_handoff_service_pb2 as kv
 
-TRANSPORTS = {"grpc": kv.TRANSPORT_GRPC, "posix_shm": kv.TRANSPORT_POSIX_SHM,
-              "cuda_ipc": kv.TRANSPORT_CUDA_IPC}
-_NAMES = {value: name for name, value in TRANSPORTS.items()}
+
+@dataclasses.dataclass(frozen=True)
+class TransportRow:
+    value: kv.Transport       # the wire's
+    mapped: bool = False      # tensors lie in segments of shared memory
+    on_device: bool = False   # they lie in memory of a GPU
+
+
+# What this client can use; a server that offers something else is answered without.
+TRANSPORTS = {
+    "grpc": TransportRow(kv.TRANSPORT_GRPC),
+    "posix_shm": TransportRow(kv.TRANSPORT_POSIX_SHM, mapped=True),
+    "cuda_ipc": TransportRow(kv.TRANSPORT_CUDA_IPC, on_device=True),
+}
+_NAMES = {row.value: name for name, row in TRANSPORTS.items()}
 
 
 def transport_name(value: int) -> str:
@@ -33,16 +46,16 @@ class Transport:
 
     @property
     def mapped(self) -> bool:
-        return self.name == "posix_shm"
+        return TRANSPORTS[self.name].mapped
 
     @property
     def on_device(self) -> bool:
-        return self.name == "cuda_ipc"
+        return TRANSPORTS[self.name].on_device
 
     @property
     def value(self) -> kv.Transport:
         """The wire's."""
-        return TRANSPORTS[self.name]
+        return TRANSPORTS[self.name].value
 
     def falls_back(self, failure: PrefilldError) -> bool:
         """True: `failure` was about shared memory, and from now on `name` is "grpc". The server has
@@ -79,13 +92,13 @@ class Negotiator:
     def destination(self) -> kv.Transport:
         """For KvDestination.transport: what was pinned, else the server's choice. Not what was
         agreed on: whoever pulls the cache may see another /dev/shm than this process."""
-        return kv.TRANSPORT_UNSPECIFIED if self._wanted is None else TRANSPORTS[self._wanted]
+        return kv.TRANSPORT_UNSPECIFIED if self._wanted is None else TRANSPORTS[self._wanted].value
 
     def request(self, gpu: str = "") -> kv.NegotiateRequest:
         """With what this process accepts; the caller may add to it. gpu: where the tensors of an
         attend lie; default: any GPU, where cuda_ipc is pinned."""
         request = kv.NegotiateRequest(
-            transports=[] if self._wanted is None else [TRANSPORTS[self._wanted]],
+            transports=[] if self._wanted is None else [TRANSPORTS[self._wanted].value],
             shm_domain=shm.domain())
         if gpu or self._wanted == "cuda_ipc":
             request.cuda_ipc_domain = cuda_ipc.domain()

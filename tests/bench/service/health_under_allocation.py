@@ -3,7 +3,8 @@
     python tests/bench/service/health_under_allocation.py [--prefilld=build/prefilld] [--checks=500]
 
 Starts a server with --attend_memory=8GiB. Three callers announce an Attend of 1.6 GB each over
-posix_shm and then send nothing; meanwhile a health check is made every 10 ms. Prints the median, the p99 and the worst of them in milliseconds.
+posix_shm and then send nothing; meanwhile a health check is made every 10 ms. Prints the median,
+the p99 and the worst of them in milliseconds.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The fingerprint on this side: the same as the server's (tests/server/model/fingerprint_test.cc)."""
+"""The fingerprint on this side: the server's (tests/server/model/fingerprint_test.cc)."""
 
 import json
 import pathlib

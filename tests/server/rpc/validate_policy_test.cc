@@ -6,6 +6,8 @@
 #include <limits>
 #include <string>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
 #include "server/record/errors.h"
 
 namespace prefilld {
@@ -17,6 +19,15 @@ absl::StatusOr<ValidPolicy> Validate(const Change& change) {
   v1::SparsityPolicy proto;
   change(proto);
   return ValidatePolicy(proto);
+}
+
+// Clients name what they are told by the proto.
+TEST(Patterns, HaveTheProtosNames) {
+  ASSERT_EQ(std::size(kPatternNames), static_cast<size_t>(v1::Pattern_ARRAYSIZE));
+  for (int i = 0; i < v1::Pattern_ARRAYSIZE; ++i) {
+    EXPECT_EQ(absl::StrCat("PATTERN_", absl::AsciiStrToUpper(kPatternNames[i])),
+              v1::Pattern_Name(static_cast<v1::Pattern>(i)));
+  }
 }
 
 TEST(ValidatePolicy, NothingMeansJointWithDefaults) {

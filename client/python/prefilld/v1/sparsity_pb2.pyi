@@ -17,6 +17,13 @@ class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     METHOD_MINFERENCE: _ClassVar[Method]
     METHOD_STREAMING: _ClassVar[Method]
 
+class Pattern(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PATTERN_DENSE: _ClassVar[Pattern]
+    PATTERN_VERTICAL_SLASH: _ClassVar[Pattern]
+    PATTERN_QUERY_AWARE: _ClassVar[Pattern]
+    PATTERN_JOINT: _ClassVar[Pattern]
+
 class ReportLevel(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     REPORT_LEVEL_UNSPECIFIED: _ClassVar[ReportLevel]
@@ -29,6 +36,10 @@ METHOD_JOINT: Method
 METHOD_FLASHPREFILL: Method
 METHOD_MINFERENCE: Method
 METHOD_STREAMING: Method
+PATTERN_DENSE: Pattern
+PATTERN_VERTICAL_SLASH: Pattern
+PATTERN_QUERY_AWARE: Pattern
+PATTERN_JOINT: Pattern
 REPORT_LEVEL_UNSPECIFIED: ReportLevel
 REPORT_LEVEL_DENSITY: ReportLevel
 REPORT_LEVEL_CAPTURED_MASS: ReportLevel
