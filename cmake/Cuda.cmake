@@ -36,11 +36,10 @@ if(CCACHE)
 endif()
 
 # sm_90a code runs on 9.0 alone, and it alone has wgmma: kernels with two ways take the other one
-# elsewhere. Later chips run PTX.
+# elsewhere. 8.6 and 8.9 run what is compiled for 8.0, later chips PTX.
 set(PREFILLD_GENCODE_SM90A -gencode=arch=compute_90a,code=sm_90a)
 set(PREFILLD_GENCODE_ALL
-    -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_86,code=sm_86
-    -gencode=arch=compute_89,code=sm_89 -gencode=arch=compute_90a,code=sm_90a
+    -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
     -gencode=arch=compute_90,code=compute_90)
 
 # cuDNN is loaded at run time; its headers and cudnn-frontend's are needed to build with it.
@@ -64,4 +63,4 @@ find_path(PREFILLD_CUBLASLT_INCLUDE cublasLt.h HINTS ${CUDAToolkit_INCLUDE_DIRS}
 if(NOT PREFILLD_CUBLASLT_INCLUDE)
   message(STATUS "CUDA: no cublasLt.h, no models on a GPU")
 endif()
-message(STATUS "CUDA: ${CMAKE_CUDA_COMPILER_VERSION}, kernels for sm_80, sm_86, sm_89, sm_90a, PTX for later")
+message(STATUS "CUDA: ${CMAKE_CUDA_COMPILER_VERSION}, kernels for sm_80 and sm_90a, PTX for later")

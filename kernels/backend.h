@@ -47,8 +47,9 @@ class Buffer {
 // One device and its memory. Threads: any. Only Synchronize and Mark::Await wait for work on the
 // device.
 //
-// Work is enqueued on streams. Stream{} is the one that the stages run on; upload_stream() is a
-// second one, where copies for the next job run beside them. On the CPU both run inline.
+// Work is enqueued on streams. Stream{} is the one that the stages run on; beside them run, on
+// upload_stream(), copies for the next job, and on download_stream() those of what is done. On the
+// CPU all run inline.
 class Device {
  public:
   virtual ~Device() = default;
@@ -64,11 +65,16 @@ class Device {
   // are unspecified. Taking more of it is slow, so what is freed is kept for the next, up to a
   // bound. Free it only when no enqueued work uses it any more.
   virtual absl::StatusOr<Buffer> AllocateHost(size_t bytes) = 0;
+  // From now on host memory of somebody else's, at the begin of a page, is copied as if it were
+  // AllocateHost's, until what is returned goes. Takes as long as to allocate as much. Empty where
+  // nothing need be done.
+  virtual absl::StatusOr<Buffer> Pin(void* data, size_t bytes) = 0;
   // The contents of this part of a buffer are of no use any more: what the system can have of its
   // memory it gets, until the part is written again. Unspecified until then.
   virtual void Discard(void* data, size_t bytes) = 0;
 
   virtual Stream upload_stream() const = 0;
+  virtual Stream download_stream() const = 0;
   // Enqueues a copy in any direction between device memory and host memory; both stay until it is
   // done. Host memory that is neither AllocateHost's nor pinned may make the caller wait for it.
   virtual absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) = 0;

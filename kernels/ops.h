@@ -150,12 +150,19 @@ struct LogitsArgs {
   void* workspace = nullptr;
 };
 
-// Rounds K and V of a sequence to the target's dtype, to nearest even, and puts them there.
+// Rounds K and V of the sequences of a batch to their targets' dtype, to nearest even, and puts
+// them there. The rows are of no more use once the stream is done; the targets have all only once
+// `copies` is too, which may be another stream: copies to host memory run there beside what
+// follows.
 struct WriteKvArgs {
-  Rows k, v;  // [tokens, kv_heads, head_dim]
-  int64_t tokens = 0;
+  Rows k, v;  // [tokens of all, kv_heads, head_dim]
   int kv_heads = 0, head_dim = 0;
-  const KvTarget* target = nullptr;
+  struct Part {
+    int64_t first = 0, tokens = 0;  // rows of a sequence
+    KvTarget target;
+  };
+  std::vector<Part> parts;
+  Stream copies;
 };
 
 // Takes rows [begin, end) out of [tokens, width]; those behind them move up.

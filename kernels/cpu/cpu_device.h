@@ -26,6 +26,8 @@ class CpuDevice : public Device {
   absl::StatusOr<Buffer> AllocateHost(size_t bytes) override { return AllocatePages(bytes); }
   void Discard(void* data, size_t bytes) override;
   Stream upload_stream() const override { return {}; }
+  Stream download_stream() const override { return {}; }
+  absl::StatusOr<Buffer> Pin(void*, size_t) override { return Buffer(); }
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream) override;
   // All work runs inline.
   absl::Status Wait(Stream, Stream) override { return absl::OkStatus(); }

@@ -163,26 +163,7 @@ class CpuOps : public Ops {
   }
 
   absl::Status WriteKv(const WriteKvArgs& args, Stream) override {
-    const KvTarget& target = *args.target;
-    const int64_t d = args.head_dim, size = static_cast<int64_t>(SizeOf(target.dtype));
-    const int64_t run = std::min(kWriteTokens, target.page_tokens);
-    const int64_t runs = (target.page_tokens + run - 1) / run;  // of a page
-    const int64_t heads = 2 * args.kv_heads;                    // of K and of V
-    const int64_t pages = static_cast<int64_t>(target.pages.size());
-    ForEachRow(pages * runs * heads, run * d, [&](int64_t i) {
-      const int64_t page = i / heads / runs, in_page = i / heads % runs * run;
-      const int64_t head = i % heads / 2;
-      const bool value = i % 2 != 0;
-      const int64_t first = page * target.page_tokens + in_page;
-      const int64_t rows = std::min({run, target.page_tokens - in_page, args.tokens - first});
-      const int64_t at =
-          head * target.head_stride + (value ? target.value_stride : 0) + in_page * d;
-      char* out = static_cast<char*>(target.pages[page]) + at * size;
-      for (int64_t t = 0; t < rows; ++t) {
-        const float* row = Row(value ? args.v : args.k, first + t) + head * d;
-        Narrow(row, d, target.dtype, out + t * d * size);
-      }
-    });
+    for (const WriteKvArgs::Part& part : args.parts) WritePart(args, part);
     return absl::OkStatus();
   }
 
@@ -195,6 +176,29 @@ class CpuOps : public Ops {
   }
 
  private:
+  void WritePart(const WriteKvArgs& args, const WriteKvArgs::Part& part) const {
+    const KvTarget& target = part.target;
+    const int64_t d = args.head_dim, size = static_cast<int64_t>(SizeOf(target.dtype));
+    const int64_t run = std::min(kWriteTokens, target.page_tokens);
+    const int64_t runs = (target.page_tokens + run - 1) / run;  // of a page
+    const int64_t heads = 2 * args.kv_heads;                    // of K and of V
+    const int64_t pages = static_cast<int64_t>(target.pages.size());
+    ForEachRow(pages * runs * heads, run * d, [&](int64_t i) {
+      const int64_t page = i / heads / runs, in_page = i / heads % runs * run;
+      const int64_t head = i % heads / 2;
+      const bool value = i % 2 != 0;
+      const int64_t first = page * target.page_tokens + in_page;
+      const int64_t rows = std::min({run, target.page_tokens - in_page, part.tokens - first});
+      const int64_t at =
+          head * target.head_stride + (value ? target.value_stride : 0) + in_page * d;
+      char* out = static_cast<char*>(target.pages[page]) + at * size;
+      for (int64_t t = 0; t < rows; ++t) {
+        const float* row = Row(value ? args.v : args.k, part.first + first + t) + head * d;
+        Narrow(row, d, target.dtype, out + t * d * size);
+      }
+    });
+  }
+
   // Norm and rotation of q or k in place.
   struct Heads {
     Rows x;

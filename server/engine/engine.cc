@@ -117,7 +117,10 @@ absl::Status Engine::RunLayer(Batch& batch) {
   if (!status.ok()) return status;
   status = clock_.Await(EnqueueLayer(batch, call));
   if (status.ok()) status = stages_.Collect(call);
-  if (!status.ok()) return status;
+  if (!status.ok()) {  // no ticket will wait for what is on its way to caches that may go now
+    (void)backend_.device().Synchronize(backend_.device().download_stream());
+    return status;
+  }
   const PhaseSeconds phases = clock_.Read();
   stages_.Observe(call, phases);
   cost_.ObserveLinear(tokens, info.layer_weights, Of(phases, Phase::kLinear));
@@ -181,7 +184,9 @@ absl::Status Engine::PostCommit(const Batch& batch, std::vector<HeadReport> repo
   ticket.report = std::move(report);
   auto mark = backend_.device().NewMark();
   if (!mark.ok()) return mark.status();
-  if (absl::Status status = (*mark)->Record(kStream); !status.ok()) return status;
+  // K and V may still be on their way when the layer is computed.
+  const absl::Status recorded = (*mark)->Record(backend_.device().download_stream());
+  if (!recorded.ok()) return recorded;
   completions_.Post(*std::move(mark), [this, ticket = std::move(ticket)](const absl::Status& work) {
     Commit(ticket, work);
   });
@@ -215,20 +220,18 @@ void Engine::Commit(const LayerTicket& ticket, const absl::Status& work) {
 // Writes the layer's K and V, rounded to the cache's dtype, to where each job's cache has it.
 absl::Status Engine::StoreKv(Batch& batch, int layer) {
   const ModelInfo& info = batch.model->info();
+  WriteKvArgs args{.k = layer_.k,
+                   .v = layer_.v,
+                   .kv_heads = info.kv_heads,
+                   .head_dim = info.head_dim,
+                   .copies = backend_.device().download_stream()};
   for (size_t s = 0; s < batch.jobs.size(); ++s) {
-    const KvTarget target = batch.jobs[s]->prefill->cache->Target(layer);
     const int64_t begin = batch.prompts.cu_seqlens[s];
-    absl::Status status =
-        backend_.ops()->WriteKv({.k = layer_.k.From(begin),
-                                 .v = layer_.v.From(begin),
-                                 .tokens = batch.prompts.cu_seqlens[s + 1] - begin,
-                                 .kv_heads = info.kv_heads,
-                                 .head_dim = info.head_dim,
-                                 .target = &target},
-                                kStream);
-    if (!status.ok()) return status;
+    args.parts.push_back({.first = begin,
+                          .tokens = batch.prompts.cu_seqlens[s + 1] - begin,
+                          .target = batch.jobs[s]->prefill->cache->Target(layer)});
   }
-  return absl::OkStatus();
+  return backend_.ops()->WriteKv(args, kStream);
 }
 
 absl::Status Engine::Finish(Batch& batch) {

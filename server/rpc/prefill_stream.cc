@@ -12,6 +12,22 @@
 #include "server/rpc/validate.h"
 
 namespace prefilld {
+namespace {
+
+// The region, which the device copies to at full speed as long as somebody holds what is returned.
+// Where that is not to be had it copies all the same.
+std::shared_ptr<Region> Pinned(Device& device, std::shared_ptr<Region> region) {
+  auto pin = device.Pin(region->data(), region->bytes());
+  if (!pin.ok() || pin->data() == nullptr) return region;
+  const auto held = std::make_shared<Buffer>(*std::move(pin));
+  Region* raw = region.get();
+  return {raw, [region = std::move(region), held](Region*) mutable {
+            *held = Buffer();
+            region.reset();
+          }};
+}
+
+}  // namespace
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(
     RpcContext& rpc, ValidPrefill valid, std::string content,
@@ -46,7 +62,7 @@ void PrefillStream::BeginInRegion(Medium& medium, const ValidPrefill& valid) {
       memory->PostFirst(std::move(work));
     };
     if (cache->geometry().region_bytes() <= kQuickBytes) later = nullptr;
-    cache->LieIn(*std::move(region), std::move(later));
+    cache->LieIn(Pinned(rpc_.backend.device(), *std::move(region)), std::move(later));
   }
   if (GivenUp()) return;
   // A caller that has not pinned the transport can do without.

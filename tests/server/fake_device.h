@@ -68,6 +68,8 @@ class FakeDevice : public Device {
   }
   void Discard(void*, size_t) override {}
   Stream upload_stream() const override { return {const_cast<char*>(&upload_)}; }
+  Stream download_stream() const override { return {}; }
+  absl::StatusOr<Buffer> Pin(void*, size_t) override { return Buffer(); }
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override {
     absl::MutexLock lock(&mutex_);
     const Copied copy = {dst, src, bytes, stream.handle != nullptr};

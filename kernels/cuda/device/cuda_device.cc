@@ -89,6 +89,7 @@ absl::Status CudaDevice::Init() {
   if (status.ok()) status = Check(cudaGetDeviceProperties(&properties_, 0), "device");
   if (status.ok()) status = create(&streams_->compute);
   if (status.ok()) status = create(&streams_->upload);
+  if (status.ok()) status = create(&streams_->download);
   if (status.ok()) status = create(&zero_);
   if (!status.ok()) return status;
   name_ = absl::StrFormat("%s (sm_%d, %d SMs, %d GiB)", properties_.name, capability(),
@@ -126,7 +127,7 @@ absl::StatusOr<Buffer> CudaDevice::Allocate(size_t bytes) {
   if (!status.ok() || bytes == 0) return status.ok() ? absl::StatusOr<Buffer>(Buffer()) : status;
   // What the last owner left is nobody's business. Nothing on either stream is before the zeroes.
   status = Check(cudaMemsetAsync(buffer.data(), 0, bytes, zero_), "memset");
-  for (cudaStream_t stream : {streams_->compute, streams_->upload}) {
+  for (cudaStream_t stream : streams_->all()) {
     if (status.ok()) status = Check(WaitFor(stream, zero_), "memset");
   }
   if (!status.ok()) return status;
@@ -138,6 +139,12 @@ absl::StatusOr<Buffer> CudaDevice::AllocateHost(size_t bytes) {
   absl::Status status = Take(*pinned_pool_, bytes, "pinned host memory", &buffer);
   if (!status.ok()) return status;
   return buffer;
+}
+
+absl::StatusOr<Buffer> CudaDevice::Pin(void* data, size_t bytes) {
+  absl::Status status = Check(cudaHostRegister(data, bytes, cudaHostRegisterPortable), "pin");
+  if (!status.ok()) return status;
+  return Buffer(data, bytes, [](void* pinned, size_t) { cudaHostUnregister(pinned); });
 }
 
 absl::Status CudaDevice::Copy(void* dst, const void* src, size_t bytes, Stream on) {

@@ -11,7 +11,7 @@ namespace {
 constexpr size_t kDeviceUnit = size_t{2} << 20;
 constexpr size_t kPinnedUnit = size_t{64} << 10;
 
-bool Idle(const std::array<cudaEvent_t, 2>& last_use) {
+bool Idle(const std::array<cudaEvent_t, Streams::kCount>& last_use) {
   return std::all_of(last_use.begin(), last_use.end(),
                      [](cudaEvent_t event) { return cudaEventQuery(event) == cudaSuccess; });
 }
@@ -26,8 +26,9 @@ uint64_t BytesOf(const Blocks& blocks) {
 }  // namespace
 
 Streams::~Streams() {
-  if (upload != nullptr) cudaStreamDestroy(upload);
-  if (compute != nullptr) cudaStreamDestroy(compute);
+  for (cudaStream_t stream : all()) {
+    if (stream != nullptr) cudaStreamDestroy(stream);
+  }
 }
 
 MemoryPool::MemoryPool(Kind kind, size_t keep_bytes, std::shared_ptr<const Streams> streams)
@@ -112,8 +113,8 @@ void MemoryPool::Give(void* data) {
                                [data](const Block& block) { return block.data == data; });
   const Block block = *at;
   used_.erase(at);
-  cudaEventRecord(block.last_use[0], streams_->compute);
-  cudaEventRecord(block.last_use[1], streams_->upload);
+  const std::array<cudaStream_t, Streams::kCount> streams = streams_->all();
+  for (size_t i = 0; i < streams.size(); ++i) cudaEventRecord(block.last_use[i], streams[i]);
   // What is not kept is the first that Trim finds.
   block.parted ? kept_.push_front(block) : kept_.push_back(block);
 }

@@ -21,8 +21,11 @@ namespace prefilld::cuda {
 // The device's streams: everything that is enqueued is on one of them. Shared by whoever outlives
 // the device, the buffers of its pools.
 struct Streams {
-  cudaStream_t compute = nullptr;  // Stream{}
-  cudaStream_t upload = nullptr;   // Device::upload_stream()
+  cudaStream_t compute = nullptr;   // Stream{}
+  cudaStream_t upload = nullptr;    // Device::upload_stream()
+  cudaStream_t download = nullptr;  // Device::download_stream()
+  static constexpr size_t kCount = 3;
+  std::array<cudaStream_t, kCount> all() const { return {compute, upload, download}; }
   ~Streams();
 };
 
@@ -50,7 +53,7 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   struct Block {
     void* data = nullptr;
     size_t bytes = 0;
-    std::array<cudaEvent_t, 2> last_use{};  // on each stream, of who gave it back
+    std::array<cudaEvent_t, Streams::kCount> last_use{};  // on each stream, of who gave it back
     bool parted = false;
   };
   void Give(void* data);

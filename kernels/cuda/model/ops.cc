@@ -47,6 +47,25 @@ const Cuda& As(const Any* prepared) {
   return static_cast<const Cuda&>(*prepared);
 }
 
+// Where the pages of one sequence lie in the buffer that they are copied out of, in values of 16
+// bits: K and V of a page in one run, as a block of the cache has them, or a run each, where they
+// lie apart in a region.
+struct PackedKv {
+  int64_t first = 0, run = 0, page_stride = 0;
+  bool apart = false;
+
+  static PackedKv Of(const WriteKvArgs& args, const KvTarget& target, int64_t first) {
+    const int64_t heads = args.kv_heads * target.head_stride;
+    const bool apart = target.value_stride >= heads;
+    return {.first = first, .run = heads, .page_stride = apart ? 2 * heads : heads, .apart = apart};
+  }
+};
+
+absl::Status RefuseCache(DType cache, DType rows) {
+  return absl::UnimplementedError(absl::StrCat("a cache of ", Name(cache), " from rows of ",
+                                               Name(rows), " is not written by cuda"));
+}
+
 absl::Status CheckWidth(const char* what, int64_t width, int64_t most) {
   if (width > 0 && width <= most && width % kWidthUnit == 0) return absl::OkStatus();
   return absl::InvalidArgumentError(
@@ -243,43 +262,24 @@ class CudaOps : public Ops {
                         static_cast<size_t>(args.tokens * y.stride) * sizeof(float), stream);
   }
 
-  // Through device memory, where the pages are put together, to where the target lies.
+  // Through device memory, where pages are put together, to where the targets lie. The last call's
+  // copies have had a layer's time.
   absl::Status WriteKv(const WriteKvArgs& args, Stream stream) override {
-    const KvTarget& target = *args.target;
-    if (target.dtype != args.k.dtype) {
-      return absl::UnimplementedError(absl::StrCat("a cache of ", Name(target.dtype), " from ",
-                                                   Name(args.k.dtype), " is not written by cuda"));
+    std::vector<PackedKv> packed;
+    int64_t values = 0;
+    for (const WriteKvArgs::Part& part : args.parts) {
+      if (part.target.dtype != args.k.dtype) return RefuseCache(part.target.dtype, args.k.dtype);
+      packed.push_back(PackedKv::Of(args, part.target, values));
+      values += packed.back().page_stride * static_cast<int64_t>(part.target.pages.size());
     }
-    const int64_t size = static_cast<int64_t>(SizeOf(target.dtype));
-    // The values of a page that are written: K and V in one run, or one each where they lie apart.
-    const int64_t run = target.value_stride < args.kv_heads * target.head_stride
-                            ? args.kv_heads * target.head_stride
-                            : args.kv_heads * target.page_tokens * args.head_dim;
-    const bool apart = target.value_stride >= args.kv_heads * target.head_stride;
-    const int64_t page_stride = apart ? 2 * run : run;
-    const int64_t pages = static_cast<int64_t>(target.pages.size());
-    absl::Status status = Grow(static_cast<size_t>(pages * page_stride * size), &packed_);
-    if (!status.ok()) return status;
-    status = device_.Check(PackKv({.k = args.k,
-                                   .v = args.v,
-                                   .kv_heads = args.kv_heads,
-                                   .head_dim = args.head_dim,
-                                   .tokens = args.tokens,
-                                   .page_tokens = target.page_tokens,
-                                   .page_stride = page_stride,
-                                   .head_stride = target.head_stride,
-                                   .value_stride = apart ? run : target.value_stride,
-                                   .out = packed_.data()},
-                                  device_.stream(stream)),
-                           "kv");
-    for (int64_t page = 0; page < pages && status.ok(); ++page) {
-      const char* from = packed_.as<char>() + page * page_stride * size;
-      char* to = static_cast<char*>(target.pages[page]);
-      status = device_.Copy(to, from, static_cast<size_t>(run * size), stream);
-      if (status.ok() && apart) {
-        status = device_.Copy(to + target.value_stride * size, from + run * size,
-                              static_cast<size_t>(run * size), stream);
-      }
+    absl::Status status = device_.Wait(stream, args.copies);
+    if (status.ok()) status = Grow(static_cast<size_t>(values) * SizeOf(args.k.dtype), &packed_);
+    for (size_t i = 0; i < packed.size() && status.ok(); ++i) {
+      status = Pack(args, args.parts[i], packed[i], stream);
+    }
+    if (status.ok()) status = device_.Wait(args.copies, stream);
+    for (size_t i = 0; i < packed.size() && status.ok(); ++i) {
+      status = SendPacked(args.parts[i].target, packed[i], args.copies);
     }
     return status;
   }
@@ -304,6 +304,38 @@ class CudaOps : public Ops {
     auto larger = device_.Allocate(bytes);
     if (larger.ok()) *buffer = *std::move(larger);
     return larger.status();
+  }
+
+  absl::Status Pack(const WriteKvArgs& args, const WriteKvArgs::Part& part, const PackedKv& packed,
+                    Stream stream) {
+    return device_.Check(
+        PackKv({.k = args.k.From(part.first),
+                .v = args.v.From(part.first),
+                .kv_heads = args.kv_heads,
+                .head_dim = args.head_dim,
+                .tokens = part.tokens,
+                .page_tokens = part.target.page_tokens,
+                .page_stride = packed.page_stride,
+                .head_stride = part.target.head_stride,
+                .value_stride = packed.apart ? packed.run : part.target.value_stride,
+                .out = packed_.as<uint16_t>() + packed.first},
+               device_.stream(stream)),
+        "kv");
+  }
+
+  absl::Status SendPacked(const KvTarget& target, const PackedKv& packed, Stream copies) {
+    const uint16_t* from = packed_.as<uint16_t>() + packed.first;
+    const size_t bytes = static_cast<size_t>(packed.run) * sizeof(uint16_t);
+    absl::Status status;
+    for (size_t page = 0; page < target.pages.size() && status.ok(); ++page) {
+      auto* to = static_cast<uint16_t*>(target.pages[page]);
+      status = device_.Copy(to, from, bytes, copies);
+      if (status.ok() && packed.apart) {
+        status = device_.Copy(to + target.value_stride, from + packed.run, bytes, copies);
+      }
+      from += packed.page_stride;
+    }
+    return status;
   }
 
   // Once a batch.

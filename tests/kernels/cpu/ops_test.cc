@@ -281,10 +281,9 @@ class WriteKv : public OpsTest {
     std::vector<float> k = Random(kKvTokens * stride, 1), v = Random(kKvTokens * stride, 2);
     ASSERT_TRUE(ops_->WriteKv({.k = F32Rows(k, stride),
                                .v = F32Rows(v, stride),
-                               .tokens = kKvTokens,
                                .kv_heads = 2,
                                .head_dim = kD,
-                               .target = &target},
+                               .parts = {{.tokens = kKvTokens, .target = target}}},
                               Stream{})
                     .ok());
     Narrowed(k, target.dtype);

@@ -295,7 +295,5 @@ TEST_F(CudaBackendOnGpu, ExportsABufferUnderItsOwnHandle) {
   EXPECT_THAT(std::string(backend_->device().uuid()), testing::StartsWith("GPU-"));
 }
 
-TEST_F(CudaBackendOnGpu, ModelsAreTheCpusAffair) { EXPECT_EQ(backend_->ops(), nullptr); }
-
 }  // namespace
 }  // namespace prefilld::cuda

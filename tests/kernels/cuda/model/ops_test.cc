@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
@@ -309,44 +310,64 @@ TEST_P(CudaOpsOnGpu, WritesLogitsToTheHost) {
   ExpectNear(out[0], out[1], Rounding());
 }
 
-// In pages, and in one piece with a gap before V, as a region has it.
-TEST_P(CudaOpsOnGpu, WritesKAndVWhereATargetLies) {
+// Two sequences, in pages, and in one piece with a gap before V, as a region has it.
+TEST_P(CudaOpsOnGpu, WritesKAndVWhereTargetsLie) {
   constexpr int kHeads = 3, kDim = 64;
-  constexpr int64_t kTokens = 300, kPage = 128, kWidth = kHeads * kDim;
-  const Values k = Random(kTokens * kWidth), v = Random(kTokens * kWidth);
+  constexpr int64_t kPage = 128, kWidth = kHeads * kDim, kGap = 40;
+  const std::vector<int64_t> lengths = {300, 129};
+  const int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+  const Values k = Random(tokens * kWidth), v = Random(tokens * kWidth);
   for (const bool paged : {true, false}) {
-    const int64_t page = paged ? kPage : kTokens, pages = (kTokens + page - 1) / page;
-    const int64_t head = paged ? 2 * kPage * kDim : kTokens * kDim;
-    const int64_t value = paged ? kPage * kDim : kTokens * kWidth + 40;
-    const int64_t span = paged ? 2 * kPage * kWidth : 2 * kTokens * kWidth + 40;
-    std::vector<std::vector<uint16_t>> out;
+    struct Form {
+      int64_t page, pages, head, value, span;
+    };
+    std::vector<Form> forms;
+    for (const int64_t n : lengths) {
+      forms.push_back(paged ? Form{kPage, (n + kPage - 1) / kPage, 2 * kPage * kDim, kPage * kDim,
+                                   2 * kPage * kWidth}
+                            : Form{n, 1, n * kDim, n * kWidth + kGap, 2 * n * kWidth + kGap});
+    }
+    std::vector<std::vector<std::vector<uint16_t>>> out;
     for (Side* side : {&gpu_, &cpu_}) {
-      std::vector<uint16_t> memory(static_cast<size_t>(pages * span), 0x7777);
-      KvTarget target{
-          .page_tokens = page, .head_stride = head, .value_stride = value, .dtype = GetParam()};
-      for (int64_t i = 0; i < pages; ++i) target.pages.push_back(memory.data() + i * span);
-      ASSERT_TRUE(side->ops()
-                      .WriteKv({.k = side->Put(k.wide, kWidth),
-                                .v = side->Put(v.wide, kWidth),
-                                .tokens = kTokens,
-                                .kv_heads = kHeads,
-                                .head_dim = kDim,
-                                .target = &target},
-                               {})
-                      .ok());
-      ASSERT_TRUE(side->backend->device().Synchronize({}).ok());
+      std::vector<std::vector<uint16_t>> memory;
+      for (const Form& form : forms) {
+        memory.emplace_back(static_cast<size_t>(form.pages * form.span), uint16_t{0x7777});
+      }
+      const Stream copies = side->backend->device().download_stream();
+      WriteKvArgs args{.k = side->Put(k.wide, kWidth),
+                       .v = side->Put(v.wide, kWidth),
+                       .kv_heads = kHeads,
+                       .head_dim = kDim,
+                       .copies = copies};
+      int64_t first = 0;
+      for (size_t s = 0; s < forms.size(); ++s) {
+        WriteKvArgs::Part part{.first = first, .tokens = lengths[s]};
+        part.target = {.page_tokens = forms[s].page,
+                       .head_stride = forms[s].head,
+                       .value_stride = forms[s].value,
+                       .dtype = GetParam()};
+        for (int64_t i = 0; i < forms[s].pages; ++i) {
+          part.target.pages.push_back(memory[s].data() + i * forms[s].span);
+        }
+        args.parts.push_back(part);
+        first += lengths[s];
+      }
+      ASSERT_TRUE(side->ops().WriteKv(args, {}).ok());
+      ASSERT_TRUE(side->backend->device().Synchronize(copies).ok());
       out.push_back(memory);
     }
-    for (int64_t t = 0; t < kTokens; ++t) {
-      for (int64_t x = 0; x < 2 * kWidth; ++x) {
-        const int64_t h = x / kDim % kHeads, c = x % kDim;
-        const int64_t at =
-            t / page * span + h * head + (x < kWidth ? 0 : value) + t % page * kDim + c;
-        ASSERT_EQ(out[0][at], out[1][at]) << "token " << t << " channel " << x;
+    for (size_t s = 0; s < forms.size(); ++s) {
+      const Form& form = forms[s];
+      for (int64_t t = 0; t < lengths[s]; ++t) {
+        for (int64_t x = 0; x < 2 * kWidth; ++x) {
+          const int64_t at = t / form.page * form.span + x / kDim % kHeads * form.head +
+                             (x < kWidth ? 0 : form.value) + t % form.page * kDim + x % kDim;
+          ASSERT_EQ(out[0][s][at], out[1][s][at]) << "token " << t << " channel " << x;
+        }
       }
-    }
-    if (!paged) {
-      EXPECT_EQ(out[0][kTokens * kWidth], 0x7777) << "the gap";
+      if (!paged) {
+        EXPECT_EQ(out[0][s][lengths[s] * kWidth], 0x7777) << "the gap";
+      }
     }
   }
 }
