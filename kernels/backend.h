@@ -68,7 +68,7 @@ class Device {
   // From now on host memory of somebody else's, at the begin of a page, is copied as if it were
   // AllocateHost's, until what is returned goes. Takes as long as to allocate as much. Empty where
   // nothing need be done.
-  virtual absl::StatusOr<Buffer> Pin(void* data, size_t bytes) = 0;
+  virtual absl::StatusOr<Buffer> Register(void* data, size_t bytes) = 0;
   // The contents of this part of a buffer are of no use any more: what the system can have of its
   // memory it gets, until the part is written again. Unspecified until then.
   virtual void Discard(void* data, size_t bytes) = 0;
@@ -121,8 +121,8 @@ class Backend {
   virtual ~Backend() = default;
   virtual std::string_view name() const = 0;  // "cpu"
   virtual Device& device() = 0;
-  // A transformer's other operations; null where models cannot run.
-  virtual Ops* ops() = 0;
+  // A transformer's other operations. UNAVAILABLE, and why, where models cannot run.
+  virtual absl::StatusOr<Ops*> ops() = 0;
 
   // The admission check: UNIMPLEMENTED, naming what was asked and what exists. Threads: any.
   virtual absl::Status Supports(const AttentionShape& shape,

@@ -26,7 +26,7 @@ class FaultyBackend : public Backend {
 
   std::string_view name() const override { return backend_->name(); }
   Device& device() override { return backend_->device(); }
-  Ops* ops() override { return backend_->ops(); }
+  absl::StatusOr<Ops*> ops() override { return backend_->ops(); }
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
     return backend_->Supports(shape, policy);
   }

@@ -28,7 +28,7 @@ struct Stream {
 class Linear {
  public:
   virtual ~Linear() = default;
-  // Device memory that a product of so many tokens uses while it runs.
+  // Device memory that ProjectQkv, Gate or Logits of so many tokens uses while it runs.
   virtual size_t WorkspaceBytes(int64_t tokens) const = 0;
 };
 struct LinearPart {
@@ -111,7 +111,6 @@ struct AddProductArgs {
   int64_t tokens = 0;
   const Norm* norm = nullptr;
   Rows normed;  // [tokens, out_features]
-  void* workspace = nullptr;
 };
 
 // The three parts of a linear, q and k turned by their positions. Where the model has norms of

@@ -44,10 +44,10 @@ absl::Status Explain(const char* what, const absl::Status& status) {
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   std::unique_ptr<Server> server(new Server(config));
-  // Models need the operations that the CPU alone has.
-  const bool model_needs_cpu = config.backend == "auto" && !config.models.empty();
+  // Models on a GPU are new, and take no F32: they are asked for by name.
+  const bool model_wants_cpu = config.backend == "auto" && !config.models.empty();
   auto backend =
-      CreateBackend(model_needs_cpu ? "cpu" : config.backend, config.threads, config.cuda_kernels);
+      CreateBackend(model_wants_cpu ? "cpu" : config.backend, config.threads, config.cuda_kernels);
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
   FaultyBackend* faulty = nullptr;
@@ -71,7 +71,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
         s->prefills_.Remove(lease.name, lease.generation);
       }});
   server->engine_ = std::make_unique<Engine>(*server->backend_, server->metrics_);
-  if (absl::Status status = server->engine_->Calibrate(); !status.ok()) {
+  if (absl::Status status = server->engine_->Calibrate(!server->models_.empty()); !status.ok()) {
     return Explain("calibration", status);
   }
   if (faulty != nullptr) faulty->Arm(config.inject_fault);

@@ -19,7 +19,7 @@ class CpuBackend : public Backend {
 
   std::string_view name() const override { return "cpu"; }
   Device& device() override { return device_; }
-  Ops* ops() override { return ops_.get(); }
+  absl::StatusOr<Ops*> ops() override { return ops_.get(); }
 
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override;
   absl::Status SupportsPerHead(const AttentionShape& shape,

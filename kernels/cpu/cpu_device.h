@@ -27,7 +27,7 @@ class CpuDevice : public Device {
   void Discard(void* data, size_t bytes) override;
   Stream upload_stream() const override { return {}; }
   Stream download_stream() const override { return {}; }
-  absl::StatusOr<Buffer> Pin(void*, size_t) override { return Buffer(); }
+  absl::StatusOr<Buffer> Register(void*, size_t) override { return Buffer(); }
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream) override;
   // All work runs inline.
   absl::Status Wait(Stream, Stream) override { return absl::OkStatus(); }

@@ -23,15 +23,20 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(std::string_vie
   if (!device.ok()) return device.status();
   auto set = ChooseKernelSet(kernels, (*device)->capability());
   if (!set.ok()) return set.status();
-  std::unique_ptr<CudaBackend> backend(new CudaBackend(*std::move(device), *set));
-  auto ops = CreateOps(*backend->device_);
-  if (ops.ok()) backend->ops_ = *std::move(ops);
-  if (ops.ok() || absl::IsUnavailable(ops.status())) return backend;
-  return ops.status();
+  return std::unique_ptr<CudaBackend>(new CudaBackend(*std::move(device), *set));
 }
 
 CudaBackend::CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set)
     : device_(std::move(device)), set_(set), dense_(*device_, kCallsBeforePlan) {}
+
+absl::StatusOr<Ops*> CudaBackend::ops() {
+  if (ops_ == nullptr) {
+    auto made = CreateOps(*device_);
+    if (!made.ok()) return made.status();
+    ops_ = *std::move(made);
+  }
+  return ops_.get();
+}
 
 absl::Status CudaBackend::Supports(const AttentionShape& shape,
                                    const SparsityPolicy& policy) const {

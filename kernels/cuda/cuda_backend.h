@@ -25,7 +25,7 @@ class CudaBackend : public Backend {
 
   std::string_view name() const override { return BackendName(set_); }
   CudaDevice& device() override { return *device_; }
-  Ops* ops() override { return ops_.get(); }
+  absl::StatusOr<Ops*> ops() override;  // made when first asked for
 
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override;
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override;
@@ -41,7 +41,7 @@ class CudaBackend : public Backend {
   const std::unique_ptr<CudaDevice> device_;
   const KernelSet set_;
   Dense dense_;
-  std::unique_ptr<Ops> ops_;  // null: there is no cuBLASLt
+  std::unique_ptr<Ops> ops_;
 
   // Of the last call, set by Prepare; stages of one call find it as it was.
   Buffer workspace_;  // grows to the largest call seen

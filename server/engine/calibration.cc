@@ -148,7 +148,9 @@ const LinearTrial kDeviceLinear = {DType::kBF16, 4096};
 
 absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost) {
   Device& device = backend.device();
-  Ops& ops = *backend.ops();
+  auto found = backend.ops();
+  if (!found.ok()) return found.status();
+  Ops& ops = **found;
   const auto [dtype, width] = device.host_memory() ? kHostLinear : kDeviceLinear;
   const std::vector<char> weight = RandomValues(static_cast<size_t>(width) * width, dtype);
   auto linear =
@@ -178,10 +180,9 @@ absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost
 
 }  // namespace
 
-absl::Status Calibrate(Backend& backend, Stages& stages, StepClock& clock, CostModel& cost) {
-  absl::Status status = CalibrateAttention(backend.device(), stages, clock, cost);
-  // Models run where their linear layers do.
-  if (status.ok() && backend.ops() != nullptr) status = CalibrateLinear(backend, clock, cost);
+absl::Status Calibrate(const Calibrated& of, CostModel& cost) {
+  absl::Status status = CalibrateAttention(of.backend.device(), of.stages, of.clock, cost);
+  if (status.ok() && of.models) status = CalibrateLinear(of.backend, of.clock, cost);
   return status;
 }
 

@@ -10,6 +10,12 @@ namespace prefilld {
 
 // Times calls of a few lengths; less than two seconds. Blocks; before the first thread that asks
 // the cost model.
-absl::Status Calibrate(Backend& backend, Stages& stages, StepClock& clock, CostModel& cost);
+struct Calibrated {
+  Backend& backend;
+  Stages& stages;
+  StepClock& clock;
+  bool models;  // linear layers too
+};
+absl::Status Calibrate(const Calibrated& of, CostModel& cost);
 
 }  // namespace prefilld

@@ -23,7 +23,9 @@ void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& h
   if (head.dense_reason != DenseReason::kNone) metrics.DenseFallback(head.dense_reason);
 }
 
-absl::Status Engine::Calibrate() { return prefilld::Calibrate(backend_, stages_, clock_, cost_); }
+absl::Status Engine::Calibrate(bool models) {
+  return prefilld::Calibrate({backend_, stages_, clock_, models}, cost_);
+}
 
 // Dense instead of an unspecified method where selecting would cost more than it saves.
 Engine::Decision Engine::Decide(const Job& job, const AttentionShape& shape) {
@@ -72,6 +74,8 @@ absl::Status Engine::EnsureScratch(const ModelInfo& info, int64_t tokens) {
 }
 
 absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr<Job>> jobs) {
+  NoteFault();
+  if (absl::Status lost = CheckDevice(); !lost.ok()) return lost;
   auto batch = std::make_unique<Batch>();
   batch->jobs = std::move(jobs);
   batch->model = batch->jobs[0]->prefill->model;
@@ -101,6 +105,7 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
   if (status.ok()) status = batch->model->Begin(batch->prompts, kStream);
   if (status.ok()) status = clock_.End(Phase::kLinear);
   status = clock_.Await(status);
+  NoteFault();
   if (!status.ok()) return status;
   batch->phases = clock_.Read();
   return batch;
@@ -109,24 +114,27 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
 absl::Status Engine::RunLayer(Batch& batch) {
   const ModelInfo& info = batch.model->info();
   const int64_t tokens = batch.prompts.tokens();
-  absl::Status status = batch.status;
+  absl::Status status = CheckDevice();
+  if (status.ok()) status = batch.status;
   if (status.ok()) status = EnsureScratch(info, tokens);
   if (!status.ok()) return status;
   StagesCall call = LayerCall(batch);
   status = stages_.Prepare(call);
   if (!status.ok()) return status;
   status = clock_.Await(EnqueueLayer(batch, call));
+  NoteFault();
   if (status.ok()) status = stages_.Collect(call);
+  if (status.ok()) {
+    const PhaseSeconds phases = clock_.Read();
+    stages_.Observe(call, phases);
+    cost_.ObserveLinear(tokens, info.layer_weights, Of(phases, Phase::kLinear));
+    Add(phases, batch.phases);
+    status = PostCommit(batch, std::move(call.report));
+  }
   if (!status.ok()) {  // no ticket will wait for what is on its way to caches that may go now
     (void)backend_.device().Synchronize(backend_.device().download_stream());
     return status;
   }
-  const PhaseSeconds phases = clock_.Read();
-  stages_.Observe(call, phases);
-  cost_.ObserveLinear(tokens, info.layer_weights, Of(phases, Phase::kLinear));
-  status = PostCommit(batch, std::move(call.report));
-  if (!status.ok()) return status;
-  Add(phases, batch.phases);
   ++batch.next_layer;
   return absl::OkStatus();
 }
@@ -231,7 +239,7 @@ absl::Status Engine::StoreKv(Batch& batch, int layer) {
                           .tokens = batch.prompts.cu_seqlens[s + 1] - begin,
                           .target = batch.jobs[s]->prefill->cache->Target(layer)});
   }
-  return backend_.ops()->WriteKv(args, kStream);
+  return (*backend_.ops())->WriteKv(args, kStream);
 }
 
 absl::Status Engine::Finish(Batch& batch) {

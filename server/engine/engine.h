@@ -45,8 +45,9 @@ void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& h
 class Engine {
  public:
   Engine(Backend& backend, Metrics& metrics) : backend_(backend), metrics_(metrics) {}
-  // Times calls of a few lengths to learn this device's rates; less than two seconds.
-  absl::Status Calibrate();
+  // Times calls of a few lengths to learn this device's rates, of linear layers too where it serves
+  // models; less than two seconds.
+  absl::Status Calibrate(bool models);
 
   // Seconds the rest of a job will take, by the cost model, when `layers_done` are behind it.
   // Thread: any.

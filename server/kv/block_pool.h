@@ -28,7 +28,8 @@ inline constexpr std::array<const char*, 4> kBlockStateNames = {"free", "computi
 
 class BlockPool {
  public:
-  // RESOURCE_EXHAUSTED when the device has not got `bytes`, or `bytes` hold no block.
+  // RESOURCE_EXHAUSTED when there are no `bytes` to be had, INVALID_ARGUMENT when they hold no
+  // block.
   static absl::StatusOr<std::unique_ptr<BlockPool>> Create(Device& device, size_t bytes,
                                                            size_t block_bytes);
 
@@ -41,7 +42,7 @@ class BlockPool {
   void GiveBack(const std::vector<int32_t>& blocks, BlockState from);
   void Move(int64_t count, BlockState from, BlockState to);
   // Taken blocks that nobody will read or write before they are given back: their memory goes back
-  // to the device.
+  // to the system, but where it is pinned.
   void Discard(std::vector<int32_t> blocks);
 
   std::byte* data(int32_t block) const {

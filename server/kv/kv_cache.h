@@ -1,7 +1,8 @@
 // The KV cache of one prompt: the layers that the engine fills one after another and that pulls
 // read, possibly while later layers are computed. Owns its blocks and gives them back when it is
 // closed and nobody reads them any more. Its bytes lie in the blocks, or in a region that a caller
-// can open; then the blocks stand for the memory that the region takes, and hold none. Thread-safe;
+// can open; then the blocks stand for the memory that the region takes, and hold none
+// (but where they are pinned). Thread-safe;
 // nothing here blocks but LieIn.
 #pragma once
 

@@ -10,7 +10,15 @@ namespace prefilld {
 namespace {
 
 constexpr int64_t kLogitsTokens = 64;  // rows of logits at once
-constexpr size_t kTileAlignment = 256;
+constexpr size_t kAlignment = 256;     // of tensors in one allocation: what products are fast at
+
+size_t Aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Of a tensor of a layer's scratch.
+int64_t TensorBytes(const ModelInfo& info, int heads, int64_t tokens) {
+  return static_cast<int64_t>(
+      Aligned(static_cast<size_t>(tokens) * heads * info.head_dim * SizeOf(info.activations)));
+}
 
 // Elements of one layer's linear maps.
 int64_t LayerElements(const ModelConfig& c) {
@@ -57,31 +65,38 @@ absl::Status CheckLengths(const PrefillBatch& batch, const ModelInfo& info) {
 }  // namespace
 
 int64_t LayerScratchBytes(const ModelInfo& info, int64_t tokens) {
-  return tokens * (2 * info.q_heads + 2 * info.kv_heads) * info.head_dim *
-         static_cast<int64_t>(SizeOf(info.activations));
+  return 2 * TensorBytes(info, info.q_heads, tokens) + 2 * TensorBytes(info, info.kv_heads, tokens);
 }
 
 LayerScratch SplitLayerScratch(const ModelInfo& info, int64_t tokens, void* memory) {
   const int64_t q_width = int64_t{info.q_heads} * info.head_dim;
   const int64_t kv_width = int64_t{info.kv_heads} * info.head_dim;
+  char* at = static_cast<char*>(memory);
+  const auto take = [&](int heads, int64_t width) {
+    const Rows rows = {at, info.activations, width};
+    at += TensorBytes(info, heads, tokens);
+    return rows;
+  };
   LayerScratch scratch;
-  scratch.q = {memory, info.activations, q_width};
-  scratch.o = scratch.q.From(tokens);
-  scratch.k = {scratch.o.From(tokens).data, info.activations, kv_width};
-  scratch.v = scratch.k.From(tokens);
+  scratch.q = take(info.q_heads, q_width);
+  scratch.o = take(info.q_heads, q_width);
+  scratch.k = take(info.kv_heads, kv_width);
+  scratch.v = take(info.kv_heads, kv_width);
   return scratch;
 }
 
 absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const std::string& name,
                                                                const std::string& directory,
                                                                Backend& backend) {
-  if (backend.ops() == nullptr) {
-    return absl::UnimplementedError(absl::StrCat("backend ", std::string(backend.name()),
-                                                 " serves no models here: libcublasLt is missing"));
+  absl::StatusOr<Ops*> ops = backend.ops();
+  if (!ops.ok()) {
+    return absl::UnimplementedError(
+        absl::StrCat("backend ", std::string(backend.name()),
+                     " serves no models here: ", ops.status().message()));
   }
-  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Load(directory, *backend.ops());
+  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Load(directory, **ops);
   if (!checkpoint.ok()) return checkpoint.status();
-  std::unique_ptr<Transformer> model(new Transformer(*std::move(checkpoint), backend));
+  std::unique_ptr<Transformer> model(new Transformer(*std::move(checkpoint), backend, **ops));
   const DType activations = model->ops_.activations(model->weights_.dtype);
   model->info_ = InfoOf(name, model->weights_, activations);
   if (absl::Status s = model->AllocateTiles(); !s.ok()) return s;
@@ -92,16 +107,13 @@ absl::Status Transformer::AllocateTiles() {
   tile_tokens_ = ops_.tile_tokens();
   size_t workspace = weights_.lm_head->WorkspaceBytes(kLogitsTokens);
   for (const LayerWeights& layer : weights_.layers) {
-    for (const auto* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+    for (const auto* linear : {&layer.qkv, &layer.gate_up}) {
       workspace = std::max(workspace, (*linear)->WorkspaceBytes(tile_tokens_));
     }
   }
-  const auto aligned = [](size_t bytes) {
-    return (bytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
-  };
   const size_t row = static_cast<size_t>(tile_tokens_) * SizeOf(info_.activations);
-  const size_t normed = aligned(row * weights_.config.hidden_size);
-  const size_t gated = aligned(row * weights_.config.intermediate_size);
+  const size_t normed = Aligned(row * weights_.config.hidden_size);
+  const size_t gated = Aligned(row * weights_.config.intermediate_size);
   absl::StatusOr<Buffer> memory = backend_.device().Allocate(normed + gated + workspace);
   if (!memory.ok()) return memory.status();
   tiles_ = *std::move(memory);
@@ -180,8 +192,7 @@ absl::Status Transformer::FinishLayer(int layer, PrefillBatch& batch, const Laye
                                            .residual = residual,
                                            .tokens = tokens,
                                            .norm = weights.post_attention_norm.get(),
-                                           .normed = normed_,
-                                           .workspace = workspace_},
+                                           .normed = normed_},
                                           stream);
     if (!status.ok()) return status;
     status = ops_.Gate({.linear = weights.gate_up.get(),
@@ -191,12 +202,9 @@ absl::Status Transformer::FinishLayer(int layer, PrefillBatch& batch, const Laye
                         .workspace = workspace_},
                        stream);
     if (!status.ok()) return status;
-    status = ops_.AddProduct({.linear = weights.down.get(),
-                              .x = gated_,
-                              .residual = residual,
-                              .tokens = tokens,
-                              .workspace = workspace_},
-                             stream);
+    status = ops_.AddProduct(
+        {.linear = weights.down.get(), .x = gated_, .residual = residual, .tokens = tokens},
+        stream);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();

@@ -96,8 +96,8 @@ class Transformer {
   absl::Status Logits(const PrefillBatch& batch, const LogitsOf& of, Stream stream);
 
  private:
-  Transformer(Checkpoint checkpoint, Backend& backend)
-      : weights_(std::move(checkpoint)), backend_(backend), ops_(*backend.ops()) {}
+  Transformer(Checkpoint checkpoint, Backend& backend, Ops& ops)
+      : weights_(std::move(checkpoint)), backend_(backend), ops_(ops) {}
   absl::Status AllocateTiles();
   absl::Status PrepareTokens(PrefillBatch& batch);
 

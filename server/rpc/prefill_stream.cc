@@ -16,10 +16,10 @@ namespace {
 
 // The region, which the device copies to at full speed as long as somebody holds what is returned.
 // Where that is not to be had it copies all the same.
-std::shared_ptr<Region> Pinned(Device& device, std::shared_ptr<Region> region) {
-  auto pin = device.Pin(region->data(), region->bytes());
-  if (!pin.ok() || pin->data() == nullptr) return region;
-  const auto held = std::make_shared<Buffer>(*std::move(pin));
+std::shared_ptr<Region> Registered(Device& device, std::shared_ptr<Region> region) {
+  auto registered = device.Register(region->data(), region->bytes());
+  if (!registered.ok() || registered->data() == nullptr) return region;
+  const auto held = std::make_shared<Buffer>(*std::move(registered));
   Region* raw = region.get();
   return {raw, [region = std::move(region), held](Region*) mutable {
             *held = Buffer();
@@ -55,14 +55,16 @@ void PrefillStream::BeginInRegion(Medium& medium, const ValidPrefill& valid) {
   const std::shared_ptr<KvCache> cache = valid.job->prefill->cache;
   auto region = medium.Create(cache->geometry().region_bytes());
   absl::Status status = region.status();
+  if (GivenUp()) return;
   if (region.ok()) {
     // What takes no time to give back is free as soon as its lease has ended.
     constexpr uint64_t kQuickBytes = uint64_t{64} << 20;
     KvCache::Later later = [memory = rpc_.memory](std::function<void()> work) {
       memory->PostFirst(std::move(work));
     };
-    if (cache->geometry().region_bytes() <= kQuickBytes) later = nullptr;
-    cache->LieIn(Pinned(rpc_.backend.device(), *std::move(region)), std::move(later));
+    const bool quick = cache->geometry().region_bytes() <= kQuickBytes;
+    if (quick && rpc_.backend.device().host_memory()) later = nullptr;
+    cache->LieIn(Registered(rpc_.backend.device(), *std::move(region)), std::move(later));
   }
   if (GivenUp()) return;
   // A caller that has not pinned the transport can do without.

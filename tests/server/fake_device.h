@@ -69,7 +69,7 @@ class FakeDevice : public Device {
   void Discard(void*, size_t) override {}
   Stream upload_stream() const override { return {const_cast<char*>(&upload_)}; }
   Stream download_stream() const override { return {}; }
-  absl::StatusOr<Buffer> Pin(void*, size_t) override { return Buffer(); }
+  absl::StatusOr<Buffer> Register(void*, size_t) override { return Buffer(); }
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override {
     absl::MutexLock lock(&mutex_);
     const Copied copy = {dst, src, bytes, stream.handle != nullptr};
@@ -233,7 +233,7 @@ class FakeBackend : public Backend {
  public:
   std::string_view name() const override { return "fake"; }
   FakeDevice& device() override { return device_; }
-  Ops* ops() override { return cpu_->ops(); }
+  absl::StatusOr<Ops*> ops() override { return cpu_->ops(); }
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
     return cpu_->Supports(shape, policy);
   }

@@ -125,7 +125,7 @@ absl::StatusOr<Buffer> CudaDevice::Allocate(size_t bytes) {
   Buffer buffer;
   absl::Status status = Take(*device_pool_, bytes, "device memory", &buffer);
   if (!status.ok() || bytes == 0) return status.ok() ? absl::StatusOr<Buffer>(Buffer()) : status;
-  // What the last owner left is nobody's business. Nothing on either stream is before the zeroes.
+  // What the last owner left is nobody's business. Nothing on any stream is before the zeroes.
   status = Check(cudaMemsetAsync(buffer.data(), 0, bytes, zero_), "memset");
   for (cudaStream_t stream : streams_->all()) {
     if (status.ok()) status = Check(WaitFor(stream, zero_), "memset");
@@ -141,10 +141,10 @@ absl::StatusOr<Buffer> CudaDevice::AllocateHost(size_t bytes) {
   return buffer;
 }
 
-absl::StatusOr<Buffer> CudaDevice::Pin(void* data, size_t bytes) {
-  absl::Status status = Check(cudaHostRegister(data, bytes, cudaHostRegisterPortable), "pin");
+absl::StatusOr<Buffer> CudaDevice::Register(void* data, size_t bytes) {
+  absl::Status status = Check(cudaHostRegister(data, bytes, cudaHostRegisterPortable), "register");
   if (!status.ok()) return status;
-  return Buffer(data, bytes, [](void* pinned, size_t) { cudaHostUnregister(pinned); });
+  return Buffer(data, bytes, [](void* registered, size_t) { cudaHostUnregister(registered); });
 }
 
 absl::Status CudaDevice::Copy(void* dst, const void* src, size_t bytes, Stream on) {

@@ -29,8 +29,8 @@ class CudaDevice : public Device {
   bool host_memory() const override { return false; }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override;
   absl::StatusOr<Buffer> AllocateHost(size_t bytes) override;
-  absl::StatusOr<Buffer> Pin(void* data, size_t bytes) override;
-  void Discard(void*, size_t) override {}  // device memory has no pages to give back one by one
+  absl::StatusOr<Buffer> Register(void* data, size_t bytes) override;
+  void Discard(void*, size_t) override {}  // neither it nor what is pinned has pages to give back
   Stream upload_stream() const override { return {streams_->upload}; }
   Stream download_stream() const override { return {streams_->download}; }
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override;

@@ -43,7 +43,8 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   // This buffer is not kept: other processes may go on mapping it. The bytes of its allocation, all
   // of which they map.
   size_t Part(const void* data);
-  // Frees what is kept beyond the bound. May wait for the device: for whom has just waited for it.
+  // Frees what is kept beyond the bound. May wait for the device: for whom has just waited for it;
+  // what is copied out meanwhile delays it.
   void Trim();
 
   uint64_t used_bytes() const;  // in buffers

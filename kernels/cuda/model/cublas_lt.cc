@@ -2,6 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <type_traits>
+
+#include "absl/strings/str_cat.h"
+
 #define PREFILLD_STRING(x) #x
 #define PREFILLD_LIBRARY(major) "libcublasLt.so." PREFILLD_STRING(major)
 
@@ -10,17 +14,16 @@ namespace {
 
 constexpr char kLibrary[] = PREFILLD_LIBRARY(CUBLAS_VER_MAJOR);  // whose header this is built with
 
-bool Load(CublasLt* lt, std::string* error) {
+absl::Status Load(CublasLt* lt) {
   void* library = dlopen(kLibrary, RTLD_NOW);
-  if (library == nullptr) {
-    *error = dlerror();
-    return false;
-  }
+  if (library == nullptr) return absl::UnavailableError(dlerror());
+  absl::Status status;
   const auto find = [&](const char* name, auto* function) {
     *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(dlsym(library, name));
-    if (*function == nullptr) *error = std::string(kLibrary) + " has no " + name;
+    if (*function == nullptr) {
+      status = absl::UnavailableError(absl::StrCat(kLibrary, " has no ", name));
+    }
   };
-  error->clear();
   find("cublasLtCreate", &lt->Create);
   find("cublasLtDestroy", &lt->Destroy);
   find("cublasLtMatmul", &lt->Matmul);
@@ -33,17 +36,16 @@ bool Load(CublasLt* lt, std::string* error) {
   find("cublasLtMatmulPreferenceCreate", &lt->MatmulPreferenceCreate);
   find("cublasLtMatmulPreferenceDestroy", &lt->MatmulPreferenceDestroy);
   find("cublasLtMatmulPreferenceSetAttribute", &lt->MatmulPreferenceSetAttribute);
-  return error->empty();
+  return status;
 }
 
 }  // namespace
 
-const CublasLt* CublasLt::Open(std::string* error) {
+absl::StatusOr<const CublasLt*> CublasLt::Open() {
   static CublasLt lt;
-  static std::string why;
-  static const bool loaded = Load(&lt, &why);
-  *error = why;
-  return loaded ? &lt : nullptr;
+  static const absl::Status loaded = Load(&lt);
+  if (!loaded.ok()) return loaded;
+  return &lt;
 }
 
 }  // namespace prefilld::cuda

@@ -3,14 +3,15 @@
 
 #include <cublasLt.h>
 
-#include <string>
+#include "absl/status/statusor.h"
 
 namespace prefilld::cuda {
 
 // The functions that we call, under their names without the prefix.
 struct CublasLt {
-  // Null, and why in *error: the library is not found, or has not got one of them.
-  static const CublasLt* Open(std::string* error);
+  // UNAVAILABLE, and why: the library is not found, or has not got one of them. The same every
+  // time.
+  static absl::StatusOr<const CublasLt*> Open();
 
   decltype(&cublasLtCreate) Create;
   decltype(&cublasLtDestroy) Destroy;

@@ -1,7 +1,6 @@
 #include "kernels/cuda/model/linear.h"
 
 #include <algorithm>
-#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -9,9 +8,9 @@
 namespace prefilld::cuda {
 namespace {
 
-constexpr size_t kWorkspaceBytes = size_t{64}
-                                   << 20;  // what Hopper's kernels ask for at most, twice
-constexpr size_t kPlansMax = 512;          // some hundred bytes each
+// Twice what Hopper's kernels ask for at most.
+constexpr size_t kWorkspaceBytes = size_t{64} << 20;
+constexpr size_t kPlansMax = 512;  // some hundred bytes each
 
 cudaDataType_t TypeOf(DType dtype) {
   return dtype == DType::kF32 ? CUDA_R_32F : dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_16F;
@@ -85,11 +84,10 @@ Multiplier::~Multiplier() {
 }
 
 absl::StatusOr<std::unique_ptr<Multiplier>> Multiplier::Create(CudaDevice& device) {
-  std::string error;
-  const CublasLt* lt = CublasLt::Open(&error);
-  if (lt == nullptr) return absl::UnavailableError(error);
-  std::unique_ptr<Multiplier> multiplier(new Multiplier(device, *lt));
-  absl::Status status = multiplier->Check(lt->Create(&multiplier->handle_), "create");
+  auto lt = CublasLt::Open();
+  if (!lt.ok()) return lt.status();
+  std::unique_ptr<Multiplier> multiplier(new Multiplier(device, **lt));
+  absl::Status status = multiplier->Check((*lt)->Create(&multiplier->handle_), "create");
   if (!status.ok()) return status;
   auto workspace = device.Allocate(kWorkspaceBytes);
   if (!workspace.ok()) return workspace.status();

@@ -1,11 +1,10 @@
-// What is prepared, from host memory to the device: through two pinned pieces, so that the next is
+// What is prepared, from host memory to the device: through two pinned halves, so that the next is
 // read (from a mapped file, it may be) while the last one is copied. What is enqueued on Stream{}
 // from then on finds it; the host memory is read when a call returns. The engine thread alone.
 #pragma once
 
 #include <cstddef>
 #include <memory>
-#include <span>
 #include <vector>
 
 #include "absl/status/status.h"

@@ -53,7 +53,7 @@ class EngineTest : public testing::Test {
 };
 
 TEST_F(EngineTest, CalibratesToPlausibleRates) {
-  ASSERT_TRUE(engine_.Calibrate().ok());
+  ASSERT_TRUE(engine_.Calibrate(/*models=*/true).ok());
   auto job = NewAttend(1024, {.method = Method::kDense, .measure_captured_mass = false});
   const double predicted = engine_.PredictSeconds(*job);
   EXPECT_GT(predicted, 1e-6);
@@ -152,6 +152,25 @@ TEST_F(EngineTest, ALostDeviceFailsEveryJobAndIsCountedOnce) {
   const absl::Status lost = engine.CheckDevice();
   EXPECT_EQ(FactsOf(lost).reason, "device_lost");
   EXPECT_TRUE(FactsOf(lost).retry_after.has_value());
+  double faults = 0;
+  for (const auto& family : metrics_.Collect()) {
+    if (family.name != "prefilld_gpu_faults_total") continue;
+    for (const auto& metric : family.metric) faults += metric.counter.value;
+  }
+  EXPECT_EQ(faults, 1);
+}
+
+// A batch meets it too, whether it is to begin or has begun.
+TEST_F(EngineTest, ALostDeviceFailsBatches) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_);
+  Prompts prompts(fake);
+  auto job = prompts.New(200, 5), next = prompts.New(200, 9);
+  auto batch = *engine.Begin({job});
+  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  fake.device().Lose();
+  EXPECT_EQ(FactsOf(engine.RunLayer(*batch)).reason, "device_lost");
+  EXPECT_EQ(FactsOf(engine.Begin({next}).status()).reason, "device_lost");
   double faults = 0;
   for (const auto& family : metrics_.Collect()) {
     if (family.name != "prefilld_gpu_faults_total") continue;

@@ -17,7 +17,7 @@ class CheckpointTest : public testing::Test {
 };
 
 TEST_F(CheckpointTest, HasAllThatTheConfigAsksForPrepared) {
-  const auto checkpoint = Checkpoint::Load(FixtureModel("bf16"), *backend_->ops());
+  const auto checkpoint = Checkpoint::Load(FixtureModel("bf16"), **backend_->ops());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   EXPECT_EQ(checkpoint->dtype, DType::kBF16);
   EXPECT_EQ(checkpoint->config.family->model_type, "llama");
@@ -34,7 +34,7 @@ TEST_F(CheckpointTest, HasAllThatTheConfigAsksForPrepared) {
 TEST_F(CheckpointTest, AConfigThatIsNoObjectIsNamed) {
   const ModelDirectory model("base");
   model.Write("config.json", "[]");
-  const absl::Status status = Checkpoint::Load(model.path(), *backend_->ops()).status();
+  const absl::Status status = Checkpoint::Load(model.path(), **backend_->ops()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(status.message(), testing::HasSubstr(model.path() + "/config.json"));
 }

@@ -248,7 +248,7 @@ class WithoutOps : public Backend {
  public:
   std::string_view name() const override { return "none"; }
   Device& device() override { return cpu_->device(); }
-  Ops* ops() override { return nullptr; }
+  absl::StatusOr<Ops*> ops() override { return absl::UnavailableError("none are here"); }
   absl::Status Supports(const AttentionShape&, const SparsityPolicy&) const override {
     return absl::OkStatus();
   }
@@ -267,7 +267,8 @@ TEST_F(TransformerTest, ABackendWithoutOperationsRefusesModelsByName) {
   WithoutOps backend;
   const absl::Status status = Transformer::Load("test", FixtureModel("base"), backend).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
-  EXPECT_THAT(status.message(), AllOf(HasSubstr("serves no models"), HasSubstr("none")));
+  EXPECT_THAT(status.message(),
+              AllOf(HasSubstr("serves no models here: none are here"), HasSubstr("none")));
 }
 
 TEST_F(TransformerTest, InfoIsThatOfTheConfig) {

@@ -22,7 +22,7 @@ class GatedBackend : public Backend {
  public:
   std::string_view name() const override { return "gated"; }
   Device& device() override { return cpu_->device(); }
-  Ops* ops() override { return cpu_->ops(); }
+  absl::StatusOr<Ops*> ops() override { return cpu_->ops(); }
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
     return cpu_->Supports(shape, policy);
   }
