@@ -181,9 +181,11 @@ absl::Status Engine::PostCommit(const Batch& batch, std::vector<HeadReport> repo
     std::copy_n(entries, heads, job.report.entries.begin() + int64_t{layer} * heads);
     LayerTicket::Part part{.job = batch.jobs[s]};
     for (int h = 0; h < heads; ++h) {
-      part.density += entries[h].density / heads;
-      part.captured_mass += entries[h].captured_mass / heads;
+      part.density += entries[h].density;
+      part.captured_mass += entries[h].captured_mass;
     }
+    part.density /= heads;
+    part.captured_mass /= heads;
     if (batch.policy.method == kOpenMethod) {
       cost_.ObserveDensity((job.tokens() + kKvBlockTokens - 1) / kKvBlockTokens, part.density);
     }

@@ -29,8 +29,11 @@ NOT_YET = set()
 def sources():
     for room in ("kernels", "server", "client"):
         for path in sorted((ROOT / room).rglob("*")):
+            name = path.relative_to(ROOT)
+            if "build" in name.parts:  # which pip leaves in client/python
+                continue
             if path.suffix in (".cc", ".h", ".cu", ".cuh", ".py") and "_pb2" not in path.name:
-                yield str(path.relative_to(ROOT)), path.read_text()
+                yield str(name), path.read_text()
 
 
 def code(path, text):

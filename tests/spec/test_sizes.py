@@ -18,7 +18,8 @@ LONG_KERNELS = {
 
 def sources(*suffixes):
     return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*"))
-            if path.suffix in suffixes and "_pb2" not in path.name]
+            if path.suffix in suffixes and "_pb2" not in path.name
+            and "build" not in path.relative_to(ROOT).parts]  # which pip leaves in client/python
 
 
 def name(path):

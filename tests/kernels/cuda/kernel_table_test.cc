@@ -96,5 +96,22 @@ TEST(Dispatch, RunsNoOtherKernelForAnUnlistedHeadDim) {
   }
 }
 
+// Every head_dim, dtype and block size has a kernel in some set of this GPU.
+TEST(AttendTable, CoversWhatTheServerOffers) {
+  for (DType dtype : {DType::kBF16, DType::kF16}) {
+    for (int d : {64, 96, 128, 256}) {
+      for (int block_size : {64, 128}) {
+        EXPECT_TRUE(HasAttendSm80(dtype, d, block_size) || HasAttendSm90(dtype, d, block_size))
+            << Name(dtype) << " d " << d << " block " << block_size;
+      }
+    }
+    EXPECT_TRUE(HasAttendSm90(dtype, 64, 128) && HasAttendSm90(dtype, 128, 128));
+    EXPECT_TRUE(HasAttendSm80(dtype, 64, 128) && HasAttendSm80(dtype, 128, 128));
+    EXPECT_FALSE(HasAttendSm80(dtype, 80, 128) || HasAttendSm90(dtype, 80, 128));
+    EXPECT_FALSE(HasAttendSm80(dtype, 128, 32) || HasAttendSm90(dtype, 128, 32));
+  }
+  EXPECT_FALSE(HasAttendSm80(DType::kF32, 128, 128) || HasAttendSm90(DType::kF32, 128, 128));
+}
+
 }  // namespace
 }  // namespace prefilld::cuda

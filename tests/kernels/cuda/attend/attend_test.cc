@@ -375,22 +375,5 @@ TEST_P(AttendOnGpu, SurvivesAnyInput) {
   ExpectMatches({.sq = {500}});
 }
 
-// Every head_dim, dtype and block size has a kernel in some set of this GPU.
-TEST(AttendTable, CoversWhatTheServerOffers) {
-  for (DType dtype : kDTypes) {
-    for (int d : kHeadDims) {
-      for (int block_size : kBlockSizes) {
-        EXPECT_TRUE(HasAttendSm80(dtype, d, block_size) || HasAttendSm90(dtype, d, block_size))
-            << Name(dtype) << " d " << d << " block " << block_size;
-      }
-    }
-    EXPECT_TRUE(HasAttendSm90(dtype, 64, 128) && HasAttendSm90(dtype, 128, 128));
-    EXPECT_TRUE(HasAttendSm80(dtype, 64, 128) && HasAttendSm80(dtype, 128, 128));
-    EXPECT_FALSE(HasAttendSm80(dtype, 80, 128) || HasAttendSm90(dtype, 80, 128));
-    EXPECT_FALSE(HasAttendSm80(dtype, 128, 32) || HasAttendSm90(dtype, 128, 32));
-  }
-  EXPECT_FALSE(HasAttendSm80(DType::kF32, 128, 128) || HasAttendSm90(DType::kF32, 128, 128));
-}
-
 }  // namespace
 }  // namespace prefilld::cuda
