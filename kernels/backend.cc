@@ -25,7 +25,25 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCuda([[maybe_unused]] std::string
 #endif
 }
 
+// From what allocates: device or host memory.
+template <typename Allocate>
+absl::Status GrowBy(Allocate&& allocate, size_t bytes, Buffer& buffer) {
+  if (buffer.bytes() >= bytes) return absl::OkStatus();
+  buffer = Buffer();  // the old one goes first
+  auto memory = allocate(bytes);
+  if (!memory.ok()) return memory.status();
+  buffer = *std::move(memory);
+  return absl::OkStatus();
+}
+
 }  // namespace
+
+absl::Status Grow(Device& device, size_t bytes, Buffer& buffer) {
+  return GrowBy([&](size_t size) { return device.Allocate(size); }, bytes, buffer);
+}
+absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer) {
+  return GrowBy([&](size_t size) { return device.AllocateHost(size); }, bytes, buffer);
+}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(data_, other.data_);

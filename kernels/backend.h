@@ -116,6 +116,11 @@ class Device {
   virtual absl::StatusOr<std::string> Export(const Buffer& buffer);
 };
 
+// At least `bytes` of the device's, or of AllocateHost's: the buffer, or a new one in its place,
+// for which the old one goes first. RESOURCE_EXHAUSTED.
+absl::Status Grow(Device& device, size_t bytes, Buffer& buffer);
+absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer);
+
 class Backend {
  public:
   virtual ~Backend() = default;

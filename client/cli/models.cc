@@ -1,7 +1,5 @@
 // prefillctl models: what the server has loaded.
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/strip.h"
 #include "client/cli/command.h"
 #include "client/cli/report.h"
 
@@ -11,7 +9,7 @@ namespace {
 using nlohmann::ordered_json;
 
 std::string DtypeName(v1::DataType type) {
-  return absl::AsciiStrToLower(absl::StripPrefix(v1::DataType_Name(type), "DATA_TYPE_"));
+  return ShortName(v1::DataType_Name(type), "DATA_TYPE_");
 }
 
 ordered_json ToJson(const v1::Model& model) {

@@ -5,15 +5,12 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/strings/strip.h"
+#include "client/cli/report.h"
 
 namespace prefilld::cli {
 namespace {
 
-// "joint" for METHOD_JOINT.
-std::string NameOf(v1::Method method) {
-  return absl::AsciiStrToLower(absl::StripPrefix(v1::Method_Name(method), "METHOD_"));
-}
+std::string NameOf(v1::Method method) { return ShortName(v1::Method_Name(method), "METHOD_"); }
 
 std::vector<std::string> MethodNames() {
   std::vector<std::string> names;

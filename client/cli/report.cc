@@ -5,8 +5,10 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/strip.h"
 
 namespace prefilld::cli {
 namespace {
@@ -28,6 +30,10 @@ std::array<std::pair<const char*, double>, 7> Phases(const v1::Summary& summary)
 }
 
 }  // namespace
+
+std::string ShortName(absl::string_view value, absl::string_view prefix) {
+  return absl::AsciiStrToLower(absl::StripPrefix(value, prefix));
+}
 
 void PrintJson(const ordered_json& object, std::ostream& out) {
   out << object.dump(-1, ' ', false, ordered_json::error_handler_t::replace) << "\n";

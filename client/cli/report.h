@@ -6,9 +6,14 @@
 #include <ostream>
 #include <string>
 
+#include "absl/strings/string_view.h"
 #include "prefilld/v1/prefill_service.pb.h"
 
 namespace prefilld::cli {
+
+// What people read for a value of a proto's enum: "joint" for METHOD_JOINT, with METHOD_ the
+// prefix.
+std::string ShortName(absl::string_view value, absl::string_view prefix);
 
 struct RequestReport {
   v1::Summary summary;

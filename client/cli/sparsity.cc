@@ -4,7 +4,6 @@
 #include <string>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "client/cli/command.h"
@@ -37,9 +36,8 @@ absl::StatusOr<Grid> ReadU16(const v1::SparsityReport& report, const std::string
 }
 
 std::string NameOf(uint8_t pattern) {
-  constexpr size_t kPrefix = sizeof("PATTERN_") - 1;
   if (!v1::Pattern_IsValid(pattern)) return "unknown";
-  return absl::AsciiStrToLower(v1::Pattern_Name(static_cast<v1::Pattern>(pattern)).substr(kPrefix));
+  return ShortName(v1::Pattern_Name(static_cast<v1::Pattern>(pattern)), "PATTERN_");
 }
 
 absl::StatusOr<ordered_json> ReadPatterns(const v1::SparsityReport& report) {

@@ -52,6 +52,11 @@ void Engine::NoteFault() {
   metrics_.GpuFault(fault);
 }
 
+absl::Status Engine::CheckStep() {
+  NoteFault();  // an RPC thread may have met it first
+  return CheckDevice();
+}
+
 double Engine::PredictSeconds(const Job& job, int layers_done) const {
   using Choice = CostModel::Choice;
   const Choice choice = job.policy.method == Method::kDense ? Choice::kDense
@@ -74,8 +79,7 @@ absl::Status Engine::EnsureScratch(const ModelInfo& info, int64_t tokens) {
 }
 
 absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr<Job>> jobs) {
-  NoteFault();
-  if (absl::Status lost = CheckDevice(); !lost.ok()) return lost;
+  if (absl::Status lost = CheckStep(); !lost.ok()) return lost;
   auto batch = std::make_unique<Batch>();
   batch->jobs = std::move(jobs);
   batch->model = batch->jobs[0]->prefill->model;
@@ -114,7 +118,7 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
 absl::Status Engine::RunLayer(Batch& batch) {
   const ModelInfo& info = batch.model->info();
   const int64_t tokens = batch.prompts.tokens();
-  absl::Status status = CheckDevice();
+  absl::Status status = CheckStep();
   if (status.ok()) status = batch.status;
   if (status.ok()) status = EnsureScratch(info, tokens);
   if (!status.ok()) return status;
@@ -278,8 +282,7 @@ absl::Status Engine::EnqueueAttend(StagesCall& call) {
 }
 
 absl::Status Engine::RunAttend(Job& job) {
-  NoteFault();  // an RPC thread may have met it first
-  absl::Status status = CheckDevice();
+  absl::Status status = CheckStep();
   if (!status.ok()) return status;
   AttendWork& work = *job.attend;
   const AttentionShape& shape = work.shape;

@@ -93,6 +93,7 @@ class Engine {
 
   Decision Decide(const Job& job, const AttentionShape& shape);
   void NoteFault();
+  absl::Status CheckStep();  // before any work of a step
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);
   StagesCall LayerCall(const Batch& batch) const;

@@ -8,21 +8,6 @@ namespace {
 
 constexpr Stream kStream{};
 
-// From what allocates: device or host memory.
-template <typename Allocate>
-absl::Status GrowBy(Allocate&& allocate, size_t bytes, Buffer& buffer) {
-  if (buffer.bytes() >= bytes) return absl::OkStatus();
-  buffer = Buffer();  // the old one goes first
-  auto memory = allocate(bytes);
-  if (!memory.ok()) return memory.status();
-  buffer = *std::move(memory);
-  return absl::OkStatus();
-}
-
-absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer) {
-  return GrowBy([&](size_t size) { return device.AllocateHost(size); }, bytes, buffer);
-}
-
 size_t ReportEntries(const AttentionArgs& args) {
   return static_cast<size_t>(args.shape.q_heads) * args.shape.sequences();
 }
@@ -33,10 +18,6 @@ absl::Status CheckCancelled(const AttentionArgs& args) {
 }
 
 }  // namespace
-
-absl::Status Grow(Device& device, size_t bytes, Buffer& buffer) {
-  return GrowBy([&](size_t size) { return device.Allocate(size); }, bytes, buffer);
-}
 
 SparsityPolicy DenseInsteadOf(SparsityPolicy policy) {
   policy.method = Method::kDense;

@@ -54,7 +54,5 @@ class Stages {
 SparsityPolicy DenseInsteadOf(SparsityPolicy policy);
 // Computed share of all causal blocks of a call. report: [sequences, q_heads].
 double MeanDensity(const AttentionShape& shape, const HeadReport* report);
-// Makes a buffer of device memory at least so large; what it held is lost.
-absl::Status Grow(Device& device, size_t bytes, Buffer& buffer);
 
 }  // namespace prefilld

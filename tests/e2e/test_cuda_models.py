@@ -20,17 +20,15 @@ BOUNDS = {"bfloat16": 0.03, "float16": 0.004}
 @pytest.fixture(scope="module", params=sorted(BOUNDS))
 def checkpoint(request, tmp_path_factory):
     return checkpoints.Checkpoint.create(
-        tmp_path_factory.mktemp("model") / "tiny", torch_dtype=request.param,
-        num_key_value_heads=2)
+        tmp_path_factory.mktemp("model") / "tiny", torch_dtype=request.param)
 
 
 @pytest.fixture(scope="module")
 def servers(checkpoint, tmp_path_factory):
-    models = [("tiny", checkpoint.directory)]
     folder = tmp_path_factory.mktemp("models")
-    flags = [f"--model={name}={directory}" for name, directory in models]
-    with (start(folder / "cuda.jsonl", *flags) as cuda,
-          harness.Server(*flags, log_path=folder / "cpu.jsonl") as cpu):
+    model = f"--model=tiny={checkpoint.directory}"
+    with (start(folder / "cuda.jsonl", model) as cuda,
+          harness.Server(model, log_path=folder / "cpu.jsonl") as cpu):
         yield cuda, cpu
 
 

@@ -273,7 +273,8 @@ class CudaOps : public Ops {
       values += packed.back().page_stride * static_cast<int64_t>(part.target.pages.size());
     }
     absl::Status status = device_.Wait(stream, args.copies);
-    if (status.ok()) status = Grow(static_cast<size_t>(values) * SizeOf(args.k.dtype), &packed_);
+    const size_t bytes = static_cast<size_t>(values) * SizeOf(args.k.dtype);
+    if (status.ok()) status = Grow(device_, bytes, packed_);
     for (size_t i = 0; i < packed.size() && status.ok(); ++i) {
       status = Pack(args, args.parts[i], packed[i], stream);
     }
@@ -298,14 +299,6 @@ class CudaOps : public Ops {
   }
 
  private:
-  absl::Status Grow(size_t bytes, Buffer* buffer) {
-    if (buffer->bytes() >= bytes) return absl::OkStatus();
-    *buffer = Buffer();
-    auto larger = device_.Allocate(bytes);
-    if (larger.ok()) *buffer = *std::move(larger);
-    return larger.status();
-  }
-
   absl::Status Pack(const WriteKvArgs& args, const WriteKvArgs::Part& part, const PackedKv& packed,
                     Stream stream) {
     return device_.Check(
@@ -341,8 +334,8 @@ class CudaOps : public Ops {
   // Once a batch.
   absl::Status Turn(const CudaRotary& rotary, const CudaTokens& tokens, Stream stream) {
     if (tokens.turned_by == &rotary) return absl::OkStatus();
-    absl::Status status =
-        Grow(static_cast<size_t>(tokens.tokens * rotary.pairs) * sizeof(float2), &tokens.turns);
+    absl::Status status = Grow(
+        device_, static_cast<size_t>(tokens.tokens * rotary.pairs) * sizeof(float2), tokens.turns);
     if (!status.ok()) return status;
     tokens.turned_by = &rotary;
     return device_.Check(FillTurns({.positions = tokens.positions.as<int32_t>(),

@@ -136,6 +136,15 @@ TEST_F(EngineTest, OutputsFollowToTheHost) {
   EXPECT_EQ(job->report.entries[1].density, 1);
 }
 
+double Faults(Metrics& metrics) {
+  double faults = 0;
+  for (const auto& family : metrics.Collect()) {
+    if (family.name != "prefilld_gpu_faults_total") continue;
+    for (const auto& metric : family.metric) faults += metric.counter.value;
+  }
+  return faults;
+}
+
 TEST_F(EngineTest, ALostDeviceFailsEveryJobAndIsCountedOnce) {
   auto fake = std::make_unique<FakeBackend>();
   FakeDevice& device = fake->device();
@@ -152,12 +161,7 @@ TEST_F(EngineTest, ALostDeviceFailsEveryJobAndIsCountedOnce) {
   const absl::Status lost = engine.CheckDevice();
   EXPECT_EQ(FactsOf(lost).reason, "device_lost");
   EXPECT_TRUE(FactsOf(lost).retry_after.has_value());
-  double faults = 0;
-  for (const auto& family : metrics_.Collect()) {
-    if (family.name != "prefilld_gpu_faults_total") continue;
-    for (const auto& metric : family.metric) faults += metric.counter.value;
-  }
-  EXPECT_EQ(faults, 1);
+  EXPECT_EQ(Faults(metrics_), 1);
 }
 
 // A batch meets it too, whether it is to begin or has begun.
@@ -171,12 +175,7 @@ TEST_F(EngineTest, ALostDeviceFailsBatches) {
   fake.device().Lose();
   EXPECT_EQ(FactsOf(engine.RunLayer(*batch)).reason, "device_lost");
   EXPECT_EQ(FactsOf(engine.Begin({next}).status()).reason, "device_lost");
-  double faults = 0;
-  for (const auto& family : metrics_.Collect()) {
-    if (family.name != "prefilld_gpu_faults_total") continue;
-    for (const auto& metric : family.metric) faults += metric.counter.value;
-  }
-  EXPECT_EQ(faults, 1);
+  EXPECT_EQ(Faults(metrics_), 1);
 }
 
 TEST_F(EngineTest, NoDeviceMemoryIsSaidAndTheNextJobRuns) {
