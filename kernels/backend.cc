@@ -27,9 +27,14 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCuda([[maybe_unused]] std::string
 
 // From what allocates: device or host memory.
 template <typename Allocate>
-absl::Status GrowBy(Allocate&& allocate, size_t bytes, Buffer& buffer) {
+absl::Status GrowBy(Device& device, Allocate&& allocate, size_t bytes, Buffer& buffer) {
   if (buffer.bytes() >= bytes) return absl::OkStatus();
-  buffer = Buffer();  // the old one goes first
+  if (buffer.data() != nullptr) {
+    for (const Stream stream : {Stream{}, device.download_stream()}) {
+      if (absl::Status done = device.Synchronize(stream); !done.ok()) return done;
+    }
+    buffer = Buffer();
+  }
   auto memory = allocate(bytes);
   if (!memory.ok()) return memory.status();
   buffer = *std::move(memory);
@@ -39,10 +44,12 @@ absl::Status GrowBy(Allocate&& allocate, size_t bytes, Buffer& buffer) {
 }  // namespace
 
 absl::Status Grow(Device& device, size_t bytes, Buffer& buffer) {
-  return GrowBy([&](size_t size) { return device.Allocate(size); }, bytes, buffer);
+  return GrowBy(
+      device, [&](size_t size) { return device.Allocate(size); }, bytes, buffer);
 }
 absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer) {
-  return GrowBy([&](size_t size) { return device.AllocateHost(size); }, bytes, buffer);
+  return GrowBy(
+      device, [&](size_t size) { return device.AllocateHost(size); }, bytes, buffer);
 }
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {

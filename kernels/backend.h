@@ -117,7 +117,8 @@ class Device {
 };
 
 // At least `bytes` of the device's, or of AllocateHost's: the buffer, or a new one in its place,
-// for which the old one goes first. RESOURCE_EXHAUSTED.
+// for which the old one goes first, when no enqueued work can use it any more: growing waits for
+// the device. RESOURCE_EXHAUSTED.
 absl::Status Grow(Device& device, size_t bytes, Buffer& buffer);
 absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer);
 

@@ -50,17 +50,12 @@ absl::Status CudaBackend::Prepare(const AttentionArgs& args, Stream stream) {
   std::vector<Sequence> sequences;
   Problem problem = MakeProblem(args, &sequences);
   layout_ = LayOut(problem, args.policy.method);
-  bool written =
-      sequences.size() == sequences_.size() &&
+  const bool written =
+      workspace_.bytes() >= layout_.bytes && sequences.size() == sequences_.size() &&
       std::memcmp(sequences.data(), sequences_.data(), sequences.size() * sizeof(Sequence)) == 0;
-  if (workspace_.bytes() < layout_.bytes) {
-    workspace_ = Buffer();  // the old one goes first
-    sequences_.clear();
-    auto workspace = device_->Allocate(layout_.bytes);
-    if (!workspace.ok()) return workspace.status();
-    workspace_ = *std::move(workspace);
-    written = false;
-  }
+  if (!written) sequences_.clear();
+  status = Grow(*device_, layout_.bytes, workspace_);
+  if (!status.ok()) return status;
   auto* on_device = reinterpret_cast<Sequence*>(workspace_.as<std::byte>() + layout_.sequences);
   if (!written) {
     sequences_ = std::move(sequences);

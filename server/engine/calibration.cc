@@ -97,6 +97,7 @@ absl::StatusOr<Points> TimeLength(Stages& stages, StepClock& clock, const Trial&
   double density = 1;
   for (int round = 0; round < 2 * trial.rounds; ++round) {
     StagesCall call = CallOf(trial, tensors, tokens);
+    call.clock = &clock;
     const bool dense = round % 2 == 0;
     if (dense) call.args.policy = DenseInsteadOf(call.args.policy);
     absl::Status status = stages.Prepare(call);

@@ -104,6 +104,10 @@ bool CostModel::SparseIsFaster(const Work& work, double density) const {
   return SparseSeconds(work, density) < kMargin * DenseSeconds(work);
 }
 
+bool CostModel::SelectingIsFaster(const Work& work, double density) const {
+  return SelectedSeconds(work, density) < kMargin * DenseSeconds(work);
+}
+
 bool CostModel::WorthATry(const Work& work) {
   const double select = SelectSeconds(work), dense = DenseSeconds(work);
   if (SelectedSeconds(work, Fit(work.k_blocks)) >= kMargin * dense) return false;

@@ -68,6 +68,8 @@ class CostModel {
   // by a margin: predictions are not exact, and a tie is dense.
   bool SparseIsFaster(const Work& work) const;
   bool SparseIsFaster(const Work& work, double density) const;
+  // Before selecting, where like work was found to have this density.
+  bool SelectingIsFaster(const Work& work, double density) const;
   // Whether to select where the prediction says dense, because earlier prompts kept much: this one
   // may keep less. True as seldom as it takes for tries in vain to cost half a percent on the
   // average.

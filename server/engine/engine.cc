@@ -14,6 +14,9 @@ namespace {
 
 constexpr Stream kStream{};
 
+// Layers of a prompt whose density says what the rest will have; the first are denser than most.
+constexpr int kLayersToJudge = 4;
+
 }  // namespace
 
 void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& head,
@@ -50,6 +53,13 @@ void Engine::NoteFault() {
   if (fault_noted_ || fault.empty()) return;
   fault_noted_ = true;
   metrics_.GpuFault(fault);
+}
+
+// How a step went, when it was waited for: what fails on a device that is lost fails for that.
+absl::Status Engine::AfterStep(absl::Status step) {
+  NoteFault();
+  const absl::Status lost = CheckDevice();
+  return step.ok() || lost.ok() ? step : lost;
 }
 
 absl::Status Engine::CheckStep() {
@@ -99,55 +109,105 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
   const Decision decision = Decide(*batch->jobs[0], shape);
   batch->policy = decision.policy;
   batch->dense_reason = decision.dense_reason;
+  batch->open = decision.open;
   for (const auto& job : batch->jobs) {
     job->report.layers = info.layers;
     job->report.heads = info.q_heads;
     job->report.entries.resize(static_cast<size_t>(info.layers) * info.q_heads);
     job->report.captured_mass_measured = Measures(batch->policy);
   }
-  absl::Status status = clock_.Start();
-  if (status.ok()) status = batch->model->Begin(batch->prompts, kStream);
-  if (status.ok()) status = clock_.End(Phase::kLinear);
-  status = clock_.Await(status);
-  NoteFault();
-  if (!status.ok()) return status;
-  batch->phases = clock_.Read();
+  absl::Status status = batch->model->Begin(batch->prompts, kStream);
+  if (!status.ok()) {
+    (void)backend_.device().Synchronize(kStream);  // it may use what goes with the batch
+    return AfterStep(status);
+  }
   return batch;
 }
 
 absl::Status Engine::RunLayer(Batch& batch) {
-  const ModelInfo& info = batch.model->info();
-  const int64_t tokens = batch.prompts.tokens();
   absl::Status status = CheckStep();
   if (status.ok()) status = batch.status;
-  if (status.ok()) status = EnsureScratch(info, tokens);
+  if (status.ok()) status = Launch(batch);
+  CollectUntil(status.ok() ? ahead_ : 0);
+  if (batch.status.ok()) batch.status = status;
+  if (!batch.status.ok()) CollectUntil(0);
+  return batch.status;
+}
+
+absl::Status Engine::Launch(Batch& batch) {
+  Reconsider(batch);
+  absl::Status status = EnsureScratch(batch.model->info(), batch.prompts.tokens());
   if (!status.ok()) return status;
-  StagesCall call = LayerCall(batch);
-  status = stages_.Prepare(call);
+  Flight flight = {.batch = &batch, .layer = batch.next_layer, .call = LayerCall(batch)};
+  status = stages_.Prepare(flight.call);
   if (!status.ok()) return status;
-  status = clock_.Await(EnqueueLayer(batch, call));
-  NoteFault();
-  if (status.ok()) status = stages_.Collect(call);
-  if (status.ok()) {
-    const PhaseSeconds phases = clock_.Read();
-    stages_.Observe(call, phases);
-    cost_.ObserveLinear(tokens, info.layer_weights, Of(phases, Phase::kLinear));
-    Add(phases, batch.phases);
-    status = PostCommit(batch, std::move(call.report));
-  }
-  if (!status.ok()) {  // no ticket will wait for what is on its way to caches that may go now
+  status = EnqueueLayer(batch, flight.call);
+  if (!status.ok()) {
+    status = flight.call.clock->Await(status);
+    // No ticket will wait for what is on its way to caches that may go now.
     (void)backend_.device().Synchronize(backend_.device().download_stream());
-    return status;
+    return AfterStep(status);
   }
   ++batch.next_layer;
+  flights_.push_back(std::move(flight));
   return absl::OkStatus();
 }
 
+bool Engine::Settle() {
+  const bool any = !flights_.empty();
+  CollectUntil(0);
+  return any;
+}
+
+void Engine::CollectUntil(size_t left) {
+  while (flights_.size() > left) {
+    Flight flight = std::move(flights_.front());
+    flights_.pop_front();
+    Batch& batch = *flight.batch;
+    absl::Status status = Collect(flight);
+    if (!status.ok()) (void)backend_.device().Synchronize(backend_.device().download_stream());
+    if (batch.status.ok()) batch.status = std::move(status);
+  }
+}
+
+absl::Status Engine::Collect(Flight& flight) {
+  Batch& batch = *flight.batch;
+  absl::Status status = AfterStep(flight.call.clock->AwaitEnd());
+  if (status.ok()) status = batch.status;  // a layer without the one before is none
+  if (status.ok()) status = stages_.Collect(flight.call);
+  if (!status.ok()) return status;
+  const PhaseSeconds phases = flight.call.clock->Read();
+  stages_.Observe(flight.call, phases);
+  const ModelInfo& info = batch.model->info();
+  if (flight.layer + 1 < info.layers) {  // the last is not whole
+    cost_.ObserveLinear(batch.prompts.tokens(), info.layer_weights, Of(phases, Phase::kLinear));
+  }
+  Add(phases, batch.phases);
+  ++batch.layers_done;
+  batch.density += MeanDensity(flight.call.args.shape, flight.call.report.data());
+  return PostCommit(flight);
+}
+
+// The rest of a prompt runs dense where its layers so far were not worth their selection.
+void Engine::Reconsider(Batch& batch) {
+  if (!batch.open || batch.layers_done < kLayersToJudge) return;
+  const ModelInfo& info = batch.model->info();
+  const std::vector<int64_t>& ends = batch.prompts.cu_seqlens;
+  const CostModel::Work work =
+      CostModel::WorkOf({info.activations, info.q_heads, info.kv_heads, info.head_dim, ends, ends});
+  if (cost_.SelectingIsFaster(work, batch.density / batch.layers_done)) return;
+  batch.policy = DenseInsteadOf(batch.policy);
+  batch.dense_reason = DenseReason::kBelowCrossover;
+  batch.open = false;
+}
+
 // Attention of the next layer, over what is in the scratch.
-StagesCall Engine::LayerCall(const Batch& batch) const {
+StagesCall Engine::LayerCall(const Batch& batch) {
   const ModelInfo& info = batch.model->info();
   const std::vector<int64_t>& ends = batch.prompts.cu_seqlens;
   StagesCall call;
+  call.clock = &layer_clocks_[next_clock_];
+  next_clock_ = 1 - next_clock_;
   call.dense_reason = batch.dense_reason;
   AttentionArgs& args = call.args;
   args.shape = {info.activations, info.q_heads, info.kv_heads, info.head_dim, ends, ends};
@@ -165,19 +225,38 @@ StagesCall Engine::LayerCall(const Batch& batch) const {
 absl::Status Engine::EnqueueLayer(Batch& batch, StagesCall& call) {
   Transformer& model = *batch.model;
   const int layer = batch.next_layer;
-  absl::Status status = clock_.Start();
+  StepClock& clock = *call.clock;
+  absl::Status status = clock.Start();
   if (status.ok()) status = model.ProjectQkv(layer, batch.prompts, layer_, kStream);
-  if (status.ok()) status = clock_.End(Phase::kLinear);
+  if (status.ok()) status = clock.End(Phase::kLinear);
   if (status.ok()) status = StoreKv(batch, layer);
-  if (status.ok()) status = clock_.End(Phase::kHandoff);
+  if (status.ok()) status = clock.End(Phase::kHandoff);
   if (status.ok()) status = stages_.Enqueue(call);
-  if (status.ok()) status = model.FinishLayer(layer, batch.prompts, layer_, kStream);
-  return status.ok() ? clock_.End(Phase::kLinear) : status;
+  if (status.ok()) status = FinishLayer(batch, layer);
+  return status.ok() ? clock.End(Phase::kLinear) : status;
 }
 
-// report: [jobs, heads].
-absl::Status Engine::PostCommit(const Batch& batch, std::vector<HeadReport> report) {
-  const int layer = batch.next_layer, heads = batch.model->info().q_heads;
+// Of the last layer nothing follows but the logits that were asked for, each of one row.
+absl::Status Engine::FinishLayer(Batch& batch, int layer) {
+  const bool last = layer + 1 == batch.model->info().layers;
+  std::vector<RowRange> rows;
+  if (!last) rows.push_back({0, batch.prompts.tokens()});
+  for (size_t s = 0; last && s < batch.jobs.size(); ++s) {
+    if (batch.jobs[s]->prefill->return_logits) {
+      rows.push_back({batch.prompts.cu_seqlens[s + 1] - 1, 1});
+    }
+  }
+  absl::Status status;
+  for (size_t i = 0; i < rows.size() && status.ok(); ++i) {
+    status = batch.model->FinishLayer(layer, batch.prompts, layer_, rows[i], kStream);
+  }
+  return status;
+}
+
+absl::Status Engine::PostCommit(Flight& flight) {
+  const Batch& batch = *flight.batch;
+  const int layer = flight.layer, heads = batch.model->info().q_heads;
+  std::vector<HeadReport>& report = flight.call.report;  // [jobs, heads]
   LayerTicket ticket{.layer = layer, .on_failed = batch.on_failed};
   for (size_t s = 0; s < batch.jobs.size(); ++s) {
     Job& job = *batch.jobs[s];
@@ -190,7 +269,7 @@ absl::Status Engine::PostCommit(const Batch& batch, std::vector<HeadReport> repo
     }
     part.density /= heads;
     part.captured_mass /= heads;
-    if (batch.policy.method == kOpenMethod) {
+    if (flight.call.args.policy.method == kOpenMethod) {
       cost_.ObserveDensity((job.tokens() + kKvBlockTokens - 1) / kKvBlockTokens, part.density);
     }
     ticket.parts.push_back(std::move(part));
@@ -260,13 +339,16 @@ absl::Status Engine::Finish(Batch& batch) {
         kStream);
   }
   if (status.ok()) status = clock_.End(Phase::kLinear);
-  status = clock_.Await(status);
+  CollectUntil(0);
+  status = AfterStep(clock_.Await(status));
+  if (!batch.status.ok()) status = batch.status;
   if (status.ok()) Add(clock_.Read(), batch.phases);
   for (const auto& job : batch.jobs) Add(batch.phases, job->phases);
   return status;
 }
 
 void Engine::Remove(Batch& batch, size_t index) {
+  CollectUntil(0);  // what is on its way has the rows of all
   Add(batch.phases, batch.jobs[index]->phases);
   absl::Status status = batch.model->Remove(batch.prompts, index, kStream);
   if (batch.status.ok()) batch.status = std::move(status);
@@ -288,6 +370,7 @@ absl::Status Engine::RunAttend(Job& job) {
   const AttentionShape& shape = work.shape;
   const int heads = shape.q_heads;
   StagesCall call;
+  call.clock = &clock_;
   AttentionArgs& args = call.args;
   const Decision decision = Decide(job, shape);
   args.policy = decision.policy;
@@ -308,8 +391,10 @@ absl::Status Engine::RunAttend(Job& job) {
   call.host_count = work.host_count.data();
   call.host_index = work.host_index.data();
   status = stages_.Prepare(call);
-  if (status.ok()) status = clock_.Await(EnqueueAttend(call));
-  NoteFault();
+  if (!status.ok()) return status;
+  status = EnqueueAttend(call);
+  CollectUntil(0);
+  status = AfterStep(clock_.Await(status));
   if (status.ok()) status = stages_.Collect(call);
   if (!status.ok()) return status;
   stages_.Observe(call, clock_.Read());

@@ -1,10 +1,13 @@
-// The engine: owns the device and runs one step at a time on it, a layer of a batch of prompts or
-// one Attend; measures phases, density and captured mass while it does. The scheduler's thread
-// alone calls it, but for what says otherwise; a step blocks until the device has done it. What
-// follows a step, a layer that is committed and its sinks, runs on the completion queue's thread.
+// The engine: owns the device and runs one step after the other on it, a layer of a batch of
+// prompts or one Attend; measures phases, density and captured mass while it does. The scheduler's
+// thread alone calls it, but for what says otherwise. On a device with memory of its own a layer is
+// enqueued before the engine waits for the one before it, so that the device is never without work;
+// what was learned of a layer comes one step later. What follows a layer, its commit and the sinks,
+// runs on the completion queue's thread.
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <string>
@@ -29,9 +32,12 @@ struct Batch {
   Transformer* model = nullptr;
   SparsityPolicy policy;
   DenseReason dense_reason = DenseReason::kNone;  // set when dense replaced an unspecified method
-  int next_layer = 0;
-  absl::Status status;    // what Remove met; no layer runs after a failure
-  PhaseSeconds phases{};  // of the steps so far; every job of the batch waited for all of it
+  bool open = false;      // the method was left open and is sparse: dense may take its place
+  double density = 0;     // the sum over the layers done
+  int next_layer = 0;     // to be enqueued
+  int layers_done = 0;    // and collected
+  absl::Status status;    // the first failure; no layer runs after it
+  PhaseSeconds phases{};  // of the layers done; every job of the batch waited for all of it
   // A layer of the job could not be committed, and no later one will be. Completion thread.
   std::function<void(const std::shared_ptr<Job>& job, const absl::Status& why)> on_failed;
 
@@ -53,15 +59,20 @@ class Engine {
   // Thread: any.
   double PredictSeconds(const Job& job, int layers_done = 0) const;
 
-  // Embeds the prompts; the batch owns its residual stream from now on.
+  // Enqueues the embedding of the prompts; the batch owns its residual stream from now on.
   absl::StatusOr<std::unique_ptr<Batch>> Begin(std::vector<std::shared_ptr<Job>> jobs);
-  // Computes next_layer. Its K and V are committed to each job's cache, and the sinks told, by a
-  // completion. Every cache CanCompute it.
+  // Enqueues next_layer and collects the layers before it, of whichever batch. K and V of a layer
+  // that is collected are committed to each job's cache, and the sinks told, by a completion. Every
+  // cache CanCompute it. A failure is the batch's first, perhaps of an earlier layer; then nothing
+  // of it is on its way.
   absl::Status RunLayer(Batch& batch);
-  // After the last layer: the logits of the jobs that asked for them.
+  // After the last layer: collects them all, and the logits of the jobs that asked for them.
   absl::Status Finish(Batch& batch);
   // Takes a job out of a batch, so that the others go on without its rows.
   void Remove(Batch& batch, size_t job);
+  // Collects what is on its way: before a batch goes, and when there is nothing else to do. False:
+  // nothing was.
+  bool Settle();
 
   absl::Status RunAttend(Job& job);
 
@@ -91,23 +102,41 @@ class Engine {
     bool open = false;  // was left open and is sparse: dense may still take its place
   };
 
+  // A layer that was enqueued and is not collected.
+  struct Flight {
+    Batch* batch = nullptr;
+    int layer = 0;
+    StagesCall call;
+  };
+
   Decision Decide(const Job& job, const AttentionShape& shape);
+  void Reconsider(Batch& batch);
   void NoteFault();
+  absl::Status AfterStep(absl::Status step);
   absl::Status CheckStep();  // before any work of a step
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);
-  StagesCall LayerCall(const Batch& batch) const;
+  StagesCall LayerCall(const Batch& batch);
+  absl::Status Launch(Batch& batch);
   absl::Status EnqueueLayer(Batch& batch, StagesCall& call);
   absl::Status EnqueueAttend(StagesCall& call);
-  absl::Status PostCommit(const Batch& batch, std::vector<HeadReport> report);
+  void CollectUntil(size_t left);
+  absl::Status Collect(Flight& flight);
+  absl::Status FinishLayer(Batch& batch, int layer);
+  absl::Status PostCommit(Flight& flight);
   void Commit(const LayerTicket& ticket, const absl::Status& work);
 
   Backend& backend_;
   Metrics& metrics_;
   CostModel cost_;
+  // Layers that may be on their way when the engine waits for one.
+  const size_t ahead_ = backend_.device().host_memory() ? 0 : 1;
   StepClock clock_{backend_.device(), Stream{}};
-  Stages stages_{backend_, cost_, clock_};
-  Buffer scratch_;  // q, k, v, o of one layer; grows to the largest batch seen
+  StepClock layer_clocks_[2] = {{backend_.device(), Stream{}}, {backend_.device(), Stream{}}};
+  int next_clock_ = 0;
+  Stages stages_{backend_, cost_};
+  std::deque<Flight> flights_;  // at most ahead_ + 1
+  Buffer scratch_;              // q, k, v, o of one layer; grows to the largest batch seen
   LayerScratch layer_{};
   bool fault_noted_ = false;
   CompletionQueue completions_;  // goes first: what it runs uses the others

@@ -46,27 +46,30 @@ absl::Status Stages::Prepare(StagesCall& call) {
   args.index.rows = TotalRows(sequences);
   args.index.stride = MaxKeyBlocks(sequences);
   const size_t rows = static_cast<size_t>(args.shape.q_heads) * args.index.rows;
+  Buffer& report = reports_[next_report_];
   absl::Status status = Grow(device, rows * sizeof(int32_t), index_count_);
   if (status.ok()) status = Grow(device, rows * args.index.stride * sizeof(uint16_t), index_);
-  if (status.ok()) status = GrowHost(device, ReportEntries(args) * sizeof(HeadReport), report_);
+  if (status.ok()) status = GrowHost(device, ReportEntries(args) * sizeof(HeadReport), report);
   if (!status.ok()) return status;
+  next_report_ = 1 - next_report_;
   args.index.count = index_count_.as<int32_t>();
   args.index.index = index_.as<uint16_t>();
-  args.report = report_.as<HeadReport>();
+  args.report = report.as<HeadReport>();
   return absl::OkStatus();
 }
 
 absl::Status Stages::Enqueue(StagesCall& call) {
   AttentionArgs& args = call.args;
+  StepClock& clock = *call.clock;
   absl::Status status = backend_.EstimatePattern(args, kStream);
-  if (status.ok()) status = clock_.End(Phase::kEstimate);
+  if (status.ok()) status = clock.End(Phase::kEstimate);
   if (status.ok()) status = Select(call);
   if (status.ok() && Measures(args)) status = backend_.MeasureCapturedMass(args, kStream);
-  if (status.ok()) status = clock_.End(Phase::kSelect);
+  if (status.ok()) status = clock.End(Phase::kSelect);
   if (status.ok()) status = backend_.Attend(args, kStream);
-  if (status.ok()) status = clock_.End(Phase::kAttention);
+  if (status.ok()) status = clock.End(Phase::kAttention);
   if (status.ok()) status = CopyOut(call);
-  if (status.ok()) status = clock_.End(Phase::kHandoff);
+  if (status.ok()) status = clock.End(Phase::kHandoff);
   return status.ok() ? CheckCancelled(args) : status;
 }
 

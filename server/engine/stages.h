@@ -14,8 +14,9 @@
 namespace prefilld {
 
 struct StagesCall {
-  AttentionArgs args;  // all but index and report
-  bool open = false;   // the method was left open: dense may still take its place
+  StepClock* clock = nullptr;  // of the step that the call belongs to
+  AttentionArgs args;          // all but index and report
+  bool open = false;           // the method was left open: dense may still take its place
   DenseReason dense_reason = DenseReason::kNone;
   // Where o, lse and the index are copied when they are there, or null.
   void *host_o = nullptr, *host_lse = nullptr, *host_count = nullptr, *host_index = nullptr;
@@ -25,15 +26,15 @@ struct StagesCall {
 
 class Stages {
  public:
-  Stages(Backend& backend, CostModel& cost, StepClock& clock)
-      : backend_(backend), cost_(cost), clock_(clock) {}
+  Stages(Backend& backend, CostModel& cost) : backend_(backend), cost_(cost) {}
 
-  // Takes what memory is missing. Before anything of the call's step is enqueued.
+  // Takes what memory is missing. Before anything of the call's step is enqueued. Its report stays
+  // until the next call but one is prepared.
   absl::Status Prepare(StagesCall& call);
   // All of a call, phase by phase; waits only where the method is open, after selecting. CANCELLED
   // where stage 3 was left to the host and may have stopped early.
   absl::Status Enqueue(StagesCall& call);
-  // After the step's wait: call.report.
+  // After the wait for the step: call.report.
   absl::Status Collect(StagesCall& call);
 
   // What the call teaches the cost model.
@@ -45,9 +46,10 @@ class Stages {
 
   Backend& backend_;
   CostModel& cost_;
-  StepClock& clock_;
-  // Of the call that runs; grow to the largest seen.
-  Buffer index_count_, index_, report_;
+  // Grow to the largest call seen. Calls follow each other on the stream; a report is read when the
+  // next call may have been enqueued.
+  Buffer index_count_, index_, reports_[2];
+  int next_report_ = 0;
 };
 
 // Dense in the place of a sparse method that was left open.

@@ -23,6 +23,8 @@ absl::Status StepClock::Record() {
   return marks_[phases_.size()]->Record(stream_);
 }
 
+absl::Status StepClock::AwaitEnd() { return marks_[phases_.size()]->Await(); }
+
 absl::Status StepClock::Await(absl::Status enqueued) {
   absl::Status done = device_.Synchronize(stream_);
   return enqueued.ok() ? done : enqueued;

@@ -1,5 +1,6 @@
 // Where the time of a step goes, on the device's clock: every phase ends at a mark in the stream,
-// and all are read after the step's one wait. Owned by the engine, whose thread alone uses it.
+// and all are read after the step's one wait. One a step that is on its way. Owned by the engine,
+// whose thread alone uses it.
 #pragma once
 
 #include <cstddef>
@@ -20,10 +21,13 @@ class StepClock {
   absl::Status Start();
   // What was enqueued since Start, or the last End, is of this phase.
   absl::Status End(Phase phase);
-  // The step's wait, also for what was enqueued of one that failed half way (`enqueued` says why):
-  // it uses memory that its caller may give back. The first that went wrong of both.
+  // Until the last phase that has ended is done, whatever is enqueued behind it.
+  absl::Status AwaitEnd();
+  // Until all of the stream is done, also what was enqueued of a step that failed half way
+  // (`enqueued` says why): it uses memory that its caller may give back. The first that went wrong
+  // of both.
   absl::Status Await(absl::Status enqueued);
-  // Of all phases that have ended since Start; after Await.
+  // Of all phases that have ended since Start; after a wait.
   PhaseSeconds Read() const;
 
  private:

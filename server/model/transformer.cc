@@ -182,10 +182,11 @@ absl::Status Transformer::ProjectQkv(int layer, const PrefillBatch& batch,
 }
 
 absl::Status Transformer::FinishLayer(int layer, PrefillBatch& batch, const LayerScratch& scratch,
-                                      Stream stream) {
+                                      RowRange rows, Stream stream) {
   const LayerWeights& weights = weights_.layers[layer];
-  for (int64_t begin = 0; begin < batch.tokens(); begin += tile_tokens_) {
-    const int64_t tokens = std::min(tile_tokens_, batch.tokens() - begin);
+  const int64_t end = rows.first + rows.count;
+  for (int64_t begin = rows.first; begin < end; begin += tile_tokens_) {
+    const int64_t tokens = std::min(tile_tokens_, end - begin);
     const Rows residual = batch.residual.From(begin);
     absl::Status status = ops_.AddProduct({.linear = weights.o.get(),
                                            .x = scratch.o.From(begin),

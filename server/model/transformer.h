@@ -66,6 +66,10 @@ int64_t LayerScratchBytes(const ModelInfo& info, int64_t tokens);
 // Splits LayerScratchBytes(info, tokens) bytes at `memory`.
 LayerScratch SplitLayerScratch(const ModelInfo& info, int64_t tokens, void* memory);
 
+struct RowRange {
+  int64_t first = 0, count = 0;
+};
+
 class Transformer {
  public:
   // As Checkpoint::Load; UNIMPLEMENTED where the backend serves no models. `backend` outlives the
@@ -82,9 +86,9 @@ class Transformer {
   // Writes q, k and v of `layer` from the residual.
   absl::Status ProjectQkv(int layer, const PrefillBatch& batch, const LayerScratch& scratch,
                           Stream stream);
-  // Adds the output projection of scratch.o and then the MLP to the residual.
+  // Adds the output projection of scratch.o and then the MLP to these rows of the residual.
   absl::Status FinishLayer(int layer, PrefillBatch& batch, const LayerScratch& scratch,
-                           Stream stream);
+                           RowRange rows, Stream stream);
   // Takes one prompt's rows out of the batch.
   absl::Status Remove(PrefillBatch& batch, size_t prompt, Stream stream);
   // out[rows, vocab_size], host memory: logits of tokens [row, row + rows) after the last layer,

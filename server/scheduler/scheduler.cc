@@ -258,7 +258,7 @@ std::vector<StepView> Scheduler::Views() const {
 
 bool Scheduler::RunOneStep() {
   const auto next = PickNext(Views(), absl::Now(), options_.passed_over_max);
-  if (!next) return false;
+  if (!next) return engine_.Settle();
   {
     absl::MutexLock lock(&mutex_);
     step_started_ = SteadyNow();
@@ -371,6 +371,7 @@ bool Scheduler::EndWherever(const std::shared_ptr<Job>& job, const absl::Status&
     if (batch.jobs.size() > 1) {
       engine_.Remove(batch, static_cast<size_t>(found - batch.jobs.begin()));
     } else {
+      engine_.Settle();
       active_.erase(active_.begin() + static_cast<std::ptrdiff_t>(i));
     }
     End(job, status);

@@ -1,12 +1,13 @@
-// A device with memory of its own, made of the host's: its stages are the CPU's. Copies on the
-// upload stream wait until somebody waits for them, as on a real one, and memory that is freed
-// under such a copy is told. Threads: any.
+// A device with memory of its own, made of the host's: its stages are the CPU's and run at once.
+// Copies on the upload stream and on the download stream wait until somebody waits for them, as on
+// a real one, and memory that is freed under such a copy is told. Threads: any.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -68,25 +69,26 @@ class FakeDevice : public Device {
   }
   void Discard(void*, size_t) override {}
   Stream upload_stream() const override { return {const_cast<char*>(&upload_)}; }
-  Stream download_stream() const override { return {}; }
+  Stream download_stream() const override { return {const_cast<char*>(&download_)}; }
   absl::StatusOr<Buffer> Register(void*, size_t) override { return Buffer(); }
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override {
     absl::MutexLock lock(&mutex_);
-    const Copied copy = {dst, src, bytes, stream.handle != nullptr};
-    copied_.push_back(copy);
-    if (copy.upload) {
-      pending_.push_back(copy);
+    copied_.push_back({dst, src, bytes, stream.handle == &upload_});
+    if (stream.handle != nullptr) {
+      pending_.push_back({stream.handle, {dst, src}, [=] { std::memcpy(dst, src, bytes); }});
     } else {
       std::memcpy(dst, src, bytes);
     }
     return absl::OkStatus();
   }
+  // Work of a stream of copies: `run` uses memory at these places.
+  void Enqueue(Stream stream, std::vector<const void*> places, std::function<void()> run) {
+    absl::MutexLock lock(&mutex_);
+    pending_.push_back({stream.handle, std::move(places), std::move(run)});
+  }
   absl::Status Wait(Stream, Stream before) override { return Reach(before); }
   absl::Status Synchronize(Stream stream) override {
-    if (stream.handle == nullptr) {
-      ++waits_;
-      steps_.Pass();
-    }
+    if (stream.handle == nullptr) AwaitSteps();
     return Reach(stream);
   }
   absl::StatusOr<std::unique_ptr<Mark>> NewMark() override {
@@ -106,15 +108,15 @@ class FakeDevice : public Device {
   }
 
   void Lose() { lost_ = true; }
-  // Who waits for a mark waits until ReleaseMarks.
+  // Who waits for a mark of another stream than the stages' waits until ReleaseMarks.
   void HoldMarks() { marks_.Hold(); }
   void ReleaseMarks() { marks_.Release(); }
   void AwaitHeldMark() const { marks_.AwaitWaiter(); }
-  // And who waits for the stream of the stages, until ReleaseSteps.
+  // And who waits for the stages' stream, or a mark of it, until ReleaseSteps.
   void HoldSteps() { steps_.Hold(); }
   void ReleaseSteps() { steps_.Release(); }
   void AwaitHeldStep() const { steps_.AwaitWaiter(); }
-  // The work before a mark will have failed, though the stages' stream has not: a copy, say.
+  // The work before such a mark will have failed, though the stages' stream has not: a copy, say.
   void FailMarks() { marks_fail_ = true; }
   int waits() const { return waits_; }  // for the stream of the stages
   // From now on no more than this of a kind at a time.
@@ -145,15 +147,30 @@ class FakeDevice : public Device {
   }
 
  private:
+  struct Pending {
+    const void* stream;
+    std::vector<const void*> places;
+    std::function<void()> run;
+  };
+
   // All before this point of a stream is done.
   absl::Status Reach(Stream stream) {
     if (lost_) return absl::InternalError("an illegal memory access");
+    std::vector<Pending> others;
     absl::MutexLock lock(&mutex_);
-    if (stream.handle == nullptr) return absl::OkStatus();
-    for (const Copied& copy : std::exchange(pending_, {})) {
-      std::memcpy(const_cast<void*>(copy.dst), copy.src, copy.bytes);
+    for (Pending& pending : pending_) {
+      if (pending.stream == stream.handle) {
+        pending.run();
+      } else {
+        others.push_back(std::move(pending));
+      }
     }
+    pending_ = std::move(others);
     return absl::OkStatus();
+  }
+  void AwaitSteps() {
+    ++waits_;
+    steps_.Pass();
   }
   class FakeMark : public Mark {
    public:
@@ -164,6 +181,10 @@ class FakeDevice : public Device {
       return absl::OkStatus();
     }
     absl::Status Await() override {
+      if (stream_.handle == nullptr) {
+        device_.AwaitSteps();
+        return device_.Reach(stream_);
+      }
       device_.marks_.Pass();
       if (device_.marks_fail_) return absl::InternalError("a copy failed");
       return device_.Reach(stream_);
@@ -202,8 +223,8 @@ class FakeDevice : public Device {
     absl::MutexLock lock(&mutex_);
     const char* begin = static_cast<const char*>(data);
     const char* end = begin + live_[data].bytes;
-    for (const Copied& copy : pending_) {
-      for (const void* place : {copy.dst, copy.src}) {
+    for (const Pending& pending : pending_) {
+      for (const void* place : pending.places) {
         const char* at = static_cast<const char*>(place);
         if (at >= begin && at < end) freed_under_a_copy_ = true;
       }
@@ -220,12 +241,76 @@ class FakeDevice : public Device {
   std::atomic<bool> lost_{false}, marks_fail_{false};
   std::atomic<int> waits_{0}, marks_recorded_{0}, taken_{0};
   Gate marks_, steps_;
-  char upload_ = 0;  // its address names the stream
+  char upload_ = 0, download_ = 0;  // their addresses name the streams
   mutable absl::Mutex mutex_;
   std::map<const void*, Live> live_ ABSL_GUARDED_BY(mutex_);
   std::map<Kind, size_t> limits_ ABSL_GUARDED_BY(mutex_);
-  std::vector<Copied> copied_ ABSL_GUARDED_BY(mutex_), pending_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Copied> copied_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Pending> pending_ ABSL_GUARDED_BY(mutex_);
   bool freed_under_a_copy_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+// The CPU's operations, but that K and V leave on the stream of copies.
+class FakeOps : public Ops {
+ public:
+  FakeOps(FakeDevice& device, Ops& cpu) : device_(device), cpu_(cpu) {}
+
+  DType activations(DType weights) const override { return cpu_.activations(weights); }
+  int64_t tile_tokens() const override { return cpu_.tile_tokens(); }
+  absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) override {
+    return cpu_.Prepare(weights);
+  }
+  absl::StatusOr<std::unique_ptr<Norm>> Prepare(const NormWeights& weights) override {
+    return cpu_.Prepare(weights);
+  }
+  absl::StatusOr<std::unique_ptr<Embedding>> Prepare(const EmbeddingWeights& weights) override {
+    return cpu_.Prepare(weights);
+  }
+  absl::StatusOr<std::unique_ptr<Rotary>> Prepare(const RotaryFrequencies& frequencies) override {
+    return cpu_.Prepare(frequencies);
+  }
+  absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
+    return cpu_.Prepare(std::move(tokens));
+  }
+  absl::Status Embed(const EmbedArgs& args, Stream on) override { return cpu_.Embed(args, on); }
+  absl::Status Normalize(const NormalizeArgs& args, Stream on) override {
+    return cpu_.Normalize(args, on);
+  }
+  absl::Status AddProduct(const AddProductArgs& args, Stream on) override {
+    return cpu_.AddProduct(args, on);
+  }
+  absl::Status ProjectQkv(const ProjectQkvArgs& args, Stream on) override {
+    return cpu_.ProjectQkv(args, on);
+  }
+  absl::Status Gate(const GateArgs& args, Stream on) override { return cpu_.Gate(args, on); }
+  absl::Status Logits(const LogitsArgs& args, Stream on) override { return cpu_.Logits(args, on); }
+  absl::Status RemoveRows(const RemoveRowsArgs& args, Stream on) override {
+    return cpu_.RemoveRows(args, on);
+  }
+  absl::Status WriteKv(const WriteKvArgs& args, Stream) override {
+    int64_t tokens = 0;
+    std::vector<const void*> places;
+    for (const WriteKvArgs::Part& part : args.parts) {
+      tokens = std::max(tokens, part.first + part.tokens);
+      places.insert(places.end(), part.target.pages.begin(), part.target.pages.end());
+    }
+    const auto copy = [&](const Rows& rows) {
+      const auto* begin = static_cast<const char*>(rows.data);
+      return std::make_shared<std::vector<char>>(
+          begin, begin + tokens * rows.stride * static_cast<int64_t>(SizeOf(rows.dtype)));
+    };
+    device_.Enqueue(args.copies, places, [=, this, k = copy(args.k), v = copy(args.v)] {
+      WriteKvArgs later = args;
+      later.k.data = k->data();
+      later.v.data = v->data();
+      (void)cpu_.WriteKv(later, Stream{});
+    });
+    return absl::OkStatus();
+  }
+
+ private:
+  FakeDevice& device_;
+  Ops& cpu_;
 };
 
 // The CPU's stages on that device.
@@ -233,7 +318,7 @@ class FakeBackend : public Backend {
  public:
   std::string_view name() const override { return "fake"; }
   FakeDevice& device() override { return device_; }
-  absl::StatusOr<Ops*> ops() override { return cpu_->ops(); }
+  absl::StatusOr<Ops*> ops() override { return &ops_; }
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
     return cpu_->Supports(shape, policy);
   }
@@ -253,6 +338,7 @@ class FakeBackend : public Backend {
  private:
   FakeDevice device_;
   std::unique_ptr<Backend> cpu_ = *CreateBackend("cpu", 1);
+  FakeOps ops_{device_, **cpu_->ops()};
 };
 
 }  // namespace prefilld

@@ -40,7 +40,7 @@ TEST(CompletionQueue, WaitsForTheMarkAndLetsNothingPass) {
   CompletionQueue queue;
   device.HoldMarks();
   auto mark = *device.NewMark();
-  ASSERT_TRUE(mark->Record({}).ok());
+  ASSERT_TRUE(mark->Record(device.download_stream()).ok());
   queue.Post(std::move(mark), [&](const absl::Status&) { order.push_back(0); });
   queue.Post(nullptr, [&](const absl::Status&) { order.push_back(1); });
   device.AwaitHeldMark();

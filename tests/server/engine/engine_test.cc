@@ -156,7 +156,7 @@ TEST_F(EngineTest, ALostDeviceFailsEveryJobAndIsCountedOnce) {
   faulty.Arm(2);
   EXPECT_TRUE(engine.RunAttend(*NewAttend(100, {})).ok());
   EXPECT_TRUE(engine.CheckDevice().ok());
-  EXPECT_EQ(engine.RunAttend(*NewAttend(100, {})).code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(engine.RunAttend(*NewAttend(100, {})).code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(engine.RunAttend(*NewAttend(100, {})).code(), absl::StatusCode::kUnavailable);
   const absl::Status lost = engine.CheckDevice();
   EXPECT_EQ(FactsOf(lost).reason, "device_lost");
@@ -186,16 +186,24 @@ TEST_F(EngineTest, NoDeviceMemoryIsSaidAndTheNextJobRuns) {
   EXPECT_TRUE(engine.RunAttend(*NewAttend(100, {})).ok());
 }
 
-// The phases of a layer lie between marks: the device is waited for once, when all is enqueued.
+// The phases of a layer lie between marks: the device is waited for once a layer, for the one
+// before, when the next is enqueued.
 TEST_F(EngineTest, ALayerIsOneWaitAndItsPhasesComeFromMarks) {
   FakeBackend fake;
   Engine engine(fake, metrics_);
   Prompts prompts(fake);
   auto batch = *engine.Begin({prompts.New(200, 5)});
+  ASSERT_TRUE(engine.RunLayer(*batch).ok());
   for (int layer = 0; layer < prompts.info().layers; ++layer) {
     const PhaseSeconds before = batch->phases;
     const int waits = fake.device().waits();
-    ASSERT_TRUE(engine.RunLayer(*batch).ok());
+    EXPECT_EQ(batch->layers_done, layer);
+    if (batch->done()) {
+      EXPECT_TRUE(engine.Settle());
+    } else {
+      ASSERT_TRUE(engine.RunLayer(*batch).ok());
+    }
+    EXPECT_EQ(batch->layers_done, layer + 1);
     EXPECT_EQ(fake.device().waits() - waits, 1);
     const auto marks = [&](Phase phase) {
       const size_t p = static_cast<size_t>(phase);
@@ -209,6 +217,111 @@ TEST_F(EngineTest, ALayerIsOneWaitAndItsPhasesComeFromMarks) {
         << "K and V to the cache, and outputs, of which it has none";
     EXPECT_EQ(marks(Phase::kQueue) + marks(Phase::kUpload), 0);
   }
+  EXPECT_FALSE(engine.Settle());
+}
+
+// The device gets the next layer while it still computes the last one.
+TEST_F(EngineTest, TheNextLayerIsEnqueuedBeforeTheLastOneIsWaitedFor) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_);
+  Prompts prompts(fake);
+  auto batch = *engine.Begin({prompts.New(200, 5)});
+  ASSERT_TRUE(engine.RunLayer(*batch).ok()) << "and nothing was waited for";
+  fake.device().HoldSteps();
+  std::thread stepping([&] { EXPECT_TRUE(engine.RunLayer(*batch).ok()); });
+  fake.device().AwaitHeldStep();
+  EXPECT_EQ(batch->next_layer, 2);
+  EXPECT_EQ(batch->layers_done, 0);
+  fake.device().ReleaseSteps();
+  stepping.join();
+  EXPECT_TRUE(engine.Settle());
+}
+
+// What an Attend between two layers overwrites is nothing that the layer before it still needs.
+TEST_F(EngineTest, AnAttendMayComeBetweenLayersOnTheirWay) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_);
+  Prompts prompts(fake);
+  auto alone = prompts.New(300, 5), between = prompts.New(300, 5);
+  for (const auto& job : {alone, between}) {
+    auto batch = *engine.Begin({job});
+    while (!batch->done()) {
+      ASSERT_TRUE(engine.RunLayer(*batch).ok());
+      if (job == between) {
+        ASSERT_TRUE(engine.RunAttend(*NewAttend(700, {.method = Method::kDense})).ok());
+      }
+    }
+    ASSERT_TRUE(engine.Finish(*batch).ok());
+  }
+  engine.completions().Flush();
+  EXPECT_EQ(alone->prefill->logits, between->prefill->logits);
+  ASSERT_EQ(alone->report.entries.size(), between->report.entries.size());
+  for (size_t i = 0; i < alone->report.entries.size(); ++i) {
+    EXPECT_EQ(alone->report.entries[i].pattern, between->report.entries[i].pattern) << i;
+    EXPECT_EQ(alone->report.entries[i].density, between->report.entries[i].density) << i;
+  }
+}
+
+// All bytes of a cache in the order of its layers.
+std::string BytesOf(const std::shared_ptr<KvCache>& cache) {
+  std::string bytes;
+  auto transfer = *cache->Open([] {});
+  const KvGeometry& geometry = cache->geometry();
+  const int64_t rows = geometry.tokens % kKvBlockTokens;  // of the last block
+  for (int layer = 0; layer < geometry.layers; ++layer) {
+    transfer->WhenReady(layer, [&](auto pin) {
+      ASSERT_TRUE(pin.ok()) << pin.status();
+      for (int64_t b = 0; b < geometry.blocks_per_layer(); ++b) {
+        const bool whole = b + 1 < geometry.blocks_per_layer() || rows == 0;
+        const size_t size = geometry.tile_bytes() / kKvBlockTokens * (whole ? 128 : rows);
+        for (int tile = 0; tile < 2 * geometry.kv_heads; ++tile) {
+          const std::byte* data = (*pin)->tile(b, tile / 2, tile % 2 != 0);
+          bytes.append(reinterpret_cast<const char*>(data), size);
+        }
+      }
+    });
+  }
+  return bytes;
+}
+
+// K and V leave beside the next layers; who is told of a layer finds it whole.
+TEST_F(EngineTest, ALayerIsCommittedWhenItsCopiesAreDone) {
+  FakeBackend fake;
+  Prompts prompts(fake), plain_prompts(*backend_);
+  Engine engine(fake, metrics_);
+  auto job = prompts.New(150, 5), plain = plain_prompts.New(150, 5);
+  fake.device().HoldMarks();
+  auto batch = *engine.Begin({job});
+  while (!batch->done()) ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.Finish(*batch).ok());
+  EXPECT_GT(fake.device().pending(), 0u) << "computed, and not copied";
+  fake.device().AwaitHeldMark();
+  EXPECT_TRUE(Prompts::SinkOf(job).layers.empty());
+  fake.device().ReleaseMarks();
+  engine.completions().Flush();
+  auto on_host = *engine_.Begin({plain});
+  while (!on_host->done()) ASSERT_TRUE(engine_.RunLayer(*on_host).ok());
+  engine_.completions().Flush();
+  const std::string bytes = BytesOf(job->prefill->cache);
+  EXPECT_EQ(bytes.size(), job->prefill->cache->geometry().total_bytes());
+  EXPECT_TRUE(bytes == BytesOf(plain->prefill->cache));
+}
+
+// The blocks of a job that failed are given back only when nothing writes to them any more.
+TEST_F(EngineTest, AfterAFailureNothingIsOnItsWay) {
+  auto owned = std::make_unique<FakeBackend>();
+  FakeBackend& fake = *owned;
+  FaultyBackend faulty(std::move(owned), [] { return absl::InternalError("no attention"); });
+  Prompts prompts(fake);
+  Engine engine(faulty, metrics_);
+  auto batch = *engine.Begin({prompts.New(150, 5)});
+  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  faulty.Arm(1);
+  EXPECT_EQ(engine.RunLayer(*batch).message(), "no attention");
+  EXPECT_FALSE(engine.Settle());
+  engine.completions().Flush();
+  EXPECT_EQ(fake.device().pending(), 0u);
+  EXPECT_EQ(batch->layers_done, 1) << "the layer before it was whole";
 }
 
 TEST_F(EngineTest, TheUploadAndTheCopyOfOutputsArePhasesOfAnAttend) {
@@ -300,6 +413,7 @@ TEST_F(EngineTest, ALayerIsCommittedByItsTicket) {
   fake.device().HoldMarks();
   auto batch = *engine.Begin({std::move(job)});
   while (!batch->done()) ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.Finish(*batch).ok());
   batch.reset();
   ASSERT_FALSE(cache.expired()) << "its tickets own it";
   EXPECT_FALSE(cache.lock()->complete());
@@ -322,10 +436,12 @@ TEST_F(EngineTest, ATicketThatFailsFailsItsJobsOnce) {
     failed.push_back(why);
   };
   ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  EXPECT_TRUE(engine.Settle());
   engine.completions().Flush();
   EXPECT_TRUE(failed.empty());
   fake.device().HoldMarks();
   ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  EXPECT_TRUE(engine.Settle());
   fake.device().AwaitHeldMark();
   fake.device().Lose();
   fake.device().ReleaseMarks();

@@ -101,7 +101,9 @@ absl::Status RunDense(Transformer& model, Backend& backend,
     if (absl::Status s = backend.EstimatePattern(args, Stream{}); !s.ok()) return s;
     if (absl::Status s = backend.SelectBlocks(args, Stream{}); !s.ok()) return s;
     if (absl::Status s = backend.Attend(args, Stream{}); !s.ok()) return s;
-    if (absl::Status s = model.FinishLayer(layer, batch, scratch, Stream{}); !s.ok()) return s;
+    if (absl::Status s = model.FinishLayer(layer, batch, scratch, {0, batch.tokens()}, Stream{});
+        !s.ok())
+      return s;
   }
   for (size_t i = 1; i < batch.cu_seqlens.size(); ++i) {
     std::vector<float>& logits = out->logits.emplace_back(info.vocab_size);
