@@ -17,9 +17,9 @@ namespace {
 
 constexpr int kThreadsMax = 1024;  // OpenMP ends the process when it cannot start a thread
 
-absl::StatusOr<std::unique_ptr<Backend>> CreateCuda([[maybe_unused]] std::string_view kernels) {
+absl::StatusOr<std::unique_ptr<Backend>> CreateCuda([[maybe_unused]] const CudaOptions& options) {
 #ifdef PREFILLD_CUDA
-  return cuda::CudaBackend::Create(kernels);
+  return cuda::CudaBackend::Create(options);
 #else
   return absl::UnimplementedError("backend cuda is not in this build (cpu)");
 #endif
@@ -83,7 +83,7 @@ std::function<absl::Status()> FaultOf([[maybe_unused]] Device& device) {
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads,
-                                                       std::string_view cuda_kernels) {
+                                                       const CudaOptions& cuda_options) {
   if (threads < 0 || threads > kThreadsMax) {
     return absl::InvalidArgumentError(
         absl::StrCat("threads ", threads, " is not between 0 and ", kThreadsMax));
@@ -93,7 +93,7 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, in
         absl::StrCat("backend \"", std::string(name), "\" is unknown (auto, cpu, cuda)"));
   }
   if (name != "cpu") {
-    auto cuda = CreateCuda(cuda_kernels);
+    auto cuda = CreateCuda(cuda_options);
     const bool none = absl::IsUnavailable(cuda.status()) || absl::IsUnimplemented(cuda.status());
     if (name == "cuda" || !none) return cuda;
   }

@@ -149,10 +149,13 @@ class Backend {
 };
 
 // The closed table of backends: "cpu", "cuda", and "auto", which is cuda where this build and
-// machine have it, else cpu. threads: of the CPU, 0 means all processors. cuda_kernels: which set
-// of kernels cuda runs, "sm80", "sm90" or "auto", the best that the device has. INVALID_ARGUMENT
-// for an unknown name, UNAVAILABLE where there is no device for it.
+// machine have it, else cpu. threads: of the CPU, 0 means all processors. INVALID_ARGUMENT for an
+// unknown name, UNAVAILABLE where there is no device for it.
+struct CudaOptions {
+  std::string kernels = "auto";  // which set runs: "sm80", "sm90", or the best that the device has
+  std::string cache_dir;  // where what was measured is kept for the next start; empty: nowhere
+};
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads,
-                                                       std::string_view cuda_kernels = "auto");
+                                                       const CudaOptions& cuda = {});
 
 }  // namespace prefilld

@@ -183,6 +183,10 @@ class Ops {
   // between products is held for so many.
   virtual int64_t tile_tokens() const = 0;
 
+  // Counts of tokens, up to a tile, at which a backend measures how a product is run best, when it
+  // is first run with so many. Run at start they cost no prompt anything. Empty: it measures none.
+  virtual std::vector<int64_t> measured_tokens() const { return {}; }
+
   // INVALID_ARGUMENT for a shape that the backend has no kernel for, RESOURCE_EXHAUSTED.
   virtual absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) = 0;
   virtual absl::StatusOr<std::unique_ptr<Norm>> Prepare(const NormWeights& weights) = 0;

@@ -203,6 +203,11 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
                  "cpu, cuda, or auto: cuda where there is a GPU and no --model, else cpu");
   app.add_option("--cuda_kernels", config.cuda_kernels, "auto, sm80 or sm90 (Hopper alone)")
       ->check(CLI::IsMember({"auto", "sm80", "sm90"}));
+  app.add_option(
+         "--cache_dir", config.cache_dir,
+         "Directory that keeps which algorithms of products were measured to be the fastest "
+         "on this GPU; default: measured at every start")
+      ->check(CLI::ExistingDirectory);
   app.add_option("--inject_fault", config.inject_fault)
       ->check(CLI::Range(0, 1 << 20))
       ->group("");  // not in --help: for tests

@@ -34,6 +34,7 @@ struct Config {
   std::string backend = "auto";
   int threads = 0;                    // of the CPU backend; 0: all processors
   std::string cuda_kernels = "auto";  // of the cuda backend: sm80, sm90, or the best for the device
+  std::string cache_dir;  // what was measured at start, for the next start; empty: not kept
   int inject_fault = 0;               // for tests: the n-th attention breaks the device; 0: none
   std::vector<ModelSource> models;
   // Offered beside gRPC; absent: every one that is possible here.

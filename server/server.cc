@@ -46,8 +46,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   std::unique_ptr<Server> server(new Server(config));
   // Models on a GPU are new, and take no F32: they are asked for by name.
   const bool model_wants_cpu = config.backend == "auto" && !config.models.empty();
-  auto backend =
-      CreateBackend(model_wants_cpu ? "cpu" : config.backend, config.threads, config.cuda_kernels);
+  auto backend = CreateBackend(model_wants_cpu ? "cpu" : config.backend, config.threads,
+                               {.kernels = config.cuda_kernels, .cache_dir = config.cache_dir});
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
   FaultyBackend* faulty = nullptr;

@@ -18,20 +18,23 @@ constexpr int64_t kSm90TokensMin = 2048;
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(std::string_view kernels) {
+absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const CudaOptions& options) {
   auto device = CudaDevice::Open();
   if (!device.ok()) return device.status();
-  auto set = ChooseKernelSet(kernels, (*device)->capability());
+  auto set = ChooseKernelSet(options.kernels, (*device)->capability());
   if (!set.ok()) return set.status();
-  return std::unique_ptr<CudaBackend>(new CudaBackend(*std::move(device), *set));
+  return std::unique_ptr<CudaBackend>(new CudaBackend(*std::move(device), *set, options.cache_dir));
 }
 
-CudaBackend::CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set)
-    : device_(std::move(device)), set_(set), dense_(*device_, kCallsBeforePlan) {}
+CudaBackend::CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set, std::string cache_dir)
+    : device_(std::move(device)),
+      set_(set),
+      cache_dir_(std::move(cache_dir)),
+      dense_(*device_, kCallsBeforePlan) {}
 
 absl::StatusOr<Ops*> CudaBackend::ops() {
   if (ops_ == nullptr) {
-    auto made = CreateOps(*device_);
+    auto made = CreateOps(*device_, cache_dir_);
     if (!made.ok()) return made.status();
     ops_ = *std::move(made);
   }

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -20,8 +21,8 @@ namespace prefilld::cuda {
 
 class CudaBackend : public Backend {
  public:
-  // kernels: auto, sm80, sm90. UNAVAILABLE without a device.
-  static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(std::string_view kernels);
+  // UNAVAILABLE without a device.
+  static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(const CudaOptions& options);
 
   std::string_view name() const override { return BackendName(set_); }
   CudaDevice& device() override { return *device_; }
@@ -34,12 +35,13 @@ class CudaBackend : public Backend {
   absl::Status Attend(const AttentionArgs& args, Stream stream) override;
 
  private:
-  CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set);
+  CudaBackend(std::unique_ptr<CudaDevice> device, KernelSet set, std::string cache_dir);
   absl::Status Prepare(const AttentionArgs& args, Stream stream);
   Selection SelectionOf(const AttentionArgs& args) const;
 
   const std::unique_ptr<CudaDevice> device_;
   const KernelSet set_;
+  const std::string cache_dir_;
   Dense dense_;
   std::unique_ptr<Ops> ops_;
 

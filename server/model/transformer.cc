@@ -100,7 +100,34 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const std::string
   const DType activations = model->ops_.activations(model->weights_.dtype);
   model->info_ = InfoOf(name, model->weights_, activations);
   if (absl::Status s = model->AllocateTiles(); !s.ok()) return s;
+  if (absl::Status s = model->MeasureProducts(); !s.ok()) return s;
   return model;
+}
+
+// Every product of a layer and that of the logits, so that the backend has seen them all.
+absl::Status Transformer::MeasureProducts() {
+  absl::Status status;
+  for (const int64_t tokens : ops_.measured_tokens()) {
+    if (status.ok() && tokens <= info_.max_positions) status = RunOnce(tokens);
+  }
+  return status;
+}
+
+absl::Status Transformer::RunOnce(int64_t tokens) {
+  Device& device = backend_.device();
+  auto memory = device.Allocate(static_cast<size_t>(LayerScratchBytes(info_, tokens)));
+  if (!memory.ok()) return memory.status();
+  const LayerScratch scratch = SplitLayerScratch(info_, tokens, memory->data());
+  PrefillBatch batch;
+  batch.token_ids.resize(static_cast<size_t>(tokens));
+  batch.cu_seqlens = {0, tokens};
+  std::vector<float> logits(static_cast<size_t>(info_.vocab_size));
+  absl::Status status = Begin(batch, Stream{});
+  if (status.ok()) status = ProjectQkv(0, batch, scratch, Stream{});
+  if (status.ok()) status = FinishLayer(0, batch, scratch, {0, tokens}, Stream{});
+  if (status.ok()) status = Logits(batch, {.row = 0, .rows = 1, .out = logits.data()}, Stream{});
+  const absl::Status done = device.Synchronize(Stream{});
+  return status.ok() ? done : status;
 }
 
 absl::Status Transformer::AllocateTiles() {

@@ -103,6 +103,8 @@ class Transformer {
   Transformer(Checkpoint checkpoint, Backend& backend, Ops& ops)
       : weights_(std::move(checkpoint)), backend_(backend), ops_(ops) {}
   absl::Status AllocateTiles();
+  absl::Status MeasureProducts();
+  absl::Status RunOnce(int64_t tokens);
   absl::Status PrepareTokens(PrefillBatch& batch);
 
   const Checkpoint weights_;

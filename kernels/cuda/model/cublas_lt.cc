@@ -27,6 +27,8 @@ absl::Status Load(CublasLt* lt) {
   find("cublasLtCreate", &lt->Create);
   find("cublasLtDestroy", &lt->Destroy);
   find("cublasLtMatmul", &lt->Matmul);
+  find("cublasLtGetVersion", &lt->GetVersion);
+  find("cublasLtMatmulAlgoCheck", &lt->MatmulAlgoCheck);
   find("cublasLtMatmulAlgoGetHeuristic", &lt->MatmulAlgoGetHeuristic);
   find("cublasLtMatmulDescCreate", &lt->MatmulDescCreate);
   find("cublasLtMatmulDescDestroy", &lt->MatmulDescDestroy);

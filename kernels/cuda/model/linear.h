@@ -1,6 +1,7 @@
 // Products with weights, by cuBLASLt: y = x W^T + bias, BF16 or F16 in, F32 sums. The parts of a
 // linear are stacked into one matrix, so that what is read together is one product. Called by the
-// engine thread; enqueues on a stream and waits for nothing.
+// engine thread; enqueues on a stream and waits for nothing, but where a shape is first seen: then
+// the library's algorithms are measured.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/cuda/device/cuda_device.h"
+#include "kernels/cuda/model/algorithms.h"
 #include "kernels/cuda/model/cublas_lt.h"
 #include "kernels/ops.h"
 
@@ -34,8 +36,10 @@ struct CudaLinear : Linear {
 
 class Multiplier {
  public:
-  // UNAVAILABLE: there is no cuBLASLt here.
-  static absl::StatusOr<std::unique_ptr<Multiplier>> Create(CudaDevice& device);
+  // UNAVAILABLE: there is no cuBLASLt here. What is measured is kept in the directory, if one is
+  // given.
+  static absl::StatusOr<std::unique_ptr<Multiplier>> Create(CudaDevice& device,
+                                                            const std::string& cache_dir);
   ~Multiplier();
 
   struct RunArgs {
@@ -48,21 +52,32 @@ class Multiplier {
   absl::Status Run(const RunArgs& args, cudaStream_t stream);
 
  private:
-  // All that an algorithm is chosen by.
   struct Key {
-    DType dtype, y_dtype;
-    int64_t out, in, tokens, x_stride, y_stride;
-    bool accumulate, bias;
+    ProductShape shape;
+    int64_t x_stride, y_stride;
     bool operator==(const Key&) const = default;
   };
   struct Plan;
-  Multiplier(CudaDevice& device, const CublasLt& lt);
-  absl::StatusOr<Plan*> PlanOf(const Key& key);
+  struct Operands {
+    const CudaLinear* linear;
+    const void* x;
+    void* y;
+  };
+  Multiplier(CudaDevice& device, const CublasLt& lt, Algorithms algorithms);
+  absl::StatusOr<Plan*> PlanOf(const Key& key, const CudaLinear& linear, cudaStream_t stream);
+  absl::Status Choose(Plan& plan, const CudaLinear& linear, cudaStream_t stream);
+  absl::Status Measure(const ProductShape& shape, const CudaLinear& linear, cudaStream_t stream);
+  absl::StatusOr<size_t> Fastest(Plan& plan,
+                                 const std::vector<cublasLtMatmulHeuristicResult_t>& candidates,
+                                 const Operands& operands);
+  absl::Status Multiply(Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Operands& operands,
+                        cudaStream_t stream);
   absl::Status Check(cublasStatus_t status, const char* what) const;
 
   CudaDevice& device_;
   const CublasLt& lt_;
   cublasLtHandle_t handle_ = nullptr;
+  Algorithms algorithms_;
   Buffer workspace_;       // of one product; those on a stream follow each other
   std::list<Plan> plans_;  // the last used first
 };

@@ -83,6 +83,13 @@ class CudaOps : public Ops {
 
   DType activations(DType weights) const override { return weights; }
   int64_t tile_tokens() const override { return kTileTokens; }
+  std::vector<int64_t> measured_tokens() const override {
+    std::vector<int64_t> steps;
+    for (int64_t tokens = 1; tokens <= kTileTokens; tokens = steps.back() + 1) {
+      steps.push_back(TokensStep(tokens));
+    }
+    return steps;
+  }
 
   absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) override {
     absl::Status status = CheckDType(weights.dtype);
@@ -355,8 +362,8 @@ class CudaOps : public Ops {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Ops>> CreateOps(CudaDevice& device) {
-  auto multiplier = Multiplier::Create(device);
+absl::StatusOr<std::unique_ptr<Ops>> CreateOps(CudaDevice& device, const std::string& cache_dir) {
+  auto multiplier = Multiplier::Create(device, cache_dir);
   if (!multiplier.ok()) return multiplier.status();
   return std::make_unique<CudaOps>(device, *std::move(multiplier));
 }

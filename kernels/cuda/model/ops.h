@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "absl/status/statusor.h"
 #include "kernels/cuda/device/cuda_device.h"
@@ -11,7 +12,8 @@
 
 namespace prefilld::cuda {
 
-// UNAVAILABLE where there is no cuBLASLt. The device outlives it.
-absl::StatusOr<std::unique_ptr<Ops>> CreateOps(CudaDevice& device);
+// UNAVAILABLE where there is no cuBLASLt. The device outlives it. cache_dir: where the choice of
+// algorithms is kept; empty: nowhere.
+absl::StatusOr<std::unique_ptr<Ops>> CreateOps(CudaDevice& device, const std::string& cache_dir);
 
 }  // namespace prefilld::cuda

@@ -3,7 +3,7 @@
 
 namespace prefilld::cuda {
 
-absl::StatusOr<std::unique_ptr<Ops>> CreateOps(CudaDevice&) {
+absl::StatusOr<std::unique_ptr<Ops>> CreateOps(CudaDevice&, const std::string&) {
   return absl::UnavailableError("this build has no cuBLASLt");
 }
 

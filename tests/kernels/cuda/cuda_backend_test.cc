@@ -19,7 +19,7 @@ namespace prefilld::cuda {
 namespace {
 
 std::unique_ptr<Backend> Gpu(const char* kernels = "auto") {
-  auto backend = CreateBackend("cuda", 1, kernels);
+  auto backend = CreateBackend("cuda", 1, {.kernels = kernels});
   return backend.ok() ? *std::move(backend) : nullptr;
 }
 
