@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/faulty_backend.h"
 #ifdef PREFILLD_CUDA
@@ -80,6 +81,18 @@ std::function<absl::Status()> FaultOf([[maybe_unused]] Device& device) {
   }
 #endif
   return nullptr;
+}
+
+std::function<absl::Status()> HangOf([[maybe_unused]] Device& device) {
+#ifdef PREFILLD_CUDA
+  if (auto* cuda = dynamic_cast<cuda::CudaDevice*>(&device)) {
+    return [cuda] { return cuda->Check(cuda::NeverEnd(cuda->stream({})), "injected hang"); };
+  }
+#endif
+  return [] {
+    for (;;) absl::SleepFor(absl::Hours(1));
+    return absl::OkStatus();
+  };
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads,

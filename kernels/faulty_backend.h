@@ -15,12 +15,9 @@ namespace prefilld {
 
 class FaultyBackend : public Backend {
  public:
-  // `fault` leaves the device as an illegal memory access leaves it.
+  // `fault` leaves the device as an illegal memory access leaves it, or with work that never ends.
   FaultyBackend(std::unique_ptr<Backend> backend, std::function<absl::Status()> fault)
       : backend_(std::move(backend)), fault_(std::move(fault)) {}
-  // With the fault of its device; UNIMPLEMENTED where that has none.
-  static absl::StatusOr<std::unique_ptr<FaultyBackend>> Create(std::unique_ptr<Backend> backend);
-
   // The n-th Attend from now on is the one. Thread: the engine's, as for the stages.
   void Arm(int attends) { attends_to_fault_ = attends; }
 
@@ -54,5 +51,7 @@ class FaultyBackend : public Backend {
 // What breaks this device, for FaultyBackend; null where nothing does. Beside the table of
 // backends.
 std::function<absl::Status()> FaultOf(Device& device);
+// What never ends on this device: a kernel, or the call itself where stages run in it.
+std::function<absl::Status()> HangOf(Device& device);
 
 }  // namespace prefilld

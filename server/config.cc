@@ -208,11 +208,10 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
          "Directory that keeps which algorithms of products were measured to be the fastest "
          "on this GPU; default: measured at every start")
       ->check(CLI::ExistingDirectory);
-  app.add_option("--inject_fault", config.inject_fault)
-      ->check(CLI::Range(0, 1 << 20))
-      ->group("");  // not in --help: for tests
-  app.add_option("--threads", config.threads, "CPU threads; 0: all processors")
-      ->check(CLI::Range(0, 4096));
+  for (auto [name, value] : {std::pair("--inject_fault", &config.inject_fault),
+                             std::pair("--inject_hang", &config.inject_hang)}) {
+    app.add_option(name, *value)->check(CLI::Range(0, 1 << 20))->group("");  // not in --help
+  }
   app.add_option("--model", models, "NAME=DIR of a Hugging Face model; repeatable")
       ->type_name("NAME=DIR");
   AddTransports(app, &config);
@@ -234,7 +233,7 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddDuration(app, "--drain_timeout", &config.drain_timeout,
               "How long SIGTERM waits for work and leases");
   AddDuration(app, "--stall_timeout", &config.stall_timeout,
-              "A step that runs for longer makes the server unhealthy");
+              "A step that runs for longer, and for twenty times its prediction, ends the process");
   app.add_option("--tls_cert", config.tls_cert, "PEM certificate chain: serve TLS");
   app.add_option("--tls_key", config.tls_key, "PEM private key");
   app.add_option("--tls_client_ca", config.tls_client_ca, "PEM CA that clients must be signed by");

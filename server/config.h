@@ -35,7 +35,8 @@ struct Config {
   int threads = 0;                    // of the CPU backend; 0: all processors
   std::string cuda_kernels = "auto";  // of the cuda backend: sm80, sm90, or the best for the device
   std::string cache_dir;  // what was measured at start, for the next start; empty: not kept
-  int inject_fault = 0;               // for tests: the n-th attention breaks the device; 0: none
+  // For tests: the n-th attention breaks the device, or does not end; 0: none does.
+  int inject_fault = 0, inject_hang = 0;
   std::vector<ModelSource> models;
   // Offered beside gRPC; absent: every one that is possible here.
   std::optional<std::set<Transport>> transports;
@@ -56,7 +57,8 @@ struct Config {
   absl::Duration lease_ttl_max = absl::Minutes(10);
   absl::Duration upload_timeout = absl::Seconds(30);
   absl::Duration drain_timeout = absl::Seconds(30);
-  absl::Duration stall_timeout = absl::Minutes(30);  // of one step, then the server is not healthy
+  // Of one step, at least, and twenty times what it was predicted to take; then the process ends.
+  absl::Duration stall_timeout = absl::Seconds(30);
 
   // PEM files. cert and key: TLS; client_ca too: only clients with a certificate of that CA.
   std::string tls_cert, tls_key, tls_client_ca;

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "kernels/faulty_backend.h"
 #include "proto/wire/chunk.h"
 #include "server/record/log.h"
@@ -24,6 +25,7 @@ namespace {
 constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
+constexpr int kStalledLooks = 3;      // a process that was stopped for a while is not stalled
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
@@ -51,11 +53,14 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
   FaultyBackend* faulty = nullptr;
-  if (config.inject_fault > 0) {
-    auto wrapped = FaultyBackend::Create(std::move(server->backend_));
-    if (!wrapped.ok()) return Explain("--inject_fault", wrapped.status());
-    faulty = wrapped->get();
-    server->backend_ = *std::move(wrapped);
+  if (const int attends = std::max(config.inject_fault, config.inject_hang); attends > 0) {
+    auto fault = config.inject_fault > 0 ? FaultOf(server->backend_->device())
+                                         : HangOf(server->backend_->device());
+    if (fault == nullptr)
+      return Explain("--inject_fault", absl::UnimplementedError("this backend has none"));
+    auto wrapped = std::make_unique<FaultyBackend>(std::move(server->backend_), std::move(fault));
+    faulty = wrapped.get();
+    server->backend_ = std::move(wrapped);
   }
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
   if (absl::Status status = server->OpenMedia(); !status.ok()) return status;
@@ -74,7 +79,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   if (absl::Status status = server->engine_->Calibrate(!server->models_.empty()); !status.ok()) {
     return Explain("calibration", status);
   }
-  if (faulty != nullptr) faulty->Arm(config.inject_fault);
+  if (faulty != nullptr) faulty->Arm(std::max(config.inject_fault, config.inject_hang));
   SchedulerOptions options;
   options.waiting_jobs_max = config.waiting_jobs_max;
   options.attend_bytes_max = config.attend_memory;
@@ -222,10 +227,10 @@ absl::Status Server::StartGrpc() {
   return absl::OkStatus();
 }
 
-// Running with no progress is not healthy: orchestrators restart what is not live. A lost device is
-// the end of the process: nothing in it can make a new one.
+// A lost device is the end of the process, nothing in it can make a new one; and so is a step that
+// does not end, nothing can take a kernel from the device.
 void Server::Watch() {
-  bool healthy = true;
+  int stalled_looks = 0;
   while (!stopping_.WaitForNotificationWithTimeout(kWatchInterval)) {
     const std::string_view fault = backend_->device().fault();
     if (!fault.empty()) {
@@ -234,12 +239,22 @@ void Server::Watch() {
       kill(getpid(), SIGTERM);  // main drains
       return;
     }
-    const bool stalled = scheduler_->Stalled(config_.stall_timeout);
-    if (stalled != healthy) continue;
-    healthy = !stalled;
-    grpc_->GetHealthCheckService()->SetServingStatus("", healthy);
-    Log(healthy ? Level::kInfo : Level::kError, healthy ? "step_recovered" : "step_stalled");
+    stalled_looks = scheduler_->Stalled(config_.stall_timeout) ? stalled_looks + 1 : 0;
+    if (stalled_looks == kStalledLooks) EndStalled();
   }
+}
+
+// Whoever waits hears UNAVAILABLE when the connections go. A drain would wait for the step.
+void Server::EndStalled() {
+  Log(Level::kError, "step_stalled",
+      {{"limit", absl::FormatDuration(config_.stall_timeout)},
+       {"jobs", "end with the process, as UNAVAILABLE"}});
+  grpc_->GetHealthCheckService()->SetServingStatus("", false);
+  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
+  metrics_.ready.Set(0);
+  absl::SleepFor(kWatchInterval);  // for those who watch it
+  RemoveSegments();
+  _exit(1);
 }
 
 void Server::Drain() {

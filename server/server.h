@@ -45,6 +45,7 @@ class Server {
   absl::Status OpenMedia();
   absl::Status StartGrpc();
   void Watch();
+  [[noreturn]] void EndStalled();
 
   const Config config_;
   const std::string boot_id_ = NewId();

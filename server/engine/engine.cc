@@ -17,6 +17,11 @@ constexpr Stream kStream{};
 // Layers of a prompt whose density says what the rest will have; the first are denser than most.
 constexpr int kLayersToJudge = 4;
 
+CostModel::Choice ChoiceOf(const Job& job) {
+  if (job.policy.method == Method::kDense) return CostModel::Choice::kDense;
+  return job.method_unspecified ? CostModel::Choice::kOpen : CostModel::Choice::kSparse;
+}
+
 }  // namespace
 
 void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& head,
@@ -68,16 +73,18 @@ absl::Status Engine::CheckStep() {
 }
 
 double Engine::PredictSeconds(const Job& job, int layers_done) const {
-  using Choice = CostModel::Choice;
-  const Choice choice = job.policy.method == Method::kDense ? Choice::kDense
-                        : job.method_unspecified            ? Choice::kOpen
-                                                            : Choice::kSparse;
-  if (job.attend) return cost_.AttentionSeconds(CostModel::WorkOf(job.attend->shape), choice);
-  const ModelInfo& info = job.prefill->model->info();
-  const int64_t tokens = job.tokens();
+  if (job.attend) {
+    return cost_.AttentionSeconds(CostModel::WorkOf(job.attend->shape), ChoiceOf(job));
+  }
+  return (job.prefill->model->info().layers - layers_done) * PredictLayerSeconds(job);
+}
+
+double Engine::PredictLayerSeconds(const Job& prefill) const {
+  const ModelInfo& info = prefill.prefill->model->info();
+  const int64_t tokens = prefill.tokens();
   const CostModel::Work work = CostModel::WorkOf(info.q_heads, info.head_dim, tokens, tokens);
-  return (info.layers - layers_done) *
-         (cost_.AttentionSeconds(work, choice) + cost_.LinearSeconds(tokens, info.layer_weights));
+  return cost_.AttentionSeconds(work, ChoiceOf(prefill)) +
+         cost_.LinearSeconds(tokens, info.layer_weights);
 }
 
 absl::Status Engine::EnsureScratch(const ModelInfo& info, int64_t tokens) {

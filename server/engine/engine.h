@@ -58,6 +58,7 @@ class Engine {
   // Seconds the rest of a job will take, by the cost model, when `layers_done` are behind it.
   // Thread: any.
   double PredictSeconds(const Job& job, int layers_done = 0) const;
+  double PredictLayerSeconds(const Job& prefill) const;
 
   // Enqueues the embedding of the prompts; the batch owns its residual stream from now on.
   absl::StatusOr<std::unique_ptr<Batch>> Begin(std::vector<std::shared_ptr<Job>> jobs);

@@ -15,6 +15,9 @@ namespace {
 // this factor: the cost model may be off, a wrong refusal is worse than a late answer.
 constexpr double kInfeasibleFactor = 1.5;
 
+// A step that takes so many times its prediction does not end.
+constexpr double kStalledFactor = 20;
+
 void StartClock(Job& job) {
   const auto seconds = [](auto duration) {
     return std::chrono::duration<double>(duration).count();
@@ -145,9 +148,9 @@ bool Scheduler::WaitIdle(absl::Time deadline) {
   return mutex_.AwaitWithDeadline(absl::Condition(&idle), deadline);
 }
 
-bool Scheduler::Stalled(absl::Duration limit) const {
+bool Scheduler::Stalled(absl::Duration least) const {
   absl::MutexLock lock(&mutex_);
-  return step_started_ && Since(*step_started_) > limit;
+  return step_started_ && Since(*step_started_) > std::max(least, kStalledFactor * step_predicted_);
 }
 
 void Scheduler::Loop() {
@@ -258,12 +261,15 @@ std::vector<StepView> Scheduler::Views() const {
 
 bool Scheduler::RunOneStep() {
   const auto next = PickNext(Views(), absl::Now(), options_.passed_over_max);
-  if (!next) return engine_.Settle();
   {
     absl::MutexLock lock(&mutex_);
     step_started_ = SteadyNow();
+    if (next) step_predicted_ = Predict(*next);  // else of what is on its way
   }
-  if (*next < active_.size()) {
+  bool ran = true;
+  if (!next) {
+    ran = engine_.Settle();
+  } else if (*next < active_.size()) {
     Advance(*next);
   } else if (waiting_[*next - active_.size()].job->attend) {
     RunAttend(*next - active_.size());
@@ -272,7 +278,20 @@ bool Scheduler::RunOneStep() {
   }
   absl::MutexLock lock(&mutex_);
   step_started_.reset();
-  return true;
+  return ran;
+}
+
+// How long the step of a view may take by the cost model: an Attend, or a layer and the one before
+// it.
+absl::Duration Scheduler::Predict(size_t view) const {
+  const bool active = view < active_.size();
+  const auto& jobs = active ? active_[view].batch->jobs : std::vector<std::shared_ptr<Job>>();
+  double seconds = 0;
+  for (const auto& job : jobs) seconds += engine_.PredictLayerSeconds(*job);
+  if (active) return absl::Seconds(2 * seconds);
+  const Job& job = *waiting_[view - active_.size()].job;
+  if (job.attend) return absl::Seconds(engine_.PredictSeconds(job));
+  return absl::Seconds(2 * engine_.PredictLayerSeconds(job));
 }
 
 // The chosen job, and the short ones that may come along while the token budget lasts.

@@ -53,8 +53,9 @@ class Scheduler {
 
   void Drain();                        // refuse new jobs with UNAVAILABLE from now on
   bool WaitIdle(absl::Time deadline);  // false: jobs were still there at the deadline
-  // Running with no progress is not healthy: true when a step has run for longer than `limit`.
-  bool Stalled(absl::Duration limit) const;
+  // True when a step has run for longer than `least` and twenty times its prediction: it does not
+  // end any more.
+  bool Stalled(absl::Duration least) const;
 
  private:
   enum class What { kAdmit, kUploaded, kCancel };
@@ -96,6 +97,7 @@ class Scheduler {
   void DropLate(absl::Time now);
   absl::Time NextDeadline() const;
   bool RunOneStep();  // false: nothing could run
+  absl::Duration Predict(size_t view) const;
   std::vector<StepView> Views() const;
   void StartBatch(size_t first);
   void Advance(size_t active);
@@ -130,6 +132,7 @@ class Scheduler {
   int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
   double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
   std::optional<SteadyTime> step_started_ ABSL_GUARDED_BY(mutex_);
+  absl::Duration step_predicted_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };
 

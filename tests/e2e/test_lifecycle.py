@@ -47,6 +47,18 @@ def test_an_idle_server_ends_within_two_seconds(mortal, number):
     assert time.monotonic() - started < 2
 
 
+def test_a_step_that_never_ends_ends_the_server(start_server, tiny):
+    server = start_server("--inject_hang=2", "--stall_timeout=1s", models=[("tiny", tiny.directory)])
+    call = prefilling.start(server, tiny.tokens(100))
+    started = time.monotonic()
+    harness.eventually(lambda: check_health(server, "") != 1, message="not live")
+    with refused(UNAVAILABLE):
+        call.finish()
+    assert time.monotonic() - started < 10
+    ended(server, code=1)
+    assert any(line["event"] == "step_stalled" for line in server.log())
+
+
 def test_draining_finishes_what_runs_and_refuses_what_is_new(mortal, tiny):
     tokens = 7000
     call = prefilling.start(mortal, tiny.tokens(tokens))

@@ -580,7 +580,7 @@ TEST(ServerStart, AFaultThatThereIsNotEndsTheStart) {
   config.inject_fault = 1;
   const absl::Status status = Server::Start(config).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
-  EXPECT_EQ(status.message(), "--inject_fault: backend cpu has no fault to inject");
+  EXPECT_EQ(status.message(), "--inject_fault: this backend has none");
 }
 
 TEST(ServerDrain, RefusesNewWorkAndWaitsForLeases) {

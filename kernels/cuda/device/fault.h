@@ -7,5 +7,7 @@ namespace prefilld::cuda {
 
 // Enqueues a write through a null pointer: an illegal address, which no context survives.
 cudaError_t WriteToNull(cudaStream_t stream);
+// Enqueues a kernel that never ends.
+cudaError_t NeverEnd(cudaStream_t stream);
 
 }  // namespace prefilld::cuda
