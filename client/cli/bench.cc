@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -20,7 +21,7 @@ namespace prefilld::cli {
 namespace {
 
 struct BenchFlags {
-  std::string model, shape;
+  std::string model, shape, transport;
   std::vector<uint32_t> tokens, concurrency = {1};
   double duration_s = 10;
   PolicyFlags policy;
@@ -117,6 +118,11 @@ absl::Status RunBench(client::PrefillClient& client, const Session& session,
                       const BenchFlags& flags) {
   const auto policy = ToPolicy(flags.policy);
   if (!policy.ok()) return policy.status();
+  v1::Transport transport = v1::TRANSPORT_UNSPECIFIED;
+  if (!flags.transport.empty() &&
+      !v1::Transport_Parse("TRANSPORT_" + absl::AsciiStrToUpper(flags.transport), &transport)) {
+    return absl::InvalidArgumentError(absl::StrCat("there is no transport ", flags.transport));
+  }
   v1::Model model;
   AttendLoadShape shape;
   if (!flags.model.empty()) {
@@ -134,9 +140,8 @@ absl::Status RunBench(client::PrefillClient& client, const Session& session,
   absl::Status status;
   if (!session.json) PrintHeader(session.io.out);
   for (uint32_t tokens : flags.tokens) {
-    const auto load = flags.model.empty()
-                          ? MakeAttendLoad(shape, tokens, *policy)
-                          : MakePrefillLoad(flags.model, model.vocab_size(), tokens, *policy);
+    const auto load = flags.model.empty() ? MakeAttendLoad(shape, tokens, *policy)
+                                          : MakePrefillLoad(model, tokens, transport, *policy);
     for (uint32_t concurrency : flags.concurrency) {
       const Row row = RunLoop(client, session, *load, tokens, concurrency, flags.duration_s);
       if (session.io.cancellation.cancelled()) return absl::CancelledError("bench was stopped");
@@ -173,6 +178,8 @@ void AddBench(CLI::App& app, Session& session) {
       ->capture_default_str();
   command->add_option("--duration", flags->duration_s, "Seconds for each row of the table")
       ->capture_default_str();
+  command->add_option("--transport", flags->transport,
+                      "How caches can be pulled, e.g. grpc; default: as the server has memory for");
   AddPolicyFlags(*command, flags->policy);
   command->callback([&session, flags] {
     session.action = [&session, flags](client::PrefillClient& client) {

@@ -14,10 +14,12 @@ namespace {
 
 class PrefillLoad : public Load {
  public:
-  PrefillLoad(std::string model, uint32_t vocab_size, uint32_t tokens, v1::SparsityPolicy policy)
-      : model_(std::move(model)),
-        vocab_size_(vocab_size),
+  PrefillLoad(const v1::Model& model, uint32_t tokens, v1::Transport transport,
+              v1::SparsityPolicy policy)
+      : model_(model.name()),
+        vocab_size_(model.vocab_size()),
         tokens_(tokens),
+        transport_(transport),
         policy_(std::move(policy)) {}
 
   absl::StatusOr<Sample> Send(client::PrefillClient& client, std::mt19937& rng,
@@ -25,6 +27,7 @@ class PrefillLoad : public Load {
     v1::PrefillRequest request;
     request.set_model(model_);
     *request.mutable_sparsity() = policy_;
+    request.mutable_destination()->set_transport(transport_);
     std::uniform_int_distribution<uint32_t> token(0, vocab_size_ - 1);
     for (uint32_t i = 0; i < tokens_; ++i) request.add_token_ids(token(rng));
 
@@ -55,6 +58,7 @@ class PrefillLoad : public Load {
  private:
   const std::string model_;
   const uint32_t vocab_size_, tokens_;
+  const v1::Transport transport_;
   const v1::SparsityPolicy policy_;
 };
 
@@ -136,9 +140,9 @@ absl::StatusOr<AttendLoadShape> ParseShape(const std::string& text) {
   return shape;
 }
 
-std::unique_ptr<Load> MakePrefillLoad(const std::string& model, uint32_t vocab_size,
-                                      uint32_t tokens, const v1::SparsityPolicy& policy) {
-  return std::make_unique<PrefillLoad>(model, vocab_size, tokens, policy);
+std::unique_ptr<Load> MakePrefillLoad(const v1::Model& model, uint32_t tokens,
+                                      v1::Transport transport, const v1::SparsityPolicy& policy) {
+  return std::make_unique<PrefillLoad>(model, tokens, transport, policy);
 }
 
 std::unique_ptr<Load> MakeAttendLoad(const AttendLoadShape& shape, uint32_t tokens,

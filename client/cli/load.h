@@ -28,9 +28,10 @@ class Load {
                                       const client::CallOptions& options) = 0;
 };
 
-// Prompts of `tokens` random token IDs below `vocab_size`. Each lease is abandoned after kv_ready.
-std::unique_ptr<Load> MakePrefillLoad(const std::string& model, uint32_t vocab_size,
-                                      uint32_t tokens, const v1::SparsityPolicy& policy);
+// Prompts of `tokens` random token IDs below `vocab_size`, whose caches can be pulled by
+// `transport`. Each lease is abandoned after kv_ready.
+std::unique_ptr<Load> MakePrefillLoad(const v1::Model& model, uint32_t tokens,
+                                      v1::Transport transport, const v1::SparsityPolicy& policy);
 
 struct AttendLoadShape {
   uint32_t q_heads = 0, kv_heads = 0, head_dim = 0;

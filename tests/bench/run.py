@@ -37,28 +37,21 @@ HANDOFF_TOKENS = 4096
 def parity(bench: Bench) -> Section:
     """K, V and logits against transformers; parity.py knows the bounds."""
     progress("parity: dense prefill here, then in transformers")
-    kv, logits = OUT / "kv.safetensors", OUT / "logits.safetensors"
-    tokens = bench.tokens_file()
-    with bench.server() as server:
-        bench.prefillctl(server, "prefill", f"--model={MODEL}", f"--tokens={tokens}",
-                         "--method=dense", f"--kv_out={kv}", f"--logits_out={logits}")
-    printed = bench.run([sys.executable, ROOT / "tests/bench/quality/parity.py",
-                         f"--model-dir={bench.model_dir}", f"--ids={tokens}", f"--kv={kv}",
-                         f"--logits={logits}"], accept=(0, 1))
-    kv.unlink()
-    logits.unlink()
-    rows = [(name, float(error), float(bound)) for name, error, bound in
-            re.findall(r"^(\S+) +(\d\S+) +(\d\S+)", printed, re.M)]
+    report = OUT / "parity.json"
+    bench.run([sys.executable, ROOT / "tests/bench/model/parity.py", f"--model={bench.model_dir}",
+               f"--ids={bench.tokens_file()}", "--backend=cpu", f"--threads={THREADS}",
+               f"--json={report}"], accept=(0, 1))
+    records = json.loads(report.read_text())["tensors"]
     worst = {}  # of K, V and logits
-    for name, error, bound in rows:
-        kind = {"k": "K", "v": "V"}.get(name.rsplit(".", 1)[-1], name)
-        if kind not in worst or error > worst[kind][1]:
-            worst[kind] = (name, error, bound)
+    for record in records:
+        kind = record["kind"]
+        if kind not in worst or record["error"] > worst[kind][1]:
+            worst[kind] = (record["tensor"], record["error"], record["bound"])
     return Section(
         f"Parity with transformers, dense, {len(bench.token_ids)} tokens",
         ["tensors", "worst", "relative error", "bound"],
         [[kind, *values] for kind, values in worst.items()],
-        [Check("tensors compared", len(rows), 1),
+        [Check("tensors compared", len(records), 1),
          *(Check(f"relative error of {kind}", error, bound, at_least=False)
            for kind, (_, error, bound) in worst.items())])
 

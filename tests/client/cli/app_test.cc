@@ -365,6 +365,7 @@ TEST_F(AppTest, BenchFailsWhereNothingSucceeds) {
   EXPECT_EQ(Run({"bench", "--shape=4/2/64", "--tokens=100", "--duration=0.05"}), 1);
   EXPECT_THAT(out_, HasSubstr("INTERNAL="));
   EXPECT_EQ(Run({"bench", "--shape=4/2", "--tokens=100"}), 1);
+  EXPECT_EQ(Run({"bench", "--model=tiny", "--tokens=1", "--transport=pigeon"}), 1);
   EXPECT_THAT(err_, StartsWith("prefillctl: INVALID_ARGUMENT: "));
 }
 
