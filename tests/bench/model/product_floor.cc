@@ -24,7 +24,7 @@ class CudaFloor : public ProductFloor {
       : device_(device), info_(info), tile_tokens_(tile_tokens) {}
 
   absl::Status Init() {
-    auto multiplier = Multiplier::Create(device_);
+    auto multiplier = Multiplier::Create(device_, /*cache_dir=*/"");
     if (!multiplier.ok()) return multiplier.status();
     multiplier_ = *std::move(multiplier);
     const int64_t hidden = info_.hidden_size;
