@@ -271,6 +271,7 @@ void Server::Drain() {
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
   metrics_.ready.Set(0);
   scheduler_->Drain();
+  if (segments_) segments_->Close();
   const bool idle = scheduler_->WaitIdle(deadline);
   const bool consumed = leases_->WaitEmpty(deadline);
   // What still sends its last bytes may do so until the deadline.

@@ -282,8 +282,8 @@ TEST_F(SegmentCacheTest, WithoutBlocksItLiesThereFromTheStart) {
   EXPECT_EQ(Free(), 64);
   Fill(*cache);
   auto pin = *Wait(*cache, 1);
-  const auto* dense = reinterpret_cast<const float*>(pin->region()->data() +
-                                                     geometry_.region_offset(1, true));
+  const auto* dense =
+      reinterpret_cast<const float*>(pin->region()->data() + geometry_.region_offset(1, true));
   EXPECT_EQ(dense[geometry_.head_dim], Number(1, true, 0, 1, 0));
   const std::string name = pin->region()->address().shm_name;
   cache->Close(absl::FailedPreconditionError("released"));
