@@ -107,9 +107,9 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   ~KvCache();
 
   // A retained cache, before anybody computes or reads it: from now on it lies in `region`, of
-  // geometry().region_bytes(), and the memory of the blocks goes back to the device, which may take
-  // long. `later` lets go of the region in the end; empty: whoever is last does, be it the engine's
-  // thread, gRPC's or the one that commits.
+  // geometry().region_bytes() or more, and the memory of the blocks goes back to the device, which
+  // may take long. `later` lets go of the region in the end; empty: whoever is last does, be it the
+  // engine's thread, gRPC's or the one that commits.
   void LieIn(std::shared_ptr<Region> region, Later later = nullptr);
 
   const KvGeometry& geometry() const { return geometry_; }

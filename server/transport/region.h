@@ -1,6 +1,6 @@
 // Memory that a caller opens instead of being sent bytes, and the media that such memory comes
 // from. A region is made by the server, belongs to one KV cache or one Attend, and is never used
-// again. It may be larger than what was asked for. What a peer needs to open it is told by its address; how that is put on the wire is rpc's.
+// again. What a peer needs to open it is told by its address; how that is put on the wire is rpc's.
 //
 // A peer may change what it has opened at any time: nothing read from a region may be used as an
 // index or a size. Threads: any.
