@@ -216,7 +216,8 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
       ->type_name("NAME=DIR");
   AddTransports(app, &config);
   AddSize(app, "--kv_memory", &config.kv_memory,
-          "Memory of all KV caches; default: half of the machine's, at most 8GiB");
+          "Memory of all KV caches, on a GPU half of it over posix_shm; default: half of the "
+          "machine's, at most 8GiB");
   AddSize(app, "--attend_memory", &config.attend_memory,
           "Memory of the tensors of all Attend calls; default: a quarter of the machine's, at "
           "most 4GiB");

@@ -41,7 +41,7 @@ struct Config {
   // Offered beside gRPC; absent: every one that is possible here.
   std::optional<std::set<Transport>> transports;
 
-  // Bytes. Touched as they are used; 0: what half (kv) or a quarter (attend) of the machine's
+  // Bytes. Touched as they are used (kv on a GPU: pinned from the start); 0: what half (kv) or a quarter (attend) of the machine's
   // memory allows, at most 8 and 4 GiB.
   uint64_t kv_memory = 0;
   uint64_t attend_memory = 0;

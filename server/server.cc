@@ -64,6 +64,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   }
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
   if (absl::Status status = server->OpenMedia(); !status.ok()) return status;
+  if (absl::Status status = server->TakeKvMemory(); !status.ok()) return status;
 
   server->leases_ = std::make_unique<LeaseTable>(
       LeaseTable::Events{.ended = [s = server.get()](const LeaseInfo& lease, LeaseEnd why) {
@@ -95,6 +96,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
     for (size_t i = 0; i < counts.size(); ++i) {
       metrics.SetKvBlocks(static_cast<BlockState>(i), counts[i]);
     }
+    if (!s->segments_) return;
+    const auto bytes = s->segments_->CountByState();
+    for (size_t i = 0; i < bytes.size(); ++i) metrics.SetSegments(kSegmentStateNames[i], bytes[i]);
   };
   auto http = HttpServer::Start(config.http, server->metrics_, server->reports_);
   if (!http.ok()) return Explain("--http", http.status());
@@ -113,13 +117,13 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
        {"kv_blocks", server->pool_ ? server->pool_->total() : 0},
        {"shm_domain", ours.shm_domain},
        {"cuda_ipc_domain", ours.cuda_ipc_domain}});
+  if (server->segments_) server->segments_->Fill();
   return server;
 }
 
 Server::Server(Config config) : config_(std::move(config)) {}
 
 absl::Status Server::LoadModels() {
-  size_t block_bytes = 0;
   for (const ModelSource& source : config_.models) {
     auto model = Transformer::Load(source.name, source.directory, *backend_);
     if (!model.ok()) {
@@ -131,16 +135,9 @@ absl::Status Server::LoadModels() {
     if (absl::Status status = backend_->Supports(shape, {.method = Method::kDense}); !status.ok()) {
       return Explain(absl::StrCat("--model=", source.name).c_str(), status);
     }
-    block_bytes = std::max(
-        block_bytes,
-        KvGeometry{info.layers, info.kv_heads, info.head_dim, info.dtype, 1}.block_bytes());
     metrics_.AddModel(source.name);
     models_.emplace(source.name, *std::move(model));
   }
-  if (models_.empty()) return absl::OkStatus();
-  auto pool = BlockPool::Create(backend_->device(), config_.kv_memory, block_bytes);
-  if (!pool.ok()) return Explain("--kv_memory", pool.status());
-  pool_ = *std::move(pool);
   return absl::OkStatus();
 }
 
@@ -165,6 +162,28 @@ absl::Status Server::OpenMedia() {
   return absl::OkStatus();
 }
 
+// Where host memory is pinned for the device, blocks and segments are memory of their own each:
+// half of it is one's. Elsewhere segments have the pages of the blocks that they take.
+absl::Status Server::TakeKvMemory() {
+  if (models_.empty()) return absl::OkStatus();
+  uint64_t of_segments = 0;
+  Medium* shm = FindMedium(media_, Transport::kPosixShm);
+  if (shm != nullptr && !backend_->device().host_memory()) {
+    of_segments = std::min(config_.kv_memory, shm->Room()) / 2;
+    segments_ = SegmentPool::Create(*shm, backend_->device(), of_segments);
+  }
+  size_t block_bytes = 0;
+  for (const auto& [name, model] : models_) {
+    const ModelInfo& info = model->info();
+    const KvGeometry block{info.layers, info.kv_heads, info.head_dim, info.dtype, 1};
+    block_bytes = std::max(block_bytes, block.block_bytes());
+  }
+  auto pool = BlockPool::Create(backend_->device(), config_.kv_memory - of_segments, block_bytes);
+  if (!pool.ok()) return Explain("--kv_memory", pool.status());
+  pool_ = *std::move(pool);
+  return absl::OkStatus();
+}
+
 absl::Status Server::StartGrpc() {
   std::set<Transport> offered;
   for (const auto& [transport, medium] : media_) offered.insert(transport);
@@ -172,6 +191,7 @@ absl::Status Server::StartGrpc() {
                             .models = models_,
                             .media = media_,
                             .pool = pool_.get(),
+                            .segments = segments_.get(),
                             .leases = *leases_,
                             .scheduler = *scheduler_,
                             .prefills = prefills_,
@@ -266,6 +286,7 @@ void Server::Drain() {
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
   metrics_.ready.Set(0);
   scheduler_->Drain();
+  if (segments_) segments_->Close();
   const bool idle = scheduler_->WaitIdle(deadline);
   const bool consumed = leases_->WaitEmpty(deadline);
   // What still sends its last bytes may do so until the deadline.
@@ -276,6 +297,7 @@ void Server::Drain() {
 }
 
 void Server::RemoveSegments() {
+  if (segments_) segments_->Close();
   for (const auto& [transport, medium] : media_) medium->Close();
 }
 
@@ -294,9 +316,11 @@ Server::~Server() {
   }
   scheduler_.reset();  // its sinks reach into what is above it
   RemoveSegments();    // a slice may hold one, see below
+  if (segments_) segments_->Stop();
   // gRPC lets go of the last slices in its own time. A pool they point into is rather leaked.
-  constexpr absl::Duration kSlicesTimeout = absl::Seconds(2);
-  if (pool_ && !pool_->WaitAllFree(absl::Now() + kSlicesTimeout)) (void)pool_.release();
+  const absl::Time deadline = absl::Now() + absl::Seconds(2);
+  const bool back = !segments_ || segments_->WaitAllBack(deadline);
+  if (pool_ && (!pool_->WaitAllFree(deadline) || !back)) (void)pool_.release();
 }
 
 }  // namespace prefilld

@@ -43,6 +43,7 @@ class Server {
   explicit Server(Config config);
   absl::Status LoadModels();
   absl::Status OpenMedia();
+  absl::Status TakeKvMemory();
   absl::Status StartGrpc();
   void Watch();
   [[noreturn]] void EndStalled();
@@ -59,7 +60,8 @@ class Server {
   Media media_;
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
-  std::unique_ptr<BlockPool> pool_;  // null without models
+  std::unique_ptr<BlockPool> pool_;        // null without models
+  std::shared_ptr<SegmentPool> segments_;  // null: see RpcContext
   std::unique_ptr<LeaseTable> leases_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Scheduler> scheduler_;

@@ -28,6 +28,14 @@ absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
   return std::shared_ptr<KvCache>(new KvCache(pool, geometry, retain, *blocks));
 }
 
+std::shared_ptr<KvCache> KvCache::CreateIn(std::shared_ptr<Region> region, Later later,
+                                           BlockPool& pool, const KvGeometry& geometry) {
+  std::shared_ptr<KvCache> cache(new KvCache(pool, geometry, /*retain=*/true, {}));
+  cache->slots_.resize(geometry.layers);
+  cache->LieIn(std::move(region), std::move(later));
+  return cache;
+}
+
 KvCache::KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain,
                  const std::vector<int32_t>& blocks)
     : pool_(pool),
@@ -73,7 +81,9 @@ KvCache::~KvCache() {
 std::function<void()> KvCache::Free() {
   freed_ = true;
   std::vector<std::pair<std::vector<int32_t>, BlockState>> taken;
-  for (Slot& slot : slots_) taken.emplace_back(slot.blocks, slot.state);
+  for (Slot& slot : slots_) {
+    if (!slot.blocks.empty()) taken.emplace_back(slot.blocks, slot.state);
+  }
   Later later = region_ ? std::exchange(later_, nullptr) : nullptr;
   auto give_back = [&pool = pool_, region = std::move(region_),
                     taken = std::move(taken)]() mutable {

@@ -1,9 +1,8 @@
 // The KV cache of one prompt: the layers that the engine fills one after another and that pulls
 // read, possibly while later layers are computed. Owns its blocks and gives them back when it is
 // closed and nobody reads them any more. Its bytes lie in the blocks, or in a region that a caller
-// can open; then the blocks stand for the memory that the region takes, and hold none
-// (but where they are pinned). Thread-safe;
-// nothing here blocks but LieIn.
+// can open; then the blocks stand for the memory that the region takes and hold none, or there are
+// no blocks, as somebody else counts that memory. Thread-safe; nothing here blocks but LieIn.
 #pragma once
 
 #include <cstdint>
@@ -100,14 +99,17 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   // in turn: layer L + 2 waits until layer L is delivered. RESOURCE_EXHAUSTED as BlockPool::Take.
   static absl::StatusOr<std::shared_ptr<KvCache>> Create(BlockPool& pool,
                                                          const KvGeometry& geometry, bool retain);
-  ~KvCache();
-
   // Runs what takes long, such as giving gigabytes back to the system, on a thread that may.
   using Later = std::function<void(std::function<void()>)>;
+  // A retained cache that takes no blocks: it lies in `region`, as below, from the start.
+  static std::shared_ptr<KvCache> CreateIn(std::shared_ptr<Region> region, Later later,
+                                           BlockPool& pool, const KvGeometry& geometry);
+  ~KvCache();
+
   // A retained cache, before anybody computes or reads it: from now on it lies in `region`, of
-  // geometry().region_bytes(), and the memory of the blocks goes back to the device, which may take
-  // long. `later` lets go of the region in the end; empty: whoever is last does, be it the engine's
-  // thread, gRPC's or the one that commits.
+  // geometry().region_bytes() or more, and the memory of the blocks goes back to the device, which
+  // may take long. `later` lets go of the region in the end; empty: whoever is last does, be it the
+  // engine's thread, gRPC's or the one that commits.
   void LieIn(std::shared_ptr<Region> region, Later later = nullptr);
 
   const KvGeometry& geometry() const { return geometry_; }

@@ -123,6 +123,8 @@ Metrics::Metrics()
       dense_fallback_(Counters(*registry_, "prefilld_dense_fallback_heads_total",
                                "Heads run dense although a sparse method was asked for")),
       kv_blocks_(Gauges(*registry_, "prefilld_kv_blocks", "Blocks of the KV pool")),
+      segments_(Gauges(*registry_, "prefilld_kv_segment_bytes",
+                       "Of the pool of segments that KV caches over posix_shm lie in")),
       handoff_bytes_(Counters(*registry_, "prefilld_handoff_bytes_total",
                               "KV payload bytes sent, or named to be mapped")),
       handoff_duration_(
@@ -215,6 +217,10 @@ void Metrics::DenseFallback(DenseReason reason, int64_t heads) {
 void Metrics::SetKvBlocks(BlockState state, int64_t blocks) {
   kv_blocks_.Add({{"state", kBlockStateNames[static_cast<size_t>(state)]}})
       .Set(static_cast<double>(blocks));
+}
+
+void Metrics::SetSegments(const char* state, uint64_t bytes) {
+  segments_.Add({{"state", state}}).Set(static_cast<double>(bytes));
 }
 
 void Metrics::GpuFault(std::string_view kind) {

@@ -71,6 +71,9 @@ struct Metrics {
   prometheus::Gauge& leases_active;                    // set by on_scrape
   void SetKvBlocks(BlockState state, int64_t blocks);  // by on_scrape
 
+  // state: ready, lent or free. No series where caches in segments take blocks.
+  void SetSegments(const char* state, uint64_t bytes);  // by on_scrape
+
   // --- device; no series where there is no GPU but the faults' ---
   void GpuFault(std::string_view kind);                 // one of Device::kFaultKinds; by the engine
   void SetGpuMemory(const char* kind, uint64_t bytes);  // one of Device::memory's; by on_scrape
@@ -102,6 +105,7 @@ struct Metrics {
   Family<prometheus::Histogram>& captured_mass_;
   Family<prometheus::Counter>& dense_fallback_;
   Family<prometheus::Gauge>& kv_blocks_;
+  Family<prometheus::Gauge>& segments_;
   Family<prometheus::Counter>& handoff_bytes_;
   Family<prometheus::Histogram>& handoff_duration_;
   Family<prometheus::Counter>& handoff_failures_;

@@ -17,6 +17,7 @@
 #include "server/rpc/prefill_registry.h"
 #include "server/rpc/validate.h"
 #include "server/scheduler/scheduler.h"
+#include "server/transport/segment_pool.h"
 #include "server/transport/transports.h"
 #include "server/work_pool.h"
 
@@ -32,7 +33,8 @@ struct RpcContext {
   Backend& backend;
   const Models& models;
   const Media& media;
-  BlockPool* pool;  // null when there is no model
+  BlockPool* pool;        // null when there is no model
+  SegmentPool* segments;  // that caches over posix_shm lie in; null: they take blocks
   LeaseTable& leases;
   Scheduler& scheduler;
   PrefillRegistry& prefills;

@@ -14,17 +14,32 @@
 namespace prefilld {
 namespace {
 
-// The region, which the device copies to at full speed as long as somebody holds what is returned.
-// Where that is not to be had it copies all the same.
-std::shared_ptr<Region> Registered(Device& device, std::shared_ptr<Region> region) {
-  auto registered = device.Register(region->data(), region->bytes());
-  if (!registered.ok() || registered->data() == nullptr) return region;
-  const auto held = std::make_shared<Buffer>(*std::move(registered));
-  Region* raw = region.get();
-  return {raw, [region = std::move(region), held](Region*) mutable {
-            *held = Buffer();
-            region.reset();
-          }};
+KvGeometry GeometryFor(const Job& job) {
+  return GeometryOf(job.prefill->model->info(), job.tokens());
+}
+
+absl::Status TakeBlocks(RpcContext& rpc, const ValidPrefill& valid) {
+  auto cache = KvCache::Create(*rpc.pool, GeometryFor(*valid.job), valid.retain);
+  if (cache.ok()) valid.job->prefill->cache = *std::move(cache);
+  return cache.status();
+}
+
+// For a region of this size.
+KvCache::Later LaterOf(const RpcContext& rpc, uint64_t bytes) {
+  // What takes no time to give back is free as soon as its lease has ended.
+  constexpr uint64_t kQuickBytes = uint64_t{64} << 20;
+  if (bytes <= kQuickBytes && rpc.backend.device().host_memory()) return nullptr;
+  return [memory = rpc.memory](std::function<void()> work) { memory->PostFirst(std::move(work)); };
+}
+
+// False: nothing of the pool is ready.
+bool LieInReady(RpcContext& rpc, const ValidPrefill& valid) {
+  const KvGeometry geometry = GeometryFor(*valid.job);
+  auto region = rpc.segments->Take(geometry.region_bytes());
+  if (region == nullptr) return false;
+  valid.job->prefill->cache = KvCache::CreateIn(
+      std::move(region), LaterOf(rpc, geometry.region_bytes()), *rpc.pool, geometry);
+  return true;
 }
 
 }  // namespace
@@ -33,50 +48,57 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(
     RpcContext& rpc, ValidPrefill valid, std::string content,
     const std::shared_ptr<Reader>& reader) {
   const std::shared_ptr<Job> job = valid.job;
-  if (absl::Status status = rpc.scheduler.CheckOpen(*job); !status.ok()) return status;
-  auto cache = KvCache::Create(*rpc.pool, GeometryOf(job->prefill->model->info(), job->tokens()),
-                               valid.retain);
-  if (!cache.ok()) return cache.status();
-  job->prefill->cache = *std::move(cache);
+  absl::Status status = rpc.scheduler.CheckOpen(*job);
+  Medium* medium = FindMedium(rpc.media, valid.transport);
+  const bool pooled = medium != nullptr && rpc.segments != nullptr;
+  if (status.ok() && !pooled) status = TakeBlocks(rpc, valid);
+  if (!status.ok()) return status;
+  const bool ready = medium == nullptr || (pooled && LieInReady(rpc, valid));
   std::shared_ptr<PrefillStream> stream(new PrefillStream(rpc, job, std::move(content)));
   job->sink = stream;
   stream->Attach(reader);
-  if (Medium* medium = FindMedium(rpc.media, valid.transport)) {
+  if (!ready) {
     rpc.memory->Post(
         [stream, medium, valid = std::move(valid)] { stream->BeginInRegion(*medium, valid); });
     return stream;
   }
-  if (absl::Status status = stream->Begin(valid); !status.ok()) return status;
+  status = stream->Begin(valid);
+  if (!status.ok()) return status;
   return stream;
+}
+
+// The memory that Start could not have at once.
+absl::Status PrefillStream::Place(Medium& medium, const ValidPrefill& valid) {
+  std::shared_ptr<KvCache>& cache = valid.job->prefill->cache;  // null: it is the pool's to make
+  const KvGeometry geometry = GeometryFor(*valid.job);
+  const uint64_t bytes = geometry.region_bytes();
+  auto region = cache ? medium.Create(bytes) : rpc_.segments->Make(bytes);
+  if (!region.ok()) {
+    if (valid.pinned) return region.status();
+    return cache ? absl::OkStatus() : TakeBlocks(rpc_, valid);  // the caller can do without
+  }
+  if (GivenUp()) return absl::OkStatus();
+  if (cache) {
+    cache->LieIn(*std::move(region), LaterOf(rpc_, bytes));
+  } else {
+    cache = KvCache::CreateIn(*std::move(region), LaterOf(rpc_, bytes), *rpc_.pool, geometry);
+  }
+  return absl::OkStatus();
 }
 
 void PrefillStream::BeginInRegion(Medium& medium, const ValidPrefill& valid) {
   if (GivenUp()) return;
-  const std::shared_ptr<KvCache> cache = valid.job->prefill->cache;
-  auto region = medium.Create(cache->geometry().region_bytes());
-  absl::Status status = region.status();
+  absl::Status status = Place(medium, valid);
   if (GivenUp()) return;
-  if (region.ok()) {
-    // What takes no time to give back is free as soon as its lease has ended.
-    constexpr uint64_t kQuickBytes = uint64_t{64} << 20;
-    KvCache::Later later = [memory = rpc_.memory](std::function<void()> work) {
-      memory->PostFirst(std::move(work));
-    };
-    const bool quick = cache->geometry().region_bytes() <= kQuickBytes;
-    if (quick && rpc_.backend.device().host_memory()) later = nullptr;
-    cache->LieIn(Registered(rpc_.backend.device(), *std::move(region)), std::move(later));
-  }
-  if (GivenUp()) return;
-  // A caller that has not pinned the transport can do without.
-  const bool refused = !status.ok() && valid.pinned;
-  if (!refused) status = Begin(valid);
+  const bool placed = status.ok();
+  if (placed) status = Begin(valid);
   if (!status.ok()) {
     if (GivenUp()) return;
     rpc_.metrics.Rejected(status);
     LogRefusal(request_id_, status);
     rpc_.prefills.Forget(*this);
     absl::MutexLock lock(&mutex_);
-    if (refused) job_.reset();
+    if (!placed) job_.reset();
     ended_ = true;
     end_ = status;
   }

@@ -32,9 +32,9 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   };
 
   // Takes blocks, a place in the queue and a lease, all or none, for `reader`. `content` is
-  // compared with that of later requests of the same id. Where the cache is to lie in a region,
-  // whose memory takes time, only the blocks that stand for it are taken here: a thread that may
-  // wait does the rest, and readers hear how it went.
+  // compared with that of later requests of the same id. Where the cache is to lie in a region that
+  // has to be made, which takes time, only the blocks that stand for it are taken here: a thread
+  // that may wait does the rest, and readers hear how it went.
   static absl::StatusOr<std::shared_ptr<PrefillStream>> Start(
       RpcContext& rpc, ValidPrefill valid, std::string content,
       const std::shared_ptr<Reader>& reader);
@@ -58,6 +58,7 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
  private:
   PrefillStream(RpcContext& rpc, std::shared_ptr<Job> job, std::string content);
   absl::Status Begin(const ValidPrefill& valid) ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::Status Place(Medium& medium, const ValidPrefill& valid) ABSL_LOCKS_EXCLUDED(mutex_);
   void BeginInRegion(Medium& medium, const ValidPrefill& valid) ABSL_LOCKS_EXCLUDED(mutex_);
   bool GivenUp() const ABSL_LOCKS_EXCLUDED(mutex_);
   void WakeReaders() ABSL_LOCKS_EXCLUDED(mutex_);

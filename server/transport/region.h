@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -74,6 +75,8 @@ class Medium {
   // RESOURCE_EXHAUSTED when there is no room. Takes the memory from the system at once, so it
   // blocks for as long as that takes.
   virtual absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes) = 0;
+  // Bytes that there is room for now, where that is known.
+  virtual uint64_t Room() const { return std::numeric_limits<uint64_t>::max(); }
   // Writes what a peer has to compare into *ours.
   virtual void Introduce(PeerFacts* ours) const = 0;
   // FAILED_PRECONDITION says why such a peer cannot open what is made here.

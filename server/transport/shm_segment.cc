@@ -134,10 +134,8 @@ absl::StatusOr<std::shared_ptr<Region>> ShmDomain::Create(uint64_t bytes) {
     return Refuse(bytes, "not a size of memory");
   }
   // Asked first: filling the file system to its end would hurt whoever else uses it.
-  struct statvfs room;
-  if (statvfs(kDirectory, &room) == 0 && room.f_blocks > 0 &&
-      bytes / room.f_frsize >= room.f_bavail) {
-    return Refuse(bytes, absl::StrCat(uint64_t{room.f_bavail} * room.f_frsize, " bytes are free"));
+  if (const uint64_t room = Room(); bytes >= room) {
+    return Refuse(bytes, absl::StrCat(room, " bytes are free"));
   }
   std::shared_ptr<ShmSegment> segment;
   constexpr int kTries = 16;
@@ -153,6 +151,13 @@ absl::StatusOr<std::shared_ptr<Region>> ShmDomain::Create(uint64_t bytes) {
   if (closed_) return Refuse(bytes, "the server is shutting down");
   if (const int error = segment->Map(bytes); error != 0) return Refuse(bytes, std::strerror(error));
   return segment;
+}
+
+uint64_t ShmDomain::Room() const {
+  struct statvfs room;
+  // A file system without a size has no blocks.
+  if (statvfs(kDirectory, &room) != 0 || room.f_blocks == 0) return Medium::Room();
+  return uint64_t{room.f_bavail} * room.f_frsize;
 }
 
 absl::Status ShmDomain::Reaches(const PeerFacts& peer) const {

@@ -37,6 +37,7 @@ class ShmDomain final : public Medium {
   // at once (a full /dev/shm is told here and not by a signal at first touch), so it blocks for as
   // long as that takes.
   absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes) override;
+  uint64_t Room() const override;
   void Introduce(PeerFacts* ours) const override { ours->shm_domain = name_; }
   // A caller that sees the same /dev/shm.
   absl::Status Reaches(const PeerFacts& peer) const override;

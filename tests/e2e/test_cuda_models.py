@@ -7,7 +7,7 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from e2e import checkpoints, harness
+from e2e import checkpoints, harness, mapping, prefilling
 from e2e.test_cuda import start
 from prefilld import PrefillClient
 
@@ -84,6 +84,79 @@ def test_prompts_that_go_together_have_the_same_cache(servers, checkpoint):
     bound = BOUNDS[checkpoint.config["torch_dtype"]]
     for one, other in zip(alone, together, strict=True):
         assert all(difference < bound for difference in differences(other, one).values())
+
+
+@pytest.fixture
+def segmented(checkpoint, tmp_path):
+    """A server whose segments are ready: one of 32 MiB and one of 16."""
+    with start(tmp_path / "log.jsonl", "--kv_memory=128MiB",
+               f"--model=tiny={checkpoint.directory}") as server:
+        await_segments(server)
+        yield server
+
+
+def await_segments(server, ready=48 << 20):
+    harness.eventually(
+        lambda: server.metric("prefilld_kv_segment_bytes", state="ready") == ready)
+
+
+def test_a_segment_is_ready_before_the_prompt_and_nobody_elses_after_it(segmented, checkpoint):
+    boot = mapping.boot_id(segmented)
+    ready = mapping.segments(boot)
+    assert len(ready) == 2
+    blocks = segmented.metric("prefilld_kv_blocks", state="free")
+    call = mapping.start(segmented, checkpoint.tokens(900)).finish()
+    assert mapping.segments(boot) == ready
+    assert segmented.metric("prefilld_kv_blocks", state="free") == blocks
+    assert segmented.metric("prefilld_kv_segment_bytes", state="lent") == 16 << 20
+    chunks = list(prefilling.open_pull(segmented, call.ready, transport=mapping.SHM))
+    name = chunks[0].buffer.name
+    assert {chunk.buffer.name for chunk in chunks} == {name} and name[1:] in ready
+    kept, whole = mapping.pull(segmented, call.ready), prefilling.pull(segmented, call.ready)
+    prefilling.release(segmented, call.ready)
+    harness.eventually(lambda: name[1:] not in mapping.segments(boot))
+    await_segments(segmented)
+    for seed in range(3):
+        again = mapping.start(segmented, checkpoint.tokens(900, seed=seed)).finish()
+        other = next(iter(prefilling.open_pull(segmented, again.ready, transport=mapping.SHM)))
+        assert other.buffer.name != name
+        prefilling.release(segmented, again.ready)
+    assert mapping.plain(kept) == whole, "who has mapped it keeps it"
+    await_segments(segmented)
+
+
+def test_prompts_in_segments_go_together_beyond_what_is_ready(segmented, checkpoint):
+    calls = [mapping.start(segmented, checkpoint.tokens(900, seed=seed)) for seed in range(6)]
+    for call in calls:
+        call.finish()
+        assert mapping.plain(mapping.pull(segmented, call.ready)) == \
+            prefilling.pull(segmented, call.ready)
+        prefilling.release(segmented, call.ready)
+    harness.eventually(
+        lambda: segmented.metric("prefilld_kv_segment_bytes", state="lent") == 0)
+
+
+def test_a_killed_server_leaves_its_segments_to_the_next(checkpoint, tmp_path):
+    flags = ("--kv_memory=128MiB", f"--model=tiny={checkpoint.directory}")
+    killed = start(tmp_path / "killed.jsonl", *flags)
+    await_segments(killed)
+    boot = mapping.boot_id(killed)
+    killed.channel.close()
+    killed.process.kill()
+    killed.process.wait()
+    assert len(mapping.segments(boot)) == 2
+    with start(tmp_path / "next.jsonl", *flags) as server:
+        assert mapping.segments(boot) == []
+        boot = mapping.boot_id(server)
+        await_segments(server)
+    assert mapping.segments(boot) == []
+
+
+def test_nothing_is_made_where_posix_shm_is_not_offered(checkpoint, tmp_path):
+    with start(tmp_path / "log.jsonl", "--kv_memory=128MiB", "--transports=grpc",
+               f"--model=tiny={checkpoint.directory}") as server:
+        assert mapping.segments(mapping.boot_id(server)) == []
+        assert server.metric("prefilld_kv_segment_bytes") == 0
 
 
 def test_float32_weights_are_refused_by_name(tmp_path):

@@ -70,7 +70,11 @@ class FakeDevice : public Device {
   void Discard(void*, size_t) override {}
   Stream upload_stream() const override { return {const_cast<char*>(&upload_)}; }
   Stream download_stream() const override { return {const_cast<char*>(&download_)}; }
-  absl::StatusOr<Buffer> Register(void*, size_t) override { return Buffer(); }
+  absl::StatusOr<Buffer> Register(void* data, size_t bytes) override {
+    ++registrations_;
+    ++registered_;
+    return Buffer(data, bytes, [this](void*, size_t) { --registered_; });
+  }
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override {
     absl::MutexLock lock(&mutex_);
     copied_.push_back({dst, src, bytes, stream.handle == &upload_});
@@ -128,6 +132,8 @@ class FakeDevice : public Device {
     absl::MutexLock lock(&mutex_);
     return LiveBytes(kind);
   }
+  int registrations() const { return registrations_; }  // that there were
+  int registered() const { return registered_; }        // that there are
   int taken() const { return taken_; }  // pieces of memory of any kind, given back or not
   std::vector<Copied> copied() const {
     absl::MutexLock lock(&mutex_);
@@ -239,7 +245,7 @@ class FakeDevice : public Device {
   }
 
   std::atomic<bool> lost_{false}, marks_fail_{false};
-  std::atomic<int> waits_{0}, marks_recorded_{0}, taken_{0};
+  std::atomic<int> waits_{0}, marks_recorded_{0}, taken_{0}, registrations_{0}, registered_{0};
   Gate marks_, steps_;
   char upload_ = 0, download_ = 0;  // their addresses name the streams
   mutable absl::Mutex mutex_;

@@ -272,6 +272,28 @@ TEST_F(SegmentCacheTest, TheSegmentGoesWithTheBlocks) {
   EXPECT_EQ(Free(), 64);
 }
 
+TEST_F(SegmentCacheTest, WithoutBlocksItLiesThereFromTheStart) {
+  bool later = false;
+  auto cache = KvCache::CreateIn(
+      *shm_->Create(geometry_.region_bytes() + 4096),  // of a pool, so larger
+      [&](std::function<void()> work) { later = (work(), true); }, *pool_, geometry_);
+  EXPECT_EQ(cache->transport(), Transport::kPosixShm);
+  EXPECT_TRUE(cache->retain());
+  EXPECT_EQ(Free(), 64);
+  Fill(*cache);
+  auto pin = *Wait(*cache, 1);
+  const auto* dense =
+      reinterpret_cast<const float*>(pin->region()->data() + geometry_.region_offset(1, true));
+  EXPECT_EQ(dense[geometry_.head_dim], Number(1, true, 0, 1, 0));
+  const std::string name = pin->region()->address().shm_name;
+  cache->Close(absl::FailedPreconditionError("released"));
+  EXPECT_TRUE(Exists(name)) << "a slice points into it";
+  pin.reset();
+  EXPECT_TRUE(later);
+  EXPECT_FALSE(Exists(name));
+  EXPECT_EQ(Free(), 64);
+}
+
 TEST_F(SegmentCacheTest, BlocksAreFreeOnceTheRegionWasLetGoOfLater) {
   std::vector<std::function<void()>> later;
   auto cache = *CreateIn(*pool_, geometry_,

@@ -283,8 +283,8 @@ class AttendOnDeviceTest : public testing::Test {
   LeaseTable leases_{{}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {.attend_bytes_max = 32 << 20}};
-  RpcContext rpc_{backend_, models_,  media_,   nullptr, leases_,    scheduler_, prefills_,
-                  attends_, reports_, metrics_, memory_, transfers_, {}};
+  RpcContext rpc_{backend_,  models_,  media_,   nullptr,  nullptr, leases_,    scheduler_,
+                  prefills_, attends_, reports_, metrics_, memory_, transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   int port_ = 0;

@@ -3,14 +3,17 @@
 #include "server/rpc/prefill_stream.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <functional>
 #include <memory>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "server/record/errors.h"
 #include "server/rpc/context.h"
 #include "server/rpc/validate.h"
+#include "server/transport/shm_segment.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/model/model_directory.h"
 
@@ -74,8 +77,8 @@ class PrefillStreamTest : public testing::Test {
   }}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_;
-  RpcContext rpc_{backend_, models_,  media_,   pool_.get(), leases_,    scheduler_, prefills_,
-                  attends_, reports_, metrics_, memory_,     transfers_, {}};
+  RpcContext rpc_{backend_,  models_,  media_,   pool_.get(), nullptr, leases_,    scheduler_,
+                  prefills_, attends_, reports_, metrics_,    memory_, transfers_, {}};
 };
 
 TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {
@@ -116,6 +119,103 @@ TEST_F(FullQueueTest, NoRegionIsMadeForWhomTheQueueHasNoPlace) {
   memory_->Stop();  // what was posted has run
   EXPECT_EQ(FactsOf(stream.status()).reason, "queue_full") << stream.status();
   EXPECT_EQ(asked.asked, 0);
+  EXPECT_EQ(pool_->CountByState()[0], pool_->total());
+}
+
+// Caches over posix_shm in a pool of segments.
+class SegmentsTest : public PrefillStreamTest {
+ protected:
+  explicit SegmentsTest(uint64_t bytes = 64 << 20)
+      : segments_(SegmentPool::Create(*domain_, backend_.device(), bytes)) {
+    media_[Transport::kPosixShm] = std::move(domain_);
+    rpc_.segments = segments_.get();
+  }
+  ~SegmentsTest() override {
+    leases_.ReleaseAll(LeaseEnd::kConsumed);
+    memory_->Stop();
+    segments_->Stop();
+    EXPECT_TRUE(segments_->WaitAllBack(absl::Now() + absl::Seconds(20)));
+  }
+  void FillAndWait() {
+    segments_->Fill();
+    while (segments_->CountByState()[static_cast<int>(SegmentState::kReady)] < 48 << 20) {
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+  }
+  std::shared_ptr<PrefillStream> Begin(bool pinned) {
+    ValidPrefill valid = Valid();
+    valid.transport = Transport::kPosixShm;
+    valid.pinned = pinned;
+    return *PrefillStream::Start(rpc_, valid, "content", caller_);
+  }
+  // Waits for it, which is the first event or how the stream ended.
+  absl::StatusOr<v1::Admission> AdmissionOf(const PrefillStream& stream) {
+    for (;;) {
+      absl::Status end;
+      bool ended = false;
+      if (const auto* event = stream.Get(0, &end, &ended)) return event->admission();
+      if (ended) return end;
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+  }
+
+  std::unique_ptr<ShmDomain> domain_ = *ShmDomain::Open(absl::StrCat("s", getpid(), "----------"));
+  std::shared_ptr<SegmentPool> segments_;
+  std::shared_ptr<Caller> caller_ = std::make_shared<Caller>();
+};
+
+TEST_F(SegmentsTest, NothingIsMadeOrRegisteredBeforeAPromptForWhichOneIsReady) {
+  FillAndWait();
+  const int before = backend_.device().registrations();
+  const auto stream = Begin(/*pinned=*/true);
+  absl::Status end;
+  bool ended = false;
+  const v1::PrefillEvent* first = stream->Get(0, &end, &ended);
+  ASSERT_NE(first, nullptr) << "admitted by the caller's thread";
+  EXPECT_EQ(first->admission().transport(), v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(backend_.device().registrations(), before);
+  EXPECT_EQ(pool_->CountByState()[0], pool_->total()) << "it takes no blocks";
+  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+}
+
+TEST_F(SegmentsTest, OneIsMadeForAPromptForWhichNoneIsReady) {
+  const auto stream = Begin(/*pinned=*/true);
+  const auto admission = AdmissionOf(*stream);
+  ASSERT_TRUE(admission.ok()) << admission.status();
+  EXPECT_EQ(admission->transport(), v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(backend_.device().registrations(), 1);
+  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+}
+
+TEST_F(SegmentsTest, WhoGoesBeforeItIsMadeLeavesNothing) {
+  Gate gate;
+  gate.Hold();
+  memory_->Post([&] { gate.Pass(); });
+  const auto stream = Begin(/*pinned=*/true);
+  stream->Detach(caller_.get());
+  gate.Release();
+  memory_->Stop();
+  EXPECT_EQ(backend_.device().registrations(), 0);
+  EXPECT_EQ(pool_->CountByState()[0], pool_->total());
+}
+
+class NoSegmentsTest : public SegmentsTest {
+ protected:
+  NoSegmentsTest() : SegmentsTest(0) {}
+};
+
+TEST_F(NoSegmentsTest, ACallerThatCanDoWithoutHasBlocks) {
+  const auto stream = Begin(/*pinned=*/false);
+  const auto admission = AdmissionOf(*stream);
+  ASSERT_TRUE(admission.ok()) << admission.status();
+  EXPECT_EQ(admission->transport(), v1::TRANSPORT_GRPC);
+  EXPECT_LT(pool_->CountByState()[0], pool_->total());
+  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+}
+
+TEST_F(NoSegmentsTest, ACallerThatCannotIsRefused) {
+  const absl::Status status = AdmissionOf(*Begin(/*pinned=*/true)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
   EXPECT_EQ(pool_->CountByState()[0], pool_->total());
 }
 

@@ -1,0 +1,219 @@
+#include "server/transport/segment_pool.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/record/errors.h"
+#include "server/record/log.h"
+
+namespace prefilld {
+namespace {
+
+// A large member is worth more than what a small cache would wait.
+constexpr uint64_t kTimesLargerMax = 4;
+
+// Sizes are multiples of this, and so of a page.
+constexpr uint64_t kStep = uint64_t{64} << 10;
+constexpr uint64_t WholeSteps(uint64_t bytes) { return bytes / kStep * kStep; }
+
+// Four sizes an octave, so that prompts of about one length share them.
+uint64_t SizeFor(uint64_t bytes) {
+  uint64_t step = kStep;
+  while (step * 8 < bytes) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+
+}  // namespace
+
+std::shared_ptr<SegmentPool> SegmentPool::Create(Medium& medium, Device& device, uint64_t bytes) {
+  return std::shared_ptr<SegmentPool>(new SegmentPool(medium, device, WholeSteps(bytes)));
+}
+
+void SegmentPool::Fill() {
+  absl::MutexLock lock(&mutex_);
+  begin_ = SteadyNow();
+  for (uint64_t bytes = bytes_ / 2; bytes >= kSmallestBytes; bytes /= 2) {
+    idle_.push_front({WholeSteps(bytes), nullptr});
+    filler_.Post([this] { FillOne(); });
+  }
+}
+
+void SegmentPool::Close() {
+  absl::MutexLock lock(&mutex_);
+  closed_ = true;
+}
+
+void SegmentPool::Stop() {
+  Close();
+  filler_.Stop();
+}
+
+absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Fresh(uint64_t bytes) {
+  auto region = medium_.Create(bytes);
+  if (!region.ok()) return region;
+  // Where that is not to be had the device copies all the same.
+  auto registered = device_.Register((*region)->data(), bytes);
+  if (!registered.ok() || registered->data() == nullptr) return region;
+  const auto held = std::make_shared<Buffer>(*std::move(registered));
+  Region* raw = region->get();
+  return std::shared_ptr<Region>(raw, [region = *std::move(region), held](Region*) mutable {
+    *held = Buffer();
+    region.reset();
+  });
+}
+
+std::shared_ptr<Region> SegmentPool::Take(uint64_t bytes) {
+  std::shared_ptr<Region> region;
+  {
+    absl::MutexLock lock(&mutex_);
+    region = TakeLocked(bytes);
+  }
+  return region == nullptr ? nullptr : Lend(std::move(region));
+}
+
+// The smallest that is ready and fits.
+SegmentPool::Members::const_iterator SegmentPool::Find(uint64_t bytes) const {
+  auto best = idle_.end();
+  for (auto it = idle_.begin(); it != idle_.end(); ++it) {
+    const bool fits = it->region && it->bytes >= bytes &&
+                      it->bytes / kTimesLargerMax <= std::max(bytes, kSmallestBytes);
+    if (fits && (best == idle_.end() || it->bytes < best->bytes)) best = it;
+  }
+  return best;
+}
+
+std::shared_ptr<Region> SegmentPool::TakeLocked(uint64_t bytes) {
+  const auto found = Find(bytes);
+  if (found == idle_.end()) return nullptr;
+  std::shared_ptr<Region> region = found->region;
+  lent_ += found->bytes;
+  idle_.erase(found);
+  return region;
+}
+
+absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
+  if (bytes > bytes_) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the KV cache needs ", bytes, " bytes, the server has ", bytes_,
+                     " of segments; ask for grpc or shorten the prompt"));
+  }
+  const uint64_t size = std::min(SizeFor(bytes), bytes_);
+  std::vector<Member> out;
+  std::shared_ptr<Region> ready;
+  const auto decided = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return changing_ == 0 || bytes_ - lent_ - changing_ >= size || Find(bytes) != idle_.end();
+  };
+  {
+    absl::MutexLock lock(&mutex_);
+    mutex_.Await(absl::Condition(&decided));
+    ready = TakeLocked(bytes);
+    if (ready == nullptr && !MakeRoom(size, &out)) {
+      return RetryLater(absl::StatusCode::kResourceExhausted, "kv_memory",
+                        absl::StrCat("the KV cache needs ", bytes, " bytes, ", bytes_ - lent_,
+                                     " of ", bytes_, " of segments are free"),
+                        absl::Seconds(1));
+    }
+    if (ready == nullptr) changing_ += size;
+  }
+  if (ready) return Lend(std::move(ready));
+  out.clear();  // their memory is for the new one
+  auto region = Fresh(size);
+  {
+    absl::MutexLock lock(&mutex_);
+    changing_ -= size;
+    if (!region.ok()) return region;
+    lent_ += size;
+  }
+  return Lend(*std::move(region));
+}
+
+uint64_t SegmentPool::Free() const {
+  uint64_t used = lent_ + changing_;
+  for (const Member& member : idle_) used += member.bytes;
+  return bytes_ - used;
+}
+
+// The smallest that is enough, else those that were not asked for the longest.
+bool SegmentPool::MakeRoom(uint64_t bytes, std::vector<Member>* out) {
+  if (bytes_ - lent_ - changing_ < bytes) return false;
+  while (Free() < bytes) {
+    const uint64_t missing = bytes - Free();
+    auto enough = idle_.end();
+    for (auto it = idle_.begin(); it != idle_.end(); ++it) {
+      if (it->bytes >= missing && (enough == idle_.end() || it->bytes < enough->bytes)) enough = it;
+    }
+    if (enough == idle_.end()) enough = idle_.begin();
+    out->push_back(std::move(*enough));
+    idle_.erase(enough);
+  }
+  return true;
+}
+
+std::shared_ptr<Region> SegmentPool::Lend(std::shared_ptr<Region> region) {
+  Region* raw = region.get();
+  return {raw, [pool = weak_from_this(), region = std::move(region)](Region*) mutable {
+            if (auto self = pool.lock()) self->Renew(std::move(region));
+            region.reset();
+          }};
+}
+
+void SegmentPool::Renew(std::shared_ptr<Region> region) {
+  const uint64_t bytes = region->bytes();
+  {
+    absl::MutexLock lock(&mutex_);
+    lent_ -= bytes;
+    changing_ += bytes;
+  }
+  region.reset();
+  absl::MutexLock lock(&mutex_);
+  changing_ -= bytes;
+  if (closed_) return;
+  idle_.push_back({bytes, nullptr});
+  filler_.Post([this] { FillOne(); });
+}
+
+void SegmentPool::FillOne() {
+  uint64_t bytes;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto missing =
+        std::find_if(idle_.begin(), idle_.end(), [](const Member& m) { return !m.region; });
+    if (closed_ || missing == idle_.end()) return;
+    bytes = missing->bytes;
+    changing_ += bytes;
+    idle_.erase(missing);
+  }
+  auto region = Fresh(bytes);
+  absl::MutexLock lock(&mutex_);
+  changing_ -= bytes;
+  if (closed_) return;
+  if (region.ok()) {
+    idle_.push_back({bytes, *std::move(region)});
+  } else if (!std::exchange(told_short_, true)) {
+    Log(Level::kWarning, "segments_short",
+        {{"bytes", bytes}, {"message", std::string(region.status().message())}});
+  }
+  const bool filled =
+      std::all_of(idle_.begin(), idle_.end(), [](const Member& m) { return m.region != nullptr; });
+  if (filled && !std::exchange(told_filled_, true)) {
+    Log(Level::kInfo, "segments_ready",
+        {{"segments", idle_.size()}, {"seconds", absl::ToDoubleSeconds(Since(begin_))}});
+  }
+}
+
+std::array<uint64_t, 3> SegmentPool::CountByState() const {
+  absl::MutexLock lock(&mutex_);
+  uint64_t ready = 0;
+  for (const Member& member : idle_) ready += member.region ? member.bytes : 0;
+  return {bytes_ - ready - lent_, ready, lent_};
+}
+
+bool SegmentPool::WaitAllBack(absl::Time deadline) const {
+  absl::MutexLock lock(&mutex_);
+  const auto all_back = [this]()
+                            ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return lent_ + changing_ == 0; };
+  return mutex_.AwaitWithDeadline(absl::Condition(&all_back), deadline);
+}
+
+}  // namespace prefilld

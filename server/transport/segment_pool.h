@@ -1,0 +1,97 @@
+// Regions for KV caches that are ready before anybody asks: taken from the system, and registered
+// with a device that copies to them. Both take long (a GPU's driver needs half a second a GiB), and
+// a prompt that waits for them starts late.
+//
+// The pool holds members of different sizes, as many as fit into its bytes, and no cache lies
+// elsewhere. A member is made in the background, lent to one cache, destroyed when the cache lets
+// go of it, and made anew: whoever has mapped a region keeps what it saw, and sees nobody else's.
+// At the start each is half the next one's size; from then on the pool follows what is asked for:
+// who finds nothing ready gets a new member, in the place of others that nobody uses.
+// Threads: any.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "kernels/backend.h"
+#include "server/job.h"
+#include "server/transport/region.h"
+#include "server/work_pool.h"
+
+namespace prefilld {
+
+// What the bytes of a pool are: neither of the others, which is for what is being made or will be;
+// of members that nobody has; of those that caches lie in.
+enum class SegmentState { kFree, kReady, kLent };
+inline constexpr std::array<const char*, 3> kSegmentStateNames = {"free", "ready", "lent"};
+
+class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
+ public:
+  // A smaller region takes no time worth saving.
+  static constexpr uint64_t kSmallestBytes = uint64_t{16} << 20;
+
+  // Both outlive it; what it has lent may outlive all three. Takes nothing yet.
+  static std::shared_ptr<SegmentPool> Create(Medium& medium, Device& device, uint64_t bytes);
+  SegmentPool(const SegmentPool&) = delete;
+  SegmentPool& operator=(const SegmentPool&) = delete;
+  ~SegmentPool() { Stop(); }
+
+  // Begins to make the first members. Once.
+  void Fill();
+  void Close();  // makes no more in the background, and waits for nothing
+  void Stop();   // closes, and waits for what is being made there
+
+  // Both give a zeroed region of `bytes` or more that nobody had before. To let go of it may take
+  // as long as to make it.
+  std::shared_ptr<Region> Take(uint64_t bytes);  // ready, or null; does not wait
+  // Ready, or made here and now, or waited for while it is being made. RESOURCE_EXHAUSTED when the
+  // pool's bytes are in use (reason kv_memory), never suffice (no retry), or as Medium::Create.
+  absl::StatusOr<std::shared_ptr<Region>> Make(uint64_t bytes);
+
+  std::array<uint64_t, 3> CountByState() const;  // bytes, by SegmentState
+  // Blocks until all that was lent is destroyed, or the deadline: false.
+  bool WaitAllBack(absl::Time deadline) const;
+
+ private:
+  // What nobody has; null: it is still to be made.
+  struct Member {
+    uint64_t bytes;
+    std::shared_ptr<Region> region;
+  };
+  using Members = std::deque<Member>;
+
+  SegmentPool(Medium& medium, Device& device, uint64_t bytes)
+      : medium_(medium), device_(device), bytes_(bytes) {}
+  absl::StatusOr<std::shared_ptr<Region>> Fresh(uint64_t bytes);
+  Members::const_iterator Find(uint64_t bytes) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  std::shared_ptr<Region> TakeLocked(uint64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The region, which comes back to the pool when its last owner lets go of it.
+  std::shared_ptr<Region> Lend(std::shared_ptr<Region> region);
+  // Takes members out until `bytes` are free, or none.
+  bool MakeRoom(uint64_t bytes, std::vector<Member>* out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  uint64_t Free() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  void Renew(std::shared_ptr<Region> region);
+  void FillOne();
+
+  Medium& medium_;
+  Device& device_;
+  const uint64_t bytes_;
+  mutable absl::Mutex mutex_;
+  Members idle_ ABSL_GUARDED_BY(mutex_);           // what was asked for last is last
+  uint64_t lent_ ABSL_GUARDED_BY(mutex_) = 0;      // bytes
+  uint64_t changing_ ABSL_GUARDED_BY(mutex_) = 0;  // being made or destroyed
+  bool closed_ ABSL_GUARDED_BY(mutex_) = false;
+  SteadyTime begin_ ABSL_GUARDED_BY(mutex_);
+  bool told_filled_ ABSL_GUARDED_BY(mutex_) = false, told_short_ ABSL_GUARDED_BY(mutex_) = false;
+  WorkPool filler_{1};
+};
+
+}  // namespace prefilld

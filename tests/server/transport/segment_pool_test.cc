@@ -1,0 +1,234 @@
+#include "server/transport/segment_pool.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <future>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "server/record/errors.h"
+#include "server/transport/shm_segment.h"
+#include "tests/server/fake_device.h"
+
+namespace prefilld {
+namespace {
+
+constexpr uint64_t kMiB = uint64_t{1} << 20;
+
+std::string PathOf(const Region& region) { return "/dev/shm" + region.address().shm_name; }
+bool Exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
+bool Zeroed(const Region& region) {
+  return std::all_of(region.data(), region.data() + region.bytes(),
+                     [](std::byte b) { return b == std::byte{0}; });
+}
+
+// A /dev/shm with less in it, whose Create waits while a test holds the gate.
+class SmallShm : public Medium {
+ public:
+  explicit SmallShm(Medium& shm) : shm_(shm) {}
+  absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes) override {
+    gate.Pass();
+    ++created;
+    if (bytes > largest) return absl::ResourceExhaustedError("no room");
+    return shm_.Create(bytes);
+  }
+  void Introduce(PeerFacts*) const override {}
+  absl::Status Reaches(const PeerFacts&) const override { return absl::OkStatus(); }
+
+  Gate gate;
+  std::atomic<int> created{0};
+  std::atomic<uint64_t> largest{1 << 30};
+
+ private:
+  Medium& shm_;
+};
+
+class SegmentPoolTest : public testing::Test {
+ protected:
+  ~SegmentPoolTest() override {
+    pool_.reset();
+    EXPECT_EQ(device_.registered(), 0);
+  }
+  uint64_t Count(SegmentState state) const {
+    return pool_->CountByState()[static_cast<size_t>(state)];
+  }
+  // Until the background has made all that it will.
+  void AwaitReady(uint64_t bytes) const {
+    const absl::Time deadline = absl::Now() + absl::Seconds(20);
+    while (Count(SegmentState::kReady) != bytes && absl::Now() < deadline) {
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+    ASSERT_EQ(Count(SegmentState::kReady), bytes);
+  }
+
+  FakeDevice device_;
+  std::unique_ptr<ShmDomain> domain_ = *ShmDomain::Open(absl::StrCat("p", getpid(), "----------"));
+  SmallShm shm_{*domain_};
+  std::shared_ptr<SegmentPool> pool_ = SegmentPool::Create(shm_, device_, 64 * kMiB);
+};
+
+TEST_F(SegmentPoolTest, IsReadyAndRegisteredBeforeAnybodyAsks) {
+  EXPECT_EQ(pool_->Take(1), nullptr) << "it has not begun";
+  EXPECT_EQ(shm_.created, 0);
+  pool_->Fill();
+  AwaitReady(48 * kMiB);
+  EXPECT_EQ(device_.registrations(), 2);
+  const auto small = pool_->Take(5 * kMiB), large = pool_->Take(17 * kMiB);
+  ASSERT_TRUE(small && large);
+  EXPECT_EQ(small->bytes(), 16 * kMiB);
+  EXPECT_EQ(large->bytes(), 32 * kMiB);
+  EXPECT_TRUE(Zeroed(*small));
+  EXPECT_EQ(device_.registrations(), 2);
+  EXPECT_EQ(Count(SegmentState::kLent), 48 * kMiB);
+  EXPECT_EQ(Count(SegmentState::kFree), 16 * kMiB);
+}
+
+TEST_F(SegmentPoolTest, WhatWasLentIsDestroyedAndMadeAnew) {
+  pool_->Fill();
+  AwaitReady(48 * kMiB);
+  auto region = pool_->Take(20 * kMiB);
+  const std::string name = region->address().shm_name, path = PathOf(*region);
+  const int fd = shm_open(name.c_str(), O_RDONLY, 0);
+  const void* mapped = mmap(nullptr, region->bytes(), PROT_READ, MAP_SHARED, fd, 0);
+  close(fd);
+  std::memset(region->data(), 7, region->bytes());
+  region.reset();
+  EXPECT_FALSE(Exists(path));
+  AwaitReady(48 * kMiB);
+  for (int i = 0; i < 3; ++i) {
+    auto next = pool_->Take(20 * kMiB);
+    ASSERT_NE(next, nullptr);
+    EXPECT_NE(next->address().shm_name, name);
+    EXPECT_TRUE(Zeroed(*next));
+    std::memset(next->data(), 8 + i, next->bytes());
+    EXPECT_EQ(static_cast<const char*>(mapped)[20 * kMiB], 7) << "who has mapped it keeps it";
+    next.reset();
+    AwaitReady(48 * kMiB);
+  }
+  munmap(const_cast<void*>(mapped), 32 * kMiB);
+}
+
+TEST_F(SegmentPoolTest, FollowsWhatIsAskedFor) {
+  pool_->Fill();
+  AwaitReady(48 * kMiB);
+  std::vector<std::shared_ptr<Region>> lent;
+  for (int i = 0; i < 3; ++i) lent.push_back(*pool_->Make(16 * kMiB));
+  EXPECT_EQ(Count(SegmentState::kLent), 64 * kMiB);
+  lent.clear();
+  AwaitReady(64 * kMiB);
+  const int before = device_.registrations();
+  for (int i = 0; i < 3; ++i) {
+    lent.push_back(pool_->Take(16 * kMiB));
+    ASSERT_NE(lent.back(), nullptr) << i;
+  }
+  EXPECT_EQ(device_.registrations(), before);
+}
+
+TEST_F(SegmentPoolTest, ASmallCacheLeavesALargeMemberToOthers) {
+  pool_ = SegmentPool::Create(shm_, device_, 512 * kMiB);
+  pool_->Fill();
+  AwaitReady(496 * kMiB);
+  std::vector<std::shared_ptr<Region>> lent;
+  for (const uint64_t expected : {16 * kMiB, 32 * kMiB, 64 * kMiB}) {
+    lent.push_back(pool_->Take(1));
+    ASSERT_NE(lent.back(), nullptr);
+    EXPECT_EQ(lent.back()->bytes(), expected);
+  }
+  EXPECT_EQ(pool_->Take(1), nullptr);
+  EXPECT_EQ(pool_->Take(60 * kMiB)->bytes(), 128 * kMiB);
+}
+
+TEST_F(SegmentPoolTest, HoldsNoMoreThanItsBytes) {
+  auto all = *pool_->Make(64 * kMiB);
+  EXPECT_EQ(all->bytes(), 64 * kMiB);
+  const absl::Status full = pool_->Make(1).status();
+  EXPECT_EQ(FactsOf(full).reason, "kv_memory") << full;
+  EXPECT_TRUE(FactsOf(full).retry_after);
+  const absl::Status never = pool_->Make(64 * kMiB + 1).status();
+  EXPECT_EQ(never.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_FALSE(FactsOf(never).retry_after);
+  all.reset();
+  EXPECT_TRUE(pool_->Make(1).ok());
+}
+
+TEST_F(SegmentPoolTest, WhoFindsItBeingMadeWaitsForThat) {
+  auto all = *pool_->Make(64 * kMiB);
+  shm_.gate.Hold();
+  all.reset();
+  shm_.gate.AwaitWaiter();  // the filler
+  auto next = std::async(std::launch::async, [&] { return pool_->Make(60 * kMiB); });
+  EXPECT_EQ(pool_->Take(60 * kMiB), nullptr) << "does not wait";
+  shm_.gate.Release();
+  const auto region = next.get();
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_EQ((*region)->bytes(), 64 * kMiB);
+  EXPECT_EQ(shm_.created, 2);
+}
+
+TEST_F(SegmentPoolTest, MakesDoWithWhatThereIs) {
+  shm_.largest = 16 * kMiB;
+  pool_->Fill();
+  AwaitReady(16 * kMiB);
+  EXPECT_NE(pool_->Take(kMiB), nullptr);
+  const absl::Status status = pool_->Make(20 * kMiB).status();
+  EXPECT_EQ(status.message(), "no room");
+  EXPECT_EQ(pool_->Make(10 * kMiB).status(), absl::OkStatus());
+}
+
+TEST_F(SegmentPoolTest, TheDomainsEndTakesWhatIsReady) {
+  pool_->Fill();
+  AwaitReady(48 * kMiB);
+  const auto lent = pool_->Take(1);
+  pool_->Close();
+  domain_->Close();
+  EXPECT_FALSE(Exists(PathOf(*lent)));
+  EXPECT_TRUE(Zeroed(*lent));
+}
+
+TEST_F(SegmentPoolTest, WhatIsLentMayOutliveIt) {
+  pool_->Fill();
+  AwaitReady(48 * kMiB);
+  auto lent = pool_->Take(1);
+  EXPECT_FALSE(pool_->WaitAllBack(absl::Now()));
+  pool_.reset();
+  std::memset(lent->data(), 1, lent->bytes());
+  const std::string path = PathOf(*lent);
+  lent.reset();
+  EXPECT_FALSE(Exists(path));
+}
+
+TEST_F(SegmentPoolTest, ManyAtOnce) {
+  pool_->Fill();
+  std::atomic<int> refused{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 15; ++i) {
+        const uint64_t bytes = (1 + (i * 7 + t * 3) % 24) * kMiB;
+        auto region = pool_->Take(bytes);
+        if (region == nullptr) {
+          auto made = pool_->Make(bytes);
+          if (!made.ok() && ++refused) continue;
+          region = *std::move(made);
+        }
+        ASSERT_GE(region->bytes(), bytes);
+        ASSERT_EQ(region->data()[bytes - 1], std::byte{0});
+        std::memset(region->data(), 1, bytes);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_LT(refused, 40);
+  EXPECT_TRUE(pool_->WaitAllBack(absl::Now() + absl::Seconds(20)));
+  EXPECT_EQ(Count(SegmentState::kLent), 0);
+}
+
+}  // namespace
+}  // namespace prefilld
