@@ -37,7 +37,7 @@ struct ModelInfo {
   DType activations =
       DType::kF32;  // of rows while it computes, attention's q, k, v and o among them
   double rope_theta = 0;
-  std::string rope_scaling;  // none | linear | llama3
+  std::string rope_scaling;  // none | linear | llama3 | dynamic | yarn
   std::string fingerprint;   // SHA-256 in hex; equal exactly for the same weights and mathematics
 };
 

@@ -179,6 +179,9 @@ TEST_P(TransformerParity, KvOfEveryLayerAndLastLogitsAreThoseOfTransformers) {
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, TransformerParity,
                          testing::Values("base", "tied", "llama3", "linear", "biases", "head_dim96",
+                                         "qwen2", "qwen3", "glm", "mistral", "yarn", "dynamic",
+                                         "qwen2_yarn_bf16", "qwen3_bf16", "glm_bf16",
+                                         "mistral_dynamic_bf16",
                                          "head_dim128", "sharded", "bf16", "f16"),
                          [](const auto& fixture) { return std::string(fixture.param); });
 
