@@ -147,8 +147,8 @@ void ReadLlama3(ObjectReader& fields, RopeConfig* rope) {
 void ReadYarn(ObjectReader& fields, int64_t max_positions, RopeConfig* rope) {
   rope->original_max_positions =
       fields.Integer("original_max_position_embeddings", 1, kMaxPositions, max_positions);
-  rope->factor = fields.Positive(
-      "factor", static_cast<double>(max_positions) / rope->original_max_positions);
+  rope->factor =
+      fields.Positive("factor", static_cast<double>(max_positions) / rope->original_max_positions);
   rope->beta_fast = fields.Positive("beta_fast", rope->beta_fast);
   rope->beta_slow = fields.Positive("beta_slow", rope->beta_slow);
   rope->truncate = fields.Bool("truncate", rope->truncate);
@@ -157,8 +157,8 @@ void ReadYarn(ObjectReader& fields, int64_t max_positions, RopeConfig* rope) {
   };
   const bool both = fields.Find("mscale") != nullptr && fields.Find("mscale_all_dim") != nullptr;
   const double mscale = fields.Positive("mscale", 1), all = fields.Positive("mscale_all_dim", 1);
-  rope->attention_factor = static_cast<float>(fields.Positive(
-      "attention_factor", both ? of_scale(mscale) / of_scale(all) : of_scale(1)));
+  rope->attention_factor = static_cast<float>(
+      fields.Positive("attention_factor", both ? of_scale(mscale) / of_scale(all) : of_scale(1)));
 }
 
 void ReadScaling(ObjectReader& fields, const std::string& type, int64_t max_positions,
@@ -177,8 +177,8 @@ void ReadScaling(ObjectReader& fields, const std::string& type, int64_t max_posi
     rope->scaling = RopeScaling::kYarn;
     ReadYarn(fields, max_positions, rope);
   } else if (type != "default") {
-    fields.Fail("rope_type", "= " + Show(type) +
-                                 " is not supported (default, linear, llama3, dynamic, yarn)");
+    fields.Fail("rope_type",
+                "= " + Show(type) + " is not supported (default, linear, llama3, dynamic, yarn)");
   }
 }
 
@@ -255,13 +255,13 @@ int64_t MaxPositions(int64_t max_position_embeddings, const RopeConfig& rope) {
   return static_cast<int64_t>(std::clamp(positions, 1.0, static_cast<double>(kMaxPositions)));
 }
 
-// The most tokens that every one of them sees all before it.
+// Null is not as if left out: it says that there is none.
 int64_t ReadWindow(ObjectReader& reader, const json& config, const Family& family) {
-  constexpr std::string_view kKey = "sliding_window";
-  if (family.sliding_window == 0) return kMaxPositions;
-  const bool none = config.contains(kKey) && config[std::string(kKey)].is_null();
-  const int64_t window = reader.Integer(kKey, 1, kMaxPositions, family.sliding_window);
-  return none ? kMaxPositions : window;
+  constexpr char kKey[] = "sliding_window";
+  if (family.sliding_window == 0) return 0;
+  const auto it = config.find(kKey);
+  const bool none = it != config.end() && it->is_null();
+  return reader.Integer(kKey, 1, kMaxPositions, none ? 0 : family.sliding_window);
 }
 
 void CheckLayerTypes(ObjectReader& reader) {
@@ -324,8 +324,13 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
                                                     out.head_dim, " is above ", kMaxSize));
   }
   const absl::Status rope = ReadRope(reader, source, family, out.max_positions, &out.rope);
-  out.max_positions =
-      std::min(MaxPositions(out.max_positions, out.rope), ReadWindow(reader, config, family));
+  out.max_positions = MaxPositions(out.max_positions, out.rope);
+  out.sliding_window = ReadWindow(reader, config, family);
+  if (out.sliding_window > 0) out.max_positions = std::min(out.max_positions, out.sliding_window);
+  if (RotaryDim(out.rope, out.head_dim) % 2 != 0) {
+    reader.Fail("partial_rotary_factor", absl::StrCat("leaves an odd number of the ", out.head_dim,
+                                                      " channels of a head to turn"));
+  }
   if (!reader.status().ok()) return reader.status();
   if (!rope.ok()) return rope;
   const absl::Status others = CheckOtherKeys(config, reader, family, source);

@@ -65,8 +65,8 @@ constexpr std::string_view kHarmlessKeys[] = {
 };
 
 template <size_t kSome, size_t kMore>
-constexpr std::array<std::string_view, kSome + kMore> Both(
-    const std::string_view (&some)[kSome], const std::string_view (&more)[kMore]) {
+constexpr std::array<std::string_view, kSome + kMore> Both(const std::string_view (&some)[kSome],
+                                                           const std::string_view (&more)[kMore]) {
   std::array<std::string_view, kSome + kMore> both;
   std::copy(more, more + kMore, std::copy(some, some + kSome, both.begin()));
   return both;
@@ -78,12 +78,14 @@ constexpr auto kQwenHarmlessKeys = Both(kHarmlessKeys, kUnusedWindow);
 
 constexpr NeutralKey kNeutralKeys[] = {
     {"add_cross_attention", "false"},
+    {"attention_bias", "false"},  // where the family reads none
     {"attn_logit_softcapping", "null"},
     {"chunk_size_feed_forward", "0"},
     {"cross_attention_hidden_size", "null"},
     {"final_logit_softcapping", "null"},
     {"hidden_act", "\"silu\""},
     {"is_encoder_decoder", "false"},
+    {"mlp_bias", "false"},  // likewise
     {"num_local_experts", "null"},
     {"pretraining_tp", "1"},
     {"pruned_heads", "{}"},

@@ -38,6 +38,7 @@ ModelInfo InfoOf(const std::string& name, const Checkpoint& checkpoint, DType ac
           .hidden_size = c.hidden_size,
           .vocab_size = c.vocab_size,
           .max_positions = c.max_positions,
+          .sliding_window = c.sliding_window,
           .layer_weights = LayerElements(c),
           .dtype = checkpoint.dtype,
           .activations = activations,

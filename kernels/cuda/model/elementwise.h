@@ -33,8 +33,8 @@ struct NormCall {
 };
 cudaError_t NormalizeRows(const NormCall& call, cudaStream_t stream);
 
-// turns[t][i] = cosine and sine of positions[t] * inverse[i], times scale. With prompts, inverse has
-// a row for each of them.
+// turns[t][i] = cosine and sine of positions[t] * inverse[i], times scale. With prompts, inverse
+// has a row for each of them.
 struct TurnsCall {
   const int32_t* positions = nullptr;
   const int32_t* prompts = nullptr;  // [tokens], or null
