@@ -236,8 +236,9 @@ absl::Status CheckOtherKeys(const json& config, const ObjectReader& reader, cons
   return absl::OkStatus();
 }
 
-// max_position_embeddings are those of training, or what rope was scaled to, as the scaling has it:
-// these are the lengths that vLLM takes. transformers takes any.
+// The lengths that vLLM takes; transformers takes any. To linear and dynamic scaling
+// max_position_embeddings is the length before it, to llama3 and yarn the one after it; but files
+// whose owner has added yarn (Qwen's cards tell how) often keep the one before.
 int64_t MaxPositions(int64_t max_position_embeddings, const RopeConfig& rope) {
   double positions = static_cast<double>(max_position_embeddings);
   switch (rope.scaling) {
@@ -249,7 +250,7 @@ int64_t MaxPositions(int64_t max_position_embeddings, const RopeConfig& rope) {
       positions *= rope.factor;
       break;
     case RopeScaling::kYarn:
-      positions = rope.original_max_positions * rope.factor;
+      positions = std::max(positions, rope.original_max_positions * rope.factor);
       break;
   }
   return static_cast<int64_t>(std::clamp(positions, 1.0, static_cast<double>(kMaxPositions)));

@@ -142,6 +142,8 @@ TEST(ModelConfig, PromptsAreAsLongAsTheScalingStretches) {
   EXPECT_EQ(positions(R"("type": "dynamic", "factor": 2.5)"), 2560);
   EXPECT_EQ(positions(R"("type": "yarn", "factor": 4, "original_max_position_embeddings": 512)"),
             2048);
+  EXPECT_EQ(positions(R"("type": "yarn", "factor": 4, "original_max_position_embeddings": 64)"),
+            1024);
   EXPECT_EQ(positions(R"("type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
                          "original_max_position_embeddings": 512)"),
             1024);
