@@ -351,7 +351,8 @@ def test_models_that_are_not_their_checkpoint_are_refused(fixture_server, attrib
 
 def test_the_handle_must_name_one_model(fixture_server):
     model = load(FIXTURES / "base")
-    with refused(fixture_server, PRECONDITION, f"{len(SERVED)} models", "base, ", "llama3", "model_handle"):
+    with refused(fixture_server, PRECONDITION, f"{len(SERVED)} models", "base, ", "llama3",
+                 "model_handle"):
         prefill_into_cache(model, IDS, target=fixture_server.target)
     with refused(fixture_server, grpc.StatusCode.NOT_FOUND, "'none'", "base, ", "llama3"):
         prefill_into_cache(model, IDS, target=fixture_server.target, model_handle="none")
