@@ -328,12 +328,13 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
   out.max_positions = MaxPositions(out.max_positions, out.rope);
   out.sliding_window = ReadWindow(reader, config, family);
   if (out.sliding_window > 0) out.max_positions = std::min(out.max_positions, out.sliding_window);
-  if (RotaryDim(out.rope, out.head_dim) % 2 != 0) {
-    reader.Fail("partial_rotary_factor", absl::StrCat("leaves an odd number of the ", out.head_dim,
-                                                      " channels of a head to turn"));
-  }
   if (!reader.status().ok()) return reader.status();
   if (!rope.ok()) return rope;
+  if (RotaryDim(out.rope, out.head_dim) % 2 != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(source, ": partial_rotary_factor leaves an odd number of the ", out.head_dim,
+                     " channels of a head to turn"));
+  }
   const absl::Status others = CheckOtherKeys(config, reader, family, source);
   if (!others.ok()) return others;
   return out;

@@ -269,6 +269,8 @@ TEST(ModelConfig, GlmTurnsAShareOfAHeadInNeighbours) {
             0.25);
   EXPECT_THAT(As("glm", R"("partial_rotary_factor": 1.5)").status().message(),
               HasSubstr("partial_rotary_factor = 1.5 is not supported, not above 1"));
+  EXPECT_THAT(As("glm", R"("partial_rotary_factor": 1e300)").status().message(),
+              HasSubstr("partial_rotary_factor = 1e+300 is not supported, not above 1"));
   EXPECT_THAT(As("glm", R"("partial_rotary_factor": 0.2)").status().message(),
               HasSubstr("partial_rotary_factor leaves an odd number of the 16 channels"));
 }
