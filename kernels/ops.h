@@ -74,9 +74,10 @@ struct RotaryFrequencies {
   std::vector<float> inverse;  // [rotary_dim / 2]; channels from rotary_dim on do not turn
   RotaryPairing pairing = RotaryPairing::kHalf;
   int head_dim = 0;
+  float scale = 1;  // of what turns: cosines and sines are multiplied by it
 };
 
-// The tokens of a batch: their IDs and where each stands in its prompt.
+// The tokens of a batch: their IDs, where each stands in its prompt, and how fast it turns there.
 class PreparedTokens {
  public:
   virtual ~PreparedTokens() = default;
@@ -84,6 +85,9 @@ class PreparedTokens {
 struct BatchTokens {
   std::vector<uint32_t> ids;       // [tokens]
   std::vector<int32_t> positions;  // [tokens]
+  // Where frequencies depend on the prompt, instead of the rotary's; else empty.
+  std::vector<float> inverse;    // [prompts, rotary_dim / 2]
+  std::vector<int32_t> prompts;  // [tokens], the prompt that each is of
 };
 
 // --- What is computed. y = x W^T + bias for each part of a linear.

@@ -120,6 +120,10 @@ void RotateToken(const RotateTokenArgs& args) {
   const float position = static_cast<float>(args.position);
   for (int i = 0; i < half; ++i) angle[i] = position * args.inverse_frequency[i];
   SinCos(angle, half, sine, cosine);
+  for (int i = 0; i < half; ++i) {
+    sine[i] *= args.scale;
+    cosine[i] *= args.scale;
+  }
   for (int h = 0; h < args.heads; ++h) {
     float* head = args.x + static_cast<int64_t>(h) * args.head_dim;
     if (args.pairing == RotaryPairing::kHalf) {

@@ -29,7 +29,7 @@ struct NormalizeRowArgs {
 };
 void NormalizeRow(const NormalizeRowArgs& args);
 
-// Turns the first rotary_dim channels of each head of one token in place.
+// Turns the first rotary_dim channels of each head of one token in place, and scales them.
 struct RotateTokenArgs {
   float* x = nullptr;  // [heads, head_dim]
   int heads = 0;
@@ -37,6 +37,7 @@ struct RotateTokenArgs {
   int rotary_dim = 0;  // even, at most head_dim and kMaxRotaryDim
   RotaryPairing pairing = RotaryPairing::kHalf;
   const float* inverse_frequency = nullptr;  // [rotary_dim / 2]
+  float scale = 1;
   int32_t position = 0;
 };
 void RotateToken(const RotateTokenArgs& args);

@@ -207,8 +207,10 @@ class CpuOps : public Ops {
   };
   void TurnHeads(const ProjectQkvArgs& args, const Heads& heads) const {
     const RotaryFrequencies& rotary = As<CpuRotary>(args.rotary).frequencies;
-    const std::vector<int32_t>& positions = As<CpuTokens>(args.batch).tokens.positions;
+    const BatchTokens& batch = As<CpuTokens>(args.batch).tokens;
+    const size_t pairs = rotary.inverse.size();
     ForEachRow(args.tokens, int64_t{heads.count} * rotary.head_dim, [&](int64_t t) {
+      const int64_t token = args.first + t;
       float* x = Row(heads.x, t);
       for (int h = 0; heads.norm != nullptr && h < heads.count; ++h) {
         const CpuNorm& norm = As<CpuNorm>(heads.norm);
@@ -222,10 +224,13 @@ class CpuOps : public Ops {
       RotateToken({.x = x,
                    .heads = heads.count,
                    .head_dim = rotary.head_dim,
-                   .rotary_dim = static_cast<int>(2 * rotary.inverse.size()),
+                   .rotary_dim = static_cast<int>(2 * pairs),
                    .pairing = rotary.pairing,
-                   .inverse_frequency = rotary.inverse.data(),
-                   .position = positions[args.first + t]});
+                   .inverse_frequency = batch.inverse.empty()
+                                            ? rotary.inverse.data()
+                                            : batch.inverse.data() + batch.prompts[token] * pairs,
+                   .scale = rotary.scale,
+                   .position = batch.positions[token]});
     });
   }
 

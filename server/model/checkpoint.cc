@@ -213,7 +213,8 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
   out.rotary =
       read.Prepare<Rotary>(RotaryFrequencies{.inverse = InverseFrequencies(c.rope, c.head_dim),
                                              .pairing = c.rope.pairing,
-                                             .head_dim = c.head_dim});
+                                             .head_dim = c.head_dim,
+                                             .scale = c.rope.attention_factor});
   out.embedding = read.TakeEmbedding(embedding, c.vocab_size, c.hidden_size);
   for (int i = 0; i < c.layers; ++i) out.layers.push_back(TakeLayer(read, c, i));
   out.final_norm = read.TakeNorm(std::string(names.final_norm), c.hidden_size);

@@ -132,10 +132,60 @@ void ReadRotaryShare(ObjectReader& reader, const Family& family, RopeConfig* rop
   }
 }
 
+void ReadLlama3(ObjectReader& fields, RopeConfig* rope) {
+  rope->factor = fields.Positive("factor");
+  rope->low_freq_factor = fields.Positive("low_freq_factor");
+  rope->high_freq_factor = fields.Positive("high_freq_factor");
+  rope->original_max_positions =
+      fields.Integer("original_max_position_embeddings", 1, kMaxPositions);
+  if (rope->low_freq_factor >= rope->high_freq_factor) {
+    fields.Fail("low_freq_factor", "is not below high_freq_factor");
+  }
+}
+
+// What is left out follows from the rest as in transformers.
+void ReadYarn(ObjectReader& fields, int64_t max_positions, RopeConfig* rope) {
+  rope->original_max_positions =
+      fields.Integer("original_max_position_embeddings", 1, kMaxPositions, max_positions);
+  rope->factor =
+      fields.Positive("factor", static_cast<double>(max_positions) / rope->original_max_positions);
+  rope->beta_fast = fields.Positive("beta_fast", rope->beta_fast);
+  rope->beta_slow = fields.Positive("beta_slow", rope->beta_slow);
+  rope->truncate = fields.Bool("truncate", rope->truncate);
+  const auto of_scale = [&](double mscale) {
+    return rope->factor <= 1 ? 1.0 : 0.1 * mscale * std::log(rope->factor) + 1.0;
+  };
+  const bool both = fields.Find("mscale") != nullptr && fields.Find("mscale_all_dim") != nullptr;
+  const double mscale = fields.Positive("mscale", 1), all = fields.Positive("mscale_all_dim", 1);
+  rope->attention_factor = static_cast<float>(
+      fields.Positive("attention_factor", both ? of_scale(mscale) / of_scale(all) : of_scale(1)));
+}
+
+void ReadScaling(ObjectReader& fields, const std::string& type, int64_t max_positions,
+                 RopeConfig* rope) {
+  if (type == Name(RopeScaling::kLinear)) {
+    rope->scaling = RopeScaling::kLinear;
+    rope->factor = fields.Positive("factor");
+  } else if (type == Name(RopeScaling::kLlama3)) {
+    rope->scaling = RopeScaling::kLlama3;
+    ReadLlama3(fields, rope);
+  } else if (type == Name(RopeScaling::kDynamic)) {
+    rope->scaling = RopeScaling::kDynamic;
+    rope->factor = fields.Positive("factor");
+    rope->original_max_positions = max_positions;
+  } else if (type == Name(RopeScaling::kYarn)) {
+    rope->scaling = RopeScaling::kYarn;
+    ReadYarn(fields, max_positions, rope);
+  } else if (type != "default") {
+    fields.Fail("rope_type",
+                "= " + Show(type) + " is not supported (default, linear, llama3, dynamic, yarn)");
+  }
+}
+
 // rope_scaling as transformers 4 writes it, or rope_parameters of transformers 5, where theta is
 // inside.
 absl::Status ReadRope(ObjectReader& reader, const std::string& source, const Family& family,
-                      RopeConfig* rope) {
+                      int64_t max_positions, RopeConfig* rope) {
   rope->theta = reader.Positive("rope_theta", family.rope_theta);
   rope->pairing = family.pairing;
   rope->rotary_share = family.rotary_share;
@@ -157,22 +207,7 @@ absl::Status ReadRope(ObjectReader& reader, const std::string& source, const Fam
   const std::string type = fields.String("rope_type", old_type);
   ReadRotaryShare(fields, family, rope);
   rope->theta = fields.Positive("rope_theta", rope->theta);
-  if (type == "linear") {
-    rope->scaling = RopeScaling::kLinear;
-    rope->factor = fields.Positive("factor");
-  } else if (type == "llama3") {
-    rope->scaling = RopeScaling::kLlama3;
-    rope->factor = fields.Positive("factor");
-    rope->low_freq_factor = fields.Positive("low_freq_factor");
-    rope->high_freq_factor = fields.Positive("high_freq_factor");
-    rope->original_max_positions =
-        fields.Integer("original_max_position_embeddings", 1, kMaxPositions);
-    if (rope->low_freq_factor >= rope->high_freq_factor) {
-      fields.Fail("low_freq_factor", "is not below high_freq_factor");
-    }
-  } else if (type != "default") {
-    fields.Fail("rope_type", "= " + Show(type) + " is not supported (default, linear, llama3)");
-  }
+  ReadScaling(fields, type, max_positions, rope);
   for (const auto& [name, value] : object->items()) {
     if (!fields.WasRead(name)) {
       fields.Fail(Show(name),
@@ -199,6 +234,35 @@ absl::Status CheckOtherKeys(const json& config, const ObjectReader& reader, cons
                                       " is not a key this server knows; it may change the results");
   }
   return absl::OkStatus();
+}
+
+// The lengths that vLLM takes; transformers takes any. To linear and dynamic scaling
+// max_position_embeddings is the length before it, to llama3 and yarn the one after it; but files
+// whose owner has added yarn (Qwen's cards tell how) often keep the one before.
+int64_t MaxPositions(int64_t max_position_embeddings, const RopeConfig& rope) {
+  double positions = static_cast<double>(max_position_embeddings);
+  switch (rope.scaling) {
+    case RopeScaling::kNone:
+    case RopeScaling::kLlama3:
+      break;
+    case RopeScaling::kLinear:
+    case RopeScaling::kDynamic:
+      positions *= rope.factor;
+      break;
+    case RopeScaling::kYarn:
+      positions = std::max(positions, rope.original_max_positions * rope.factor);
+      break;
+  }
+  return static_cast<int64_t>(std::clamp(positions, 1.0, static_cast<double>(kMaxPositions)));
+}
+
+// Null is not as if left out: it says that there is none.
+int64_t ReadWindow(ObjectReader& reader, const json& config, const Family& family) {
+  constexpr char kKey[] = "sliding_window";
+  if (family.sliding_window == 0) return 0;
+  const auto it = config.find(kKey);
+  const bool none = it != config.end() && it->is_null();
+  return reader.Integer(kKey, 1, kMaxPositions, none ? 0 : family.sliding_window);
 }
 
 void CheckLayerTypes(ObjectReader& reader) {
@@ -260,9 +324,17 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
     reader.Fail("num_attention_heads", absl::StrCat("* head_dim = ", out.q_heads, " * ",
                                                     out.head_dim, " is above ", kMaxSize));
   }
-  const absl::Status rope = ReadRope(reader, source, family, &out.rope);
+  const absl::Status rope = ReadRope(reader, source, family, out.max_positions, &out.rope);
+  out.max_positions = MaxPositions(out.max_positions, out.rope);
+  out.sliding_window = ReadWindow(reader, config, family);
+  if (out.sliding_window > 0) out.max_positions = std::min(out.max_positions, out.sliding_window);
   if (!reader.status().ok()) return reader.status();
   if (!rope.ok()) return rope;
+  if (RotaryDim(out.rope, out.head_dim) % 2 != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(source, ": partial_rotary_factor leaves an odd number of the ", out.head_dim,
+                     " channels of a head to turn"));
+  }
   const absl::Status others = CheckOtherKeys(config, reader, family, source);
   if (!others.ok()) return others;
   return out;

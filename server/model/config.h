@@ -27,7 +27,8 @@ struct ModelConfig {
   int q_heads = 0;
   int kv_heads = 0;
   int head_dim = 0;
-  int64_t max_positions = 0;
+  int64_t max_positions = 0;   // tokens of a prompt: what rope and a sliding window allow
+  int64_t sliding_window = 0;  // 0: none
   float rms_norm_eps = 1e-6f;
   RopeConfig rope;
   bool tie_word_embeddings = false;

@@ -1,5 +1,9 @@
 #include "server/model/family.h"
 
+#include <algorithm>
+#include <array>
+#include <cstddef>
+
 #include "absl/strings/str_join.h"
 
 namespace prefilld {
@@ -60,14 +64,28 @@ constexpr std::string_view kHarmlessKeys[] = {
     "use_cache",
 };
 
+template <size_t kSome, size_t kMore>
+constexpr std::array<std::string_view, kSome + kMore> Both(const std::string_view (&some)[kSome],
+                                                           const std::string_view (&more)[kMore]) {
+  std::array<std::string_view, kSome + kMore> both;
+  std::copy(more, more + kMore, std::copy(some, some + kSome, both.begin()));
+  return both;
+}
+
+// Qwen's files say which window which layers would have, and with use_sliding_window that none has.
+constexpr std::string_view kUnusedWindow[] = {"max_window_layers", "sliding_window"};
+constexpr auto kQwenHarmlessKeys = Both(kHarmlessKeys, kUnusedWindow);
+
 constexpr NeutralKey kNeutralKeys[] = {
     {"add_cross_attention", "false"},
+    {"attention_bias", "false"},  // where the family reads none
     {"attn_logit_softcapping", "null"},
     {"chunk_size_feed_forward", "0"},
     {"cross_attention_hidden_size", "null"},
     {"final_logit_softcapping", "null"},
     {"hidden_act", "\"silu\""},
     {"is_encoder_decoder", "false"},
+    {"mlp_bias", "false"},  // likewise
     {"num_local_experts", "null"},
     {"pretraining_tp", "1"},
     {"pruned_heads", "{}"},
@@ -95,6 +113,18 @@ constexpr TensorNames kLlamaTensors = {
     .down = "mlp.down_proj",
 };
 
+constexpr TensorNames WithHeadNorms(TensorNames names) {
+  names.q_norm = "self_attn.q_norm";
+  names.k_norm = "self_attn.k_norm";
+  return names;
+}
+
+constexpr TensorNames WithGateAndUpInOne(TensorNames names) {
+  names.gate = names.up = "";
+  names.gate_up = "mlp.gate_up_proj";
+  return names;
+}
+
 constexpr Family kFamilies[] = {
     {.model_type = "llama",
      .qkv_bias = {"attention_bias"},
@@ -104,6 +134,42 @@ constexpr Family kFamilies[] = {
      .rms_norm_eps = 1e-6,
      .rope_theta = 10000,
      .tensors = kLlamaTensors,
+     .harmless_keys = kHarmlessKeys,
+     .neutral_keys = kNeutralKeys},
+    {.model_type = "mistral",
+     .tie_word_embeddings = {"tie_word_embeddings"},
+     .rms_norm_eps = 1e-6,
+     .rope_theta = 10000,
+     .sliding_window = 4096,
+     .tensors = kLlamaTensors,
+     .harmless_keys = kHarmlessKeys,
+     .neutral_keys = kNeutralKeys},
+    {.model_type = "qwen2",
+     .qkv_bias = {.key = "", .absent = true},
+     .tie_word_embeddings = {"tie_word_embeddings"},
+     .rms_norm_eps = 1e-6,
+     .rope_theta = 10000,
+     .tensors = kLlamaTensors,
+     .harmless_keys = kQwenHarmlessKeys,
+     .neutral_keys = kNeutralKeys},
+    {.model_type = "qwen3",
+     .qkv_bias = {"attention_bias"},
+     .o_bias = {"attention_bias"},
+     .tie_word_embeddings = {"tie_word_embeddings"},
+     .rms_norm_eps = 1e-6,
+     .rope_theta = 10000,
+     .tensors = WithHeadNorms(kLlamaTensors),
+     .harmless_keys = kQwenHarmlessKeys,
+     .neutral_keys = kNeutralKeys},
+    {.model_type = "glm",
+     .qkv_bias = {.key = "attention_bias", .absent = true},
+     .tie_word_embeddings = {"tie_word_embeddings"},
+     .rms_norm_eps = 1.5625e-07,
+     .rope_theta = 10000,
+     .rotary_share = 0.5,
+     .reads_rotary_share = true,
+     .pairing = RotaryPairing::kInterleaved,
+     .tensors = WithGateAndUpInOne(kLlamaTensors),
      .harmless_keys = kHarmlessKeys,
      .neutral_keys = kNeutralKeys},
 };

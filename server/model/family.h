@@ -43,6 +43,9 @@ struct Family {
   FlagKey tie_word_embeddings;
   double rms_norm_eps = 0;  // when left out
   double rope_theta = 0;    // when left out
+  // sliding_window when left out, where the family reads it: a prompt that fits is attended in
+  // full, a longer one is not taken. Elsewhere 0, and the key lists say at what it is taken.
+  int64_t sliding_window = 0;
   // The share of a head's channels that turn; partial_rotary_factor may say another one where the
   // family reads it, else only this.
   double rotary_share = 1;

@@ -46,6 +46,10 @@ std::string Fingerprint(const ModelConfig& config, DType dtype, const SafeTensor
   if (rotary_dim != config.head_dim || !halves) {
     absl::StrAppendFormat(&text, "rotary_dim %d %s\n", rotary_dim, halves ? "half" : "interleaved");
   }
+  if (rope.scaling == RopeScaling::kYarn) {
+    absl::StrAppendFormat(&text, "yarn %.17g %.17g %d %.9g\n", rope.beta_fast, rope.beta_slow,
+                          rope.truncate, rope.attention_factor);
+  }
   for (const auto& [name, tensor] : tensors.tensors()) {
     absl::StrAppendFormat(&text, "%s %s [%s] %08x\n", absl::CEscape(name), tensor.dtype,
                           absl::StrJoin(tensor.shape, ","), Crc32c(tensor.data, tensor.bytes));

@@ -38,6 +38,7 @@ ModelInfo InfoOf(const std::string& name, const Checkpoint& checkpoint, DType ac
           .hidden_size = c.hidden_size,
           .vocab_size = c.vocab_size,
           .max_positions = c.max_positions,
+          .sliding_window = c.sliding_window,
           .layer_weights = LayerElements(c),
           .dtype = checkpoint.dtype,
           .activations = activations,
@@ -152,11 +153,17 @@ absl::Status Transformer::AllocateTiles() {
 }
 
 absl::Status Transformer::PrepareTokens(PrefillBatch& batch) {
-  BatchTokens tokens{.ids = batch.token_ids, .positions = {}};
+  const RopeConfig& rope = weights_.config.rope;
+  BatchTokens tokens{.ids = batch.token_ids};
   tokens.positions.reserve(batch.token_ids.size());
   for (size_t i = 1; i < batch.cu_seqlens.size(); ++i) {
     const int64_t length = batch.cu_seqlens[i] - batch.cu_seqlens[i - 1];
     for (int64_t p = 0; p < length; ++p) tokens.positions.push_back(static_cast<int32_t>(p));
+    if (rope.scaling == RopeScaling::kDynamic) {
+      const auto inverse = InverseFrequencies(rope, info_.head_dim, length);
+      tokens.inverse.insert(tokens.inverse.end(), inverse.begin(), inverse.end());
+      tokens.prompts.insert(tokens.prompts.end(), length, static_cast<int32_t>(i - 1));
+    }
   }
   absl::StatusOr<std::unique_ptr<PreparedTokens>> prepared = ops_.Prepare(std::move(tokens));
   if (prepared.ok()) batch.prepared = *std::move(prepared);

@@ -31,13 +31,14 @@ struct ModelInfo {
   int head_dim = 0;
   int hidden_size = 0;
   int vocab_size = 0;
-  int64_t max_positions = 0;
-  int64_t layer_weights = 0;  // elements of one layer's linear maps, for cost estimates
-  DType dtype = DType::kF32;  // of the checkpoint, and of KV unless another is asked for
+  int64_t max_positions = 0;   // tokens of a prompt
+  int64_t sliding_window = 0;  // of decode engines, 0: none; no prompt is longer
+  int64_t layer_weights = 0;   // elements of one layer's linear maps, for cost estimates
+  DType dtype = DType::kF32;   // of the checkpoint, and of KV unless another is asked for
   DType activations =
       DType::kF32;  // of rows while it computes, attention's q, k, v and o among them
   double rope_theta = 0;
-  std::string rope_scaling;  // none | linear | llama3
+  std::string rope_scaling;  // none | linear | llama3 | dynamic | yarn
   std::string fingerprint;   // SHA-256 in hex; equal exactly for the same weights and mathematics
 };
 

@@ -23,7 +23,8 @@ absl::Status CheckTokens(const v1::PrefillRequest& request, const ModelInfo& inf
   const int64_t tokens_max = PromptTokensMax(info, limits);
   if (request.token_ids_size() < 1 || request.token_ids_size() > tokens_max) {
     return InvalidField(
-        "token_ids", absl::StrCat(request.token_ids_size(), " tokens, not from 1 to ", tokens_max));
+        "token_ids", absl::StrCat(request.token_ids_size(), " tokens, not from 1 to ", tokens_max,
+                                  tokens_max == info.sliding_window ? ", the sliding window" : ""));
   }
   for (int i = 0; i < request.token_ids_size(); ++i) {
     if (request.token_ids(i) >= static_cast<uint32_t>(info.vocab_size)) {

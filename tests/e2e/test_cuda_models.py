@@ -7,7 +7,8 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from e2e import checkpoints, harness, mapping, prefilling
+from e2e import checkpoints, harness, mapping, prefilling, safetensors_file
+from e2e.conftest import FIXTURES
 from e2e.test_cuda import start
 from prefilld import PrefillClient
 
@@ -43,6 +44,26 @@ def prefill(server, ids, transport=None, **policy):
 def differences(got, want):
     return {what: float(np.linalg.norm(got[what] - want[what]) / np.linalg.norm(want[what]))
             for what in want}
+
+
+@pytest.mark.parametrize("directory", FIXTURES, ids=lambda path: path.name)
+def test_kv_and_logits_equal_transformers(directory, tmp_path):
+    """Small models of every variant, with what transformers computes from them."""
+    expected = safetensors_file.load(directory / "expected.safetensors")
+    try:
+        server = start(tmp_path / "log.jsonl", f"--model=tiny={directory}")
+    except RuntimeError as error:
+        if "are not computed by cuda" not in str(error):
+            raise
+        pytest.skip("weights of a dtype that cuda does not compute")
+    with server:
+        got, _ = prefill(server, expected["token_ids"].tolist(), method="dense")
+    got |= {part: got[part].transpose(0, 2, 1, 3) for part in ("k", "v")}
+    for part, array in got.items():
+        own = expected.get("own_error_" + part)  # of transformers in the checkpoint's own dtype
+        assert array.shape == expected[part].shape
+        error = prefilling.relative_error(array, expected[part])
+        assert error <= (1e-4 if own is None else 1.5 * own[0]), (part, error)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)

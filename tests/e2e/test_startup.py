@@ -88,8 +88,13 @@ def refuses(model, *words):
 
 @pytest.mark.parametrize("changes,words", [
     ({"model_type": "mamba"}, ["mamba"]),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn"]),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["dynamic"]),
+    ({"model_type": "qwen3_moe"}, ["qwen3_moe"]),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, ["longrope"]),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "long_factor": [1]}}, ["long_factor"]),
+    ({"model_type": "qwen3"}, ["q_norm"]),
+    ({"model_type": "qwen2"}, ["q_proj.bias"]),
+    ({"model_type": "qwen2", "use_sliding_window": True}, ["use_sliding_window"]),
+    ({"model_type": "glm"}, ["gate_up_proj"]),
     ({"rope_scaling": {"rope_type": "banana", "factor": 4.0}}, ["banana"]),
     ({"sliding_window": 128}, ["sliding_window"]),
     ({"num_local_experts": 8}, ["num_local_experts"]),

@@ -12,11 +12,28 @@ from prefilld import PrefilldError
 from prefilld.vllm import kv_writer
 from prefilld.vllm.failure_reasons import FailureReasons
 from prefilld.vllm.metrics import LoadStats
+from prefilld.vllm.model_check import ModelCheck
 from prefilld.vllm.scheduler import SchedulerHalf
 from prefilld.vllm.settings import Settings
 
 LEASE = {"name": "l", "generation": 3, "boot_id": "b", "layers": 2, "tokens": 40, "ttl": 60.0}
 HERE = Settings(targets=("127.0.0.1:1",), min_tokens=16)
+
+
+# --- the comparison of models
+
+
+@pytest.mark.parametrize("fields", [
+    {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 1e4}])
+def test_a_scaling_that_vllm_computes_otherwise_is_refused(fields):
+    config = types.SimpleNamespace(
+        model_config=types.SimpleNamespace(dtype=torch.float32,
+                                           hf_text_config=types.SimpleNamespace(**fields)),
+        parallel_config=types.SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        cache_config=types.SimpleNamespace(cache_dtype="auto"))
+    with pytest.raises(ValueError, match="rope scaling dynamic is not supported"):
+        ModelCheck(config)
 
 
 # --- the scheduler's half

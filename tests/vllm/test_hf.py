@@ -57,11 +57,15 @@ def smol_server(tmp_path_factory):
         yield server
 
 
+SERVED = ("base", "bf16", "f16", "linear", "llama3", "yarn", "dynamic", "qwen2", "qwen3", "glm",
+          "mistral")
+
+
 @pytest.fixture(scope="module")
 def fixture_server(tmp_path_factory):
-    """Several small models: base (f32), bf16, f16, linear, llama3."""
+    """Several small models: dtypes of llama, scalings, the other families."""
     log = tmp_path_factory.mktemp("fixtures") / "log.jsonl"
-    models = [(name, FIXTURES / name) for name in ("base", "bf16", "f16", "linear", "llama3")]
+    models = [(name, FIXTURES / name) for name in SERVED]
     with harness.Server(log_path=log, models=models) as server:
         prefill_into_cache(load(FIXTURES / "base"), IDS, target=server.target, model_handle="base")
         yield server
@@ -218,8 +222,10 @@ def assert_same(cache, expected, bound):
 
 @pytest.mark.parametrize(("name", "dtype", "bound"), [
     ("linear", torch.float32, 1e-5), ("llama3", torch.float32, 1e-5),
+    ("yarn", torch.float32, 1e-5), ("dynamic", torch.float32, 1e-5),
+    ("qwen2", torch.float32, 1e-5), ("qwen3", torch.float32, 1e-5), ("glm", torch.float32, 1e-5),
     ("bf16", torch.bfloat16, 1e-2), ("f16", torch.float16, 2e-3)])
-def test_dtypes_and_rope_scalings(fixture_server, name, dtype, bound):
+def test_dtypes_rope_scalings_and_families(fixture_server, name, dtype, bound):
     """The bound of a half dtype is a few of its roundings: both sides round, at other places."""
     model = load(FIXTURES / name)
     with PrefillClient(fixture_server.target) as client:
@@ -312,6 +318,9 @@ def test_other_families_dtypes_and_weights_are_refused(fixture_server):
         prefill_into_cache(mistral, IDS, **where)
     with refused(fixture_server, PRECONDITION, "Sliding"):
         prefill_into_cache(windowed, IDS, **where)
+    with refused(fixture_server, PRECONDITION, "layer 0", "Sliding"):  # though it is the server's
+        prefill_into_cache(load(FIXTURES / "mistral"), IDS, target=fixture_server.target,
+                           model_handle="mistral")
     with refused(fixture_server, PRECONDITION, "torch.float32 there, torch.bfloat16 here"):
         prefill_into_cache(load(FIXTURES / "base", dtype=torch.bfloat16), IDS, **where)
     with refused(fixture_server, PRECONDITION, "layer 0", "meta"):
@@ -342,7 +351,8 @@ def test_models_that_are_not_their_checkpoint_are_refused(fixture_server, attrib
 
 def test_the_handle_must_name_one_model(fixture_server):
     model = load(FIXTURES / "base")
-    with refused(fixture_server, PRECONDITION, "5 models", "base, ", "llama3", "model_handle"):
+    with refused(fixture_server, PRECONDITION, f"{len(SERVED)} models", "base, ", "llama3",
+                 "model_handle"):
         prefill_into_cache(model, IDS, target=fixture_server.target)
     with refused(fixture_server, grpc.StatusCode.NOT_FOUND, "'none'", "base, ", "llama3"):
         prefill_into_cache(model, IDS, target=fixture_server.target, model_handle="none")

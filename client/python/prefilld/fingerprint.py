@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import mmap
 import pathlib
 import struct
@@ -18,6 +19,11 @@ import numpy as np
 
 _PIECE_BYTES = 64 << 20
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+# What a config of the family leaves out: rms_norm_eps, the share of a head that turns; and the
+# channels that turn together.
+_LLAMA = (1e-6, 1.0, "half")
+_FAMILIES = {"glm": (1.5625e-07, 0.5, "interleaved")}
 
 
 @functools.lru_cache(maxsize=8)
@@ -34,7 +40,8 @@ def fingerprint(directory: str | pathlib.Path) -> str:
     dtype = _DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "")
     if dtype is None:
         dtype = next(kind for name, kind, _, _ in tensors if name == "model.embed_tokens.weight")
-    eps = float(np.float32(config.get("rms_norm_eps") or 1e-6))
+    default_eps, _, _ = _FAMILIES.get(config["model_type"], _LLAMA)
+    eps = float(np.float32(config.get("rms_norm_eps") or default_eps))
     text = (
         f"id {_escape(config.get('_name_or_path') or '')}\n"
         f"revision {_escape(config.get('_commit_hash') or '')}\n"
@@ -46,31 +53,63 @@ def fingerprint(directory: str | pathlib.Path) -> str:
     rotary_dim, pairing = _rotary(config, head_dim)
     if (rotary_dim, pairing) != (head_dim, "half"):
         text += f"rotary_dim {rotary_dim} {pairing}\n"
+    text += _yarn(config)
     for name, kind, shape, crc in tensors:
         text += f"{_escape(name)} {kind} [{','.join(map(str, shape))}] {crc:08x}\n"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
+def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Both forms of config.json: rope_scaling beside rope_theta, or rope_parameters."""
     fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = fields.get("rope_type") or fields.get("type") or "default"
-    scaling = {"default": "none"}.get(kind, kind)
-    used = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                              "original_max_position_embeddings")}.get(scaling, ())
-    value = {key: fields[key] for key in used}
+    return fields | {"scaling": "none" if kind == "default" else kind}
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    fields, longest = _rope_fields(config), config["max_position_embeddings"]
+    scaling = fields["scaling"]
+    low, high, original, factor = 1.0, 4.0, 8192, fields.get("factor") or 1.0
+    if scaling == "llama3":
+        low, high = fields["low_freq_factor"], fields["high_freq_factor"]
+        original = fields["original_max_position_embeddings"]
+    elif scaling == "dynamic":
+        original = longest
+    elif scaling == "yarn":
+        original = fields.get("original_max_position_embeddings") or longest
+        factor = fields.get("factor") or longest / original
     return {"theta": float(fields.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            "scaling": scaling, "factor": float(value.get("factor", 1)),
-            "low": float(value.get("low_freq_factor", 1)),
-            "high": float(value.get("high_freq_factor", 4)),
-            "original": value.get("original_max_position_embeddings", 8192)}
+            "scaling": scaling, "factor": float(factor), "low": float(low), "high": float(high),
+            "original": original}
+
+
+def _yarn(config: dict[str, Any]) -> str:
+    """What yarn alone has: the line that says it, or nothing."""
+    fields = _rope_fields(config)
+    if fields["scaling"] != "yarn":
+        return ""
+    factor = _rope(config)["factor"]
+
+    def of_scale(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    mscale, mscale_all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
+    attention = fields.get("attention_factor")
+    if attention is None:
+        attention = (of_scale(mscale) / of_scale(mscale_all_dim) if mscale and mscale_all_dim
+                     else of_scale(1))
+    truncate = fields.get("truncate")
+    return (f"yarn {float(fields.get('beta_fast') or 32):.17g} "
+            f"{float(fields.get('beta_slow') or 1):.17g} "
+            f"{int(truncate is None or truncate)} {float(np.float32(attention)):.9g}\n")
 
 
 def _rotary(config: dict[str, Any], head_dim: int) -> tuple[int, str]:
     """The channels of a head that turn, and which of them turn together."""
-    fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    share = fields.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return int(head_dim * share), "interleaved" if config.get("rope_interleaved") else "half"
+    _, default_share, pairing = _FAMILIES.get(config["model_type"], _LLAMA)
+    share = (_rope_fields(config).get("partial_rotary_factor")
+             or config.get("partial_rotary_factor") or default_share)
+    return int(head_dim * share), pairing
 
 
 def _tensors(root: pathlib.Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:

@@ -33,11 +33,14 @@ struct NormCall {
 };
 cudaError_t NormalizeRows(const NormCall& call, cudaStream_t stream);
 
-// turns[t][i] = cosine and sine of positions[t] * inverse[i].
+// turns[t][i] = cosine and sine of positions[t] * inverse[i], times scale. With prompts, inverse
+// has a row for each of them.
 struct TurnsCall {
   const int32_t* positions = nullptr;
-  const float* inverse = nullptr;
+  const int32_t* prompts = nullptr;  // [tokens], or null
+  const float* inverse = nullptr;    // [pairs], or [prompts, pairs]
   int pairs = 0;
+  float scale = 1;
   int64_t tokens = 0;
   float2* turns = nullptr;  // [tokens, pairs]
 };

@@ -30,10 +30,12 @@ struct CudaEmbedding : Embedding {
 struct CudaRotary : Rotary {
   Buffer inverse;  // [pairs] F32
   int pairs = 0, head_dim = 0;
+  float scale = 1;
   RotaryPairing pairing = RotaryPairing::kHalf;
 };
 struct CudaTokens : PreparedTokens {
-  Buffer ids, positions;  // [tokens]
+  Buffer ids, positions;    // [tokens]
+  Buffer inverse, prompts;  // as BatchTokens has them, or empty
   int64_t tokens = 0;
   // Cosines and sines of the rotary that has last asked, [tokens, pairs].
   mutable Buffer turns;
@@ -158,6 +160,7 @@ class CudaOps : public Ops {
     auto rotary = std::make_unique<CudaRotary>();
     rotary->pairs = pairs;
     rotary->head_dim = d;
+    rotary->scale = frequencies.scale;
     rotary->pairing = frequencies.pairing;
     absl::Status status = upload_.Values(frequencies.inverse, &rotary->inverse);
     if (!status.ok()) return status;
@@ -169,6 +172,10 @@ class CudaOps : public Ops {
     prepared->tokens = static_cast<int64_t>(tokens.ids.size());
     absl::Status status = upload_.Values(tokens.ids, &prepared->ids);
     if (status.ok()) status = upload_.Values(tokens.positions, &prepared->positions);
+    if (status.ok() && !tokens.inverse.empty()) {
+      status = upload_.Values(tokens.inverse, &prepared->inverse);
+      if (status.ok()) status = upload_.Values(tokens.prompts, &prepared->prompts);
+    }
     if (!status.ok()) return status;
     return prepared;
   }
@@ -345,9 +352,12 @@ class CudaOps : public Ops {
         device_, static_cast<size_t>(tokens.tokens * rotary.pairs) * sizeof(float2), tokens.turns);
     if (!status.ok()) return status;
     tokens.turned_by = &rotary;
+    const bool own = tokens.inverse.data() != nullptr;  // the batch's frequencies
     return device_.Check(FillTurns({.positions = tokens.positions.as<int32_t>(),
-                                    .inverse = rotary.inverse.as<float>(),
+                                    .prompts = tokens.prompts.as<int32_t>(),
+                                    .inverse = (own ? tokens.inverse : rotary.inverse).as<float>(),
                                     .pairs = rotary.pairs,
+                                    .scale = rotary.scale,
                                     .tokens = tokens.tokens,
                                     .turns = tokens.turns.as<float2>()},
                                    device_.stream(stream)),

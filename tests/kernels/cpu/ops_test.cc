@@ -171,6 +171,8 @@ struct QkvCase {
   int rotary_dim = kHeadDim;
   RotaryPairing pairing = RotaryPairing::kHalf;
   bool norms = false;
+  float scale = 1;
+  bool by_prompt = false;  // frequencies of each prompt, not of the rotary
 };
 
 class ProjectQkv : public OpsTest, public testing::WithParamInterface<QkvCase> {
@@ -184,20 +186,38 @@ class ProjectQkv : public OpsTest, public testing::WithParamInterface<QkvCase> {
     for (size_t head = 0; head < kTokens * heads; ++head) {
       for (int i = 0; i < c.rotary_dim / 2; ++i) {
         const float position = static_cast<float>(positions_[kFirst + head / heads]);
-        const double angle = position * frequencies_.inverse[i];
+        const double slower = c.by_prompt ? Slower(kFirst + static_cast<int>(head / heads)) : 1;
+        const double angle = position * frequencies_.inverse[i] / slower;
         const bool halves = c.pairing == RotaryPairing::kHalf;
         double& low = y[head * kHeadDim + (halves ? i : 2 * i)];
         double& high = y[head * kHeadDim + (halves ? i + c.rotary_dim / 2 : 2 * i + 1)];
         const double a = low, b = high;
-        low = a * std::cos(angle) - b * std::sin(angle);
-        high = b * std::cos(angle) + a * std::sin(angle);
+        low = c.scale * (a * std::cos(angle) - b * std::sin(angle));
+        high = c.scale * (b * std::cos(angle) + a * std::sin(angle));
       }
     }
     return y;
   }
 
+  // The tokens are of two prompts, where prompts have frequencies of their own.
+  static int PromptOf(int token) { return token < kFirst + 4 ? 0 : 1; }
+  static float Slower(int token) { return PromptOf(token) == 0 ? 4 : 2; }
+  BatchTokens Tokens() const {
+    BatchTokens tokens{.ids = std::vector<uint32_t>(positions_.size()), .positions = positions_};
+    if (!GetParam().by_prompt) return tokens;
+    for (size_t t = 0; t < positions_.size(); ++t) {
+      tokens.prompts.push_back(PromptOf(static_cast<int>(t)));
+    }
+    for (const int first : {0, kFirst + 4}) {
+      for (const float inverse : frequencies_.inverse) {
+        tokens.inverse.push_back(inverse / Slower(first));
+      }
+    }
+    return tokens;
+  }
+
   void SetUp() override {
-    frequencies_ = {.pairing = GetParam().pairing, .head_dim = kHeadDim};
+    frequencies_ = {.pairing = GetParam().pairing, .head_dim = kHeadDim, .scale = GetParam().scale};
     for (int i = 0; i < GetParam().rotary_dim / 2; ++i) {
       frequencies_.inverse.push_back(1.0f / static_cast<float>(1 << i % 20));
     }
@@ -209,18 +229,19 @@ class ProjectQkv : public OpsTest, public testing::WithParamInterface<QkvCase> {
   RotaryFrequencies frequencies_;
   std::vector<int32_t> positions_;
 };
-INSTANTIATE_TEST_SUITE_P(Families, ProjectQkv,
-                         testing::Values(QkvCase{}, QkvCase{.norms = true},
-                                         QkvCase{.rotary_dim = 32,
-                                                 .pairing = RotaryPairing::kInterleaved},
-                                         QkvCase{.rotary_dim = 32, .norms = true},
-                                         QkvCase{.pairing = RotaryPairing::kInterleaved}),
-                         [](const auto& c) {
-                           return std::to_string(c.param.rotary_dim) +
-                                  (c.param.pairing == RotaryPairing::kHalf ? "Halves"
-                                                                           : "Interleaved") +
-                                  (c.param.norms ? "Norms" : "");
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Families, ProjectQkv,
+    testing::Values(QkvCase{}, QkvCase{.norms = true},
+                    QkvCase{.rotary_dim = 32, .pairing = RotaryPairing::kInterleaved},
+                    QkvCase{.rotary_dim = 32, .norms = true},
+                    QkvCase{.rotary_dim = 32, .scale = 1.25f}, QkvCase{.by_prompt = true},
+                    QkvCase{.pairing = RotaryPairing::kInterleaved}),
+    [](const auto& c) {
+      return std::to_string(c.param.rotary_dim) +
+             (c.param.pairing == RotaryPairing::kHalf ? "Halves" : "Interleaved") +
+             (c.param.norms ? "Norms" : "") + (c.param.scale != 1 ? "Scaled" : "") +
+             (c.param.by_prompt ? "ByPrompt" : "");
+    });
 
 TEST_P(ProjectQkv, IsProductThenNormOfHeadsThenRotation) {
   std::vector<float> wq = Random(kQHeads * kHeadDim * kIn, 2);
@@ -232,8 +253,7 @@ TEST_P(ProjectQkv, IsProductThenNormOfHeadsThenRotation) {
                                  kIn);
   const auto q_norm = MakeNorm(q_gain, 1e-6f), k_norm = MakeNorm(k_gain, 1e-6f);
   const auto rotary = *ops_->Prepare(frequencies_);
-  const auto tokens = *ops_->Prepare(
-      BatchTokens{.ids = std::vector<uint32_t>(positions_.size()), .positions = positions_});
+  const auto tokens = *ops_->Prepare(Tokens());
   std::vector<float> q(kTokens * kQHeads * kHeadDim), k(kTokens * kKvHeads * kHeadDim), v(k.size());
   ASSERT_TRUE(ops_->ProjectQkv({.linear = linear.get(),
                                 .x = F32Rows(x_, kIn),

@@ -31,6 +31,12 @@ TEST_F(CheckpointTest, HasAllThatTheConfigAsksForPrepared) {
   EXPECT_TRUE(checkpoint->lm_head);
 }
 
+TEST_F(CheckpointTest, HasTheNormsOfHeadsThatItsFamilyHas) {
+  const auto checkpoint = Checkpoint::Load(FixtureModel("qwen3"), **backend_->ops());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  for (const LayerWeights& layer : checkpoint->layers) EXPECT_TRUE(layer.q_norm && layer.k_norm);
+}
+
 TEST_F(CheckpointTest, AConfigThatIsNoObjectIsNamed) {
   const ModelDirectory model("base");
   model.Write("config.json", "[]");

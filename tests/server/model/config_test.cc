@@ -3,7 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <string>
+#include <vector>
 
 namespace prefilld {
 namespace {
@@ -17,6 +19,11 @@ constexpr char kSizes[] =
 absl::StatusOr<ModelConfig> Parse(const std::string& more) {
   return ParseModelConfig("{" + std::string(kSizes) + (more.empty() ? "" : ", ") + more + "}",
                           "config.json");
+}
+// Of another family.
+absl::StatusOr<ModelConfig> As(const std::string& model_type, const std::string& more) {
+  std::string text = "{" + std::string(kSizes) + (more.empty() ? "" : ", ") + more + "}";
+  return ParseModelConfig(text.replace(text.find("llama"), 5, model_type), "config.json");
 }
 std::string Error(const std::string& more) { return std::string(Parse(more).status().message()); }
 
@@ -90,12 +97,65 @@ TEST(ModelConfig, RopeIsReadInAllItsSpellings) {
             2e4);
 }
 
+TEST(ModelConfig, YarnIsReadWithWhatFollowsFromTheRest) {
+  const RopeConfig plain = Parse(R"("rope_scaling": {"type": "yarn", "factor": 4,
+                                    "original_max_position_embeddings": 512})")
+                               ->rope;
+  EXPECT_EQ(plain.scaling, RopeScaling::kYarn);
+  EXPECT_EQ(plain.factor, 4);
+  EXPECT_EQ(plain.original_max_positions, 512);
+  EXPECT_EQ(plain.beta_fast, 32);
+  EXPECT_EQ(plain.beta_slow, 1);
+  EXPECT_TRUE(plain.truncate);
+  EXPECT_NEAR(plain.attention_factor, 0.1 * std::log(4) + 1, 1e-6);
+
+  const std::string start = R"("rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, )";
+  const RopeConfig all = Parse(start + R"("factor": 8, "beta_fast": 16, "beta_slow": 2,
+                                          "truncate": false, "mscale": 2, "mscale_all_dim": 0.5})")
+                             ->rope;
+  EXPECT_EQ(all.original_max_positions, 1024) << "max_position_embeddings";
+  EXPECT_EQ(all.beta_fast, 16);
+  EXPECT_EQ(all.beta_slow, 2);
+  EXPECT_FALSE(all.truncate);
+  EXPECT_NEAR(all.attention_factor, (0.2 * std::log(8) + 1) / (0.05 * std::log(8) + 1), 1e-6);
+
+  const RopeConfig given = Parse(start + R"("factor": null, "attention_factor": 0.75, "mscale": 2,
+                                            "original_max_position_embeddings": 512})")
+                               ->rope;
+  EXPECT_EQ(given.factor, 2) << "max_position_embeddings over the original ones";
+  EXPECT_EQ(given.attention_factor, 0.75f);
+  EXPECT_THAT(Error(start + R"("factor": 2, "low_freq_factor": 1})"), HasSubstr("low_freq_factor"));
+}
+
+TEST(ModelConfig, DynamicScalingStartsAtTheOriginalLength) {
+  const ModelConfig config = *Parse(R"("rope_scaling": {"type": "dynamic", "factor": 2})");
+  EXPECT_EQ(config.rope.scaling, RopeScaling::kDynamic);
+  EXPECT_EQ(config.rope.factor, 2);
+  EXPECT_EQ(config.rope.original_max_positions, 1024);
+}
+
+TEST(ModelConfig, PromptsAreAsLongAsTheScalingStretches) {
+  const auto positions = [](const std::string& rope) {
+    return Parse("\"rope_scaling\": {" + rope + "}")->max_positions;
+  };
+  EXPECT_EQ(positions(R"("type": "linear", "factor": 4)"), 4096);
+  EXPECT_EQ(positions(R"("type": "dynamic", "factor": 2.5)"), 2560);
+  EXPECT_EQ(positions(R"("type": "yarn", "factor": 4, "original_max_position_embeddings": 512)"),
+            2048);
+  EXPECT_EQ(positions(R"("type": "yarn", "factor": 4, "original_max_position_embeddings": 64)"),
+            1024);
+  EXPECT_EQ(positions(R"("type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+                         "original_max_position_embeddings": 512)"),
+            1024);
+  EXPECT_EQ(positions(R"("type": "linear", "factor": 1e30)"), 1 << 24);
+}
+
 TEST(ModelConfig, OtherRopesAreRefusedByName) {
-  for (const char* type : {"dynamic", "yarn", "longrope", "su", "mrope"}) {
+  for (const char* type : {"longrope", "su", "mrope", "proportional"}) {
     EXPECT_THAT(
         Error(std::string(R"("rope_scaling": {"rope_type": ")") + type + R"(", "factor": 2.0})"),
         HasSubstr(std::string("rope_scaling rope_type = \"") + type +
-                  "\" is not supported (default, linear, llama3)"));
+                  "\" is not supported (default, linear, llama3, dynamic, yarn)"));
   }
   EXPECT_THAT(Error(R"("rope_scaling": {"type": "linear"})"), HasSubstr("factor is missing"));
   EXPECT_THAT(Error(R"("rope_scaling": {"type": "linear", "factor": 0})"),
@@ -141,8 +201,78 @@ TEST(ModelConfig, KeysWithoutEffectPass) {
 
 TEST(ModelConfig, OtherModelTypesAreRefusedByName) {
   EXPECT_EQ(ParseModelConfig(R"({"model_type": "mixtral"})", "dir/config.json").status().message(),
-            "dir/config.json: model_type = \"mixtral\" is not supported (llama)");
+            "dir/config.json: model_type = \"mixtral\" is not supported (" + FamilyNames() + ")");
+  for (const char* other : {"qwen2_moe", "qwen3_moe", "chatglm", "glm4", "mistral3"}) {
+    EXPECT_THAT(As(other, "").status().message(), HasSubstr(other));
+  }
   EXPECT_THAT(ParseModelConfig("{}", "c").status().message(), HasSubstr("model_type = \"\""));
+}
+
+TEST(ModelConfig, QwensWindowIsTakenWhereItIsNotInUse) {
+  for (const char* family : {"qwen2", "qwen3"}) {
+    // As Qwen2-7B-Instruct and Qwen3-8B have it, and as transformers 5 writes it.
+    for (const char* unused : {R"("use_sliding_window": false, "sliding_window": 131072,
+                                  "max_window_layers": 28)",
+                               R"("use_sliding_window": false, "sliding_window": null,
+                                  "max_window_layers": 36)",
+                               R"("use_sliding_window": false, "sliding_window": null,
+                                  "layer_types": ["full_attention", "full_attention"])"}) {
+      const auto config = As(family, unused);
+      ASSERT_TRUE(config.ok()) << config.status();
+      EXPECT_EQ(config->max_positions, 1024);
+      EXPECT_EQ(config->sliding_window, 0);
+    }
+    EXPECT_THAT(
+        As(family, R"("use_sliding_window": true, "sliding_window": 512)").status().message(),
+        HasSubstr("use_sliding_window = true is not supported, only false"));
+    EXPECT_THAT(
+        As(family, R"("layer_types": ["full_attention", "sliding_attention"])").status().message(),
+        HasSubstr("layer_types"));
+  }
+}
+
+TEST(ModelConfig, AMistralsWindowBoundsItsPrompts) {
+  EXPECT_EQ(As("mistral", R"("sliding_window": null)")->max_positions, 1024);
+  EXPECT_EQ(As("mistral", R"("sliding_window": null)")->sliding_window, 0);
+  EXPECT_EQ(As("mistral", R"("sliding_window": 512)")->max_positions, 512);
+  EXPECT_EQ(As("mistral", R"("sliding_window": 2048)")->max_positions, 1024);
+  EXPECT_EQ(As("mistral", "")->sliding_window, 4096) << "transformers' own when left out";
+  EXPECT_THAT(As("mistral", R"("sliding_window": 0)").status().message(),
+              HasSubstr("sliding_window is 0"));
+  EXPECT_THAT(As("mistral", R"("attention_bias": true)").status().message(),
+              HasSubstr("attention_bias"));
+}
+
+TEST(ModelConfig, EveryFamilyHasItsBiases) {
+  const auto biases = [](const char* family, const std::string& more) {
+    const ModelConfig config = *As(family, more);
+    return std::vector<bool>{config.qkv_bias, config.o_bias, config.mlp_bias};
+  };
+  using Biases = std::vector<bool>;
+  EXPECT_EQ(biases("mistral", ""), (Biases{false, false, false}));
+  EXPECT_EQ(biases("qwen2", ""), (Biases{true, false, false}));
+  EXPECT_EQ(biases("qwen3", ""), (Biases{false, false, false}));
+  EXPECT_EQ(biases("qwen3", R"("attention_bias": true)"), (Biases{true, true, false}));
+  EXPECT_EQ(biases("glm", ""), (Biases{true, false, false}));
+  EXPECT_EQ(biases("glm", R"("attention_bias": false)"), (Biases{false, false, false}));
+}
+
+TEST(ModelConfig, GlmTurnsAShareOfAHeadInNeighbours) {
+  const ModelConfig left_out = *As("glm", "");
+  EXPECT_EQ(left_out.rope.rotary_share, 0.5);
+  EXPECT_EQ(left_out.rope.pairing, RotaryPairing::kInterleaved);
+  EXPECT_EQ(left_out.rms_norm_eps, 1.5625e-07f);
+  EXPECT_EQ(As("glm", R"("partial_rotary_factor": 0.25)")->rope.rotary_share, 0.25);
+  EXPECT_EQ(As("glm", R"("rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                             "partial_rotary_factor": 0.25})")
+                ->rope.rotary_share,
+            0.25);
+  EXPECT_THAT(As("glm", R"("partial_rotary_factor": 1.5)").status().message(),
+              HasSubstr("partial_rotary_factor = 1.5 is not supported, not above 1"));
+  EXPECT_THAT(As("glm", R"("partial_rotary_factor": 1e300)").status().message(),
+              HasSubstr("partial_rotary_factor = 1e+300 is not supported, not above 1"));
+  EXPECT_THAT(As("glm", R"("partial_rotary_factor": 0.2)").status().message(),
+              HasSubstr("partial_rotary_factor leaves an odd number of the 16 channels"));
 }
 
 TEST(ModelConfig, SizesOutsideTheirBoundsAreRefused) {

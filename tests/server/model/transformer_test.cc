@@ -181,7 +181,10 @@ TEST_P(TransformerParity, KvOfEveryLayerAndLastLogitsAreThoseOfTransformers) {
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, TransformerParity,
                          testing::Values("base", "tied", "llama3", "linear", "biases", "head_dim96",
-                                         "head_dim128", "sharded", "bf16", "f16"),
+                                         "qwen2", "qwen3", "glm", "mistral", "yarn", "dynamic",
+                                         "qwen2_yarn_bf16", "qwen3_bf16", "glm_bf16",
+                                         "mistral_dynamic_bf16", "head_dim128", "sharded", "bf16",
+                                         "f16"),
                          [](const auto& fixture) { return std::string(fixture.param); });
 
 TEST_F(TransformerTest, EachPromptOfARaggedBatchIsComputedAsIfAlone) {
@@ -209,6 +212,47 @@ TEST_F(TransformerTest, EachPromptOfARaggedBatchIsComputedAsIfAlone) {
     EXPECT_TRUE(IsNear(together.logits[i], alone.logits[0], 1e-5)) << "prompt " << i;
     begin = end;
   }
+}
+
+TEST_F(TransformerTest, DynamicScalingIsOfEachPromptsLength) {
+  const auto model = Load(FixtureModel("dynamic"));
+  const std::vector<uint32_t> ids = ReadExpected("dynamic").token_ids;
+  const std::vector<std::vector<uint32_t>> prompts = {
+      {ids.begin(), ids.begin() + 40}, ids, {ids.begin(), ids.begin() + 100}};
+  Outputs together;
+  ASSERT_TRUE(RunDense(*model, *backend_, prompts, &together).ok());
+  const int layers = model->info().layers;
+  const int64_t width = int64_t{model->info().kv_heads} * model->info().head_dim;
+  const std::vector<float> k = LayerOf(together.k, 0, layers);
+  std::vector<std::vector<float>> at_39;  // K of the same token at the same place
+  int64_t begin = 0;
+  for (const std::vector<uint32_t>& prompt : prompts) {
+    Outputs alone;
+    ASSERT_TRUE(RunDense(*model, *backend_, {prompt}, &alone).ok());
+    const auto first = k.begin() + begin * width;
+    begin += static_cast<int64_t>(prompt.size());
+    EXPECT_TRUE(IsNear({first, k.begin() + begin * width}, LayerOf(alone.k, 0, layers), 1e-5))
+        << prompt.size() << " tokens";
+    at_39.emplace_back(first + 39 * width, first + 40 * width);
+  }
+  EXPECT_FALSE(IsNear(at_39[0], at_39[1], 0.01)) << "200 tokens turn slower than 40";
+  EXPECT_FALSE(IsNear(at_39[1], at_39[2], 0.01)) << "and slower than 100";
+}
+
+TEST_F(TransformerTest, APromptBesideARemovedOneKeepsItsFrequencies) {
+  const auto model = Load(FixtureModel("dynamic"));
+  PrefillBatch batch{.token_ids = std::vector<uint32_t>(250, 7), .cu_seqlens = {0, 100, 250}};
+  PrefillBatch want{.token_ids = std::vector<uint32_t>(150, 7), .cu_seqlens = {0, 150}};
+  ASSERT_TRUE(model->Begin(batch, Stream{}).ok());
+  ASSERT_TRUE(model->Remove(batch, 0, Stream{}).ok());
+  ASSERT_TRUE(model->Begin(want, Stream{}).ok());
+  const int64_t bytes = LayerScratchBytes(model->info(), 150);
+  Buffer memory = *backend_->device().Allocate(2 * bytes);
+  const LayerScratch got = SplitLayerScratch(model->info(), 150, memory.data());
+  const LayerScratch expected = SplitLayerScratch(model->info(), 150, memory.as<char>() + bytes);
+  ASSERT_TRUE(model->ProjectQkv(0, batch, got, Stream{}).ok());
+  ASSERT_TRUE(model->ProjectQkv(0, want, expected, Stream{}).ok());
+  EXPECT_EQ(std::memcmp(got.k.data, expected.k.data, 150 * got.k.stride * sizeof(float)), 0);
 }
 
 TEST_F(TransformerTest, LogitsOfManyRowsAreThoseOfEachRow) {
@@ -290,6 +334,14 @@ TEST_F(TransformerTest, InfoIsThatOfTheConfig) {
   EXPECT_EQ(info.rope_theta, 500000);
   EXPECT_EQ(info.rope_scaling, "llama3");
   EXPECT_EQ(info.fingerprint.size(), 64u);
+}
+
+TEST_F(TransformerTest, InfoSaysWhatBoundsAPrompt) {
+  EXPECT_EQ(Load(FixtureModel("dynamic"))->info().max_positions, 256);
+  EXPECT_EQ(Load(FixtureModel("dynamic"))->info().rope_scaling, "dynamic");
+  const auto mistral = Load(FixtureModel("mistral"));
+  EXPECT_EQ(mistral->info().max_positions, 256);
+  EXPECT_EQ(mistral->info().sliding_window, 256);
 }
 
 TEST_F(TransformerTest, BatchThatDoesNotFitTheModelIsRefused) {

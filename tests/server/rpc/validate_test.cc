@@ -250,6 +250,19 @@ TEST(ValidatePrefill, MakesAJobOfAGoodRequest) {
   EXPECT_EQ(ValidatePrefill(GoodRequest(), SmallModel(), {})->lease_ttl, RequestLimits().lease_ttl);
 }
 
+TEST(ValidatePrefill, ASlidingWindowIsNamedWhereItIsWhatBoundsAPrompt) {
+  ModelInfo model = SmallModel();
+  model.sliding_window = 50;
+  v1::PrefillRequest request = GoodRequest();
+  for (int i = 0; i < 50; ++i) request.add_token_ids(1);
+  const auto message = [&] {
+    return std::string(ValidatePrefill(request, model, {}).status().message());
+  };
+  EXPECT_TRUE(message().ends_with("53 tokens, not from 1 to 50, the sliding window")) << message();
+  model.sliding_window = 0;
+  EXPECT_TRUE(message().ends_with("53 tokens, not from 1 to 50")) << message();
+}
+
 TEST(ValidatePrefill, RefusesBadRequestsByFieldOrState) {
   using Change = std::function<void(v1::PrefillRequest&)>;
   constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;

@@ -38,6 +38,10 @@ class ModelCheck:
         if model.dtype not in KV_DTYPES:
             raise ValueError(f"PrefilldConnector: dtype {model.dtype} is not supported, only "
                              f"{', '.join(map(str, KV_DTYPES))}")
+        rope = _rope(model.hf_text_config)
+        if rope["rope_scaling"] == "dynamic":
+            raise ValueError("PrefilldConnector: rope scaling dynamic is not supported: vLLM turns "
+                             "all prompts alike, prefilld and transformers each by its length")
         self.dtype = KV_DTYPES[model.dtype]
         self._facts = {
             "layers": model.get_num_layers(parallel),
@@ -45,7 +49,7 @@ class ModelCheck:
             "head_dim": model.get_head_size(),
             "vocab_size": model.get_vocab_size(),
             "hidden_size": model.get_hidden_size(),
-            **_rope(model.hf_text_config),
+            **rope,
         }
         self._directory = _directory(model)
         # Read while the engine starts, for no load to wait for it.
@@ -91,7 +95,7 @@ class ModelCheck:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """As prefilld reports it: theta, and none, linear or llama3."""
+    """As prefilld reports it: theta, and the scaling or none."""
     fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = fields.get("rope_type") or fields.get("type") or "default"
     theta = fields.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0

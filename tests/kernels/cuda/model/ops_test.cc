@@ -203,6 +203,8 @@ struct Turning {
   int head_dim, rotary_dim;
   RotaryPairing pairing;
   bool normed, biased;
+  float scale = 1;
+  bool by_prompt = false;  // frequencies of each prompt, not of the rotary
 };
 
 TEST_P(CudaOpsOnGpu, ProjectsAndTurnsHeads) {
@@ -214,6 +216,8 @@ TEST_P(CudaOpsOnGpu, ProjectsAndTurnsHeads) {
                                  Turning{128, 64, RotaryPairing::kInterleaved, false, true},
                                  Turning{256, 128, RotaryPairing::kHalf, true, false},
                                  Turning{256, 256, RotaryPairing::kInterleaved, false, false},
+                                 Turning{128, 64, RotaryPairing::kInterleaved, true, true, 1.25f},
+                                 Turning{64, 64, RotaryPairing::kHalf, false, false, 1.25f, true},
                                  Turning{96, 96, RotaryPairing::kHalf, false, false}}) {
     const int d = turning.head_dim;
     SCOPED_TRACE(testing::Message() << d << " " << turning.rotary_dim);
@@ -223,7 +227,8 @@ TEST_P(CudaOpsOnGpu, ProjectsAndTurnsHeads) {
     const std::vector<Values> biases = {Random(kQHeads * d), Random(kKvHeads * d),
                                         Random(kKvHeads * d)};
     const Values q_norm = Random(d), k_norm = Random(d), x = Random(kTokens * kIn);
-    RotaryFrequencies frequencies{.pairing = turning.pairing, .head_dim = d};
+    RotaryFrequencies frequencies{
+        .pairing = turning.pairing, .head_dim = d, .scale = turning.scale};
     for (int i = 0; i < turning.rotary_dim / 2; ++i) {
       frequencies.inverse.push_back(std::pow(10000.0f, -2.0f * i / turning.rotary_dim));
     }
@@ -231,6 +236,12 @@ TEST_P(CudaOpsOnGpu, ProjectsAndTurnsHeads) {
     for (int64_t t = 0; t < kTokens + 3; ++t) {
       tokens.ids.push_back(0);
       tokens.positions.push_back(static_cast<int32_t>(t < 40 ? t * 2000 : t - 40));
+      if (turning.by_prompt) tokens.prompts.push_back(t < 40 ? 0 : 1);
+    }
+    for (const float slower : {3.0f, 2.0f}) {
+      for (const float inverse : frequencies.inverse) {
+        if (turning.by_prompt) tokens.inverse.push_back(inverse / slower);
+      }
     }
     std::vector<std::vector<float>> q, k, v;
     for (Side* side : {&gpu_, &cpu_}) {
