@@ -27,7 +27,7 @@ __device__ int CountBlocks(const FlexPrefill& f, const Sequence& s, int head, Qu
 
 // Sums in the same order always. `partial` holds a value a warp.
 __device__ double BlockSum(double x, double* partial) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  x = WarpSum(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
   __syncthreads();
@@ -86,7 +86,7 @@ __device__ bool IsQueryAware(const FlexPrefill& f, const Sequence& s, int head, 
     for (int c = lane; c < d; c += 32) {
       dot = fmaf(m->query[c], RoundToBFloat16(mean[static_cast<int64_t>(J) * d + c]), dot);
     }
-    for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    dot = WarpSum(dot);
     if (lane == 0) logit[J] = dot;
   }
   __syncthreads();
