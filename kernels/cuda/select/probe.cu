@@ -288,10 +288,15 @@ using Table = KernelTable<64, 96, 128, 256>;
 
 }  // namespace
 
-bool HasProbe(DType dtype, int head_dim) { return Table::Has(dtype, head_dim); }
+bool HasProbe(DType dtype, int head_dim) {
+  return Table::Has(dtype, head_dim) || PlainTable::Has(dtype, head_dim);
+}
 
 cudaError_t Probe(const Problem& problem, RowRule rule, BlockPart* parts, void* pools,
                   int multiprocessors, cudaStream_t stream) {
+  if (PlainTable::Has(problem.dtype, problem.head_dim)) {
+    return ProbeF32(problem, rule, parts, pools, multiprocessors, stream);
+  }
   const Params params = {.problem = problem,
                          .rule = rule,
                          .scale_log2 = problem.softmax_scale * 1.4426950408889634f,
