@@ -46,7 +46,7 @@ absl::Status Explain(const char* what, const absl::Status& status) {
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   std::unique_ptr<Server> server(new Server(config));
-  // Models on a GPU are new, and take no F32: they are asked for by name.
+  // Models on a GPU are new: they are asked for by name.
   const bool model_wants_cpu = config.backend == "auto" && !config.models.empty();
   auto backend = CreateBackend(model_wants_cpu ? "cpu" : config.backend, config.threads,
                                {.kernels = config.cuda_kernels, .cache_dir = config.cache_dir});

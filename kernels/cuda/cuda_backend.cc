@@ -126,10 +126,9 @@ absl::Status CudaBackend::Attend(const AttentionArgs& args, Stream stream) {
   }
   void* workspace = workspace_.as<std::byte>() + layout_.stage;
   const int multiprocessors = device_->multiprocessors();
-  return device_->Check(RunsSm90(set_, problem_)
-                            ? AttendSm90(problem_, workspace, multiprocessors, on)
-                            : AttendSm80(problem_, workspace, multiprocessors, on),
-                        "attend");
+  const bool f32 = HasAttendF32(problem_.dtype, problem_.head_dim, problem_.block_size);
+  const auto attend = RunsSm90(set_, problem_) ? AttendSm90 : f32 ? AttendF32 : AttendSm80;
+  return device_->Check(attend(problem_, workspace, multiprocessors, on), "attend");
 }
 
 }  // namespace prefilld::cuda

@@ -35,7 +35,7 @@ struct Tensor {
 
 // What is attended to. By value into kernels.
 struct Problem {
-  DType dtype = DType::kBF16;  // kBF16, kF16
+  DType dtype = DType::kBF16;
   int q_heads = 0, kv_heads = 0, head_dim = 0;
   int block_size = 128;  // 64, 128
   int sequences = 0;

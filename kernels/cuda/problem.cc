@@ -19,6 +19,7 @@ constexpr int64_t kStrideUnit = 8;  // elements: 16 bytes
 // Elements from one token to the next: in bytes they fit 32 bits, as attend_sm80 has them.
 constexpr int64_t kTokenStrideMax = (int64_t{1} << 30) - kStrideUnit;
 constexpr int kGridMax = 65535;  // thread blocks of a grid in y and in z
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
 
 size_t Aligned(size_t bytes) {
   return static_cast<size_t>(Workspace::Aligned(static_cast<int64_t>(bytes)));
@@ -57,6 +58,10 @@ absl::Status CheckPages(const AttentionArgs& args) {
   return absl::OkStatus();
 }
 
+std::span<const int> HeadDimsOf(DType dtype) {
+  return dtype == DType::kF32 ? AttendF32HeadDims() : AttendSm80HeadDims();
+}
+
 template <typename View>
 Tensor TensorOf(const View& view) {
   return {const_cast<void*>(view.data), view.token_stride, view.head_stride};
@@ -91,11 +96,12 @@ absl::Status CheckSupported(KernelSet set, const AttentionShape& shape,
                             const SparsityPolicy& policy) {
   absl::Status status = ValidateAttention(shape, policy,
                                           {.backend = BackendName(set),
-                                           .dtypes = AttendDTypes(),
-                                           .head_dims = AttendHeadDims(),
+                                           .dtypes = kDTypes,
+                                           .head_dims = HeadDimsOf(shape.dtype),
                                            .methods = ServedMethods()});
   if (!status.ok()) return status;
-  if (!HasAttendSm80(shape.dtype, shape.head_dim, policy.block_size)) {
+  if (!HasAttendSm80(shape.dtype, shape.head_dim, policy.block_size) &&
+      !HasAttendF32(shape.dtype, shape.head_dim, policy.block_size)) {
     return absl::UnimplementedError(absl::StrCat("head_dim ", shape.head_dim, " with block_size ",
                                                  policy.block_size, " not supported by ",
                                                  BackendName(set)));

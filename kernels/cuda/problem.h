@@ -20,7 +20,8 @@ enum class KernelSet { kSm80, kSm90 };
 absl::StatusOr<KernelSet> ChooseKernelSet(std::string_view asked, int capability);
 const char* BackendName(KernelSet set);  // "cuda-sm90"
 
-// Whether the set's own attention kernel runs these; what it has none for, the sm80 set runs.
+// Whether the set's own attention kernel runs these; what it has none for, the sm80 set runs, and
+// F32 the plain kernel.
 bool RunsSm90(KernelSet set, const Problem& problem);
 
 // The admission check of the backend.

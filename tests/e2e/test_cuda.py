@@ -107,6 +107,28 @@ def masks(outputs):
             for h in range(count.shape[0])]
 
 
+def expect_agreement(got, expected, prefix, error):
+    """Of the outputs of an Attend: the same blocks but for near ties, and where they are, o."""
+    assert got["o"].shape == expected["o"].shape and np.isfinite(got["o"]).all()
+    np.testing.assert_array_equal(got["pattern"], expected["pattern"])
+    np.testing.assert_allclose(got["captured_mass"], expected["captured_mass"], atol=0.01)
+    ours, theirs = masks(got), masks(expected)
+    both = sum(len(a & b) for x, y in zip(ours, theirs) for a, b in zip(x, y))
+    either = sum(len(a | b) for x, y in zip(ours, theirs) for a, b in zip(x, y))
+    assert both / either >= 0.999
+    block = 128
+    for h, (x, y) in enumerate(zip(ours, theirs)):
+        for r, (a, b) in enumerate(zip(x, y)):
+            if a != b:
+                continue
+            begin = max(0, (prefix // block + r) * block - prefix)
+            rows = slice(begin, (prefix // block + r + 1) * block - prefix)
+            np.testing.assert_allclose(got["o"][rows, h], expected["o"][rows, h],
+                                       rtol=error, atol=error)
+            np.testing.assert_allclose(got["lse"][h, rows], expected["lse"][h, rows],
+                                       rtol=min(error, 1e-3), atol=min(error, 1e-3))
+
+
 # --- what comes back ------------------------------------------------------------------------------
 
 
@@ -131,24 +153,22 @@ def test_every_transport_gives_what_the_cpu_gives(cuda, cpu, torch, method, toke
         first = first or outputs
         for name, x in outputs.items():  # whichever way: the same bits
             np.testing.assert_array_equal(x, first[name], err_msg=f"{name} over {transport}")
-    assert first["o"].shape == expected["o"].shape and np.isfinite(first["o"]).all()
-    np.testing.assert_array_equal(first["pattern"], expected["pattern"])
-    np.testing.assert_allclose(first["captured_mass"], expected["captured_mass"], atol=0.01)
-    ours, theirs = masks(first), masks(expected)
-    both = sum(len(a & b) for x, y in zip(ours, theirs) for a, b in zip(x, y))
-    either = sum(len(a | b) for x, y in zip(ours, theirs) for a, b in zip(x, y))
-    assert both / either >= 0.999
-    block = 128
-    for h, (x, y) in enumerate(zip(ours, theirs)):
-        for r, (a, b) in enumerate(zip(x, y)):
-            if a != b:
-                continue
-            begin = max(0, (prefix // block + r) * block - prefix)
-            rows = slice(begin, (prefix // block + r + 1) * block - prefix)
-            np.testing.assert_allclose(first["o"][rows, h], expected["o"][rows, h],
-                                       rtol=0.02, atol=0.02)
-            np.testing.assert_allclose(first["lse"][h, rows], expected["lse"][h, rows],
-                                       rtol=1e-3, atol=1e-3)
+    expect_agreement(first, expected, prefix, error=0.02)
+
+
+@pytest.mark.parametrize("method,tokens,prefix,shape", [
+    ("dense", *WHOLE), ("joint", *WHOLE), ("flexprefill", *WHOLE),
+    ("dense", *AFTER_A_PREFIX), ("joint", *AFTER_A_PREFIX),
+])
+def test_float32_gives_what_the_cpu_gives(cuda, cpu, method, tokens, prefix, shape):
+    arrays = [x.astype(np.float32) for x in inputs.make("sink", tokens, prefix=prefix, **shape)]
+    outputs = []
+    for server in (cuda, cpu):
+        with PrefillClient(server.target) as client:
+            outputs.append(as_numpy(client.attend(
+                *arrays, method=method, return_lse=True, return_block_index=True)))
+    assert outputs[0]["o"].dtype == np.float32
+    expect_agreement(*outputs, prefix, error=1e-4)
 
 
 def test_ragged(cuda, cpu, torch):
@@ -226,7 +246,7 @@ def test_where_the_time_goes(cuda, torch, capsys):
 @pytest.mark.parametrize("transport", ["grpc", "cuda_ipc"])
 def test_what_there_is_no_kernel_for_is_refused(cuda, torch, transport):
     with PrefillClient(cuda.target, transport=transport) as client:
-        for dtype, d in ((torch.float32, 128), (torch.bfloat16, 80)):
+        for dtype, d in ((torch.float32, 100), (torch.bfloat16, 80)):
             q, k, v = (torch.ones(200, heads, d, dtype=dtype, device="cuda") for heads in (4, 2, 2))
             with pytest.raises(PrefilldError) as caught:
                 client.attend(q, k, v)

@@ -3,6 +3,7 @@ over every transport and however many prompts go together. Skipped where there i
 in the build or no cuBLASLt."""
 
 import concurrent.futures
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from e2e.conftest import FIXTURES
 from e2e.test_cuda import start
 from prefilld import PrefillClient
 
+FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
 LENGTHS = (1, 129, 1000, 5000)
-# Of the norm of K, V or logits. Rows are rounded between operations, 2^-9 or 2^-12 of a value,
-# about ten times a layer of four.
-BOUNDS = {"bfloat16": 0.03, "float16": 0.004}
+# Of the norm of K, V or logits. Rows are rounded between operations, 2^-9, 2^-12 or 2^-24 of a
+# value, about ten times a layer of four.
+BOUNDS = {"bfloat16": 0.03, "float16": 0.004, "float32": 1e-4}
 
 
 @pytest.fixture(scope="module", params=sorted(BOUNDS))
@@ -85,7 +87,8 @@ def test_sparse_prefill_reports_what_it_did(servers, checkpoint, method):
     got, report = prefill(cuda, ids, method=method, gamma=0.9)
     want, expected = prefill(cpu, ids, method=method, gamma=0.9)
     assert report.mean_density == pytest.approx(expected.mean_density, abs=0.05)
-    assert differences(got, want)["k"] < 2 * BOUNDS[checkpoint.config["torch_dtype"]]
+    # Where rounding makes a near tie of blocks fall the other way, rows differ by more than it.
+    assert differences(got, want)["k"] < max(0.01, 2 * BOUNDS[checkpoint.config["torch_dtype"]])
 
 
 def test_every_transport_has_the_same_bits(servers, checkpoint):
@@ -180,7 +183,13 @@ def test_nothing_is_made_where_posix_shm_is_not_offered(checkpoint, tmp_path):
         assert server.metric("prefilld_kv_segment_bytes") == 0
 
 
-def test_float32_weights_are_refused_by_name(tmp_path):
-    model = checkpoints.Checkpoint.create(tmp_path / "wide")
-    with pytest.raises(RuntimeError, match="F32 are not computed by cuda"):
-        start(tmp_path / "log.jsonl", f"--model=wide={model.directory}")
+@pytest.mark.parametrize("name", ["base", "biases", "head_dim96", "head_dim128", "tied"])
+def test_float32_models_of_every_form_are_the_cpus(name, tmp_path):
+    model = f"--model=tiny={FIXTURES / name}"
+    ids = np.random.default_rng(7).integers(0, 96, 700).tolist()
+    with (start(tmp_path / "cuda.jsonl", model) as cuda,
+          harness.Server(model, log_path=tmp_path / "cpu.jsonl") as cpu):
+        got, _ = prefill(cuda, ids, method="dense")
+        want, _ = prefill(cpu, ids, method="dense")
+    assert all(difference < BOUNDS["float32"] for difference in differences(got, want).values()), (
+        differences(got, want))

@@ -132,7 +132,7 @@ class PrefillClient:
         """Attention over tensors that the caller makes where the server computes: on a GPU that
         both use, without a copy. See InPlaceAttend.
 
-        dtype: "f16" or "bf16". device: torch's. options: as attend's, from softmax_scale on.
+        dtype: "f32", "f16" or "bf16". device: torch's. options: as attend's, from softmax_scale on.
         FAILED_PRECONDITION: the server computes on another GPU or host, or offers no cuda_ipc.
         """
         import torch

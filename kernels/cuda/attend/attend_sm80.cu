@@ -658,8 +658,7 @@ using Table = KernelTable<64, 96, 128, 256>;
 
 }  // namespace
 
-std::span<const DType> AttendDTypes() { return Table::kDTypes; }
-std::span<const int> AttendHeadDims() { return Table::kHeadDimList; }
+std::span<const int> AttendSm80HeadDims() { return Table::kHeadDimList; }
 
 bool HasAttendSm80(DType dtype, int head_dim, int block_size) {
   return Table::Has(dtype, head_dim) && (block_size == 64 || block_size == 128);

@@ -158,7 +158,7 @@ Dense::~Dense() {
 
 bool Dense::Plan(const Problem& p) {
   State& state = *state_;
-  if (state.handle == nullptr || p.pages != nullptr) return false;
+  if (state.handle == nullptr || p.pages != nullptr || p.dtype == DType::kF32) return false;
   if (p.sequences > 1 && p.total_q < kTokensMin * p.sequences) return false;
   if (static_cast<size_t>(p.sequences) > kPlansMax) return false;
   int64_t bytes = 0;

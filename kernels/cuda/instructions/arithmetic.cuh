@@ -28,8 +28,26 @@ __device__ __forceinline__ uint32_t Pack(float low, float high) {
   }
 }
 
+// The two of Pack.
+template <typename T>
+__device__ __forceinline__ float2 Unpack(uint32_t both) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(both));
+  } else {
+    return __half22float2(reinterpret_cast<const __half2&>(both));
+  }
+}
+
 // The same value in all lanes, known to the compiler as such.
 __device__ __forceinline__ int Uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
+// Over all lanes, in the same order always.
+template <typename T>
+__device__ __forceinline__ T WarpSum(T x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
 
 // Over the four lanes that share a row of a product.
 __device__ __forceinline__ float QuadMax(float x) {

@@ -1,6 +1,7 @@
-// Roofline: HBM. Every thread moves 16 bytes at a time, but for the turning of heads, whose pairs
-// lie apart: there a lane moves two neighbours, 4 bytes.
+// Roofline: HBM. Every thread moves eight values at a time, but for the turning of heads, whose
+// pairs lie apart: there a lane moves two neighbours.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/instructions/arithmetic.cuh"
 #include "kernels/cuda/model/elementwise.h"
@@ -10,37 +11,59 @@ namespace prefilld::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnit = kWidthUnit;  // values of 16 bytes
+constexpr int kUnit = kWidthUnit;  // values that a thread moves at a time
 
+// kUnit values: 16 bytes, or 32 of F32.
 template <typename T>
-struct Two;
-template <>
-struct Two<__nv_bfloat16> {
-  static __device__ float2 Widen(uint32_t x) {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
-  }
-};
-template <>
-struct Two<__half> {
-  static __device__ float2 Widen(uint32_t x) {
-    return __half22float2(reinterpret_cast<const __half2&>(x));
-  }
+struct Unit {
+  uint4 part[kUnit * sizeof(T) / sizeof(uint4)];
 };
 
 template <typename T>
-__device__ __forceinline__ void Widen(const uint4& x, float (&out)[kUnit]) {
-  const uint32_t words[] = {x.x, x.y, x.z, x.w};
+__device__ __forceinline__ void Widen(const Unit<T>& unit, float (&out)[kUnit]) {
+  if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 two = Two<T>::Widen(words[i]);
-    out[2 * i] = two.x;
-    out[2 * i + 1] = two.y;
+    for (int i = 0; i < kUnit; ++i) out[i] = reinterpret_cast<const float*>(unit.part)[i];
+  } else {
+    const uint4 x = unit.part[0];
+    const uint32_t words[] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 two = Unpack<T>(words[i]);
+      out[2 * i] = two.x;
+      out[2 * i + 1] = two.y;
+    }
   }
 }
 
 template <typename T>
-__device__ __forceinline__ uint4 Narrow(const float (&x)[kUnit]) {
-  return {Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3]), Pack<T>(x[4], x[5]), Pack<T>(x[6], x[7])};
+__device__ __forceinline__ Unit<T> Narrow(const float (&x)[kUnit]) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {{{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+              __float_as_uint(x[3])},
+             {__float_as_uint(x[4]), __float_as_uint(x[5]), __float_as_uint(x[6]),
+              __float_as_uint(x[7])}}};
+  } else {
+    return {{{Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3]), Pack<T>(x[4], x[5]), Pack<T>(x[6], x[7])}}};
+  }
+}
+
+// Two neighbouring values.
+template <typename T>
+__device__ __forceinline__ float2 LoadTwo(const T* from) {
+  if constexpr (std::is_same_v<T, float>) {
+    return reinterpret_cast<const float2&>(*from);
+  } else {
+    return Unpack<T>(reinterpret_cast<const uint32_t&>(*from));
+  }
+}
+template <typename T>
+__device__ __forceinline__ void StoreTwo(T* to, float2 x) {
+  if constexpr (std::is_same_v<T, float>) {
+    reinterpret_cast<float2&>(*to) = x;
+  } else {
+    reinterpret_cast<uint32_t&>(*to) = Pack<T>(x.x, x.y);
+  }
 }
 
 template <typename T>
@@ -48,31 +71,26 @@ __device__ __forceinline__ T* RowOf(const Rows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
 }
 
-__device__ __forceinline__ float WarpSum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
-
-// The calls' dtype becomes a type. Other dtypes have no kernel: cudaErrorInvalidValue.
+// The calls' dtype becomes a type.
 template <typename Launch>
 cudaError_t ByType(DType dtype, const Launch& launch) {
-  if (dtype == DType::kBF16) {
+  if (dtype == DType::kF32) {
+    launch(float{});
+  } else if (dtype == DType::kBF16) {
     launch(__nv_bfloat16{});
-  } else if (dtype == DType::kF16) {
-    launch(__half{});
   } else {
-    return cudaErrorInvalidValue;
+    launch(__half{});
   }
   return cudaGetLastError();
 }
 
 // A block a token.
+template <typename T>
 __global__ void __launch_bounds__(kThreads) EmbedKernel(const __grid_constant__ EmbedCall call) {
   const int64_t id = min(static_cast<int64_t>(call.ids[blockIdx.x]), call.vocabulary - 1);
   const int64_t units = call.width / kUnit;
-  const auto* from = reinterpret_cast<const uint4*>(call.table) + id * units;
-  auto* to = reinterpret_cast<uint4*>(RowOf<uint16_t>(call.out, blockIdx.x));
+  const auto* from = static_cast<const Unit<T>*>(call.table) + id * units;
+  auto* to = reinterpret_cast<Unit<T>*>(RowOf<T>(call.out, blockIdx.x));
   for (int64_t i = threadIdx.x; i < units; i += kThreads) to[i] = from[i];
 }
 
@@ -83,8 +101,8 @@ template <typename T>
 __global__ void __launch_bounds__(kNormThreadsMax)
     NormKernel(const __grid_constant__ NormCall call) {
   const int units = static_cast<int>(call.width / kUnit);
-  const auto* from = reinterpret_cast<const uint4*>(RowOf<T>(call.x, blockIdx.x));
-  uint4 held[kHeld];
+  const auto* from = reinterpret_cast<const Unit<T>*>(RowOf<T>(call.x, blockIdx.x));
+  Unit<T> held[kHeld];
   float squares = 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -104,7 +122,7 @@ __global__ void __launch_bounds__(kNormThreadsMax)
   float sum = 0;
   for (int w = 0; w < warps; ++w) sum += sums[w];
   const float scale = rsqrtf(sum / static_cast<float>(call.width) + call.eps);
-  auto* to = reinterpret_cast<uint4*>(RowOf<T>(call.out, blockIdx.x));
+  auto* to = reinterpret_cast<Unit<T>*>(RowOf<T>(call.out, blockIdx.x));
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int unit = threadIdx.x + i * blockDim.x;
@@ -154,12 +172,8 @@ __device__ __forceinline__ Pairs PairsOf(const TurnedHead& head, int pair) {
 template <typename T>
 __device__ void TurnHead(const TurnedHead& head, const T* from, T* to) {
   const int lane = threadIdx.x % 32;
-  const auto load = [&](int c) {
-    return Two<T>::Widen(reinterpret_cast<const uint32_t&>(from[c]));
-  };
-  const auto store = [&](int c, float2 x) {
-    reinterpret_cast<uint32_t&>(to[c]) = Pack<T>(x.x, x.y);
-  };
+  const auto load = [&](int c) { return LoadTwo(from + c); };
+  const auto store = [&](int c, float2 x) { StoreTwo(to + c, x); };
   float scale = 1;
   if (head.norm != nullptr) {
     float squares = 0;
@@ -214,8 +228,8 @@ __global__ void __launch_bounds__(kThreads)
     T* to = is_q ? RowOf<T>(call.q, t) + h * d : RowOf<T>(call.k, t) + (h - call.q_heads) * d;
     TurnHead(head, y + h * d, to);
   }
-  const auto* from = reinterpret_cast<const uint4*>(y + turned * d);
-  auto* to = reinterpret_cast<uint4*>(RowOf<T>(call.v, t));
+  const auto* from = reinterpret_cast<const Unit<T>*>(y + turned * d);
+  auto* to = reinterpret_cast<Unit<T>*>(RowOf<T>(call.v, t));
   for (int i = threadIdx.x; i < call.kv_heads * d / kUnit; i += kThreads) to[i] = from[i];
 }
 
@@ -225,16 +239,18 @@ __global__ void __launch_bounds__(kThreads) GateKernel(const __grid_constant__ G
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= call.tokens * units) return;
   const int64_t t = at / units, unit = at % units;
-  const auto* y = reinterpret_cast<const uint4*>(RowOf<T>(call.y, t));
+  const auto* y = reinterpret_cast<const Unit<T>*>(RowOf<T>(call.y, t));
   float gate[kUnit], up[kUnit];
   Widen<T>(y[unit], gate);
   Widen<T>(y[units + unit], up);
 #pragma unroll
   for (int c = 0; c < kUnit; ++c) up[c] *= gate[c] / (1 + __expf(-gate[c]));
-  reinterpret_cast<uint4*>(RowOf<T>(call.out, t))[unit] = Narrow<T>(up);
+  reinterpret_cast<Unit<T>*>(RowOf<T>(call.out, t))[unit] = Narrow<T>(up);
 }
 
-// A block a token of a head's K or V would be short: each takes some tokens of all.
+// A block a token of a head's K or V would be short: each takes some tokens of all. From rows of T
+// to a cache of Cache.
+template <typename T, typename Cache>
 __global__ void __launch_bounds__(kThreads) PackKvKernel(const __grid_constant__ PackKvCall call) {
   const int units = call.head_dim / kUnit;
   const int64_t per_token = 2ll * call.kv_heads * units;
@@ -244,13 +260,19 @@ __global__ void __launch_bounds__(kThreads) PackKvKernel(const __grid_constant__
   const int in_token = static_cast<int>(at % per_token), unit = in_token % units;
   const int head = in_token / units % call.kv_heads;
   const bool value = in_token / units >= call.kv_heads;
-  const auto* from = reinterpret_cast<const uint4*>(RowOf<uint16_t>(value ? call.v : call.k, t) +
-                                                    head * call.head_dim);
-  auto* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(call.out) +
-                                      t / call.page_tokens * call.page_stride +
-                                      head * call.head_stride + (value ? call.value_stride : 0) +
-                                      t % call.page_tokens * call.head_dim);
-  to[unit] = from[unit];
+  const auto* from =
+      reinterpret_cast<const Unit<T>*>(RowOf<T>(value ? call.v : call.k, t) + head * call.head_dim);
+  auto* to = reinterpret_cast<Unit<Cache>*>(
+      static_cast<Cache*>(call.out) + t / call.page_tokens * call.page_stride +
+      head * call.head_stride + (value ? call.value_stride : 0) +
+      t % call.page_tokens * call.head_dim);
+  if constexpr (std::is_same_v<T, Cache>) {
+    to[unit] = from[unit];
+  } else {
+    float x[kUnit];
+    Widen<T>(from[unit], x);
+    to[unit] = Narrow<Cache>(x);
+  }
 }
 
 unsigned Blocks(int64_t threads) { return static_cast<unsigned>(CeilDiv(threads, kThreads)); }
@@ -258,8 +280,9 @@ unsigned Blocks(int64_t threads) { return static_cast<unsigned>(CeilDiv(threads,
 }  // namespace
 
 cudaError_t EmbedRows(const EmbedCall& call, cudaStream_t stream) {
-  EmbedKernel<<<static_cast<unsigned>(call.tokens), kThreads, 0, stream>>>(call);
-  return cudaGetLastError();
+  return ByType(call.out.dtype, [&](auto type) {
+    EmbedKernel<decltype(type)><<<static_cast<unsigned>(call.tokens), kThreads, 0, stream>>>(call);
+  });
 }
 
 cudaError_t NormalizeRows(const NormCall& call, cudaStream_t stream) {
@@ -291,8 +314,11 @@ cudaError_t GateRows(const GateCall& call, cudaStream_t stream) {
 
 cudaError_t PackKv(const PackKvCall& call, cudaStream_t stream) {
   const int64_t units = call.tokens * 2 * call.kv_heads * call.head_dim / kUnit;
-  PackKvKernel<<<Blocks(units), kThreads, 0, stream>>>(call);
-  return cudaGetLastError();
+  return ByType(call.k.dtype, [&](auto type) {
+    ByType(call.dtype, [&](auto cache) {
+      PackKvKernel<decltype(type), decltype(cache)><<<Blocks(units), kThreads, 0, stream>>>(call);
+    });
+  });
 }
 
 }  // namespace prefilld::cuda

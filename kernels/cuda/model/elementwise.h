@@ -1,6 +1,6 @@
-// What a transformer does between its products, as launchers (launch.h has their rules). Rows are
-// BF16 or F16, start at 16 bytes and have widths and strides that are multiples of 8; arithmetic is
-// F32, each result rounded once. All of it is traffic: a kernel reads and writes every row once.
+// What a transformer does between its products, as launchers (launch.h has their rules). Rows start
+// at 16 bytes and have widths and strides that are multiples of 8; arithmetic is F32, each result
+// rounded once to their dtype. All of it is traffic: a kernel reads and writes every row once.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -76,7 +76,8 @@ struct PackKvCall {
   int64_t tokens = 0;
   int64_t page_tokens = 0, page_stride = 0;   // elements between pages of `out`
   int64_t head_stride = 0, value_stride = 0;  // elements, within a page
-  void* out = nullptr;                        // in the dtype of k
+  DType dtype = DType::kF32;                  // of `out`
+  void* out = nullptr;
 };
 cudaError_t PackKv(const PackKvCall& call, cudaStream_t stream);
 

@@ -47,35 +47,28 @@ const Cuda& As(const Any* prepared) {
   return static_cast<const Cuda&>(*prepared);
 }
 
-// Where the pages of one sequence lie in the buffer that they are copied out of, in values of 16
-// bits: K and V of a page in one run, as a block of the cache has them, or a run each, where they
-// lie apart in a region.
+// Where the pages of one sequence lie in the buffer that they are copied out of: K and V of a page
+// in one run, as a block of the cache has them, or a run each, where they lie apart in a region.
 struct PackedKv {
-  int64_t first = 0, run = 0, page_stride = 0;
+  size_t begin = 0;                  // bytes
+  int64_t run = 0, page_stride = 0;  // values
   bool apart = false;
 
-  static PackedKv Of(const WriteKvArgs& args, const KvTarget& target, int64_t first) {
+  static PackedKv Of(const WriteKvArgs& args, const KvTarget& target, size_t begin) {
     const int64_t heads = args.kv_heads * target.head_stride;
     const bool apart = target.value_stride >= heads;
-    return {.first = first, .run = heads, .page_stride = apart ? 2 * heads : heads, .apart = apart};
+    return {.begin = begin, .run = heads, .page_stride = apart ? 2 * heads : heads, .apart = apart};
+  }
+  size_t Bytes(const KvTarget& target) const {
+    return static_cast<size_t>(page_stride) * target.pages.size() * SizeOf(target.dtype);
   }
 };
-
-absl::Status RefuseCache(DType cache, DType rows) {
-  return absl::UnimplementedError(absl::StrCat("a cache of ", Name(cache), " from rows of ",
-                                               Name(rows), " is not written by cuda"));
-}
 
 absl::Status CheckWidth(const char* what, int64_t width, int64_t most) {
   if (width > 0 && width <= most && width % kWidthUnit == 0) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat(what, " of ", width, " channels is not computed by cuda (a multiple of ",
                    kWidthUnit, " up to ", most, ")"));
-}
-
-absl::Status CheckDType(DType dtype) {
-  if (dtype != DType::kF32) return absl::OkStatus();
-  return absl::UnimplementedError("weights of F32 are not computed by cuda (BF16, F16)");
 }
 
 class CudaOps : public Ops {
@@ -94,8 +87,7 @@ class CudaOps : public Ops {
   }
 
   absl::StatusOr<std::unique_ptr<Linear>> Prepare(const LinearWeights& weights) override {
-    absl::Status status = CheckDType(weights.dtype);
-    if (status.ok()) status = CheckWidth("a product", weights.in_features, INT32_MAX);
+    absl::Status status = CheckWidth("a product", weights.in_features, INT32_MAX);
     auto linear = std::make_unique<CudaLinear>();
     linear->dtype = weights.dtype;
     linear->in_features = weights.in_features;
@@ -136,8 +128,7 @@ class CudaOps : public Ops {
   }
 
   absl::StatusOr<std::unique_ptr<Embedding>> Prepare(const EmbeddingWeights& weights) override {
-    absl::Status status = CheckDType(weights.dtype);
-    if (status.ok()) status = CheckWidth("an embedding", weights.width, INT32_MAX);
+    absl::Status status = CheckWidth("an embedding", weights.width, INT32_MAX);
     auto embedding = std::make_unique<CudaEmbedding>();
     embedding->dtype = weights.dtype;
     embedding->vocabulary = weights.vocabulary;
@@ -280,14 +271,12 @@ class CudaOps : public Ops {
   // copies have had a layer's time.
   absl::Status WriteKv(const WriteKvArgs& args, Stream stream) override {
     std::vector<PackedKv> packed;
-    int64_t values = 0;
+    size_t bytes = 0;
     for (const WriteKvArgs::Part& part : args.parts) {
-      if (part.target.dtype != args.k.dtype) return RefuseCache(part.target.dtype, args.k.dtype);
-      packed.push_back(PackedKv::Of(args, part.target, values));
-      values += packed.back().page_stride * static_cast<int64_t>(part.target.pages.size());
+      packed.push_back(PackedKv::Of(args, part.target, bytes));
+      bytes += packed.back().Bytes(part.target);
     }
     absl::Status status = device_.Wait(stream, args.copies);
-    const size_t bytes = static_cast<size_t>(values) * SizeOf(args.k.dtype);
     if (status.ok()) status = Grow(device_, bytes, packed_);
     for (size_t i = 0; i < packed.size() && status.ok(); ++i) {
       status = Pack(args, args.parts[i], packed[i], stream);
@@ -325,22 +314,24 @@ class CudaOps : public Ops {
                 .page_stride = packed.page_stride,
                 .head_stride = part.target.head_stride,
                 .value_stride = packed.apart ? packed.run : part.target.value_stride,
-                .out = packed_.as<uint16_t>() + packed.first},
+                .dtype = part.target.dtype,
+                .out = packed_.as<char>() + packed.begin},
                device_.stream(stream)),
         "kv");
   }
 
   absl::Status SendPacked(const KvTarget& target, const PackedKv& packed, Stream copies) {
-    const uint16_t* from = packed_.as<uint16_t>() + packed.first;
-    const size_t bytes = static_cast<size_t>(packed.run) * sizeof(uint16_t);
+    const size_t size = SizeOf(target.dtype), bytes = static_cast<size_t>(packed.run) * size;
+    const size_t value = static_cast<size_t>(target.value_stride) * size;
+    const char* from = packed_.as<char>() + packed.begin;
     absl::Status status;
     for (size_t page = 0; page < target.pages.size() && status.ok(); ++page) {
-      auto* to = static_cast<uint16_t*>(target.pages[page]);
+      char* to = static_cast<char*>(target.pages[page]);
       status = device_.Copy(to, from, bytes, copies);
       if (status.ok() && packed.apart) {
-        status = device_.Copy(to + target.value_stride, from + packed.run, bytes, copies);
+        status = device_.Copy(to + value, from + bytes, bytes, copies);
       }
-      from += packed.page_stride;
+      from += static_cast<size_t>(packed.page_stride) * size;
     }
     return status;
   }

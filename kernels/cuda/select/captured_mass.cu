@@ -1,4 +1,5 @@
 // Captured mass: the probe on rows of its own, and the share of it that lies in kept blocks.
+#include "kernels/cuda/instructions/arithmetic.cuh"
 #include "kernels/cuda/select/block_index.cuh"
 #include "kernels/cuda/select/probe.cuh"
 
@@ -39,10 +40,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t task = first_row + I - s.first_q_block;
     const uint16_t* index = p.index + task * p.index_stride;
     for (int x = lane; x < p.count[task]; x += 32) kept += mass(index[x]);
-    for (int step = 16; step > 0; step /= 2) {
-      total += __shfl_xor_sync(~0u, total, step);
-      kept += __shfl_xor_sync(~0u, kept, step);
-    }
+    total = WarpSum(total);
+    kept = WarpSum(kept);
     if (lane == 0) share[r] = isfinite(total) && total > 0 ? kept / total : 0;
   }
   __syncthreads();

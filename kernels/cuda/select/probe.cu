@@ -51,21 +51,18 @@ __device__ __forceinline__ __half RoundMean(float x) {
   if (fabsf(x) <= FLT_MAX) x = fminf(fmaxf(x, -65504.0f), 65504.0f);
   return __float2half_rn(x);
 }
-__device__ __forceinline__ float2 Widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-__device__ __forceinline__ float2 Widen(__half2 x) { return __half22float2(x); }
 
 // The means of the two pools of a step, by half of the thread block: a thread sums 32 tokens of two
 // channels.
 template <typename T, int kChannels>
 __device__ void PoolKeys(const unsigned char* keys, int thread, int valid, __half* out) {
-  using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
   for (int x = thread; x < kKeys / kPool * kChannels / 2; x += kThreads / 2) {
     const int pool = x / (kChannels / 2), pair = x % (kChannels / 2);
     float2 sum = {0, 0};
 #pragma unroll 8
     for (int t = 0; t < kPool; ++t) {
       const int offset = Layout<kChannels>::Keys::Offset(pool * kPool + t, pair / 4) + pair % 4 * 4;
-      const float2 token = Widen(*reinterpret_cast<const Pair*>(keys + offset));
+      const float2 token = Unpack<T>(*reinterpret_cast<const uint32_t*>(keys + offset));
       sum.x += token.x;
       sum.y += token.y;
     }
@@ -291,10 +288,15 @@ using Table = KernelTable<64, 96, 128, 256>;
 
 }  // namespace
 
-bool HasProbe(DType dtype, int head_dim) { return Table::Has(dtype, head_dim); }
+bool HasProbe(DType dtype, int head_dim) {
+  return Table::Has(dtype, head_dim) || PlainTable::Has(dtype, head_dim);
+}
 
 cudaError_t Probe(const Problem& problem, RowRule rule, BlockPart* parts, void* pools,
                   int multiprocessors, cudaStream_t stream) {
+  if (PlainTable::Has(problem.dtype, problem.head_dim)) {
+    return ProbeF32(problem, rule, parts, pools, multiprocessors, stream);
+  }
   const Params params = {.problem = problem,
                          .rule = rule,
                          .scale_log2 = problem.softmax_scale * 1.4426950408889634f,

@@ -49,15 +49,19 @@ inline size_t ProbeBytes(const Problem& problem) {
 }
 
 constexpr int kPool = 32;  // tokens of a pool: 16 choose a little better, 64 worse
-// Mean keys of pools of 32 tokens in FP16, [kv_heads][slots * block_size / 32][head_dim].
+// Mean keys of pools of 32 tokens, [kv_heads][slots * block_size / 32][head_dim], in FP16; those of
+// F32 in F32.
 inline size_t PooledKeyBytes(const Problem& problem) {
   return static_cast<size_t>(problem.kv_heads) * BlockSlots(problem) *
-         (problem.block_size / kPool) * problem.head_dim * 2;
+         (problem.block_size / kPool) * problem.head_dim * SizeOf(problem.dtype);
 }
 
 bool HasProbe(DType dtype, int head_dim);
 // One pass over K. Writes parts, and pools of keys where `pools` is not null.
 cudaError_t Probe(const Problem& problem, RowRule rule, BlockPart* parts, void* pools,
                   int multiprocessors, cudaStream_t stream);
+// What it launches for F32.
+cudaError_t ProbeF32(const Problem& problem, RowRule rule, BlockPart* parts, void* pools,
+                     int multiprocessors, cudaStream_t stream);
 
 }  // namespace prefilld::cuda

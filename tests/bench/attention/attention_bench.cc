@@ -48,7 +48,7 @@ using nlohmann::json;
 
 struct Options {
   Settings settings{.methods = {Method::kDense, Method::kFlexPrefill, Method::kJoint},
-                    .kernels = {"sm90", "sm80"}};
+                    .kernels = {"sm90", "sm80", "f32"}};
   std::vector<int64_t> lengths{32768, 65536, 131072};
   std::vector<double> densities{.05, .1, .2, .4};
   std::vector<std::string> workloads{"random", "structured"};
@@ -230,7 +230,8 @@ int Main(int argc, char** argv) {
   Settings& s = o.settings;
   const std::map<std::string, Method> methods = {
       {"dense", Method::kDense}, {"flexprefill", Method::kFlexPrefill}, {"joint", Method::kJoint}};
-  const std::map<std::string, DType> dtypes = {{"bf16", DType::kBF16}, {"fp16", DType::kF16}};
+  const std::map<std::string, DType> dtypes = {
+      {"bf16", DType::kBF16}, {"fp16", DType::kF16}, {"fp32", DType::kF32}};
   CLI::App app{"Attention on one GPU: every method and kernel set, in ms, TFLOP/s and error"};
   app.add_option("--lengths", o.lengths, "tokens of the sequence")->delimiter(',');
   app.add_option("--densities", o.densities, "of the random index, and of joint")->delimiter(',');
@@ -240,15 +241,15 @@ int Main(int argc, char** argv) {
   app.add_option("--methods", s.methods, "dense, flexprefill, joint")
       ->delimiter(',')
       ->transform(CLI::CheckedTransformer(methods).description("NAME"));
-  app.add_option("--kernels", s.kernels, "sm90, sm80")
+  app.add_option("--kernels", s.kernels, "sm90, sm80, f32")
       ->delimiter(',')
-      ->check(CLI::IsMember({"sm90", "sm80"}));
+      ->check(CLI::IsMember({"sm90", "sm80", "f32"}));
   app.add_option("--heads", s.q_heads, "query heads");
   app.add_option("--kv-heads", s.kv_heads, "key and value heads");
   app.add_option("--head-dim", s.head_dim, "channels of a head")
       ->check(CLI::IsMember({64, 96, 128, 256}));
   app.add_option("--block", s.block_size, "tokens of a block")->check(CLI::IsMember({64, 128}));
-  app.add_option("--dtype", s.dtype, "bf16, fp16")
+  app.add_option("--dtype", s.dtype, "bf16, fp16, fp32")
       ->transform(CLI::CheckedTransformer(dtypes).description("NAME"));
   app.add_option("--gamma", s.gamma, "joint's coverage");
   app.add_option("--flexprefill-gamma", s.flexprefill_gamma, "flexprefill's");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <random>
 
 #include "kernels/cuda/select/flexprefill/flexprefill.h"
@@ -57,8 +58,8 @@ AttentionProblem::AttentionProblem(const Settings& settings, const std::vector<i
   CHECK_CUDA(cuda::WriteSequences(p.host_sequence, p.sequences, const_cast<Sequence*>(p.sequence),
                                   stream_));
   const auto tensor = [&](int64_t tokens, int64_t heads) {
-    return cuda::Tensor{Take<uint16_t>(tokens * heads * p.head_dim), heads * p.head_dim,
-                        p.head_dim};
+    const int64_t bytes = tokens * heads * p.head_dim * static_cast<int64_t>(SizeOf(p.dtype));
+    return cuda::Tensor{Take<std::byte>(bytes), heads * p.head_dim, p.head_dim};
   };
   p.q = tensor(p.total_q, p.q_heads);
   p.k = tensor(p.total_k, p.kv_heads);

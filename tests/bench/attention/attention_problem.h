@@ -24,7 +24,8 @@ struct KernelSet {
   bool (*has)(DType dtype, int head_dim, int block_size);
 };
 inline constexpr KernelSet kKernelSets[] = {{"sm90", cuda::AttendSm90, cuda::HasAttendSm90},
-                                            {"sm80", cuda::AttendSm80, cuda::HasAttendSm80}};
+                                            {"sm80", cuda::AttendSm80, cuda::HasAttendSm80},
+                                            {"f32", cuda::AttendF32, cuda::HasAttendF32}};
 
 struct Settings {
   DType dtype = DType::kBF16;

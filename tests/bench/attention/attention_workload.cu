@@ -226,40 +226,42 @@ __global__ void Read(const uint4* data, int64_t count) {
   if (all == 0xFFFFFFFF) const_cast<uint4*>(data)[0].x = all;
 }
 
+template <typename Launch>
+cudaError_t ByType(DType dtype, const Launch& launch) {
+  if (dtype == DType::kF32) return launch(float{});
+  return dtype == DType::kBF16 ? launch(__nv_bfloat16{}) : launch(__half{});
+}
+
 }  // namespace
 
 cudaError_t FillStructured(const Problem& problem, const Structure& structure,
                            cudaStream_t stream) {
-  return problem.dtype == DType::kBF16 ? Fill<__nv_bfloat16>(problem, structure, true, stream)
-                                       : Fill<__half>(problem, structure, true, stream);
+  return ByType(problem.dtype,
+                [&](auto type) { return Fill<decltype(type)>(problem, structure, true, stream); });
 }
 
 cudaError_t FillRandom(const Problem& problem, uint32_t seed, cudaStream_t stream) {
   const Structure structure{.strength = 0, .seed = seed};
-  return problem.dtype == DType::kBF16 ? Fill<__nv_bfloat16>(problem, structure, false, stream)
-                                       : Fill<__half>(problem, structure, false, stream);
+  return ByType(problem.dtype,
+                [&](auto type) { return Fill<decltype(type)>(problem, structure, false, stream); });
 }
 
 cudaError_t AttendExactly(const Problem& problem, const int32_t* tokens, int count, bool dense,
                           float* expected, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(problem.q_heads));
-  if (problem.dtype == DType::kBF16) {
-    Exact<__nv_bfloat16><<<grid, 32 * kExactWarps, 0, stream>>>(problem, tokens, dense, expected);
-  } else {
-    Exact<__half><<<grid, 32 * kExactWarps, 0, stream>>>(problem, tokens, dense, expected);
-  }
-  return cudaGetLastError();
+  return ByType(problem.dtype, [&](auto type) {
+    Exact<decltype(type)><<<grid, 32 * kExactWarps, 0, stream>>>(problem, tokens, dense, expected);
+    return cudaGetLastError();
+  });
 }
 
 cudaError_t GatherOutput(const Problem& problem, const int32_t* tokens, int count, float* got,
                          cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(problem.q_heads));
-  if (problem.dtype == DType::kBF16) {
-    Gather<__nv_bfloat16><<<grid, 64, 0, stream>>>(problem, tokens, got);
-  } else {
-    Gather<__half><<<grid, 64, 0, stream>>>(problem, tokens, got);
-  }
-  return cudaGetLastError();
+  return ByType(problem.dtype, [&](auto type) {
+    Gather<decltype(type)><<<grid, 64, 0, stream>>>(problem, tokens, got);
+    return cudaGetLastError();
+  });
 }
 
 cudaError_t ReadThrough(const void* data, size_t bytes, cudaStream_t stream) {

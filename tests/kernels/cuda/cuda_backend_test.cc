@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/backend.h"
+#include "kernels/convert.h"
 
 namespace prefilld::cuda {
 namespace {
@@ -39,44 +40,47 @@ TEST_F(CudaBackendOnGpu, RunsTheStagesInOrder) {
   constexpr int64_t kTokens = 1000, kRows = 8;
   constexpr int kHeads = 4, kDim = 128;
   Device& device = backend_->device();
-  const auto bf16 = [](float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return static_cast<uint16_t>(bits >> 16);
-  };
-  std::vector<uint16_t> value(kTokens * kDim), out(kTokens * kHeads * kDim);
-  for (int64_t t = 0; t < kTokens; ++t) value[t * kDim] = bf16(t < 500 ? 0.0f : 1.0f);
-  Buffer q = Take(kTokens * kHeads * kDim * 2), k = Take(kTokens * kDim * 2),
-         v = Take(kTokens * kDim * 2), o = Take(kTokens * kHeads * kDim * 2);
-  Buffer count = Take(kHeads * kRows * 4), index = Take(kHeads * kRows * kRows * 2);
-  Buffer report = *device.AllocateHost(kHeads * sizeof(HeadReport));
-  ASSERT_TRUE(device.Copy(v.data(), value.data(), v.bytes(), device.upload_stream()).ok());
-  ASSERT_TRUE(device.Wait({}, device.upload_stream()).ok());
-  for (Method method : {Method::kDense, Method::kFlexPrefill, Method::kJoint}) {
-    AttentionArgs args{.shape = {DType::kBF16, kHeads, 1, kDim, {0, kTokens}, {0, kTokens}},
-                       .policy = {.method = method, .gamma = 0.999, .min_budget_tokens = 1024},
-                       .softmax_scale = 0.125,
-                       .q = {q.data(), kHeads * kDim, kDim},
-                       .k = {k.data(), kDim, kDim},
-                       .v = {v.data(), kDim, kDim},
-                       .o = {o.data(), kHeads * kDim, kDim},
-                       .index = {count.as<int32_t>(), index.as<uint16_t>(), kRows, kRows},
-                       .report = report.as<HeadReport>()};
-    ASSERT_TRUE(backend_->Supports(args.shape, args.policy).ok());
-    ASSERT_TRUE(backend_->EstimatePattern(args, {}).ok());
-    ASSERT_TRUE(backend_->SelectBlocks(args, {}).ok());
-    ASSERT_TRUE(backend_->MeasureCapturedMass(args, {}).ok());
-    ASSERT_TRUE(backend_->Attend(args, {}).ok());
-    ASSERT_TRUE(device.Copy(out.data(), o.data(), o.bytes(), {}).ok());
-    ASSERT_TRUE(device.Synchronize({}).ok());
-    EXPECT_FLOAT_EQ(args.report[1].density, 1) << Name(method);
-    EXPECT_NEAR(args.report[1].captured_mass, 1, 1e-3) << Name(method);
-    for (int64_t t = 0; t < kTokens; ++t) {
-      const uint32_t bits = uint32_t{out[(t * kHeads + 1) * kDim]} << 16;
-      float got;
-      std::memcpy(&got, &bits, 4);
-      const double want = t < 500 ? 0 : static_cast<double>(t - 499) / static_cast<double>(t + 1);
-      ASSERT_NEAR(got, want, 0.004) << Name(method) << " token " << t;
+  std::vector<float> value(kTokens * kDim), out(kTokens * kHeads * kDim);
+  for (int64_t t = 500; t < kTokens; ++t) value[t * kDim] = 1;
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    const size_t size = SizeOf(dtype);
+    const auto convert = [&](const void* src, DType from, void* dst, DType to, size_t count) {
+      Convert(
+          {.src = src, .from = from, .dst = dst, .to = to, .count = static_cast<int64_t>(count)});
+    };
+    std::vector<std::byte> narrow(value.size() * size), narrow_out(out.size() * size);
+    convert(value.data(), DType::kF32, narrow.data(), dtype, value.size());
+    Buffer q = Take(narrow_out.size()), k = Take(narrow.size()), v = Take(narrow.size()),
+           o = Take(narrow_out.size());
+    Buffer count = Take(kHeads * kRows * 4), index = Take(kHeads * kRows * kRows * 2);
+    Buffer report = *device.AllocateHost(kHeads * sizeof(HeadReport));
+    ASSERT_TRUE(device.Copy(v.data(), narrow.data(), v.bytes(), device.upload_stream()).ok());
+    ASSERT_TRUE(device.Wait({}, device.upload_stream()).ok());
+    for (Method method : {Method::kDense, Method::kFlexPrefill, Method::kJoint}) {
+      SCOPED_TRACE(std::string(Name(dtype)) + " " + std::string(Name(method)));
+      AttentionArgs args{.shape = {dtype, kHeads, 1, kDim, {0, kTokens}, {0, kTokens}},
+                         .policy = {.method = method, .gamma = 0.999, .min_budget_tokens = 1024},
+                         .softmax_scale = 0.125,
+                         .q = {q.data(), kHeads * kDim, kDim},
+                         .k = {k.data(), kDim, kDim},
+                         .v = {v.data(), kDim, kDim},
+                         .o = {o.data(), kHeads * kDim, kDim},
+                         .index = {count.as<int32_t>(), index.as<uint16_t>(), kRows, kRows},
+                         .report = report.as<HeadReport>()};
+      ASSERT_TRUE(backend_->Supports(args.shape, args.policy).ok());
+      ASSERT_TRUE(backend_->EstimatePattern(args, {}).ok());
+      ASSERT_TRUE(backend_->SelectBlocks(args, {}).ok());
+      ASSERT_TRUE(backend_->MeasureCapturedMass(args, {}).ok());
+      ASSERT_TRUE(backend_->Attend(args, {}).ok());
+      ASSERT_TRUE(device.Copy(narrow_out.data(), o.data(), narrow_out.size(), {}).ok());
+      ASSERT_TRUE(device.Synchronize({}).ok());
+      convert(narrow_out.data(), dtype, out.data(), DType::kF32, out.size());
+      EXPECT_FLOAT_EQ(args.report[1].density, 1);
+      EXPECT_NEAR(args.report[1].captured_mass, 1, 1e-3);
+      for (int64_t t = 0; t < kTokens; ++t) {
+        const double want = t < 500 ? 0 : static_cast<double>(t - 499) / static_cast<double>(t + 1);
+        ASSERT_NEAR(out[(t * kHeads + 1) * kDim], want, dtype == DType::kF32 ? 1e-5 : 0.004) << t;
+      }
     }
   }
 }

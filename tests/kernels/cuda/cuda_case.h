@@ -35,9 +35,12 @@ struct CaseOptions {
 };
 std::string Describe(const CaseOptions& options);
 
+// Tensors are held in words of 16 bits: one to an element, or two of F32.
+constexpr int64_t Words(DType dtype) { return static_cast<int64_t>(SizeOf(dtype) / 2); }
+
 // What stage 3 wrote.
 struct Output {
-  std::vector<uint16_t> o;  // [total_q, q_heads, d]
+  std::vector<uint16_t> o;  // [total_q, q_heads, d], in words
   std::vector<float> lse;   // [q_heads, total_q]
 
   bool operator==(const Output& other) const;  // the same bits
@@ -108,7 +111,8 @@ class CudaCase {
   CaseOptions options_;
   AttentionShape shape_;
   std::vector<SequenceBlocks> blocks_;
-  std::vector<uint16_t> q_, k_, v_;  // [tokens, heads, d] in the dtype
+  int64_t words_ = 1;                // of an element
+  std::vector<uint16_t> q_, k_, v_;  // [tokens, heads, d] in the dtype, in words
   std::vector<Sequence> host_sequences_;
   Problem problem_;
   std::vector<std::unique_ptr<DeviceArray<uint16_t>>> tensors_;
@@ -121,8 +125,7 @@ class CudaCase {
 };
 
 int Multiprocessors();
-float Widen(uint16_t bits, DType dtype);
-uint16_t Narrow(float x, DType dtype);
+float Widen(const uint16_t* words, DType dtype);
 
 // Compares stage 3 with the oracle over `rows`: relative Frobenius norm, worst element, worst lse.
 // Every row where the sequence is short, else `sampled` blocks of each head.

@@ -57,22 +57,26 @@ AttentionShape ShapeOf(DType dtype, int head_dim) {
 }
 
 TEST(Admission, TakesTheHeadDimsThatEveryKernelOfTheMethodHas) {
-  for (const KernelSet set : {KernelSet::kSm80, KernelSet::kSm90}) {
-    for (const Method method : ServedMethods()) {
-      for (int head_dim = 8; head_dim <= 512; head_dim += 8) {
-        const bool runs = HasAttendSm80(DType::kBF16, head_dim, 128) &&
-                          LaunchersOf(method).has(DType::kBF16, head_dim) &&
-                          (method == Method::kDense || HasCapturedMass(DType::kBF16, head_dim));
-        const absl::Status status =
-            CheckSupported(set, ShapeOf(DType::kBF16, head_dim), {.method = method});
-        EXPECT_EQ(status.ok(), runs) << Name(method) << " " << head_dim;
-        if (runs) continue;
-        EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << status;
-        EXPECT_THAT(std::string(status.message()),
-                    testing::HasSubstr(absl::StrCat("head_dim ", head_dim, " ")));
-      }
-      for (const int head_dim : kUnlisted) {
-        EXPECT_FALSE(CheckSupported(set, ShapeOf(DType::kBF16, head_dim), {.method = method}).ok());
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const KernelSet set : {KernelSet::kSm80, KernelSet::kSm90}) {
+      for (const Method method : ServedMethods()) {
+        for (int head_dim = 4; head_dim <= 512; head_dim += 4) {
+          const bool attends =
+              HasAttendSm80(dtype, head_dim, 128) || HasAttendF32(dtype, head_dim, 128);
+          const bool runs = attends && LaunchersOf(method).has(dtype, head_dim) &&
+                            (method == Method::kDense || HasCapturedMass(dtype, head_dim));
+          const absl::Status status =
+              CheckSupported(set, ShapeOf(dtype, head_dim), {.method = method});
+          EXPECT_EQ(status.ok(), runs) << Name(dtype) << Name(method) << " " << head_dim;
+          if (runs) continue;
+          EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << status;
+          EXPECT_THAT(std::string(status.message()),
+                      testing::HasSubstr(absl::StrCat("head_dim ", head_dim, " ")));
+        }
+        for (const int head_dim : kUnlisted) {
+          EXPECT_FALSE(
+              CheckSupported(set, ShapeOf(DType::kBF16, head_dim), {.method = method}).ok());
+        }
       }
     }
   }
@@ -96,6 +100,42 @@ TEST(Dispatch, RunsNoOtherKernelForAnUnlistedHeadDim) {
   }
 }
 
+// Nor a dtype the kernel of another.
+TEST(Dispatch, KeepsF32AndTheOthersApart) {
+  const Sequence sequence = {.sq = 128, .sk = 128, .q_blocks = 1, .k_blocks = 1};
+  Problem problem;
+  problem.q_heads = problem.kv_heads = 1;
+  problem.sequences = 1;
+  problem.total_q = problem.total_k = 128;
+  problem.rows = problem.q_blocks_max = problem.k_blocks_max = 1;
+  problem.host_sequence = &sequence;
+  problem.head_dim = 128;
+  EXPECT_EQ(AttendF32(problem, nullptr, 1, nullptr), cudaErrorInvalidValue);
+  problem.dtype = DType::kF32;
+  EXPECT_EQ(AttendSm80(problem, nullptr, 1, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(AttendSm90(problem, nullptr, 1, nullptr), cudaErrorInvalidValue);
+  problem.head_dim = 100;
+  EXPECT_EQ(AttendF32(problem, nullptr, 1, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(Probe(problem, RowRule::kProbe, nullptr, nullptr, 1, nullptr), cudaErrorInvalidValue);
+}
+
+TEST(PlainTable, HasF32OfEveryMultipleOfEight) {
+  for (const int head_dim : {-8, 0, 4, 12, 100, 257, 264, 512}) {
+    EXPECT_FALSE(PlainTable::Has(DType::kF32, head_dim)) << head_dim;
+  }
+  for (const int head_dim : PlainTable::kHeadDimList) {
+    EXPECT_TRUE(PlainTable::Has(DType::kF32, head_dim)) << head_dim;
+    EXPECT_FALSE(PlainTable::Has(DType::kBF16, head_dim)) << head_dim;
+    int groups = 0;
+    const auto launch = [&]<int kGroups>() {
+      groups = kGroups;
+      return cudaSuccess;
+    };
+    EXPECT_EQ(PlainTable::Launch(DType::kF32, head_dim, launch), cudaSuccess);
+    EXPECT_TRUE(64 * (groups - 1) < head_dim && head_dim <= 64 * groups) << head_dim;
+  }
+}
+
 // Every head_dim, dtype and block size has a kernel in some set of this GPU.
 TEST(AttendTable, CoversWhatTheServerOffers) {
   for (DType dtype : {DType::kBF16, DType::kF16}) {
@@ -111,6 +151,10 @@ TEST(AttendTable, CoversWhatTheServerOffers) {
     EXPECT_FALSE(HasAttendSm80(dtype, 128, 32) || HasAttendSm90(dtype, 128, 32));
   }
   EXPECT_FALSE(HasAttendSm80(DType::kF32, 128, 128) || HasAttendSm90(DType::kF32, 128, 128));
+  for (int d : {16, 32, 64, 96, 128, 256}) {
+    EXPECT_TRUE(HasAttendF32(DType::kF32, d, 64) && HasAttendF32(DType::kF32, d, 128)) << d;
+  }
+  EXPECT_FALSE(HasAttendF32(DType::kBF16, 128, 128) || HasAttendF32(DType::kF32, 128, 32));
 }
 
 }  // namespace

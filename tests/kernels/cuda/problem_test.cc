@@ -82,11 +82,27 @@ TEST(CheckSupported, EveryHeadDimAndBlockSizeHasAKernel) {
   }
 }
 
+TEST(CheckSupported, F32HasAKernelForEveryMultipleOfEight) {
+  for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+    AttentionShape shape = Shape(head_dim);
+    shape.dtype = DType::kF32;
+    shape.cu_seqlens_q = shape.cu_seqlens_k;
+    for (Method method : {Method::kDense, Method::kFlexPrefill, Method::kJoint}) {
+      for (int block_size : {64, 128}) {
+        const absl::Status status =
+            CheckSupported(KernelSet::kSm90, shape, {.method = method, .block_size = block_size});
+        EXPECT_TRUE(status.ok()) << status;
+      }
+    }
+  }
+}
+
 TEST(CheckSupported, NamesWhatHasNone) {
   AttentionShape shape = Shape();
   shape.dtype = DType::kF32;
+  shape.head_dim = 100;
   ExpectStatus(CheckSupported(KernelSet::kSm90, shape, {}), absl::StatusCode::kUnimplemented,
-               "dtype F32 not supported by cuda-sm90 (BF16, F16)");
+               "head_dim 100 not supported by cuda-sm90 (8, 16, 24, ");
   ExpectStatus(CheckSupported(KernelSet::kSm80, Shape(80), {}), absl::StatusCode::kUnimplemented,
                "head_dim 80 not supported by cuda-sm80 (64, 96, 128, 256)");
   ExpectStatus(CheckSupported(KernelSet::kSm90, Shape(), {.method = Method::kFlexPrefill}),
@@ -184,9 +200,11 @@ TEST(LayOut, GrowsWithTheCall) {
     size_t before = 0;
     for (int64_t tokens : {128, 1000, 10'000, 100'000}) {
       std::vector<Sequence> sequences;
-      const AttentionShape shape{DType::kBF16, 8, 2, 64, {0, tokens}, {0, tokens}};
+      AttentionShape shape{DType::kBF16, 8, 2, 64, {0, tokens}, {0, tokens}};
       const size_t bytes = LayOut(MakeProblem(Args(shape), &sequences), method).bytes;
       EXPECT_GE(bytes, before);
+      shape.dtype = DType::kF32;
+      EXPECT_GT(LayOut(MakeProblem(Args(shape), &sequences), method).bytes, 0u);
       before = bytes;
     }
   }

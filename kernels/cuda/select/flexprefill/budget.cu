@@ -27,7 +27,7 @@ __device__ int CountBlocks(const FlexPrefill& f, const Sequence& s, int head, Qu
 
 // Sums in the same order always. `partial` holds a value a warp.
 __device__ double BlockSum(double x, double* partial) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  x = WarpSum(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
   __syncthreads();
@@ -50,6 +50,13 @@ struct PatternMemory {
   double partial[kCutThreads / 32];
 };
 
+__device__ float QueryChannel(const Problem& p, const Sequence& s, int head, int token,
+                              int channel) {
+  if (p.dtype == DType::kF32) return QueryRow<float>(p, s, head, token)[channel];
+  if (p.dtype == DType::kF16) return __half2float(QueryRow<__half>(p, s, head, token)[channel]);
+  return __bfloat162float(QueryRow<__nv_bfloat16>(p, s, head, token)[channel]);
+}
+
 // The Jensen-Shannon distance of the pooled probe and the verticals is below tau. It is NaN, below
 // nothing, where either holds a zero, or where something is NaN.
 __device__ bool IsQueryAware(const FlexPrefill& f, const Sequence& s, int head, PatternMemory* m) {
@@ -61,10 +68,7 @@ __device__ bool IsQueryAware(const FlexPrefill& f, const Sequence& s, int head, 
   if (part < parts) {
 #pragma unroll 8
     for (int r = part; r < p.block_size; r += parts) {
-      const uint16_t bits = QueryRow(p, s, head, s.sk - p.block_size + r)[channel];
-      const float x = p.dtype == DType::kBF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
-                                              : __half2float(__ushort_as_half(bits));
-      sum += ScaleQuery(x, scale);
+      sum += ScaleQuery(QueryChannel(p, s, head, s.sk - p.block_size + r, channel), scale);
     }
   }
   m->part[threadIdx.x] = sum;
@@ -86,7 +90,7 @@ __device__ bool IsQueryAware(const FlexPrefill& f, const Sequence& s, int head, 
     for (int c = lane; c < d; c += 32) {
       dot = fmaf(m->query[c], RoundToBFloat16(mean[static_cast<int64_t>(J) * d + c]), dot);
     }
-    for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    dot = WarpSum(dot);
     if (lane == 0) logit[J] = dot;
   }
   __syncthreads();

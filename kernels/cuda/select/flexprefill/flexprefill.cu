@@ -85,7 +85,9 @@ ChunkPlan PlanChunks(const Problem& problem, int unit, int64_t lanes, int multip
   return best;
 }
 
-bool HasFlexPrefill(DType dtype, int head_dim) { return FlexPrefillTable::Has(dtype, head_dim); }
+bool HasFlexPrefill(DType dtype, int head_dim) {
+  return FlexPrefillTable::Has(dtype, head_dim) || PlainTable::Has(dtype, head_dim);
+}
 
 size_t FlexPrefillWorkspace(const Problem& problem) {
   FlexPrefill f = {};

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -18,15 +19,16 @@ namespace prefilld::cuda {
 
 constexpr float kMassScale = 0x1p40f;
 
-// Of all kernels of the method: those that are no templates take any multiple of 8 up to 256.
+// Of all kernels of the method, with PlainTable: those that are no templates take any dtype and
+// any multiple of 8 up to 256.
 using FlexPrefillTable = KernelTable<64, 96, 128, 256>;
-// 1 / sqrt of each of them.
+// 1 / sqrt: a constant for each of them.
 __host__ __device__ constexpr double InverseRoot(int head_dim) {
   return head_dim == 64    ? 0.125
          : head_dim == 96  ? 0.10206207261596575409
          : head_dim == 128 ? 0.08838834764831844055
          : head_dim == 256 ? 0.0625
-                           : 0;  // not listed
+                           : 1 / sqrt(static_cast<double>(head_dim));  // no constant
 }
 
 // What is decided for a head of a sequence.
@@ -96,5 +98,8 @@ cudaError_t FlexPrefillLines(const FlexPrefill& f, int multiprocessors, cudaStre
 cudaError_t FlexPrefillBudgets(const FlexPrefill& f, int multiprocessors, cudaStream_t stream);
 cudaError_t FlexPrefillChoose(const FlexPrefill& f, cudaStream_t stream);
 cudaError_t FlexPrefillQueryAware(const FlexPrefill& f, cudaStream_t stream);
+// What the first two launch for F32.
+cudaError_t FlexPrefillRowSumsF32(FlexPrefill* f, int multiprocessors, cudaStream_t stream);
+cudaError_t FlexPrefillLinesF32(const FlexPrefill& f, cudaStream_t stream);
 
 }  // namespace prefilld::cuda

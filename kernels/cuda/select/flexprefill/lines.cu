@@ -5,58 +5,15 @@
 namespace prefilld::cuda {
 namespace {
 
-constexpr float kInfinity = __builtin_huge_valf();
-
 // Keys of a tile: 16 of each of four key blocks, a block a warp.
 constexpr int kKeys = 64;
 constexpr int kBlocks = 4;
-
-// What is less than e^-87.05 of the largest is zero (docs/sparse-attention.md, section 2, step 1):
-// exponents are lowered by this much, so that the exponential underflows there. (87.05 lies between
-// -87 and the next logit, whatever the rounding.)
-constexpr float kLowered = 0.41339f;  // 126 - 87.05 log2 e
 
 struct Shape {
   int heads;   // of a thread block, a warpgroup each
   int stages;  // of the ring of keys
   int groups;  // of four key blocks, in a thread block
 };
-
-// What a row of the probe has to know: exp2(logit * log2 e - subtract) * weight is its probability.
-struct RowConstants {
-  float subtract, weight;
-};
-
-// The softmax of rows [0, block_size) of a head from its pieces. Rows that hold NaN or infinity
-// have weight zero and say nothing.
-__device__ RowConstants CombineRow(const FlexPrefill& f, const Sequence& s, int64_t head, int row) {
-  const int B = f.problem.block_size;
-  const float2* piece = f.row_sums + head * f.chunks * B + row;
-  const int keys = f.chunk_blocks * B;
-  const int chunks = (s.sk + keys - 1) / keys;
-  constexpr int kAtOnce = 16;  // loads in flight
-  float max = -kInfinity, sum = 0;
-#pragma unroll 1
-  for (int begin = 0; begin < chunks; begin += kAtOnce) {
-    float2 part[kAtOnce];
-    float new_max = max;
-#pragma unroll
-    for (int x = 0; x < kAtOnce; ++x) {
-      part[x] = begin + x < chunks ? piece[static_cast<int64_t>(begin + x) * B]
-                                   : make_float2(-kInfinity, 0);
-    }
-#pragma unroll
-    for (int x = 0; x < kAtOnce; ++x) new_max = fmaxf(new_max, part[x].x);
-    const float reference = new_max == -kInfinity ? 0 : new_max;
-    sum *= Exp2((max - reference) * kLog2e);
-#pragma unroll
-    for (int x = 0; x < kAtOnce; ++x) sum += part[x].y * Exp2((part[x].x - reference) * kLog2e);
-    max = new_max;
-  }
-  if (!(sum > 0) || !(sum < kInfinity)) return {0, 0};
-  return {fmaf(max, kLog2e, kLowered),
-          kMassScale * exp2f(kLowered) / (sum * static_cast<float>(B))};
-}
 
 // Sums along diagonals within a warp. A warp has key k = 16 t + 8 x + a of its block at step t,
 // lane a = lane / 4, x 0 or 1, and row r = 8 i + 2 b + e, b = lane % 4, e 0 or 1. Diagonal y = k +
@@ -134,7 +91,8 @@ __global__ void __launch_bounds__(512, 1) LinesKernel(FlexPrefill f, Shape shape
   const int group_begin = kv_head * heads_of_group + first_head;
   LoadQueries<T, kHeadDim>(
       heads, kRows,
-      [&](int x, int row) { return QueryRow(p, s, group_begin + x, first_row + row); }, shared);
+      [&](int x, int row) { return QueryRow<uint16_t>(p, s, group_begin + x, first_row + row); },
+      shared);
   for (int x = threadIdx.x; x < heads * kRows; x += blockDim.x) {
     const int64_t head = static_cast<int64_t>(blockIdx.z) * p.q_heads + group_begin + x / kRows;
     constants[x] = CombineRow(f, s, head, x % kRows);
@@ -271,6 +229,7 @@ cudaError_t Launch(const FlexPrefill& f, const Shape& shape, dim3 grid, cudaStre
 
 cudaError_t FlexPrefillLines(const FlexPrefill& f, int multiprocessors, cudaStream_t stream) {
   const Problem& p = f.problem;
+  if (PlainTable::Has(p.dtype, p.head_dim)) return FlexPrefillLinesF32(f, stream);
   const int group = p.q_heads / p.kv_heads, limit = SharedMemoryLimit();
   // A step takes one warpgroup about as long as four, which hide each other's latency; so four
   // heads, which read K once, unless the prompt is so short that fewer occupy more of the device.

@@ -10,8 +10,6 @@
 namespace prefilld::cuda {
 namespace {
 
-constexpr float kInfinity = __builtin_huge_valf();
-
 // Heads [first_head, first_head + heads) of sequences [first_sequence, first_sequence + sequences).
 struct Round {
   int first_sequence, sequences, first_head, heads;
@@ -48,6 +46,24 @@ constexpr int kMapRows = 32;      // query blocks of a thread block, 2 a thread
 constexpr int kMapColumns = 64;   // key blocks of a step, 4 a thread
 constexpr int kMapChannels = 32;  // of the keys in shared memory at a time
 
+// Channels [8 piece, 8 piece + 8) of a query.
+__device__ __forceinline__ void LoadQuery8(const Problem& p, const Sequence& s, int head, int token,
+                                           int piece, float (&x)[8]) {
+  if (p.dtype == DType::kF32) {
+    const auto* from = reinterpret_cast<const float4*>(QueryRow<float>(p, s, head, token));
+    const float4 low = from[2 * piece], high = from[2 * piece + 1];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    return;
+  }
+  const uint4 loaded = reinterpret_cast<const uint4*>(QueryRow<uint16_t>(p, s, head, token))[piece];
+  if (p.dtype == DType::kBF16) {
+    Widen8<__nv_bfloat16>(loaded, x);
+  } else {
+    Widen8<__half>(loaded, x);
+  }
+}
+
 // Mean queries of the rows, unrounded, times 1 / sqrt d: to query[row][channel].
 __device__ void PoolQueries(const Problem& p, const Sequence& s, int head, int first_row,
                             float* query) {
@@ -63,12 +79,7 @@ __device__ void PoolQueries(const Problem& p, const Sequence& s, int head, int f
 #pragma unroll 4
       for (int t = group; t < tokens; t += at_once) {
         float x[8];
-        const uint4 loaded = reinterpret_cast<const uint4*>(QueryRow(p, s, head, begin + t))[piece];
-        if (p.dtype == DType::kBF16) {
-          Widen8<__nv_bfloat16>(loaded, x);
-        } else {
-          Widen8<__half>(loaded, x);
-        }
+        LoadQuery8(p, s, head, begin + t, piece, x);
 #pragma unroll
         for (int c = 0; c < 8; ++c) sum[c] += x[c];
       }
@@ -120,14 +131,16 @@ __global__ void __launch_bounds__(kMapThreads) PooledMapKernel(FlexPrefill f, Ro
   for (int column = 0; column <= last_row; column += kMapColumns) {
     float sum[2][4] = {};
     for (int channel = 0; channel < d; channel += kMapChannels) {
+      const int channels = min(kMapChannels, d - channel);
       __syncthreads();
       for (int z = threadIdx.x; z < kMapColumns * kMapChannels; z += kMapThreads) {
         const int J = column + z / kMapChannels, c = z % kMapChannels;
-        key[z / kMapChannels][c] = J < n ? mean[static_cast<int64_t>(J) * d + channel + c] : 0;
+        key[z / kMapChannels][c] =
+            J < n && c < channels ? mean[static_cast<int64_t>(J) * d + channel + c] : 0;
       }
       __syncthreads();
 #pragma unroll 8
-      for (int c = 0; c < kMapChannels; ++c) {
+      for (int c = 0; c < channels; ++c) {
         const float upper = query[2 * y * d + channel + c],
                     lower = query[(2 * y + 1) * d + channel + c];
 #pragma unroll

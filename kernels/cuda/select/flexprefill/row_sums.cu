@@ -5,8 +5,6 @@
 namespace prefilld::cuda {
 namespace {
 
-constexpr float kInfinity = __builtin_huge_valf();
-
 // Keys of a tile. 128 make wgmma read 96 bytes of shared memory a clock at its full rate, of the
 // 128 there are; 64 would make it 128.
 constexpr int kKeys = 128;
@@ -133,7 +131,7 @@ __global__ void __launch_bounds__(512, 1) RowSumsKernel(FlexPrefill f, Shape sha
       min(shape.row_tiles, row_tiles - first_row_tile), 64,
       [&](int x, int row) {
         const int row_tile = first_row_tile + x;
-        return QueryRow(p, s, head_of(row_tile), first_row + row_of(row_tile) + row);
+        return QueryRow<uint16_t>(p, s, head_of(row_tile), first_row + row_of(row_tile) + row);
       },
       shared);
 #if PREFILLD_HAS_WGMMA
@@ -211,6 +209,9 @@ Shape FindShape(const Problem& p, int rows) {
 
 cudaError_t FlexPrefillRowSums(FlexPrefill* f, int multiprocessors, cudaStream_t stream) {
   const Problem& p = f->problem;
+  if (PlainTable::Has(p.dtype, p.head_dim)) {
+    return FlexPrefillRowSumsF32(f, multiprocessors, stream);
+  }
   const int rows = p.q_heads / p.kv_heads * (p.block_size / 64);
   const Shape shape = FindShape(p, rows);
   const int lanes = p.kv_heads * ((rows + shape.row_tiles - 1) / shape.row_tiles);

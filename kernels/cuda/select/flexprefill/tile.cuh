@@ -23,6 +23,7 @@
 
 namespace prefilld::cuda {
 
+constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLog2e = 1.4426950408889634f;
 
 __host__ __device__ constexpr int SlabCount(int head_dim) { return (head_dim + 63) / 64; }
@@ -79,21 +80,6 @@ __device__ __forceinline__ uint32_t ScaleQueries(float first, float second, Quer
   }
 }
 
-__device__ __forceinline__ const uint16_t* QueryRow(const Problem& p, const Sequence& s, int head,
-                                                    int token) {
-  return static_cast<const uint16_t*>(p.q.data) + (s.q_begin + token) * p.q.token_stride +
-         head * p.q.head_stride;
-}
-__device__ __forceinline__ const uint16_t* KeyRow(const Problem& p, const Sequence& s, int kv_head,
-                                                  int token) {
-  if (p.pages != nullptr) {
-    return static_cast<const uint16_t*>(p.arena) +
-           PagedRow(p, s.page_begin, token, kv_head) * p.head_dim;
-  }
-  return static_cast<const uint16_t*>(p.k.data) + (s.k_begin + token) * p.k.token_stride +
-         kv_head * p.k.head_stride;
-}
-
 // Fills `tiles` tiles of `rows` rows with queries, scaled and rounded to bf16; row r of tile x is
 // row_of(x, r). The caller synchronises.
 template <typename T, int kHeadDim, typename RowOf>
@@ -128,6 +114,49 @@ __device__ __forceinline__ void LoadQueries(int tiles, int rows, RowOf row_of, c
       }
     }
   }
+}
+
+// ---- the softmax of a row -----------------------------------------------------------------------
+// What is less than e^-87.05 of the largest is zero (docs/sparse-attention.md, section 2, step 1):
+// exponents are lowered by this much, so that the exponential underflows there. (87.05 lies between
+// -87 and the next logit, whatever the rounding.)
+constexpr float kLowered = 0.41339f;  // 126 - 87.05 log2 e
+
+// What a row of the probe has to know: exp2(logit * log2 e - subtract) * weight is its probability.
+struct RowConstants {
+  float subtract, weight;
+};
+
+// The softmax of rows [0, block_size) of a head from its pieces. Rows that hold NaN or infinity
+// have weight zero and say nothing.
+__device__ inline RowConstants CombineRow(const FlexPrefill& f, const Sequence& s, int64_t head,
+                                          int row) {
+  const int B = f.problem.block_size;
+  const float2* piece = f.row_sums + head * f.chunks * B + row;
+  const int keys = f.chunk_blocks * B;
+  const int chunks = (s.sk + keys - 1) / keys;
+  constexpr int kAtOnce = 16;  // loads in flight
+  float max = -kInfinity, sum = 0;
+#pragma unroll 1
+  for (int begin = 0; begin < chunks; begin += kAtOnce) {
+    float2 part[kAtOnce];
+    float new_max = max;
+#pragma unroll
+    for (int x = 0; x < kAtOnce; ++x) {
+      part[x] = begin + x < chunks ? piece[static_cast<int64_t>(begin + x) * B]
+                                   : make_float2(-kInfinity, 0);
+    }
+#pragma unroll
+    for (int x = 0; x < kAtOnce; ++x) new_max = fmaxf(new_max, part[x].x);
+    const float reference = new_max == -kInfinity ? 0 : new_max;
+    sum *= Exp2((max - reference) * kLog2e);
+#pragma unroll
+    for (int x = 0; x < kAtOnce; ++x) sum += part[x].y * Exp2((part[x].x - reference) * kLog2e);
+    max = new_max;
+  }
+  if (!(sum > 0) || !(sum < kInfinity)) return {0, 0};
+  return {fmaf(max, kLog2e, kLowered),
+          kMassScale * exp2f(kLowered) / (sum * static_cast<float>(B))};
 }
 
 // ---- the ring ---------------------------------------------------------------------------------
@@ -185,7 +214,7 @@ class KeyRing {
     const int piece = threadIdx.x % kLanes;
     for (int row = threadIdx.x / kLanes; row < rows; row += blockDim.x / kLanes) {
       if (piece >= kHeadDim / 8) continue;
-      const uint16_t* from = KeyRow(p, s, kv_head, token_of(row)) + piece * 8;
+      const uint16_t* from = KeyRow<uint16_t>(p, s, kv_head, token_of(row)) + piece * 8;
       CopyAsyncOfLine(to + PieceOffset<uint32_t>(row, piece, rows * kRowBytes), from);
     }
     CopyAsyncArrive(&barriers_->full[load_.place]);

@@ -66,5 +66,8 @@ cudaError_t ChooseLines(const Selection& selection, const JointWork& work, cudaS
 bool HasRepair(DType dtype, int head_dim);
 cudaError_t RepairRows(const Selection& selection, const JointWork& work, int multiprocessors,
                        cudaStream_t stream);
+// What they ask and launch for F32.
+size_t RepairF32ScratchBytes(const Problem& problem);
+cudaError_t RepairRowsF32(const Selection& selection, const JointWork& work, cudaStream_t stream);
 
 }  // namespace prefilld::cuda

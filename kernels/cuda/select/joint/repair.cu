@@ -4,7 +4,6 @@
 #include <cfloat>
 
 #include "kernels/cuda/kernel_table.h"
-#include "kernels/cuda/select/block_index.cuh"
 #include "kernels/cuda/select/joint/joint.cuh"
 #include "kernels/cuda/select/joint/row.cuh"
 #include "kernels/cuda/select/probe_mma.cuh"
@@ -56,8 +55,7 @@ __host__ __device__ inline int64_t BaseBytes(int64_t n, int per_block, int chunk
 struct Params {
   Problem problem;
   JointWork work;
-  double gamma;
-  int64_t least, most;  // blocks of a row
+  RowRules rules;
   float scale_log2;
   int32_t tiles_max;  // tasks of a head of the longest sequence
   int32_t tasks;
@@ -65,12 +63,8 @@ struct Params {
 };
 
 // What a thread block knows of its task: query blocks [first, end) of one head, absolute.
-struct Task {
-  Sequence s;
-  HeadLines lines;
-  int h;  // -1: there are no more tasks
+struct Task : RowsOfHead {  // of head -1: there are no more tasks
   int first, end;
-  uint32_t flags;
   int64_t first_key_block;  // of the pools
 };
 
@@ -94,28 +88,6 @@ __device__ Task NextTask(const Params& params, bool from_back) {
   task.first_key_block = task.h / (p.q_heads / p.kv_heads) * params.work.slots +
                          FirstBlock(task.s, number, p.block_size);
   return task;
-}
-
-// Writes row I of the index, by a warp: its lines, and where `values` holds the map, the repair.
-__device__ void FinishRow(const Params& params, const Task& task, int I, int* values, int padded,
-                          uint32_t* words) {
-  const Problem& p = params.problem;
-  const int n = task.s.k_blocks;
-  LineRow(task.lines, (task.flags & kKeepsAll) != 0 || I >= n - 2, n, I, words);
-  if (values != nullptr && (task.flags & kNeedsRepair) != 0) {
-    AddMissing(values, I, padded, static_cast<uint32_t>(ceil(params.gamma * kMapRow)), words);
-  }
-  if (params.least > 0 || params.most <= I) {
-    const int count = Count(words, I);
-    Extend(I, min(params.least, I + int64_t{1}) - count, words);
-    if (values != nullptr &&
-        max(static_cast<int64_t>(count), min(params.least, I + int64_t{1})) > params.most) {
-      Cut(values, I, padded, params.most - min(3, I + 1), words);
-    }
-  }
-  const int64_t row = task.h * p.rows + task.s.row_begin + I - task.s.first_q_block;
-  const int count = WriteRow(words, I, p.index + row * p.index_stride);
-  if (threadIdx.x % 32 == 0) p.count[row] = count;
 }
 
 // A warp multiplies 32 pooled queries, and each of its lanes holds four of them, x = 0 .. 3, of
@@ -330,9 +302,10 @@ __global__ void __launch_bounds__(kThreads, 2) RepairKernel(const __grid_constan
     if (task.first >= task.end) continue;
     const bool in_shared = task.s.k_blocks <= kBlocksInShared;
     uint32_t* words = reinterpret_cast<uint32_t*>(search + (in_shared ? 4 * kBlocksInShared : 0));
-    if (((task.flags & kNeedsRepair) == 0 && params.most >= task.s.k_blocks) || task.s.sq == 0) {
+    if (((task.flags & kNeedsRepair) == 0 && params.rules.most >= task.s.k_blocks) ||
+        task.s.sq == 0) {
       for (int I = task.first + warp; I < task.end; I += kWarps) {
-        FinishRow(params, task, I, nullptr, 0, words);
+        FinishRow(p, params.rules, task, I, nullptr, 0, words);
         __syncwarp();
       }
       continue;
@@ -470,8 +443,8 @@ __global__ void __launch_bounds__(kThreads, 2) RepairKernel(const __grid_constan
       }
       __syncthreads();
       if (warp < rows) {
-        FinishRow(params, task, begin + warp, reinterpret_cast<int*>(map + warp * map_stride),
-                  padded, words);
+        FinishRow(p, params.rules, task, begin + warp,
+                  reinterpret_cast<int*>(map + warp * map_stride), padded, words);
       }
       __syncthreads();
     }
@@ -500,9 +473,12 @@ using Table = KernelTable<64, 96, 128, 256>;
 
 }  // namespace
 
-bool HasRepair(DType dtype, int head_dim) { return Table::Has(dtype, head_dim); }
+bool HasRepair(DType dtype, int head_dim) {
+  return Table::Has(dtype, head_dim) || PlainTable::Has(dtype, head_dim);
+}
 
 size_t RepairScratchBytes(const Problem& problem) {
+  if (PlainTable::Has(problem.dtype, problem.head_dim)) return RepairF32ScratchBytes(problem);
   const int64_t n = std::max(1, problem.k_blocks_max);
   return static_cast<size_t>(CellBytes(n) +
                              BaseBytes(n, problem.block_size / kPool, ChunkOf(problem.head_dim)) +
@@ -513,16 +489,14 @@ cudaError_t RepairRows(const Selection& selection, const JointWork& work, int mu
                        cudaStream_t stream) {
   const Problem& p = selection.problem;
   if (p.q_blocks_max == 0) return cudaSuccess;
-  Params params = {
-      .problem = p,
-      .work = work,
-      .gamma = selection.gamma,
-      .least = CeilDiv(std::max<int64_t>(selection.min_budget_tokens, 0), p.block_size),
-      .most = CeilDiv(selection.max_budget_tokens, p.block_size),
-      .scale_log2 = p.softmax_scale * 1.4426950408889634f,
-      .tiles_max = 0,
-      .tasks = 0,
-      .blocks_of_task = kRepairRows / (p.block_size / kPool)};
+  if (PlainTable::Has(p.dtype, p.head_dim)) return RepairRowsF32(selection, work, stream);
+  Params params = {.problem = p,
+                   .work = work,
+                   .rules = RulesOf(selection),
+                   .scale_log2 = p.softmax_scale * 1.4426950408889634f,
+                   .tiles_max = 0,
+                   .tasks = 0,
+                   .blocks_of_task = kRepairRows / (p.block_size / kPool)};
   // As many blocks of queries as a task can hold, so that pooled keys are read seldom, unless that
   // leaves SMs without one.
   const int least_blocks = 32 / (p.block_size / kPool);

@@ -3,16 +3,38 @@
 // integers, so that every sum is exact and blocks are found by bisection, without a sort.
 #pragma once
 
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 
+#include "kernels/cuda/select/block_index.cuh"
 #include "kernels/cuda/select/joint/joint.cuh"
+#include "kernels/cuda/workspace.h"
 
 namespace prefilld::cuda {
 
 // The mass of a row of the map, 2^30; bit 31 marks selected blocks, which makes them negative.
 constexpr float kMapRow = 1 << 30;
 constexpr uint32_t kSelectedBlock = 1u << 31;
+
+// What every row has to hold: the share of its mass, and how many blocks.
+struct RowRules {
+  double gamma;
+  int64_t least, most;
+};
+inline RowRules RulesOf(const Selection& selection) {
+  const int64_t block_size = selection.problem.block_size;
+  return {selection.gamma, CeilDiv(std::max<int64_t>(selection.min_budget_tokens, 0), block_size),
+          CeilDiv(selection.max_budget_tokens, block_size)};
+}
+
+// The head that rows belong to.
+struct RowsOfHead {
+  Sequence s;
+  HeadLines lines;
+  int h;
+  uint32_t flags;
+};
 
 #ifdef __CUDACC__
 // The blocks that the lines of a head of n blocks give row I, to words [0, I / 32]; or all of them.
@@ -172,6 +194,27 @@ __device__ inline void Cut(int* values, int I, int padded, int64_t others, uint3
     }
   }
   SetFrom(values, I, low, high, static_cast<int>(others) - above, words);
+}
+
+// Writes row I of the index, by a warp: its lines, and where `values` holds the map, the repair.
+__device__ inline void FinishRow(const Problem& p, const RowRules& rules, const RowsOfHead& head,
+                                 int I, int* values, int padded, uint32_t* words) {
+  const int n = head.s.k_blocks;
+  LineRow(head.lines, (head.flags & kKeepsAll) != 0 || I >= n - 2, n, I, words);
+  if (values != nullptr && (head.flags & kNeedsRepair) != 0) {
+    AddMissing(values, I, padded, static_cast<uint32_t>(ceil(rules.gamma * kMapRow)), words);
+  }
+  if (rules.least > 0 || rules.most <= I) {
+    const int count = Count(words, I);
+    Extend(I, min(rules.least, I + int64_t{1}) - count, words);
+    if (values != nullptr &&
+        max(static_cast<int64_t>(count), min(rules.least, I + int64_t{1})) > rules.most) {
+      Cut(values, I, padded, rules.most - min(3, I + 1), words);
+    }
+  }
+  const int64_t row = head.h * p.rows + head.s.row_begin + I - head.s.first_q_block;
+  const int count = WriteRow(words, I, p.index + row * p.index_stride);
+  if (threadIdx.x % 32 == 0) p.count[row] = count;
 }
 #endif
 

@@ -1,5 +1,5 @@
 // A transformer's operations on CUDA, beside those of the CPU: both are given the same weights and
-// rows, which BF16 and F16 hold exactly.
+// rows, which every dtype holds exactly.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -122,7 +122,9 @@ class CudaOpsOnGpu : public testing::TestWithParam<DType> {
     EXPECT_LE(std::sqrt(difference / norm), bound);
     EXPECT_LE(worst, 16 * bound * std::max(1.0, std::sqrt(norm / got.size())));
   }
-  double Rounding() const { return GetParam() == DType::kBF16 ? 0x1p-8 : 0x1p-11; }
+  double Rounding() const {
+    return GetParam() == DType::kBF16 ? 0x1p-8 : GetParam() == DType::kF16 ? 0x1p-11 : 5e-6;
+  }
 
   std::mt19937 rng_{7};
   Side gpu_, cpu_;
@@ -327,7 +329,13 @@ TEST_P(CudaOpsOnGpu, WritesKAndVWhereTargetsLie) {
   const std::vector<int64_t> lengths = {300, 129};
   const int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
   const Values k = Random(tokens * kWidth), v = Random(tokens * kWidth);
-  for (const bool paged : {true, false}) {
+  for (const auto& [paged, cache] : {std::pair(true, GetParam()),
+                                     {false, GetParam()},
+                                     {true, DType::kBF16},
+                                     {false, DType::kF16},
+                                     {true, DType::kF32}}) {
+    SCOPED_TRACE(Name(cache));
+    const int64_t words = static_cast<int64_t>(SizeOf(cache) / 2);
     struct Form {
       int64_t page, pages, head, value, span;
     };
@@ -341,7 +349,7 @@ TEST_P(CudaOpsOnGpu, WritesKAndVWhereTargetsLie) {
     for (Side* side : {&gpu_, &cpu_}) {
       std::vector<std::vector<uint16_t>> memory;
       for (const Form& form : forms) {
-        memory.emplace_back(static_cast<size_t>(form.pages * form.span), uint16_t{0x7777});
+        memory.emplace_back(static_cast<size_t>(form.pages * form.span * words), uint16_t{0x7777});
       }
       const Stream copies = side->backend->device().download_stream();
       WriteKvArgs args{.k = side->Put(k.wide, kWidth),
@@ -355,9 +363,9 @@ TEST_P(CudaOpsOnGpu, WritesKAndVWhereTargetsLie) {
         part.target = {.page_tokens = forms[s].page,
                        .head_stride = forms[s].head,
                        .value_stride = forms[s].value,
-                       .dtype = GetParam()};
+                       .dtype = cache};
         for (int64_t i = 0; i < forms[s].pages; ++i) {
-          part.target.pages.push_back(memory[s].data() + i * forms[s].span);
+          part.target.pages.push_back(memory[s].data() + i * forms[s].span * words);
         }
         args.parts.push_back(part);
         first += lengths[s];
@@ -372,11 +380,13 @@ TEST_P(CudaOpsOnGpu, WritesKAndVWhereTargetsLie) {
         for (int64_t x = 0; x < 2 * kWidth; ++x) {
           const int64_t at = t / form.page * form.span + x / kDim % kHeads * form.head +
                              (x < kWidth ? 0 : form.value) + t % form.page * kDim + x % kDim;
-          ASSERT_EQ(out[0][s][at], out[1][s][at]) << "token " << t << " channel " << x;
+          for (int64_t w = at * words; w < (at + 1) * words; ++w) {
+            ASSERT_EQ(out[0][s][w], out[1][s][w]) << "token " << t << " channel " << x;
+          }
         }
       }
       if (!paged) {
-        EXPECT_EQ(out[0][s][lengths[s] * kWidth], 0x7777) << "the gap";
+        EXPECT_EQ(out[0][s][lengths[s] * kWidth * words], 0x7777) << "the gap";
       }
     }
   }
@@ -405,9 +415,11 @@ TEST_P(CudaOpsOnGpu, TakesRowsOut) {
 TEST_P(CudaOpsOnGpu, RefusesWhatItHasNoKernelFor) {
   const Values some = Random(64 * 64);
   const auto code = [](const auto& prepared) { return prepared.status().code(); };
-  EXPECT_EQ(code(gpu_.ops().Prepare(LinearWeights{
-                .parts = {{.weight = some.narrow.data(), .out_features = 64}}, .in_features = 64})),
-            absl::StatusCode::kUnimplemented);  // F32
+  EXPECT_EQ(code(gpu_.ops().Prepare(
+                LinearWeights{.parts = {{.weight = some.narrow.data(), .out_features = 64}},
+                              .dtype = GetParam(),
+                              .in_features = 63})),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(gpu_.ops().Prepare(
                 NormWeights{.weight = some.narrow.data(), .dtype = GetParam(), .width = 33})),
             absl::StatusCode::kInvalidArgument);
@@ -415,7 +427,8 @@ TEST_P(CudaOpsOnGpu, RefusesWhatItHasNoKernelFor) {
             absl::StatusCode::kInvalidArgument);
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaOpsOnGpu, testing::Values(DType::kBF16, DType::kF16),
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaOpsOnGpu,
+                         testing::Values(DType::kBF16, DType::kF16, DType::kF32),
                          [](const auto& of) { return std::string(Name(of.param)); });
 
 }  // namespace

@@ -46,6 +46,37 @@ TEST_F(CapturedMassOnGpu, Smoke) {
               .layout = Layout::kPaged});
 }
 
+TEST_F(CapturedMassOnGpu, SmokeF32) {
+  ExpectSame({.dtype = DType::kF32, .q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {700}}, 30,
+             0.5);
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 2,
+              .kv_heads = 1,
+              .sq = {100, 1, 130},
+              .sk = {490, 1, 130},
+              .layout = Layout::kPaged});
+}
+
+TEST_F(CapturedMassOnGpu, MatchesTheOracleInF32) {
+  for (Family family : cpu::kFamilies) {
+    for (int64_t length : cpu::kLengths) {
+      ExpectSame({.dtype = DType::kF32, .head_dim = 64, .sq = {length}, .family = family});
+    }
+  }
+  for (int d : {16, 32, 96, 128, 192, 256}) {
+    for (int block_size : {64, 128}) {
+      for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
+        ExpectSame({.dtype = DType::kF32,
+                    .head_dim = d,
+                    .block_size = block_size,
+                    .sq = {65, 1200, 1},
+                    .sk = {65, 1500, 300},
+                    .layout = layout});
+      }
+    }
+  }
+}
+
 TEST_F(CapturedMassOnGpu, MatchesTheOracle) {
   for (Family family : cpu::kFamilies) {
     for (int64_t length : cpu::kLengths) {

@@ -40,6 +40,67 @@ TEST_F(FlexPrefillOnGpu, Smoke) {
              FlexPrefill(.9, 2));
 }
 
+TEST_F(FlexPrefillOnGpu, SmokeF32) {
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 2,
+              .kv_heads = 1,
+              .head_dim = 64,
+              .sq = {700},
+              .family = Family::kBand});
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 2,
+              .kv_heads = 1,
+              .head_dim = 16,
+              .block_size = 64,
+              .sq = {300}});
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 2,
+              .kv_heads = 1,
+              .sq = {500, 1, 300},
+              .layout = Layout::kPaged,
+              .family = Family::kFaint},
+             FlexPrefill(.9, 2));
+}
+
+TEST_F(FlexPrefillOnGpu, MatchesTheOracleInF32) {
+  for (Family family : cpu::kFamilies) {
+    for (int64_t length : cpu::kLengths) {
+      ExpectSame({.dtype = DType::kF32, .head_dim = 64, .sq = {length}, .family = family});
+    }
+  }
+  for (int d : {16, 32, 40, 64, 96, 128, 192, 256}) {
+    for (int block_size : {64, 128}) {
+      for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
+        ExpectSame({.dtype = DType::kF32,
+                    .head_dim = d,
+                    .block_size = block_size,
+                    .sq = {1, 300, 257, 1290},
+                    .layout = layout,
+                    .family = Family::kBand});
+      }
+    }
+  }
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 9,
+              .kv_heads = 3,
+              .head_dim = 64,
+              .sq = {5000},
+              .family = Family::kNeedle});
+}
+
+TEST_F(FlexPrefillOnGpu, ObeysGammaAndTauInF32) {
+  for (int d : {24, 64}) {
+    for (double gamma : {0.02, 0.8, 0.99}) {
+      for (double tau : {0.0, 2.0}) {
+        for (Family family : {Family::kRandom, Family::kFaint}) {
+          ExpectSame({.dtype = DType::kF32, .head_dim = d, .sq = {2000}, .family = family},
+                     FlexPrefill(gamma, tau));
+        }
+      }
+    }
+  }
+}
+
 TEST_F(FlexPrefillOnGpu, MatchesTheOracleInEveryFamilyAtEveryLength) {
   for (Family family : cpu::kFamilies) {
     for (int64_t length : cpu::kLengths) {
@@ -122,27 +183,32 @@ TEST_F(FlexPrefillOnGpu, MatchesTheOracleOnLongSequences) {
 }
 
 TEST_F(FlexPrefillOnGpu, GivesTheSameRowsEveryTimeAndInAGraph) {
-  CudaCase input({.sq = {3000, 700}, .family = Family::kFaint});
-  const Selected first = input.Select(FlexPrefill());
-  for (int poison : {0xFF, 0x00, 0x5A}) {
-    ExpectSameSelection(first, input.Select(FlexPrefill(), poison));
-  }
-  const Selection selection = input.SelectionOf(FlexPrefill());
-  Graph graph([&](cudaStream_t stream) {
-    EXPECT_CUDA_OK(input.EnqueueSelect(selection, Method::kFlexPrefill, stream));
-  });
-  for (int replay = 0; replay < 3; ++replay) {
-    input.PoisonSelection(0xFF);
-    graph.Replay();
-    ExpectSameSelection(first, input.GetSelected());
+  for (DType dtype : {DType::kBF16, DType::kF32}) {
+    CudaCase input({.dtype = dtype, .sq = {3000, 700}, .family = Family::kFaint});
+    const Selected first = input.Select(FlexPrefill());
+    for (int poison : {0xFF, 0x00, 0x5A}) {
+      ExpectSameSelection(first, input.Select(FlexPrefill(), poison));
+    }
+    const Selection selection = input.SelectionOf(FlexPrefill());
+    Graph graph([&](cudaStream_t stream) {
+      EXPECT_CUDA_OK(input.EnqueueSelect(selection, Method::kFlexPrefill, stream));
+    });
+    for (int replay = 0; replay < 3; ++replay) {
+      input.PoisonSelection(0xFF);
+      graph.Replay();
+      ExpectSameSelection(first, input.GetSelected());
+    }
   }
 }
 
 // No crash, no hang, well-formed rows; other sequences as if nothing had been.
 TEST_F(FlexPrefillOnGpu, SurvivesAnyInput) {
   const float inf = std::numeric_limits<float>::infinity();
-  const CaseOptions options{.sq = {1000, 800}, .family = Family::kBand};
-  for (double tau : {0.1, 2.0}) {
+  for (const auto& [dtype, tau] : {std::pair(DType::kBF16, 0.1),
+                                   {DType::kBF16, 2.0},
+                                   {DType::kF32, 0.1},
+                                   {DType::kF32, 2.0}}) {
+    const CaseOptions options{.dtype = dtype, .sq = {1000, 800}, .family = Family::kBand};
     CudaCase clean(options);
     const Selected expected = clean.Select(FlexPrefill(.9, tau));
     const int64_t first = clean.sequences()[1].row_begin;

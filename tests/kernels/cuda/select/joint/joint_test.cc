@@ -37,6 +37,69 @@ TEST_F(JointOnGpu, Smoke) {
               .layout = Layout::kPaged});
 }
 
+TEST_F(JointOnGpu, SmokeF32) {
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 2,
+              .kv_heads = 1,
+              .head_dim = 64,
+              .sq = {700},
+              .family = Family::kBand});
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 2,
+              .kv_heads = 1,
+              .head_dim = 16,
+              .block_size = 64,
+              .sq = {300}});
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 2,
+              .kv_heads = 1,
+              .sq = {100, 1, 130},
+              .sk = {490, 1, 130},
+              .layout = Layout::kPaged});
+}
+
+TEST_F(JointOnGpu, MatchesTheOracleInF32) {
+  for (Family family : cpu::kFamilies) {
+    for (int64_t length : cpu::kLengths) {
+      ExpectSame({.dtype = DType::kF32, .head_dim = 64, .sq = {length}, .family = family});
+    }
+  }
+  for (int d : {16, 32, 64, 96, 128, 192, 256}) {
+    for (int block_size : {64, 128}) {
+      for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
+        ExpectSame({.dtype = DType::kF32,
+                    .head_dim = d,
+                    .block_size = block_size,
+                    .sq = {1, 300, 7, 1300},
+                    .sk = {1, 300, 200, 2000},
+                    .layout = layout,
+                    .family = Family::kBand});
+      }
+    }
+  }
+  // SmolLM2-135M's heads, and rows of the map that the 16-bit kernels leave in scratch too.
+  ExpectSame({.dtype = DType::kF32,
+              .q_heads = 9,
+              .kv_heads = 3,
+              .head_dim = 64,
+              .sq = {5000},
+              .family = Family::kNeedle});
+}
+
+TEST_F(JointOnGpu, ObeysGammaAndBudgetsInF32) {
+  for (double gamma : {0.02, 0.3, 0.8, 0.99}) {
+    ExpectSame({.dtype = DType::kF32, .head_dim = 32, .sq = {3000}}, Joint(gamma));
+  }
+  for (const auto& [least, most] :
+       {std::pair<int64_t, int64_t>{1024, 4096}, {0, 512}, {600, 900}}) {
+    SparsityPolicy policy = Joint();
+    policy.min_budget_tokens = least;
+    policy.max_budget_tokens = most;
+    ExpectSame({.dtype = DType::kF32, .head_dim = 64, .sq = {2500}, .family = Family::kBand},
+               policy);
+  }
+}
+
 TEST_F(JointOnGpu, MatchesTheOracleInEveryFamilyAtEveryLength) {
   for (Family family : cpu::kFamilies) {
     for (int64_t length : cpu::kLengths) {
@@ -119,17 +182,20 @@ TEST_F(JointOnGpu, MatchesTheOracleOnLongSequences) {
 }
 
 TEST_F(JointOnGpu, GivesTheSameRowsEveryTimeAndInAGraph) {
-  CudaCase input({.sq = {3000, 700}, .sk = {3000, 1000}, .family = Family::kBand});
-  const Selected first = input.Select(Joint());
-  for (int poison : {0xFF, 0x00, 0x5A}) ExpectSameSelection(first, input.Select(Joint(), poison));
-  const Selection selection = input.SelectionOf(Joint());
-  Graph graph([&](cudaStream_t stream) {
-    EXPECT_CUDA_OK(input.EnqueueSelect(selection, Method::kJoint, stream));
-  });
-  for (int replay = 0; replay < 3; ++replay) {
-    input.PoisonSelection(0xFF);
-    graph.Replay();
-    ExpectSameSelection(first, input.GetSelected());
+  for (DType dtype : {DType::kBF16, DType::kF32}) {
+    CudaCase input(
+        {.dtype = dtype, .sq = {3000, 700}, .sk = {3000, 1000}, .family = Family::kBand});
+    const Selected first = input.Select(Joint());
+    for (int poison : {0xFF, 0x00, 0x5A}) ExpectSameSelection(first, input.Select(Joint(), poison));
+    const Selection selection = input.SelectionOf(Joint());
+    Graph graph([&](cudaStream_t stream) {
+      EXPECT_CUDA_OK(input.EnqueueSelect(selection, Method::kJoint, stream));
+    });
+    for (int replay = 0; replay < 3; ++replay) {
+      input.PoisonSelection(0xFF);
+      graph.Replay();
+      ExpectSameSelection(first, input.GetSelected());
+    }
   }
 }
 
@@ -153,12 +219,14 @@ TEST_F(JointOnGpu, PermutedHeadsGivePermutedRows) {
 // No crash, no hang, well-formed rows; other sequences as if nothing had been.
 TEST_F(JointOnGpu, SurvivesAnyInput) {
   const float inf = std::numeric_limits<float>::infinity();
-  const CaseOptions options{.sq = {1000, 800}, .sk = {1300, 800}, .family = Family::kBand};
-  CudaCase clean(options);
-  const Selected expected = clean.Select(Joint());
-  const int64_t first = clean.sequences()[1].row_begin;
-  for (const float poison : {std::numeric_limits<float>::quiet_NaN(), inf, -inf, 3e38f}) {
-    for (int which : {0, 1}) {
+  for (const auto& [dtype, which] :
+       {std::pair(DType::kBF16, 0), {DType::kBF16, 1}, {DType::kF32, 0}, {DType::kF32, 1}}) {
+    const CaseOptions options{
+        .dtype = dtype, .sq = {1000, 800}, .sk = {1300, 800}, .family = Family::kBand};
+    CudaCase clean(options);
+    const Selected expected = clean.Select(Joint());
+    const int64_t first = clean.sequences()[1].row_begin;
+    for (const float poison : {std::numeric_limits<float>::quiet_NaN(), inf, -inf, 3e38f}) {
       for (size_t step : {1u, 1001u}) {
         CudaCase input(options, [&](cpu::Case* wide) {
           const size_t q_end = 1000 * options.q_heads * options.head_dim;
