@@ -3,7 +3,6 @@ over every transport and however many prompts go together. Skipped where there i
 in the build or no cuBLASLt."""
 
 import concurrent.futures
-import pathlib
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from e2e.conftest import FIXTURES
 from e2e.test_cuda import start
 from prefilld import PrefillClient
 
-FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
 LENGTHS = (1, 129, 1000, 5000)
 # Of the norm of K, V or logits. Rows are rounded between operations, 2^-9, 2^-12 or 2^-24 of a
 # value, about ten times a layer of four.
@@ -185,7 +183,7 @@ def test_nothing_is_made_where_posix_shm_is_not_offered(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", ["base", "biases", "head_dim96", "head_dim128", "tied"])
 def test_float32_models_of_every_form_are_the_cpus(name, tmp_path):
-    model = f"--model=tiny={FIXTURES / name}"
+    model = f"--model=tiny={FIXTURES[0].parent / name}"
     ids = np.random.default_rng(7).integers(0, 96, 700).tolist()
     with (start(tmp_path / "cuda.jsonl", model) as cuda,
           harness.Server(model, log_path=tmp_path / "cpu.jsonl") as cpu):
