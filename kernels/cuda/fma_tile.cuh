@@ -106,8 +106,8 @@ __device__ __forceinline__ float SideSum(float value) {
   return value;
 }
 
-// Sums and largest exponents of softmax in powers of two, over any number of tiles: of the rows
-// that a thread has, its own columns alone.
+// Largest scores and sums of 2^((score - largest) * unit), over any number of tiles: of the rows
+// that a thread has, sums of its own columns alone.
 template <int kRows>
 struct RunningSoftmax {
   float largest[kRows], sum[kRows];
@@ -119,21 +119,21 @@ struct RunningSoftmax {
       sum[i] = 0;
     }
   }
-  // Adds scores of row i and makes them relative to the largest of the row, as powers of two.
-  // Returns what everything of the row that was before is to be multiplied by.
+  // Adds scores of row i and makes them these powers. Returns what everything of the row that was
+  // before is to be multiplied by.
   template <int kColumns>
-  __device__ __forceinline__ float Add(int i, float (&scores)[kColumns]) {
+  __device__ __forceinline__ float Add(int i, float (&scores)[kColumns], float unit) {
     float top = scores[0];
 #pragma unroll
     for (int j = 1; j < kColumns; ++j) top = fmaxf(top, scores[j]);
     top = fmaxf(largest[i], SideMax(top));
     const float base = top == -INFINITY ? 0.0f : top;
-    const float shrink = exp2f(largest[i] - base);
+    const float shrink = exp2f((largest[i] - base) * unit);
     largest[i] = top;
     sum[i] *= shrink;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      scores[j] = exp2f(scores[j] - base);
+      scores[j] = exp2f((scores[j] - base) * unit);
       sum[i] += scores[j];
     }
     return shrink;

@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kFmaThreads, Plan<kGroups>::kBlocksOfSm)
         const int ahead = key + x - first - y - i * kFmaSide;  // of the query
 #pragma unroll
         for (int j = 0; j < P::kColumns; ++j) {
-          scores[i][j] = ahead + j * kFmaSide > 0 ? -INFINITY : scores[i][j] * params.scale_log2;
+          if (ahead + j * kFmaSide > 0) scores[i][j] = -INFINITY;
         }
-        const float shrink = softmax.Add(i, scores[i]);
+        const float shrink = softmax.Add(i, scores[i], params.scale_log2);
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
           o[i][g].x *= shrink;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kFmaThreads, Plan<kGroups>::kBlocksOfSm)
     }
     if (p.lse != nullptr && x == 0) {
       p.lse[h * p.total_q + token] =
-          sum == 0 ? -INFINITY : (softmax.largest[i] + log2f(sum)) * 0.6931471805599453f;
+          sum == 0 ? -INFINITY : softmax.largest[i] * p.softmax_scale + logf(sum);
     }
   }
 }

@@ -88,10 +88,9 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
       for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
         for (int j = 0; j < P::kKeys / kFmaSide; ++j) {
-          logits[i][j] =
-              key + x + j * kFmaSide > position[i] ? -INFINITY : logits[i][j] * params.scale_log2;
+          if (key + x + j * kFmaSide > position[i]) logits[i][j] = -INFINITY;
         }
-        softmax.Add(i, logits[i]);
+        softmax.Add(i, logits[i], params.scale_log2);
       }
     }
 #pragma unroll
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
       const float sum = SideSum(softmax.sum[i]);
       if (x == 0 && position[i] >= J * p.block_size) {
         params.parts[(int64_t{h} * kProbeRows + r) * params.slots + first_slot + J] = {
-            softmax.largest[i], sum};
+            softmax.largest[i] * params.scale_log2, sum};
       }
     }
   }

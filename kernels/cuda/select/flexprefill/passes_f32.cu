@@ -111,11 +111,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2) RowSumsKernel(FlexPrefill f) {
     float c[kOwnRows][P::kColumns];
     Logits(c, queries, keys, d, key, s.sk - B + first);
 #pragma unroll
-    for (int i = 0; i < kOwnRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < P::kColumns; ++j) c[i][j] *= kLog2e;
-      softmax.Add(i, c[i]);
-    }
+    for (int i = 0; i < kOwnRows; ++i) softmax.Add(i, c[i], kLog2e);
   }
   const int64_t head = static_cast<int64_t>(blockIdx.z) * p.q_heads + h;
   float2* const out = f.row_sums + (head * f.chunks + blockIdx.x) * B + first;
@@ -123,7 +119,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2) RowSumsKernel(FlexPrefill f) {
   for (int i = 0; i < kOwnRows; ++i) {
     const float sum = SideSum(softmax.sum[i]);
     if (threadIdx.x % kFmaSide == 0) {
-      out[threadIdx.x / kFmaSide + i * kFmaSide] = {softmax.largest[i] / kLog2e, sum};
+      out[threadIdx.x / kFmaSide + i * kFmaSide] = {softmax.largest[i], sum};
     }
   }
 }
@@ -184,7 +180,8 @@ __global__ void __launch_bounds__(kFmaThreads, 2) LinesKernel(FlexPrefill f) {
         const RowConstants constant = constants[first + r];
 #pragma unroll
         for (int j = 0; j < P::kColumns; ++j) {
-          const float power = Exp2(fmaf(c[i][j], kLog2e, -constant.subtract));
+          // Not above 1, whatever rounding does to the exponent of an enormous logit.
+          const float power = Exp2(fminf(fmaf(c[i][j], kLog2e, -constant.subtract), 0.0f));
           mass[r * P::kMassFloats + x + j * kFmaSide] =
               constant.weight == 0 ? 0 : power * constant.weight;  // a silent row may hold NaN
         }
