@@ -36,10 +36,13 @@ struct LinearPart {
   const void* bias = nullptr;    // [out_features] or null
   int64_t out_features = 0;
 };
+class Embedding;
 struct LinearWeights {
   std::vector<LinearPart> parts;
   DType dtype = DType::kF32;
   int64_t in_features = 0;
+  // Prepared from the weight of the only part, or null: a backend may hold the two once.
+  const Embedding* tied = nullptr;
 };
 
 class Norm {

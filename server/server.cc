@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <utility>
 
@@ -22,6 +23,7 @@ namespace prefilld {
 namespace {
 
 constexpr char kReadyService[] = "prefilld.v1.PrefillService";
+constexpr double kLoadingInterval = 2;  // seconds from one word of a model that loads to the next
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
@@ -35,6 +37,47 @@ void TakeGrpcLog(gpr_log_func_args* args) {
   if (args->severity != GPR_LOG_SEVERITY_ERROR) return;
   Log(Level::kWarning, "grpc", {{"file", args->file}, {"message", args->message}});
 }
+
+// What is told of a model while its weights are read.
+class LoadingModel {
+ public:
+  LoadingModel(std::string name, Metrics& metrics) : name_(std::move(name)), metrics_(metrics) {}
+
+  void Tell(uint64_t bytes, uint64_t of_bytes) {
+    metrics_.ModelBytes(name_, bytes, of_bytes);
+    bytes_ = bytes;
+    seconds_ = Seconds(start_);
+    if (Seconds(told_) < kLoadingInterval) return;
+    told_ = SteadyNow();
+    Log(Level::kInfo, "model_loading",
+        {{"model", name_}, {"bytes", bytes}, {"of_bytes", of_bytes}, {"gb_per_s", Rate()}});
+  }
+  // The fingerprint has read the weights too.
+  void Done() const {
+    Log(Level::kInfo, "model_loaded",
+        {{"model", name_},
+         {"bytes", bytes_},
+         {"seconds", seconds_},
+         {"gb_per_s", Rate()},
+         {"fingerprint_seconds", Seconds(start_) - seconds_}});
+  }
+
+ private:
+  static double Seconds(SteadyTime since) {  // to the millisecond
+    return static_cast<double>(absl::ToInt64Milliseconds(Since(since))) * 1e-3;
+  }
+  double Rate() const {
+    if (seconds_ <= 0) return 0;
+    return std::round(static_cast<double>(bytes_) * 1e-8 / seconds_) * 1e-1;
+  }
+
+  const std::string name_;
+  Metrics& metrics_;
+  const SteadyTime start_ = SteadyNow();
+  SteadyTime told_ = start_;
+  uint64_t bytes_ = 0;
+  double seconds_ = 0;  // until `bytes_` were there
+};
 
 absl::Status Explain(const char* what, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
@@ -57,6 +100,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
     faulty = wrapped->get();
     server->backend_ = *std::move(wrapped);
   }
+  if (absl::Status status = server->StartHttp(); !status.ok()) return status;
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
   if (absl::Status status = server->OpenMedia(); !status.ok()) return status;
 
@@ -80,21 +124,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   options.attend_bytes_max = config.attend_memory;
   server->scheduler_ = std::make_unique<Scheduler>(*server->engine_, server->metrics_, options);
 
-  server->metrics_.on_scrape = [s = server.get()](Metrics& metrics) {
-    metrics.leases_active.Set(static_cast<double>(s->leases_->active()));
-    for (const Device::Memory& memory : s->backend_->device().memory()) {
-      metrics.SetGpuMemory(memory.kind, memory.bytes);
-    }
-    if (!s->pool_) return;
-    const auto counts = s->pool_->CountByState();
-    for (size_t i = 0; i < counts.size(); ++i) {
-      metrics.SetKvBlocks(static_cast<BlockState>(i), counts[i]);
-    }
-  };
-  auto http = HttpServer::Start(config.http, server->metrics_, server->reports_);
-  if (!http.ok()) return Explain("--http", http.status());
-  server->http_ = *std::move(http);
   if (absl::Status status = server->StartGrpc(); !status.ok()) return status;
+  server->built_.Notify();
   server->watch_ = std::thread([s = server.get()] { s->Watch(); });
   PeerFacts ours;
   for (const auto& [transport, medium] : server->media_) medium->Introduce(&ours);
@@ -113,13 +144,36 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
 
 Server::Server(Config config) : config_(std::move(config)) {}
 
+// Before the models: who waits for the server sees how far it is.
+absl::Status Server::StartHttp() {
+  metrics_.on_scrape = [this](Metrics& metrics) {
+    for (const Device::Memory& memory : backend_->device().memory()) {
+      metrics.SetGpuMemory(memory.kind, memory.bytes);
+    }
+    if (!built_.HasBeenNotified()) return;
+    metrics.leases_active.Set(static_cast<double>(leases_->active()));
+    if (!pool_) return;
+    const auto counts = pool_->CountByState();
+    for (size_t i = 0; i < counts.size(); ++i) {
+      metrics.SetKvBlocks(static_cast<BlockState>(i), counts[i]);
+    }
+  };
+  auto http = HttpServer::Start(config_.http, metrics_, reports_);
+  if (!http.ok()) return Explain("--http", http.status());
+  http_ = *std::move(http);
+  return absl::OkStatus();
+}
+
 absl::Status Server::LoadModels() {
   size_t block_bytes = 0;
   for (const ModelSource& source : config_.models) {
-    auto model = Transformer::Load(source.name, source.directory, *backend_);
+    LoadingModel loading(source.name, metrics_);
+    auto model = Transformer::Load(source.name, source.directory, *backend_,
+                                   [&](uint64_t bytes, uint64_t of) { loading.Tell(bytes, of); });
     if (!model.ok()) {
       return Explain(absl::StrCat("--model=", source.name).c_str(), model.status());
     }
+    loading.Done();
     const ModelInfo& info = (*model)->info();
     const AttentionShape shape{info.activations, info.q_heads, info.kv_heads,
                                info.head_dim,    {0, 1},       {0, 1}};

@@ -41,6 +41,7 @@ class Server {
 
  private:
   explicit Server(Config config);
+  absl::Status StartHttp();
   absl::Status LoadModels();
   absl::Status OpenMedia();
   absl::Status StartGrpc();
@@ -69,6 +70,7 @@ class Server {
   std::unique_ptr<HttpServer> http_;
   std::unique_ptr<grpc::Server> grpc_;
   Endpoint grpc_endpoint_;
+  absl::Notification built_;  // all of the above; metrics are read from the start
   absl::Notification stopping_;
   std::thread watch_;
 };

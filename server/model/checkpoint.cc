@@ -34,12 +34,16 @@ absl::StatusOr<std::string> ReadConfigFile(const std::string& path) {
 // nothing, so that a caller checks once, in Finish.
 class WeightReader {
  public:
-  WeightReader(const std::string& directory, const Checkpoint& checkpoint, Ops& ops)
+  WeightReader(const std::string& directory, const Checkpoint& checkpoint, Ops& ops,
+               const LoadProgress& progress)
       : directory_(directory),
         tensors_(checkpoint.tensors),
         dtype_(checkpoint.dtype),
         eps_(checkpoint.config.rms_norm_eps),
-        ops_(ops) {}
+        ops_(ops),
+        progress_(progress) {
+    for (const auto& [name, tensor] : tensors_.tensors()) bytes_ += tensor.bytes;
+  }
 
   std::unique_ptr<Norm> TakeNorm(const std::string& name, int64_t width) {
     const void* weight = Take(name + ".weight", {width});
@@ -64,9 +68,10 @@ class WeightReader {
     bool has_bias;
     std::vector<Part> parts;
     std::string fused;
+    const Embedding* tied = nullptr;
   };
   std::unique_ptr<Linear> TakeLinear(const Maps& maps) {
-    LinearWeights weights{.dtype = dtype_, .in_features = maps.in};
+    LinearWeights weights{.dtype = dtype_, .in_features = maps.in, .tied = maps.tied};
     if (maps.fused.empty()) {
       for (const Part& part : maps.parts) {
         weights.parts.push_back(TakePart(part, maps.in, maps.has_bias));
@@ -94,6 +99,7 @@ class WeightReader {
     if (!status_.ok()) return nullptr;
     auto prepared = ops_.Prepare(weights);
     Keep(prepared.status());
+    if (progress_) progress_(taken_bytes_, bytes_);
     return prepared.ok() ? *std::move(prepared) : nullptr;
   }
 
@@ -122,8 +128,8 @@ class WeightReader {
       Fail(absl::StrCat("tensor '", name, "' is missing"));
       return nullptr;
     }
-    taken_.insert(name);
     const SafeTensor& tensor = it->second;
+    if (taken_.insert(name).second) taken_bytes_ += tensor.bytes;
     if (tensor.dtype != Name(dtype_) || tensor.shape != shape) {
       Fail(absl::StrCat("tensor '", name, "' is ", tensor.dtype, " [",
                         absl::StrJoin(tensor.shape, ", "), "], config.json needs ", Name(dtype_),
@@ -145,7 +151,9 @@ class WeightReader {
   const DType dtype_;
   const float eps_;
   Ops& ops_;
+  const LoadProgress& progress_;
   std::set<std::string> taken_;
+  uint64_t bytes_ = 0, taken_bytes_ = 0;
   absl::Status status_;
 };
 
@@ -194,7 +202,8 @@ LayerWeights TakeLayer(WeightReader& read, const ModelConfig& c, int index) {
 
 }  // namespace
 
-absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& ops) {
+absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& ops,
+                                            const LoadProgress& progress) {
   const std::string config_path = directory + "/config.json";
   absl::StatusOr<std::string> text = ReadConfigFile(config_path);
   if (!text.ok()) return text.status();
@@ -207,7 +216,7 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
 
   Checkpoint out{.config = *std::move(config), .dtype = *dtype, .tensors = *std::move(tensors)};
   const ModelConfig& c = out.config;
-  WeightReader read(directory, out, ops);
+  WeightReader read(directory, out, ops, progress);
   const TensorNames& names = c.family->tensors;
   const std::string embedding(names.embedding);
   out.rotary =
@@ -217,8 +226,13 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
   out.embedding = read.TakeEmbedding(embedding, c.vocab_size, c.hidden_size);
   for (int i = 0; i < c.layers; ++i) out.layers.push_back(TakeLayer(read, c, i));
   out.final_norm = read.TakeNorm(std::string(names.final_norm), c.hidden_size);
-  const std::string head = c.tie_word_embeddings ? embedding : std::string(names.lm_head);
-  out.lm_head = read.TakeLinear({c.hidden_size, /*has_bias=*/false, {{head, c.vocab_size}}, ""});
+  const bool tied = c.tie_word_embeddings;
+  const std::string head = tied ? embedding : std::string(names.lm_head);
+  out.lm_head = read.TakeLinear({.in = c.hidden_size,
+                                 .has_bias = false,
+                                 .parts = {{head, c.vocab_size}},
+                                 .fused = "",
+                                 .tied = tied ? out.embedding.get() : nullptr});
   if (absl::Status status = read.Finish(); !status.ok()) return status;
   out.fingerprint = Fingerprint(c, out.dtype, out.tensors);
   return out;

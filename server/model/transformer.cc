@@ -87,14 +87,15 @@ LayerScratch SplitLayerScratch(const ModelInfo& info, int64_t tokens, void* memo
 
 absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const std::string& name,
                                                                const std::string& directory,
-                                                               Backend& backend) {
+                                                               Backend& backend,
+                                                               const LoadProgress& progress) {
   absl::StatusOr<Ops*> ops = backend.ops();
   if (!ops.ok()) {
     return absl::UnimplementedError(
         absl::StrCat("backend ", std::string(backend.name()),
                      " serves no models here: ", ops.status().message()));
   }
-  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Load(directory, **ops);
+  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Load(directory, **ops, progress);
   if (!checkpoint.ok()) return checkpoint.status();
   std::unique_ptr<Transformer> model(new Transformer(*std::move(checkpoint), backend, **ops));
   const DType activations = model->ops_.activations(model->weights_.dtype);

@@ -76,7 +76,8 @@ class Transformer {
   // model.
   static absl::StatusOr<std::unique_ptr<Transformer>> Load(const std::string& name,
                                                            const std::string& directory,
-                                                           Backend& backend);
+                                                           Backend& backend,
+                                                           const LoadProgress& progress = nullptr);
 
   const ModelInfo& info() const { return info_; }
 

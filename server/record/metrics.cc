@@ -131,6 +131,8 @@ Metrics::Metrics()
           Counters(*registry_, "prefilld_handoff_failures_total", "Pulls that did not complete")),
       handoff_transport_info_(
           Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")),
+      model_bytes_(Gauges(*registry_, "prefilld_model_bytes",
+                          "Weights of a model: all, and loaded so far while the server starts")),
       gpu_memory_(Gauges(*registry_, "prefilld_gpu_memory_bytes",
                          "Held by the server on the device, and of the host pinned for it")),
       gpu_faults_(Counters(*registry_, "prefilld_gpu_faults_total",
@@ -158,6 +160,11 @@ void Metrics::AddModel(const std::string& model) {
     head_density_.Add({{"model", model}, {"pattern", pattern}}, Density());
   }
   captured_mass_.Add({{"model", model}}, Mass());
+}
+
+void Metrics::ModelBytes(const std::string& model, uint64_t loaded, uint64_t of_bytes) {
+  model_bytes_.Add({{"model", model}, {"state", "all"}}).Set(static_cast<double>(of_bytes));
+  model_bytes_.Add({{"model", model}, {"state", "loaded"}}).Set(static_cast<double>(loaded));
 }
 
 void Metrics::Request(const std::string& method, const std::string& code, double seconds) {

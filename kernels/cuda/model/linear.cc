@@ -140,7 +140,7 @@ absl::Status Multiplier::Run(const RunArgs& args, cudaStream_t stream) {
     if (!status.ok()) return status;
   }
   const float alpha = 1, beta = args.accumulate ? 1 : 0;
-  return Check(lt_.Matmul(handle_, p.product, &alpha, linear.weight.data(), p.weight, args.x.data,
+  return Check(lt_.Matmul(handle_, p.product, &alpha, linear.weight->data(), p.weight, args.x.data,
                           p.x, &beta, args.y.data, p.y, args.y.data, p.y, &p.choice.algo,
                           workspace_.data(), workspace_.bytes(), stream),
                "product");

@@ -23,7 +23,7 @@ struct CudaNorm : Norm {
   float eps = 0;
 };
 struct CudaEmbedding : Embedding {
-  Buffer table;
+  std::shared_ptr<const Buffer> table;
   DType dtype = DType::kBF16;
   int64_t vocabulary = 0, width = 0;
 };
@@ -104,7 +104,11 @@ class CudaOps : public Ops {
       bias.push_back({part.bias, static_cast<size_t>(part.out_features * size)});
       biased = biased || part.bias != nullptr;
     }
-    if (status.ok()) status = upload_.Pieces(weight, &linear->weight);
+    if (status.ok() && weights.tied != nullptr) {
+      linear->weight = As<CudaEmbedding>(weights.tied).table;
+    } else if (status.ok()) {
+      status = Share(weight, &linear->weight);
+    }
     if (status.ok() && biased) status = upload_.Pieces(bias, &linear->bias);
     if (!status.ok()) return status;
     return linear;
@@ -135,7 +139,7 @@ class CudaOps : public Ops {
     embedding->width = weights.width;
     const size_t bytes =
         static_cast<size_t>(weights.vocabulary * weights.width) * SizeOf(weights.dtype);
-    if (status.ok()) status = upload_.Pieces({{weights.table, bytes}}, &embedding->table);
+    if (status.ok()) status = Share({{weights.table, bytes}}, &embedding->table);
     if (!status.ok()) return status;
     return embedding;
   }
@@ -169,7 +173,7 @@ class CudaOps : public Ops {
   absl::Status Embed(const EmbedArgs& args, Stream stream) override {
     const auto& embedding = As<CudaEmbedding>(args.embedding);
     const auto& tokens = As<CudaTokens>(args.tokens);
-    return device_.Check(EmbedRows({.table = embedding.table.data(),
+    return device_.Check(EmbedRows({.table = embedding.table->data(),
                                     .ids = tokens.ids.as<uint32_t>(),
                                     .vocabulary = embedding.vocabulary,
                                     .width = embedding.width,
@@ -299,6 +303,14 @@ class CudaOps : public Ops {
   }
 
  private:
+  // On the device, for whoever prepares from it.
+  absl::Status Share(const std::vector<Piece>& pieces, std::shared_ptr<const Buffer>* shared) {
+    Buffer buffer;
+    absl::Status status = upload_.Pieces(pieces, &buffer);
+    if (status.ok()) *shared = std::make_shared<const Buffer>(std::move(buffer));
+    return status;
+  }
+
   absl::Status Pack(const WriteKvArgs& args, const WriteKvArgs::Part& part, const PackedKv& packed,
                     Stream stream) {
     return device_.Check(
