@@ -87,6 +87,9 @@ class PreparedTokens {
 struct BatchTokens {
   std::vector<uint32_t> ids;       // [tokens]
   std::vector<int32_t> positions;  // [tokens]
+  const Rotary* rotary = nullptr;  // what turns their heads, or null
+  void* memory =
+      nullptr;  // of the device, Ops::TokensBytes, for as long as they are; null: Ops takes it
 };
 
 // --- What is computed. y = x W^T + bias for each part of a linear.
@@ -191,7 +194,9 @@ class Ops {
   virtual absl::StatusOr<std::unique_ptr<Norm>> Prepare(const NormWeights& weights) = 0;
   virtual absl::StatusOr<std::unique_ptr<Embedding>> Prepare(const EmbeddingWeights& weights) = 0;
   virtual absl::StatusOr<std::unique_ptr<Rotary>> Prepare(const RotaryFrequencies& frequencies) = 0;
+  // What is on the stream still reads what was prepared in the same memory before.
   virtual absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) = 0;
+  virtual size_t TokensBytes(int64_t tokens, const Rotary* rotary) const = 0;
 
   virtual absl::Status Embed(const EmbedArgs& args, Stream stream) = 0;
   virtual absl::Status Normalize(const NormalizeArgs& args, Stream stream) = 0;
@@ -200,6 +205,10 @@ class Ops {
   virtual absl::Status Gate(const GateArgs& args, Stream stream) = 0;
   virtual absl::Status Logits(const LogitsArgs& args, Stream stream) = 0;
   virtual absl::Status WriteKv(const WriteKvArgs& args, Stream stream) = 0;
+  // Device memory for what it puts together of so many bytes of K and V, in whole pages. It grows
+  // to the largest call and can be taken before the first: RESOURCE_EXHAUSTED.
+  virtual size_t WriteKvBytes(size_t kv_bytes) const = 0;
+  virtual absl::Status ReserveWriteKv(size_t bytes) = 0;
   virtual absl::Status RemoveRows(const RemoveRowsArgs& args, Stream stream) = 0;
 };
 

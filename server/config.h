@@ -28,6 +28,8 @@ struct ModelSource {
   std::string directory;  // Hugging Face: config.json and safetensors
 };
 
+inline constexpr int64_t kPromptTokens = 131072;
+
 struct Config {
   Endpoint listen{"127.0.0.1", 50051};
   Endpoint http{"127.0.0.1", 9464};
@@ -49,7 +51,8 @@ struct Config {
   int memory_threads = 2;
   int transfer_threads = 2;
 
-  int64_t prompt_tokens_max = 131072;
+  std::optional<int64_t>
+      prompt_tokens_max;  // absent: kPromptTokens, or as many as the device holds
   int waiting_jobs_max = 256;
   absl::Duration lease_ttl = absl::Minutes(1);
   absl::Duration lease_ttl_max = absl::Minutes(10);

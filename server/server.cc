@@ -79,6 +79,25 @@ class LoadingModel {
   double seconds_ = 0;  // until `bytes_` were there
 };
 
+// The plan's table, a line a row.
+void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
+  for (const MemoryPlan::Row& row : plan.rows) {
+    metrics.PlannedMemory(row.what, row.of, row.device, row.bytes);
+    Log(Level::kInfo, "memory_plan",
+        {{"what", row.what},
+         {"model", row.of},
+         {"place", row.device ? "device" : "host"},
+         {"taken", Name(row.when)},
+         {"bytes", row.bytes},
+         {"mib", (row.bytes + (1 << 19)) >> 20},
+         {"by", row.by}});
+  }
+  Log(Level::kInfo, "memory_planned",
+      {{"max_prompt_tokens", plan.prompt_tokens},
+       {"device_bytes", plan.needs()},
+       {"spare_bytes", plan.spare}});
+}
+
 absl::Status Explain(const char* what, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
 }
@@ -122,6 +141,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   SchedulerOptions options;
   options.waiting_jobs_max = config.waiting_jobs_max;
   options.attend_bytes_max = config.attend_memory;
+  if (absl::Status status = server->PlanMemory(options); !status.ok()) {
+    return Explain("--max_prompt_tokens", status);
+  }
   server->scheduler_ = std::make_unique<Scheduler>(*server->engine_, server->metrics_, options);
 
   if (absl::Status status = server->StartGrpc(); !status.ok()) return status;
@@ -193,6 +215,30 @@ absl::Status Server::LoadModels() {
   return absl::OkStatus();
 }
 
+// What prompts will need is known now, and taken: a prompt that is admitted does not fail for want
+// of it. The CPU's pages are taken from the system at first touch.
+absl::Status Server::PlanMemory(const SchedulerOptions& options) {
+  PlanInputs inputs{.backend = *backend_,
+                    .prompt_tokens = config_.prompt_tokens_max.value_or(kPromptTokens),
+                    .or_less = !config_.prompt_tokens_max.has_value(),
+                    .batch_tokens = options.batch_tokens_max,
+                    .batch_jobs = options.waiting_jobs_max,
+                    .batches = options.active_batches_max,
+                    .attend_bytes = config_.attend_memory,
+                    .kv_bytes = pool_ ? config_.kv_memory : 0};
+  for (const auto& [name, model] : models_) inputs.models.push_back(model.get());
+  auto plan = prefilld::PlanMemory(inputs);
+  if (!plan.ok()) return plan.status();
+  TellPlan(*plan, metrics_);
+  prompt_tokens_max_ = plan->prompt_tokens;
+  if (plan->prompt_tokens < inputs.prompt_tokens) {
+    Log(Level::kWarning, "max_prompt_tokens_lowered",
+        {{"max_prompt_tokens", plan->prompt_tokens}, {"default", inputs.prompt_tokens}});
+  }
+  const bool reserves = !models_.empty() && !backend_->device().host_memory();
+  return reserves ? engine_->Reserve(*plan) : absl::OkStatus();
+}
+
 // Callers are served without what is not possible here, unless it was asked for by name.
 absl::Status Server::OpenMedia() {
   const MediumSite site{backend_->device(), boot_id_};
@@ -229,7 +275,7 @@ absl::Status Server::StartGrpc() {
                             .metrics = metrics_,
                             .memory = memory_,
                             .transfers = transfers_,
-                            .limits = {.prompt_tokens_max = config_.prompt_tokens_max,
+                            .limits = {.prompt_tokens_max = prompt_tokens_max_,
                                        .attend_bytes_max = config_.attend_memory,
                                        .lease_ttl = config_.lease_ttl,
                                        .lease_ttl_max = config_.lease_ttl_max,

@@ -43,6 +43,7 @@ class Server {
   explicit Server(Config config);
   absl::Status StartHttp();
   absl::Status LoadModels();
+  absl::Status PlanMemory(const SchedulerOptions& options);
   absl::Status OpenMedia();
   absl::Status StartGrpc();
   void Watch();
@@ -59,6 +60,7 @@ class Server {
   Media media_;
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
+  int64_t prompt_tokens_max_ = 0;
   std::unique_ptr<BlockPool> pool_;  // null without models
   std::unique_ptr<LeaseTable> leases_;
   std::unique_ptr<Engine> engine_;

@@ -17,6 +17,7 @@ namespace {
 constexpr size_t kMaxConfigBytes = 1 << 20;
 // Older checkpoints store rope's frequencies, which follow from the config.
 constexpr std::string_view kIgnoredSuffix = ".rotary_emb.inv_freq";
+bool Ignored(std::string_view name) { return name.ends_with(kIgnoredSuffix); }
 
 absl::StatusOr<std::string> ReadConfigFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -42,7 +43,8 @@ class WeightReader {
         eps_(checkpoint.config.rms_norm_eps),
         ops_(ops),
         progress_(progress) {
-    for (const auto& [name, tensor] : tensors_.tensors()) bytes_ += tensor.bytes;
+    for (const auto& [name, tensor] : tensors_.tensors())
+      bytes_ += Ignored(name) ? 0 : tensor.bytes;
   }
 
   std::unique_ptr<Norm> TakeNorm(const std::string& name, int64_t width) {
@@ -103,11 +105,12 @@ class WeightReader {
     return prepared.ok() ? *std::move(prepared) : nullptr;
   }
 
+  uint64_t taken_bytes() const { return taken_bytes_; }
   // The first failure, or a tensor that nobody took.
   absl::Status Finish() {
     for (const auto& [name, tensor] : tensors_.tensors()) {
       if (!status_.ok()) break;
-      if (taken_.count(name) == 0 && !std::string_view(name).ends_with(kIgnoredSuffix)) {
+      if (taken_.count(name) == 0 && !Ignored(name)) {
         Fail(absl::StrCat("tensor '", absl::CHexEscape(name),
                           "' is not one that config.json accounts for"));
       }
@@ -234,6 +237,7 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
                                  .fused = "",
                                  .tied = tied ? out.embedding.get() : nullptr});
   if (absl::Status status = read.Finish(); !status.ok()) return status;
+  out.bytes = read.taken_bytes();
   out.fingerprint = Fingerprint(c, out.dtype, out.tensors);
   return out;
 }

@@ -33,6 +33,7 @@ struct Checkpoint {
   std::vector<LayerWeights> layers;
   std::unique_ptr<Norm> final_norm;
   std::unique_ptr<Linear> lm_head;
+  uint64_t bytes = 0;  // of all that was prepared, as the files have it
   std::string fingerprint;
 
   // Reads the directory and checks all of it: INVALID_ARGUMENT or NOT_FOUND, in one line that names

@@ -125,8 +125,18 @@ absl::Status Transformer::AllocateTiles() {
   return absl::OkStatus();
 }
 
+size_t Transformer::ResidualBytes(int64_t tokens) const {
+  return Aligned(static_cast<size_t>(tokens * info_.hidden_size) * SizeOf(info_.activations));
+}
+
+size_t Transformer::BatchBytes(int64_t tokens) const {
+  return ResidualBytes(tokens) + ops_.TokensBytes(tokens, weights_.rotary.get());
+}
+
 absl::Status Transformer::PrepareTokens(PrefillBatch& batch) {
-  BatchTokens tokens{.ids = batch.token_ids, .positions = {}};
+  BatchTokens tokens{.ids = batch.token_ids, .positions = {}, .rotary = weights_.rotary.get()};
+  // Behind the residual, which does not grow.
+  tokens.memory = batch.memory.as<char>() + ResidualBytes(batch.tokens());
   tokens.positions.reserve(batch.token_ids.size());
   for (size_t i = 1; i < batch.cu_seqlens.size(); ++i) {
     const int64_t length = batch.cu_seqlens[i] - batch.cu_seqlens[i - 1];
@@ -139,11 +149,10 @@ absl::Status Transformer::PrepareTokens(PrefillBatch& batch) {
 
 absl::Status Transformer::Begin(PrefillBatch& batch, Stream stream) {
   if (absl::Status s = CheckLengths(batch, info_); !s.ok()) return s;
+  if (absl::Status s = Grow(backend_.device(), BatchBytes(batch.tokens()), batch.memory); !s.ok()) {
+    return s;
+  }
   if (absl::Status s = PrepareTokens(batch); !s.ok()) return s;
-  absl::StatusOr<Buffer> memory = backend_.device().Allocate(
-      static_cast<size_t>(batch.tokens() * info_.hidden_size) * SizeOf(info_.activations));
-  if (!memory.ok()) return memory.status();
-  batch.memory = *std::move(memory);
   batch.residual = {batch.memory.data(), info_.activations, info_.hidden_size};
   return ops_.Embed({.embedding = weights_.embedding.get(),
                      .tokens = batch.prepared.get(),

@@ -20,8 +20,11 @@ absl::Status Upload::Pieces(const std::vector<Piece>& pieces, Buffer* buffer) {
   auto memory = device_.Allocate(bytes);
   if (!memory.ok()) return memory.status();
   *buffer = *std::move(memory);
+  return PiecesTo(pieces, buffer->as<char>());
+}
+
+absl::Status Upload::PiecesTo(const std::vector<Piece>& pieces, char* to) {
   std::vector<Part> parts;
-  char* to = buffer->as<char>();
   for (const Piece& piece : pieces) {
     const char* from = static_cast<const char*>(piece.data);
     for (size_t at = 0; from != nullptr && at < piece.bytes; at += kHalfBytes) {

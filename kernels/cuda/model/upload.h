@@ -30,6 +30,11 @@ class Upload {
   absl::Status Values(const std::vector<T>& values, Buffer* buffer) {
     return Pieces({{values.data(), values.size() * sizeof(T)}}, buffer);
   }
+  // To where the device has a place for them.
+  template <typename T>
+  absl::Status ValuesTo(const std::vector<T>& values, T* to) {
+    return PiecesTo({{values.data(), values.size() * sizeof(T)}}, reinterpret_cast<char*>(to));
+  }
 
  private:
   static constexpr size_t kLanes = 8;
@@ -48,6 +53,7 @@ class Upload {
     std::array<Half, 2> halves;
     size_t next = 0;
   };
+  absl::Status PiecesTo(const std::vector<Piece>& pieces, char* to);
   absl::Status Send(const std::vector<Part>& parts);
   absl::Status Send(const Part& part, Lane& lane);
 

@@ -273,8 +273,11 @@ TEST_P(CudaOpsOnGpu, ProjectsAndTurnsHeads) {
       const Linear* linear =
           Prepare(*side, weights, turning.biased ? biases : std::vector<Values>(), kIn);
       auto rotary = side->ops().Prepare(frequencies);
+      ASSERT_TRUE(rotary.ok()) << rotary.status();
+      tokens.rotary = rotary->get();
+      tokens.memory = side->Take(side->ops().TokensBytes(kTokens + 3, tokens.rotary) + 1);
       auto batch = side->ops().Prepare(tokens);
-      ASSERT_TRUE(rotary.ok() && batch.ok());
+      ASSERT_TRUE(batch.ok()) << batch.status();
       ProjectQkvArgs args{.linear = linear,
                           .x = side->Put(x.wide, kIn),
                           .q = side->Empty(kTokens, kQHeads * d),
