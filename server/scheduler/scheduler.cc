@@ -246,7 +246,7 @@ std::vector<StepView> Scheduler::Views() const {
       std::count_if(views.begin(), views.end(), [](const StepView& view) { return view.runnable; });
   const bool may_start_batch = running < options_.active_batches_max &&
                                static_cast<int>(active_.size()) < options_.waiting_jobs_max &&
-                               !RoomIsAwaited();
+                               (running == 0 || !RoomIsAwaited());
   for (const Waiting& waiting : waiting_) {
     const Job& job = *waiting.job;
     const bool may_start = job.attend || (may_start_batch && HasRoom(job));
@@ -265,7 +265,7 @@ bool Scheduler::HasRoom(const Job& job) const {
 }
 
 // A long prompt has waited long for the memory of batches: nobody takes what becomes free before
-// it.
+// it, while there are batches that will end by themselves.
 bool Scheduler::RoomIsAwaited() const {
   return std::any_of(waiting_.begin(), waiting_.end(), [this](const Waiting& waiting) {
     const Job& job = *waiting.job;

@@ -180,6 +180,24 @@ TEST_F(MemoryPlanTest, WhoFindsNoRoomIsToldAndOthersGoOn) {
   EXPECT_TRUE(engine.HasRoom(*model_, longest()));
 }
 
+// A shape that nobody planned for may take what is spare, and fails alone where that is too little.
+TEST_F(MemoryPlanTest, AnAttendBeyondThePlanFailsAlone) {
+  LeaveFree(PlanMemory(Inputs(longest()))->needs());
+  Engine engine(fake_, metrics_);
+  ASSERT_TRUE(engine.Reserve(*PlanMemory(Inputs(longest()))).ok());
+  Job attend;
+  attend.policy = {.method = Method::kDense, .block_size = 64};
+  attend.attend = std::make_unique<AttendWork>();
+  const int64_t tokens = 300'000;
+  attend.attend->shape = {DType::kF32, 16, 1, 64, {0, tokens}, {0, tokens}};
+  attend.attend->softmax_scale = 0.125;
+  EXPECT_EQ(engine.RunAttend(attend).code(), absl::StatusCode::kResourceExhausted);
+  auto batch = engine.Begin({prompts_.New(longest(), 3)});
+  ASSERT_TRUE(batch.ok()) << batch.status();
+  while (!(*batch)->done()) ASSERT_TRUE(engine.RunLayer(**batch).ok());
+  EXPECT_TRUE(engine.Finish(**batch).ok());
+}
+
 // Blocks of 64 have four times the index.
 TEST_F(MemoryPlanTest, APromptThatNoMemoryHoldsIsRefusedWithItsNumber) {
   LeaveFree(PlanMemory(Inputs(longest()))->needs());
