@@ -95,6 +95,7 @@ void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
   Log(Level::kInfo, "memory_planned",
       {{"max_prompt_tokens", plan.prompt_tokens},
        {"device_bytes", plan.needs()},
+       {"free_bytes", plan.free},
        {"spare_bytes", plan.spare}});
 }
 

@@ -32,19 +32,19 @@ absl::Status Engine::Calibrate(bool models) {
 
 absl::Status Engine::Reserve(const MemoryPlan& plan) {
   Device& device = backend_.device();
-  const auto of = [&](Held held) { return Of(plan.held, held); };
-  absl::Status status = Grow(device, of(Held::kActivations), scratch_);
+  const auto of = [&](Holding held) { return Of(plan.held, held); };
+  absl::Status status = Grow(device, of(Holding::kActivations), scratch_);
   if (status.ok()) {
-    status = stages_.Reserve(of(Held::kCounts), of(Held::kIndex), of(Held::kReports));
+    status = stages_.Reserve(of(Holding::kCounts), of(Holding::kIndex), of(Holding::kReports));
   }
-  if (status.ok()) status = backend_.ReserveWorkspace(of(Held::kWorkspace));
-  if (status.ok()) status = (*backend_.ops())->ReserveWriteKv(of(Held::kKvOut));
+  if (status.ok()) status = backend_.ReserveWorkspace(of(Holding::kWorkspace));
+  if (status.ok()) status = (*backend_.ops())->ReserveWriteKv(of(Holding::kKvOut));
   if (!status.ok()) return status;
   auto memory = device.Allocate(plan.batches);
   if (!memory.ok()) return memory.status();
   batches_ = std::make_unique<Arena>(*std::move(memory));
   reserved_ = plan.held;
-  Of(reserved_, Held::kBatch) = plan.batches;
+  Of(reserved_, Holding::kBatch) = plan.batches;
   spare_ = plan.spare;
   return absl::OkStatus();
 }
@@ -58,9 +58,10 @@ absl::Status Engine::CheckFits(const Job& job) const {
     more += needed[i] - std::min(needed[i], reserved_[i]);
   }
   if (more <= spare_) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(
-      job.tokens(), " tokens in blocks of ", job.policy.block_size, " need ", needs,
-      " bytes of the device's memory, ", more, " more than is reserved; ", spare_, " are spare"));
+  return InvalidField("token_ids",
+                      absl::StrCat(job.tokens(), " tokens in blocks of ", job.policy.block_size,
+                                   " need ", needs, " bytes of the device's memory, ", more,
+                                   " more than is reserved; ", spare_, " are spare"));
 }
 
 bool Engine::HasRoom(const Transformer& model, int64_t tokens) const {

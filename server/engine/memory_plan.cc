@@ -1,6 +1,7 @@
 #include "server/engine/memory_plan.h"
 
 #include <algorithm>
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -16,7 +17,7 @@ using When = MemoryPlan::When;
 // Kernels that are loaded when they first run, cuDNN's plans, what allocations are rounded up by.
 constexpr uint64_t kMarginBytes = uint64_t{512} << 20;
 
-// In the order of Held.
+// In the order of Holding.
 struct HeldRow {
   const char* what;
   bool host;
@@ -77,19 +78,34 @@ size_t BatchesOf(const PlanInputs& inputs, const Transformer& model, int64_t lon
   return most + static_cast<size_t>(inputs.batches - 1) * (every ? most : few);
 }
 
-size_t BytesOf(const MemoryPlan& plan, Held held) {
+size_t BytesOf(const MemoryPlan& plan, Holding held) {
   constexpr size_t kReports = 2;  // of the layer that is collected, and of the next
-  if (held == Held::kBatch) return plan.batches;
-  return Of(plan.held, held) * (held == Held::kReports ? kReports : 1);
+  if (held == Holding::kBatch) return plan.batches;
+  return Of(plan.held, held) * (held == Holding::kReports ? kReports : 1);
+}
+
+// What the device has given so far beside weights and tiles.
+uint64_t OtherBytes(const PlanInputs& inputs) {
+  uint64_t held = 0, models = 0;
+  for (const Device::Memory& memory : inputs.backend.device().memory()) {
+    if (std::string_view(memory.kind) == "device") held += memory.bytes;
+  }
+  for (const Transformer* model : inputs.models) {
+    models += model->weight_bytes() + model->tile_bytes();
+  }
+  return held - std::min(held, models);
 }
 
 // Of what is not the models'.
 void AddOthers(const PlanInputs& inputs, bool device, MemoryPlan& plan) {
-  if (!inputs.models.empty())
+  if (!inputs.models.empty()) {
     plan.rows.push_back({"kv_blocks", "", false, When::kLoaded, inputs.kv_bytes, "--kv_memory"});
+  }
   plan.rows.push_back(
       {"attend_tensors", "", device, When::kLater, inputs.attend_bytes, "--attend_memory"});
   if (!device) return;
+  plan.rows.push_back(
+      {"other", "", true, When::kLoaded, OtherBytes(inputs), "products, calibration"});
   plan.rows.push_back(
       {"attend_tensors", "", false, When::kLater, inputs.attend_bytes, "--attend_memory, pinned"});
   plan.rows.push_back({"margin", "", true, When::kLater, kMarginBytes, "fixed"});
@@ -109,7 +125,7 @@ MemoryPlan PlanFor(const PlanInputs& inputs, int64_t prompt_tokens) {
   }
   for (size_t i = 0; i < kHeldCount && !inputs.models.empty(); ++i) {
     const HeldRow& row = kHeldRows[i];
-    const size_t bytes = BytesOf(plan, static_cast<Held>(i));
+    const size_t bytes = BytesOf(plan, static_cast<Holding>(i));
     if (bytes == 0) continue;
     plan.rows.push_back(
         {row.what, "", device && !row.host, device ? When::kStart : When::kLater, bytes, row.by});
@@ -129,7 +145,7 @@ void Widen(const PlanInputs& inputs, uint64_t left, MemoryPlan& plan) {
   plan.batches += more;
   plan.spare = left - more;
   for (Row& row : plan.rows) {
-    if (row.what == kHeldRows[static_cast<size_t>(Held::kBatch)].what) row.bytes = plan.batches;
+    if (row.what == kHeldRows[static_cast<size_t>(Holding::kBatch)].what) row.bytes = plan.batches;
   }
 }
 
@@ -155,13 +171,13 @@ HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<i
   const auto sequences = SplitIntoBlocks(shape, policy.block_size);
   const size_t rows = static_cast<size_t>(info.q_heads) * TotalRows(sequences);
   HeldBytes held{};
-  Of(held, Held::kActivations) = static_cast<size_t>(LayerScratchBytes(info, ends.back()));
-  Of(held, Held::kCounts) = rows * sizeof(int32_t);
-  Of(held, Held::kIndex) = rows * MaxKeyBlocks(sequences) * sizeof(uint16_t);
-  Of(held, Held::kWorkspace) = backend.WorkspaceBytes(shape, policy);
-  Of(held, Held::kKvOut) = (*backend.ops())->WriteKvBytes(kv_bytes);
-  Of(held, Held::kReports) = lengths.size() * info.q_heads * sizeof(HeadReport);
-  Of(held, Held::kBatch) = model.BatchBytes(ends.back());
+  Of(held, Holding::kActivations) = static_cast<size_t>(LayerScratchBytes(info, ends.back()));
+  Of(held, Holding::kCounts) = rows * sizeof(int32_t);
+  Of(held, Holding::kIndex) = rows * MaxKeyBlocks(sequences) * sizeof(uint16_t);
+  Of(held, Holding::kWorkspace) = backend.WorkspaceBytes(shape, policy);
+  Of(held, Holding::kKvOut) = (*backend.ops())->WriteKvBytes(kv_bytes);
+  Of(held, Holding::kReports) = lengths.size() * info.q_heads * sizeof(HeadReport);
+  Of(held, Holding::kBatch) = model.BatchBytes(ends.back());
   return held;
 }
 
@@ -190,6 +206,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const PlanInputs& inputs) {
     }
     plan = PlanFor(inputs, fits);
   }
+  plan.free = *free;
   Widen(inputs, *free - plan.needs(), plan);
   return plan;
 }

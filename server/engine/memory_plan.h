@@ -17,11 +17,11 @@
 namespace prefilld {
 
 // What one layer of a batch needs beside weights and tiles, and what its batch holds.
-enum class Held { kActivations, kCounts, kIndex, kWorkspace, kKvOut, kReports, kBatch };
+enum class Holding { kActivations, kCounts, kIndex, kWorkspace, kKvOut, kReports, kBatch };
 inline constexpr size_t kHeldCount = 7;
 using HeldBytes = std::array<size_t, kHeldCount>;
-inline size_t& Of(HeldBytes& bytes, Held held) { return bytes[static_cast<size_t>(held)]; }
-inline size_t Of(const HeldBytes& bytes, Held held) { return bytes[static_cast<size_t>(held)]; }
+inline size_t& Of(HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
+inline size_t Of(const HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
 
 // Of prompts of these lengths in one batch. Pure; threads: any.
 HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<int64_t>& lengths,
@@ -52,8 +52,8 @@ struct MemoryPlan {
   int64_t prompt_tokens = 0;  // the longest prompt that it holds
   HeldBytes held{};           // of the largest batch
   size_t batches = 0;         // of all batches that run, instead of held's
-  uint64_t spare = 0;         // of the device, for shapes that nobody knows; 0 where nothing is
-                              // known of what is free
+  uint64_t free = 0;          // of the device, before it is taken; 0 where nothing is known of that
+  uint64_t spare = 0;         // and after it, for shapes that nobody planned
   std::vector<Row> rows;
 
   // Of the device, from now on.

@@ -89,7 +89,7 @@ TEST_F(MemoryPlanTest, SaysWhatEachIsAndIsTheirSum) {
                                             "block_index", "workspace", "kv_out", "reports",
                                             "batches", "kv_blocks", "attend_tensors", "margin"}));
   EXPECT_EQ(plan->needs(), device);
-  EXPECT_GT(Of(plan->held, Held::kWorkspace), 0u) << "of a sparse method";
+  EXPECT_GT(Of(plan->held, Holding::kWorkspace), 0u) << "of a sparse method";
   const size_t one = model_->BatchBytes(longest()), few = model_->BatchBytes(256);
   EXPECT_EQ(plan->batches, one + 2 * few);
 }
