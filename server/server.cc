@@ -64,11 +64,11 @@ class LoadingModel {
 
  private:
   static double Seconds(SteadyTime since) {  // to the millisecond
-    return static_cast<double>(absl::ToInt64Milliseconds(Since(since))) * 1e-3;
+    return static_cast<double>(absl::ToInt64Milliseconds(Since(since))) / 1000;
   }
   double Rate() const {
     if (seconds_ <= 0) return 0;
-    return std::round(static_cast<double>(bytes_) * 1e-8 / seconds_) * 1e-1;
+    return std::round(static_cast<double>(bytes_) * 1e-8 / seconds_) / 10;
   }
 
   const std::string name_;
@@ -147,8 +147,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   }
   server->scheduler_ = std::make_unique<Scheduler>(*server->engine_, server->metrics_, options);
 
-  if (absl::Status status = server->StartGrpc(); !status.ok()) return status;
   server->built_.Notify();
+  if (absl::Status status = server->StartGrpc(); !status.ok()) return status;
   server->watch_ = std::thread([s = server.get()] { s->Watch(); });
   PeerFacts ours;
   for (const auto& [transport, medium] : server->media_) medium->Introduce(&ours);

@@ -72,7 +72,7 @@ class Server {
   std::unique_ptr<HttpServer> http_;
   std::unique_ptr<grpc::Server> grpc_;
   Endpoint grpc_endpoint_;
-  absl::Notification built_;  // all of the above; metrics are read from the start
+  absl::Notification built_;  // all that metrics ask when they are read, which is from the start
   absl::Notification stopping_;
   std::thread watch_;
 };
