@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -61,6 +62,8 @@ class Device {
   // Zeroed device memory, 64-byte aligned; RESOURCE_EXHAUSTED when there is none. On the CPU pages
   // are taken from the system at first touch.
   virtual absl::StatusOr<Buffer> Allocate(size_t bytes) = 0;
+  // What Allocate can still give. Nothing where pages are taken at first touch.
+  virtual std::optional<uint64_t> free_bytes() const { return std::nullopt; }
   // Host memory that the device reads and writes directly and copies at full speed; its contents
   // are unspecified. Taking more of it is slow, so what is freed is kept for the next, up to a
   // bound. Free it only when no enqueued work uses it any more.
@@ -136,6 +139,11 @@ class Backend {
   // The same for AttentionArgs::per_head. UNIMPLEMENTED where all heads have one policy.
   virtual absl::Status SupportsPerHead(const AttentionShape& shape,
                                        const HeadPolicies& heads) const;
+
+  // Device memory that the stages of such a call use beside its arguments. It is kept, grows to the
+  // largest call, and can be taken before the first: RESOURCE_EXHAUSTED. None on the CPU.
+  virtual size_t WorkspaceBytes(const AttentionShape&, const SparsityPolicy&) const { return 0; }
+  virtual absl::Status ReserveWorkspace(size_t) { return absl::OkStatus(); }
 
   // Stage 1: probes rows, leaves the method's maps in the backend's workspace.
   virtual absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) = 0;

@@ -31,6 +31,10 @@ class FaultyBackend : public Backend {
                                const HeadPolicies& heads) const override {
     return backend_->SupportsPerHead(shape, heads);
   }
+  size_t WorkspaceBytes(const AttentionShape& shape, const SparsityPolicy& policy) const override {
+    return backend_->WorkspaceBytes(shape, policy);
+  }
+  absl::Status ReserveWorkspace(size_t bytes) override { return backend_->ReserveWorkspace(bytes); }
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override {
     return backend_->EstimatePattern(args, stream);
   }

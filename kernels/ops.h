@@ -36,10 +36,13 @@ struct LinearPart {
   const void* bias = nullptr;    // [out_features] or null
   int64_t out_features = 0;
 };
+class Embedding;
 struct LinearWeights {
   std::vector<LinearPart> parts;
   DType dtype = DType::kF32;
   int64_t in_features = 0;
+  // Prepared from the weight of the only part, or null: a backend may hold the two once.
+  const Embedding* tied = nullptr;
 };
 
 class Norm {
@@ -86,8 +89,11 @@ struct BatchTokens {
   std::vector<uint32_t> ids;       // [tokens]
   std::vector<int32_t> positions;  // [tokens]
   // Where frequencies depend on the prompt, instead of the rotary's; else empty.
-  std::vector<float> inverse;    // [prompts, rotary_dim / 2]
-  std::vector<int32_t> prompts;  // [tokens], the prompt that each is of
+  std::vector<float> inverse;      // [prompts, rotary_dim / 2]
+  std::vector<int32_t> prompts;    // [tokens], the prompt that each is of
+  const Rotary* rotary = nullptr;  // what turns their heads, or null
+  void* memory =
+      nullptr;  // of the device, Ops::TokensBytes, for as long as they are; null: Ops takes it
 };
 
 // --- What is computed. y = x W^T + bias for each part of a linear.
@@ -196,7 +202,9 @@ class Ops {
   virtual absl::StatusOr<std::unique_ptr<Norm>> Prepare(const NormWeights& weights) = 0;
   virtual absl::StatusOr<std::unique_ptr<Embedding>> Prepare(const EmbeddingWeights& weights) = 0;
   virtual absl::StatusOr<std::unique_ptr<Rotary>> Prepare(const RotaryFrequencies& frequencies) = 0;
+  // What is on the stream still reads what was prepared in the same memory before.
   virtual absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) = 0;
+  virtual size_t TokensBytes(int64_t tokens, const Rotary* rotary) const = 0;
 
   virtual absl::Status Embed(const EmbedArgs& args, Stream stream) = 0;
   virtual absl::Status Normalize(const NormalizeArgs& args, Stream stream) = 0;
@@ -205,6 +213,10 @@ class Ops {
   virtual absl::Status Gate(const GateArgs& args, Stream stream) = 0;
   virtual absl::Status Logits(const LogitsArgs& args, Stream stream) = 0;
   virtual absl::Status WriteKv(const WriteKvArgs& args, Stream stream) = 0;
+  // Device memory for what it puts together of so many bytes of K and V, in whole pages. It grows
+  // to the largest call and can be taken before the first: RESOURCE_EXHAUSTED.
+  virtual size_t WriteKvBytes(size_t kv_bytes) const = 0;
+  virtual absl::Status ReserveWriteKv(size_t bytes) = 0;
   virtual absl::Status RemoveRows(const RemoveRowsArgs& args, Stream stream) = 0;
 };
 

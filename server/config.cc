@@ -221,7 +221,9 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddSize(app, "--attend_memory", &config.attend_memory,
           "Memory of the tensors of all Attend calls; default: a quarter of the machine's, at "
           "most 4GiB");
-  app.add_option("--max_prompt_tokens", config.prompt_tokens_max, "Tokens of one prompt")
+  app.add_option("--max_prompt_tokens", config.prompt_tokens_max,
+                 absl::StrCat("Tokens of one prompt; default: ", kPromptTokens,
+                              ", or as many as the device's memory holds"))
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   app.add_option("--max_waiting_jobs", config.waiting_jobs_max, "Jobs that may wait")
       ->check(CLI::Range(1, 1 << 20));

@@ -28,6 +28,8 @@ struct ModelSource {
   std::string directory;  // Hugging Face: config.json and safetensors
 };
 
+inline constexpr int64_t kPromptTokens = 131072;
+
 struct Config {
   Endpoint listen{"127.0.0.1", 50051};
   Endpoint http{"127.0.0.1", 9464};
@@ -41,8 +43,8 @@ struct Config {
   // Offered beside gRPC; absent: every one that is possible here.
   std::optional<std::set<Transport>> transports;
 
-  // Bytes. Touched as they are used (kv on a GPU: pinned from the start); 0: what half (kv) or a quarter (attend) of the machine's
-  // memory allows, at most 8 and 4 GiB.
+  // Bytes. Touched as they are used (kv on a GPU: pinned from the start); 0: what half (kv) or a
+  // quarter (attend) of the machine's memory allows, at most 8 and 4 GiB.
   uint64_t kv_memory = 0;
   uint64_t attend_memory = 0;
 
@@ -51,7 +53,8 @@ struct Config {
   int memory_threads = 2;
   int transfer_threads = 2;
 
-  int64_t prompt_tokens_max = 131072;
+  std::optional<int64_t>
+      prompt_tokens_max;  // absent: kPromptTokens, or as many as the device holds
   int waiting_jobs_max = 256;
   absl::Duration lease_ttl = absl::Minutes(1);
   absl::Duration lease_ttl_max = absl::Minutes(10);

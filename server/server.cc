@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <utility>
 
@@ -23,6 +24,7 @@ namespace prefilld {
 namespace {
 
 constexpr char kReadyService[] = "prefilld.v1.PrefillService";
+constexpr double kLoadingInterval = 2;  // seconds from one word of a model that loads to the next
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
 constexpr int kStalledLooks = 3;      // a process that was stopped for a while is not stalled
@@ -36,6 +38,67 @@ void DropGrpcLog(gpr_log_func_args*) {}
 void TakeGrpcLog(gpr_log_func_args* args) {
   if (args->severity != GPR_LOG_SEVERITY_ERROR) return;
   Log(Level::kWarning, "grpc", {{"file", args->file}, {"message", args->message}});
+}
+
+// What is told of a model while its weights are read.
+class LoadingModel {
+ public:
+  LoadingModel(std::string name, Metrics& metrics) : name_(std::move(name)), metrics_(metrics) {}
+
+  void Tell(uint64_t bytes, uint64_t of_bytes) {
+    metrics_.ModelBytes(name_, bytes, of_bytes);
+    bytes_ = bytes;
+    seconds_ = Seconds(start_);
+    if (Seconds(told_) < kLoadingInterval) return;
+    told_ = SteadyNow();
+    Log(Level::kInfo, "model_loading",
+        {{"model", name_}, {"bytes", bytes}, {"of_bytes", of_bytes}, {"gb_per_s", Rate()}});
+  }
+  // The fingerprint has read the weights too.
+  void Done() const {
+    Log(Level::kInfo, "model_loaded",
+        {{"model", name_},
+         {"bytes", bytes_},
+         {"seconds", seconds_},
+         {"gb_per_s", Rate()},
+         {"fingerprint_seconds", Seconds(start_) - seconds_}});
+  }
+
+ private:
+  static double Seconds(SteadyTime since) {  // to the millisecond
+    return static_cast<double>(absl::ToInt64Milliseconds(Since(since))) / 1000;
+  }
+  double Rate() const {
+    if (seconds_ <= 0) return 0;
+    return std::round(static_cast<double>(bytes_) * 1e-8 / seconds_) / 10;
+  }
+
+  const std::string name_;
+  Metrics& metrics_;
+  const SteadyTime start_ = SteadyNow();
+  SteadyTime told_ = start_;
+  uint64_t bytes_ = 0;
+  double seconds_ = 0;  // until `bytes_` were there
+};
+
+// The plan's table, a line a row.
+void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
+  for (const MemoryPlan::Row& row : plan.rows) {
+    metrics.PlannedMemory(row.what, row.of, row.device, row.bytes);
+    Log(Level::kInfo, "memory_plan",
+        {{"what", row.what},
+         {"model", row.of},
+         {"place", row.device ? "device" : "host"},
+         {"taken", Name(row.when)},
+         {"bytes", row.bytes},
+         {"mib", (row.bytes + (1 << 19)) >> 20},
+         {"by", row.by}});
+  }
+  Log(Level::kInfo, "memory_planned",
+      {{"max_prompt_tokens", plan.prompt_tokens},
+       {"device_bytes", plan.needs()},
+       {"free_bytes", plan.free},
+       {"spare_bytes", plan.spare}});
 }
 
 absl::Status Explain(const char* what, const absl::Status& status) {
@@ -62,6 +125,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
     faulty = wrapped.get();
     server->backend_ = std::move(wrapped);
   }
+  if (absl::Status status = server->StartHttp(); !status.ok()) return status;
   if (absl::Status status = server->LoadModels(); !status.ok()) return status;
   if (absl::Status status = server->OpenMedia(); !status.ok()) return status;
   if (absl::Status status = server->TakeKvMemory(); !status.ok()) return status;
@@ -84,25 +148,12 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   SchedulerOptions options;
   options.waiting_jobs_max = config.waiting_jobs_max;
   options.attend_bytes_max = config.attend_memory;
+  if (absl::Status status = server->PlanMemory(options); !status.ok()) {
+    return Explain("--max_prompt_tokens", status);
+  }
   server->scheduler_ = std::make_unique<Scheduler>(*server->engine_, server->metrics_, options);
 
-  server->metrics_.on_scrape = [s = server.get()](Metrics& metrics) {
-    metrics.leases_active.Set(static_cast<double>(s->leases_->active()));
-    for (const Device::Memory& memory : s->backend_->device().memory()) {
-      metrics.SetGpuMemory(memory.kind, memory.bytes);
-    }
-    if (!s->pool_) return;
-    const auto counts = s->pool_->CountByState();
-    for (size_t i = 0; i < counts.size(); ++i) {
-      metrics.SetKvBlocks(static_cast<BlockState>(i), counts[i]);
-    }
-    if (!s->segments_) return;
-    const auto bytes = s->segments_->CountByState();
-    for (size_t i = 0; i < bytes.size(); ++i) metrics.SetSegments(kSegmentStateNames[i], bytes[i]);
-  };
-  auto http = HttpServer::Start(config.http, server->metrics_, server->reports_);
-  if (!http.ok()) return Explain("--http", http.status());
-  server->http_ = *std::move(http);
+  server->built_.Notify();
   if (absl::Status status = server->StartGrpc(); !status.ok()) return status;
   server->watch_ = std::thread([s = server.get()] { s->Watch(); });
   PeerFacts ours;
@@ -123,12 +174,38 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
 
 Server::Server(Config config) : config_(std::move(config)) {}
 
+// Before the models: who waits for the server sees how far it is.
+absl::Status Server::StartHttp() {
+  metrics_.on_scrape = [this](Metrics& metrics) {
+    for (const Device::Memory& memory : backend_->device().memory()) {
+      metrics.SetGpuMemory(memory.kind, memory.bytes);
+    }
+    if (!built_.HasBeenNotified()) return;
+    metrics.leases_active.Set(static_cast<double>(leases_->active()));
+    if (!pool_) return;
+    const auto counts = pool_->CountByState();
+    for (size_t i = 0; i < counts.size(); ++i) {
+      metrics.SetKvBlocks(static_cast<BlockState>(i), counts[i]);
+    }
+    if (!segments_) return;
+    const auto bytes = segments_->CountByState();
+    for (size_t i = 0; i < bytes.size(); ++i) metrics.SetSegments(kSegmentStateNames[i], bytes[i]);
+  };
+  auto http = HttpServer::Start(config_.http, metrics_, reports_);
+  if (!http.ok()) return Explain("--http", http.status());
+  http_ = *std::move(http);
+  return absl::OkStatus();
+}
+
 absl::Status Server::LoadModels() {
   for (const ModelSource& source : config_.models) {
-    auto model = Transformer::Load(source.name, source.directory, *backend_);
+    LoadingModel loading(source.name, metrics_);
+    auto model = Transformer::Load(source.name, source.directory, *backend_,
+                                   [&](uint64_t bytes, uint64_t of) { loading.Tell(bytes, of); });
     if (!model.ok()) {
       return Explain(absl::StrCat("--model=", source.name).c_str(), model.status());
     }
+    loading.Done();
     const ModelInfo& info = (*model)->info();
     const AttentionShape shape{info.activations, info.q_heads, info.kv_heads,
                                info.head_dim,    {0, 1},       {0, 1}};
@@ -139,6 +216,30 @@ absl::Status Server::LoadModels() {
     models_.emplace(source.name, *std::move(model));
   }
   return absl::OkStatus();
+}
+
+// What prompts will need is known now, and taken: a prompt that is admitted does not fail for want
+// of it. The CPU's pages are taken from the system at first touch.
+absl::Status Server::PlanMemory(const SchedulerOptions& options) {
+  PlanInputs inputs{.backend = *backend_,
+                    .prompt_tokens = config_.prompt_tokens_max.value_or(kPromptTokens),
+                    .or_less = !config_.prompt_tokens_max.has_value(),
+                    .batch_tokens = options.batch_tokens_max,
+                    .batch_jobs = options.waiting_jobs_max,
+                    .batches = options.active_batches_max,
+                    .attend_bytes = config_.attend_memory,
+                    .kv_bytes = pool_ ? config_.kv_memory : 0};
+  for (const auto& [name, model] : models_) inputs.models.push_back(model.get());
+  auto plan = prefilld::PlanMemory(inputs);
+  if (!plan.ok()) return plan.status();
+  TellPlan(*plan, metrics_);
+  prompt_tokens_max_ = plan->prompt_tokens;
+  if (plan->prompt_tokens < inputs.prompt_tokens) {
+    Log(Level::kWarning, "max_prompt_tokens_lowered",
+        {{"max_prompt_tokens", plan->prompt_tokens}, {"default", inputs.prompt_tokens}});
+  }
+  const bool reserves = !models_.empty() && !backend_->device().host_memory();
+  return reserves ? engine_->Reserve(*plan) : absl::OkStatus();
 }
 
 // Callers are served without what is not possible here, unless it was asked for by name.
@@ -200,7 +301,7 @@ absl::Status Server::StartGrpc() {
                             .metrics = metrics_,
                             .memory = memory_,
                             .transfers = transfers_,
-                            .limits = {.prompt_tokens_max = config_.prompt_tokens_max,
+                            .limits = {.prompt_tokens_max = prompt_tokens_max_,
                                        .attend_bytes_max = config_.attend_memory,
                                        .lease_ttl = config_.lease_ttl,
                                        .lease_ttl_max = config_.lease_ttl_max,

@@ -41,7 +41,9 @@ class Server {
 
  private:
   explicit Server(Config config);
+  absl::Status StartHttp();
   absl::Status LoadModels();
+  absl::Status PlanMemory(const SchedulerOptions& options);
   absl::Status OpenMedia();
   absl::Status TakeKvMemory();
   absl::Status StartGrpc();
@@ -60,6 +62,7 @@ class Server {
   Media media_;
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
+  int64_t prompt_tokens_max_ = 0;
   std::unique_ptr<BlockPool> pool_;        // null without models
   std::shared_ptr<SegmentPool> segments_;  // null: see RpcContext
   std::unique_ptr<LeaseTable> leases_;
@@ -72,6 +75,7 @@ class Server {
   std::unique_ptr<HttpServer> http_;
   std::unique_ptr<grpc::Server> grpc_;
   Endpoint grpc_endpoint_;
+  absl::Notification built_;  // all that metrics ask when they are read, which is from the start
   absl::Notification stopping_;
   std::thread watch_;
 };

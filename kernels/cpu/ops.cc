@@ -82,6 +82,9 @@ class CpuOps : public Ops {
   absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
     return std::make_unique<CpuTokens>(std::move(tokens));
   }
+  size_t TokensBytes(int64_t, const Rotary*) const override { return 0; }
+  size_t WriteKvBytes(size_t) const override { return 0; }
+  absl::Status ReserveWriteKv(size_t) override { return absl::OkStatus(); }
 
   absl::Status Embed(const EmbedArgs& args, Stream) override {
     const EmbeddingWeights& from = As<CpuEmbedding>(args.embedding).weights;

@@ -46,6 +46,20 @@ absl::Status CudaBackend::Supports(const AttentionShape& shape,
   return CheckSupported(set_, shape, policy);
 }
 
+size_t CudaBackend::WorkspaceBytes(const AttentionShape& shape,
+                                   const SparsityPolicy& policy) const {
+  AttentionArgs args;  // its tensors do not matter
+  args.shape = shape;
+  args.policy = policy;
+  std::vector<Sequence> sequences;
+  return LayOut(MakeProblem(args, &sequences), policy.method).bytes;
+}
+
+absl::Status CudaBackend::ReserveWorkspace(size_t bytes) {
+  if (workspace_.bytes() < bytes) sequences_.clear();  // they lie in it
+  return Grow(*device_, bytes, workspace_);
+}
+
 // Everything of a call that may fail for want of memory, and the sequences on the device.
 absl::Status CudaBackend::Prepare(const AttentionArgs& args, Stream stream) {
   absl::Status status = CheckTensors(args);

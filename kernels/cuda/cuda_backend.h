@@ -29,6 +29,8 @@ class CudaBackend : public Backend {
   absl::StatusOr<Ops*> ops() override;  // made when first asked for
 
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override;
+  size_t WorkspaceBytes(const AttentionShape& shape, const SparsityPolicy& policy) const override;
+  absl::Status ReserveWorkspace(size_t bytes) override;
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override;
   absl::Status SelectBlocks(const AttentionArgs& args, Stream stream) override;
   absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) override;

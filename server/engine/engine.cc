@@ -35,6 +35,44 @@ absl::Status Engine::Calibrate(bool models) {
   return prefilld::Calibrate({backend_, stages_, clock_, models}, cost_);
 }
 
+absl::Status Engine::Reserve(const MemoryPlan& plan) {
+  Device& device = backend_.device();
+  const auto of = [&](Holding held) { return Of(plan.held, held); };
+  absl::Status status = Grow(device, of(Holding::kActivations), scratch_);
+  if (status.ok()) {
+    status = stages_.Reserve(of(Holding::kCounts), of(Holding::kIndex), of(Holding::kReports));
+  }
+  if (status.ok()) status = backend_.ReserveWorkspace(of(Holding::kWorkspace));
+  if (status.ok()) status = (*backend_.ops())->ReserveWriteKv(of(Holding::kKvOut));
+  if (!status.ok()) return status;
+  auto memory = device.Allocate(plan.batches);
+  if (!memory.ok()) return memory.status();
+  batches_ = std::make_unique<Arena>(*std::move(memory));
+  reserved_ = plan.held;
+  Of(reserved_, Holding::kBatch) = plan.batches;
+  spare_ = plan.spare;
+  return absl::OkStatus();
+}
+
+absl::Status Engine::CheckFits(const Job& job) const {
+  if (batches_ == nullptr || !job.prefill) return absl::OkStatus();
+  const HeldBytes needed = HeldBy(backend_, *job.prefill->model, {job.tokens()}, job.policy);
+  uint64_t needs = 0, more = 0;
+  for (size_t i = 0; i < kHeldCount; ++i) {
+    needs += needed[i];
+    more += needed[i] - std::min(needed[i], reserved_[i]);
+  }
+  if (more <= spare_) return absl::OkStatus();
+  return InvalidField("token_ids",
+                      absl::StrCat(job.tokens(), " tokens in blocks of ", job.policy.block_size,
+                                   " need ", needs, " bytes of the device's memory, ", more,
+                                   " more than is reserved; ", spare_, " are spare"));
+}
+
+bool Engine::HasRoom(const Transformer& model, int64_t tokens) const {
+  return batches_ == nullptr || batches_->Fits(model.BatchBytes(tokens));
+}
+
 // Dense instead of an unspecified method where selecting would cost more than it saves.
 Engine::Decision Engine::Decide(const Job& job, const AttentionShape& shape) {
   if (!job.method_unspecified) return {.policy = job.policy};
@@ -122,6 +160,11 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
     job->report.heads = info.q_heads;
     job->report.entries.resize(static_cast<size_t>(info.layers) * info.q_heads);
     job->report.captured_mass_measured = Measures(batch->policy);
+  }
+  if (batches_ != nullptr) {
+    auto memory = batches_->Take(batch->model->BatchBytes(batch->prompts.tokens()));
+    if (!memory.ok()) return memory.status();
+    batch->prompts.memory = *std::move(memory);
   }
   absl::Status status = batch->model->Begin(batch->prompts, kStream);
   if (!status.ok()) {

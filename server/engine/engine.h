@@ -15,8 +15,10 @@
 
 #include "absl/status/status.h"
 #include "kernels/backend.h"
+#include "server/engine/arena.h"
 #include "server/engine/completion_queue.h"
 #include "server/engine/cost.h"
+#include "server/engine/memory_plan.h"
 #include "server/engine/stages.h"
 #include "server/engine/step_clock.h"
 #include "server/job.h"
@@ -54,6 +56,14 @@ class Engine {
   // Times calls of a few lengths to learn this device's rates, of linear layers too where it serves
   // models; less than two seconds.
   absl::Status Calibrate(bool models);
+
+  // Takes all that the plan holds, before the first job: prompts that are of it take nothing then.
+  absl::Status Reserve(const MemoryPlan& plan);
+  // INVALID_ARGUMENT for a prompt that needs more than is reserved and was spare then: blocks of
+  // 64, say, of which the index is larger. Thread: any.
+  absl::Status CheckFits(const Job& job) const;
+  // Whether a batch of so many tokens can Begin now, beside those that run.
+  bool HasRoom(const Transformer& model, int64_t tokens) const;
 
   // Seconds the rest of a job will take, by the cost model, when `layers_done` are behind it.
   // Thread: any.
@@ -139,6 +149,9 @@ class Engine {
   std::deque<Flight> flights_;  // at most ahead_ + 1
   Buffer scratch_;              // q, k, v, o of one layer; grows to the largest batch seen
   LayerScratch layer_{};
+  HeldBytes reserved_{};
+  uint64_t spare_ = 0;
+  std::unique_ptr<Arena> batches_;  // what batches hold; null: nothing is reserved
   bool fault_noted_ = false;
   CompletionQueue completions_;  // goes first: what it runs uses the others
 };

@@ -39,6 +39,16 @@ double MeanDensity(const AttentionShape& shape, const HeadReport* report) {
   return computed / all;
 }
 
+absl::Status Stages::Reserve(size_t count_bytes, size_t index_bytes, size_t report_bytes) {
+  Device& device = backend_.device();
+  absl::Status status = Grow(device, count_bytes, index_count_);
+  if (status.ok()) status = Grow(device, index_bytes, index_);
+  for (Buffer& report : reports_) {
+    if (status.ok()) status = GrowHost(device, report_bytes, report);
+  }
+  return status;
+}
+
 absl::Status Stages::Prepare(StagesCall& call) {
   AttentionArgs& args = call.args;
   Device& device = backend_.device();

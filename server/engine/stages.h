@@ -28,6 +28,8 @@ class Stages {
  public:
   Stages(Backend& backend, CostModel& cost) : backend_(backend), cost_(cost) {}
 
+  // Takes memory before the first call: those that need no more take none. Each of two reports.
+  absl::Status Reserve(size_t count_bytes, size_t index_bytes, size_t report_bytes);
   // Takes what memory is missing. Before anything of the call's step is enqueued. Its report stays
   // until the next call but one is prepared.
   absl::Status Prepare(StagesCall& call);

@@ -17,6 +17,7 @@ namespace {
 constexpr size_t kMaxConfigBytes = 1 << 20;
 // Older checkpoints store rope's frequencies, which follow from the config.
 constexpr std::string_view kIgnoredSuffix = ".rotary_emb.inv_freq";
+bool Ignored(std::string_view name) { return name.ends_with(kIgnoredSuffix); }
 
 absl::StatusOr<std::string> ReadConfigFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -34,12 +35,17 @@ absl::StatusOr<std::string> ReadConfigFile(const std::string& path) {
 // nothing, so that a caller checks once, in Finish.
 class WeightReader {
  public:
-  WeightReader(const std::string& directory, const Checkpoint& checkpoint, Ops& ops)
+  WeightReader(const std::string& directory, const Checkpoint& checkpoint, Ops& ops,
+               const LoadProgress& progress)
       : directory_(directory),
         tensors_(checkpoint.tensors),
         dtype_(checkpoint.dtype),
         eps_(checkpoint.config.rms_norm_eps),
-        ops_(ops) {}
+        ops_(ops),
+        progress_(progress) {
+    for (const auto& [name, tensor] : tensors_.tensors())
+      bytes_ += Ignored(name) ? 0 : tensor.bytes;
+  }
 
   std::unique_ptr<Norm> TakeNorm(const std::string& name, int64_t width) {
     const void* weight = Take(name + ".weight", {width});
@@ -64,9 +70,10 @@ class WeightReader {
     bool has_bias;
     std::vector<Part> parts;
     std::string fused;
+    const Embedding* tied = nullptr;
   };
   std::unique_ptr<Linear> TakeLinear(const Maps& maps) {
-    LinearWeights weights{.dtype = dtype_, .in_features = maps.in};
+    LinearWeights weights{.dtype = dtype_, .in_features = maps.in, .tied = maps.tied};
     if (maps.fused.empty()) {
       for (const Part& part : maps.parts) {
         weights.parts.push_back(TakePart(part, maps.in, maps.has_bias));
@@ -94,14 +101,16 @@ class WeightReader {
     if (!status_.ok()) return nullptr;
     auto prepared = ops_.Prepare(weights);
     Keep(prepared.status());
+    if (progress_) progress_(taken_bytes_, bytes_);
     return prepared.ok() ? *std::move(prepared) : nullptr;
   }
 
+  uint64_t taken_bytes() const { return taken_bytes_; }
   // The first failure, or a tensor that nobody took.
   absl::Status Finish() {
     for (const auto& [name, tensor] : tensors_.tensors()) {
       if (!status_.ok()) break;
-      if (taken_.count(name) == 0 && !std::string_view(name).ends_with(kIgnoredSuffix)) {
+      if (taken_.count(name) == 0 && !Ignored(name)) {
         Fail(absl::StrCat("tensor '", absl::CHexEscape(name),
                           "' is not one that config.json accounts for"));
       }
@@ -122,8 +131,8 @@ class WeightReader {
       Fail(absl::StrCat("tensor '", name, "' is missing"));
       return nullptr;
     }
-    taken_.insert(name);
     const SafeTensor& tensor = it->second;
+    if (taken_.insert(name).second) taken_bytes_ += tensor.bytes;
     if (tensor.dtype != Name(dtype_) || tensor.shape != shape) {
       Fail(absl::StrCat("tensor '", name, "' is ", tensor.dtype, " [",
                         absl::StrJoin(tensor.shape, ", "), "], config.json needs ", Name(dtype_),
@@ -145,7 +154,9 @@ class WeightReader {
   const DType dtype_;
   const float eps_;
   Ops& ops_;
+  const LoadProgress& progress_;
   std::set<std::string> taken_;
+  uint64_t bytes_ = 0, taken_bytes_ = 0;
   absl::Status status_;
 };
 
@@ -194,7 +205,8 @@ LayerWeights TakeLayer(WeightReader& read, const ModelConfig& c, int index) {
 
 }  // namespace
 
-absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& ops) {
+absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& ops,
+                                            const LoadProgress& progress) {
   const std::string config_path = directory + "/config.json";
   absl::StatusOr<std::string> text = ReadConfigFile(config_path);
   if (!text.ok()) return text.status();
@@ -207,7 +219,7 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
 
   Checkpoint out{.config = *std::move(config), .dtype = *dtype, .tensors = *std::move(tensors)};
   const ModelConfig& c = out.config;
-  WeightReader read(directory, out, ops);
+  WeightReader read(directory, out, ops, progress);
   const TensorNames& names = c.family->tensors;
   const std::string embedding(names.embedding);
   out.rotary =
@@ -218,9 +230,15 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
   out.embedding = read.TakeEmbedding(embedding, c.vocab_size, c.hidden_size);
   for (int i = 0; i < c.layers; ++i) out.layers.push_back(TakeLayer(read, c, i));
   out.final_norm = read.TakeNorm(std::string(names.final_norm), c.hidden_size);
-  const std::string head = c.tie_word_embeddings ? embedding : std::string(names.lm_head);
-  out.lm_head = read.TakeLinear({c.hidden_size, /*has_bias=*/false, {{head, c.vocab_size}}, ""});
+  const bool tied = c.tie_word_embeddings;
+  const std::string head = tied ? embedding : std::string(names.lm_head);
+  out.lm_head = read.TakeLinear({.in = c.hidden_size,
+                                 .has_bias = false,
+                                 .parts = {{head, c.vocab_size}},
+                                 .fused = "",
+                                 .tied = tied ? out.embedding.get() : nullptr});
   if (absl::Status status = read.Finish(); !status.ok()) return status;
+  out.bytes = read.taken_bytes();
   out.fingerprint = Fingerprint(c, out.dtype, out.tensors);
   return out;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,6 +14,9 @@
 #include "server/model/safetensors.h"
 
 namespace prefilld {
+
+// Told as weights are prepared, on the thread that loads: bytes of the checkpoint that are, of all.
+using LoadProgress = std::function<void(uint64_t bytes, uint64_t of_bytes)>;
 
 struct LayerWeights {
   std::unique_ptr<Norm> input_norm, post_attention_norm;  // [hidden_size]
@@ -29,11 +33,13 @@ struct Checkpoint {
   std::vector<LayerWeights> layers;
   std::unique_ptr<Norm> final_norm;
   std::unique_ptr<Linear> lm_head;
+  uint64_t bytes = 0;  // of all that was prepared, as the files have it
   std::string fingerprint;
 
   // Reads the directory and checks all of it: INVALID_ARGUMENT or NOT_FOUND, in one line that names
   // the file and the key or tensor. What is prepared belongs to `ops`.
-  static absl::StatusOr<Checkpoint> Load(const std::string& directory, Ops& ops);
+  static absl::StatusOr<Checkpoint> Load(const std::string& directory, Ops& ops,
+                                         const LoadProgress& progress = nullptr);
 };
 
 }  // namespace prefilld

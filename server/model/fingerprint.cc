@@ -4,6 +4,9 @@
 #include <openssl/evp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_format.h"
@@ -20,6 +23,28 @@ uint32_t Crc32c(const std::byte* data, size_t bytes) {
     crc = crc32_iscsi(piece, static_cast<int>(std::min(kPiece, bytes - done)), crc);
   }
   return ~crc;
+}
+
+// Of every tensor, in the order of their names. As many threads as memory keeps busy: one takes as
+// long for a large model as its weights take to a GPU.
+std::vector<uint32_t> Crc32cOfAll(const SafeTensors& tensors) {
+  constexpr unsigned kThreadsMax = 8;
+  std::vector<const SafeTensor*> all;
+  for (const auto& [name, tensor] : tensors.tensors()) all.push_back(&tensor);
+  std::vector<uint32_t> crcs(all.size());
+  std::atomic<size_t> next{0};
+  const auto run = [&] {
+    for (size_t i = next++; i < all.size(); i = next++) {
+      crcs[i] = Crc32c(all[i]->data, all[i]->bytes);
+    }
+  };
+  std::vector<std::thread> helpers;
+  for (unsigned i = 1; i < std::min(kThreadsMax, std::thread::hardware_concurrency()); ++i) {
+    helpers.emplace_back(run);
+  }
+  run();
+  for (std::thread& helper : helpers) helper.join();
+  return crcs;
 }
 
 std::string Sha256Hex(const std::string& text) {
@@ -50,9 +75,11 @@ std::string Fingerprint(const ModelConfig& config, DType dtype, const SafeTensor
     absl::StrAppendFormat(&text, "yarn %.17g %.17g %d %.9g\n", rope.beta_fast, rope.beta_slow,
                           rope.truncate, rope.attention_factor);
   }
+  const std::vector<uint32_t> crcs = Crc32cOfAll(tensors);
+  auto crc = crcs.begin();
   for (const auto& [name, tensor] : tensors.tensors()) {
     absl::StrAppendFormat(&text, "%s %s [%s] %08x\n", absl::CEscape(name), tensor.dtype,
-                          absl::StrJoin(tensor.shape, ","), Crc32c(tensor.data, tensor.bytes));
+                          absl::StrJoin(tensor.shape, ","), *crc++);
   }
   return Sha256Hex(text);
 }

@@ -88,14 +88,15 @@ LayerScratch SplitLayerScratch(const ModelInfo& info, int64_t tokens, void* memo
 
 absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const std::string& name,
                                                                const std::string& directory,
-                                                               Backend& backend) {
+                                                               Backend& backend,
+                                                               const LoadProgress& progress) {
   absl::StatusOr<Ops*> ops = backend.ops();
   if (!ops.ok()) {
     return absl::UnimplementedError(
         absl::StrCat("backend ", std::string(backend.name()),
                      " serves no models here: ", ops.status().message()));
   }
-  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Load(directory, **ops);
+  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Load(directory, **ops, progress);
   if (!checkpoint.ok()) return checkpoint.status();
   std::unique_ptr<Transformer> model(new Transformer(*std::move(checkpoint), backend, **ops));
   const DType activations = model->ops_.activations(model->weights_.dtype);
@@ -152,9 +153,19 @@ absl::Status Transformer::AllocateTiles() {
   return absl::OkStatus();
 }
 
+size_t Transformer::ResidualBytes(int64_t tokens) const {
+  return Aligned(static_cast<size_t>(tokens * info_.hidden_size) * SizeOf(info_.activations));
+}
+
+size_t Transformer::BatchBytes(int64_t tokens) const {
+  return ResidualBytes(tokens) + ops_.TokensBytes(tokens, weights_.rotary.get());
+}
+
 absl::Status Transformer::PrepareTokens(PrefillBatch& batch) {
   const RopeConfig& rope = weights_.config.rope;
-  BatchTokens tokens{.ids = batch.token_ids};
+  BatchTokens tokens{.ids = batch.token_ids, .rotary = weights_.rotary.get()};
+  // Behind the residual, which does not grow.
+  tokens.memory = batch.memory.as<char>() + ResidualBytes(batch.tokens());
   tokens.positions.reserve(batch.token_ids.size());
   for (size_t i = 1; i < batch.cu_seqlens.size(); ++i) {
     const int64_t length = batch.cu_seqlens[i] - batch.cu_seqlens[i - 1];
@@ -172,11 +183,10 @@ absl::Status Transformer::PrepareTokens(PrefillBatch& batch) {
 
 absl::Status Transformer::Begin(PrefillBatch& batch, Stream stream) {
   if (absl::Status s = CheckLengths(batch, info_); !s.ok()) return s;
+  if (absl::Status s = Grow(backend_.device(), BatchBytes(batch.tokens()), batch.memory); !s.ok()) {
+    return s;
+  }
   if (absl::Status s = PrepareTokens(batch); !s.ok()) return s;
-  absl::StatusOr<Buffer> memory = backend_.device().Allocate(
-      static_cast<size_t>(batch.tokens() * info_.hidden_size) * SizeOf(info_.activations));
-  if (!memory.ok()) return memory.status();
-  batch.memory = *std::move(memory);
   batch.residual = {batch.memory.data(), info_.activations, info_.hidden_size};
   return ops_.Embed({.embedding = weights_.embedding.get(),
                      .tokens = batch.prepared.get(),

@@ -47,10 +47,10 @@ struct ModelInfo {
 struct PrefillBatch {
   std::vector<uint32_t> token_ids;  // [tokens], each below vocab_size
   std::vector<int64_t> cu_seqlens;  // [prompts + 1], from 0
+  Buffer memory;                    // of Transformer::BatchBytes; set before Begin, or by it
   // Set by Transformer::Begin.
   std::unique_ptr<PreparedTokens> prepared;
-  Buffer memory;
-  Rows residual;  // [tokens, hidden_size], in `memory`
+  Rows residual;  // [tokens, hidden_size], in `memory`, before what is prepared
 
   int64_t tokens() const { return static_cast<int64_t>(token_ids.size()); }
 };
@@ -77,12 +77,18 @@ class Transformer {
   // model.
   static absl::StatusOr<std::unique_ptr<Transformer>> Load(const std::string& name,
                                                            const std::string& directory,
-                                                           Backend& backend);
+                                                           Backend& backend,
+                                                           const LoadProgress& progress = nullptr);
 
   const ModelInfo& info() const { return info_; }
+  // Held from Load on.
+  uint64_t weight_bytes() const { return weights_.bytes; }
+  uint64_t tile_bytes() const { return tiles_.bytes(); }
 
-  // Checks the prompts' lengths, allocates the batch's residual and embeds. The token IDs were
-  // checked where they came in.
+  // Device memory of a batch of so many tokens, from Begin to its end.
+  size_t BatchBytes(int64_t tokens) const;
+  // Checks the prompts' lengths and embeds. batch.memory has BatchBytes, or is empty and allocated.
+  // The token IDs were checked where they came in.
   absl::Status Begin(PrefillBatch& batch, Stream stream);
   // Writes q, k and v of `layer` from the residual.
   absl::Status ProjectQkv(int layer, const PrefillBatch& batch, const LayerScratch& scratch,
@@ -106,6 +112,7 @@ class Transformer {
   absl::Status AllocateTiles();
   absl::Status MeasureProducts();
   absl::Status RunOnce(int64_t tokens);
+  size_t ResidualBytes(int64_t tokens) const;
   absl::Status PrepareTokens(PrefillBatch& batch);
 
   const Checkpoint weights_;

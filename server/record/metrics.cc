@@ -133,6 +133,10 @@ Metrics::Metrics()
           Counters(*registry_, "prefilld_handoff_failures_total", "Pulls that did not complete")),
       handoff_transport_info_(
           Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")),
+      model_bytes_(Gauges(*registry_, "prefilld_model_bytes",
+                          "Weights of a model: all, and loaded so far while the server starts")),
+      planned_memory_(Gauges(*registry_, "prefilld_memory_plan_bytes",
+                             "What the server holds or may hold, as planned at start")),
       gpu_memory_(Gauges(*registry_, "prefilld_gpu_memory_bytes",
                          "Held by the server on the device, and of the host pinned for it")),
       gpu_faults_(Counters(*registry_, "prefilld_gpu_faults_total",
@@ -160,6 +164,17 @@ void Metrics::AddModel(const std::string& model) {
     head_density_.Add({{"model", model}, {"pattern", pattern}}, Density());
   }
   captured_mass_.Add({{"model", model}}, Mass());
+}
+
+void Metrics::ModelBytes(const std::string& model, uint64_t loaded, uint64_t of_bytes) {
+  model_bytes_.Add({{"model", model}, {"state", "all"}}).Set(static_cast<double>(of_bytes));
+  model_bytes_.Add({{"model", model}, {"state", "loaded"}}).Set(static_cast<double>(loaded));
+}
+
+void Metrics::PlannedMemory(const std::string& what, const std::string& model, bool device,
+                            uint64_t bytes) {
+  planned_memory_.Add({{"what", what}, {"model", model}, {"place", device ? "device" : "host"}})
+      .Set(static_cast<double>(bytes));
 }
 
 void Metrics::Request(const std::string& method, const std::string& code, double seconds) {

@@ -37,6 +37,11 @@ struct Metrics {
 
   // Makes the series of a model exist. Before serving.
   void AddModel(const std::string& model);
+  // Of a model's weights, while the server starts.
+  void ModelBytes(const std::string& model, uint64_t loaded, uint64_t of_bytes);
+  // A row of the plan of memory that was made at start.
+  void PlannedMemory(const std::string& what, const std::string& model, bool device,
+                     uint64_t bytes);
   // Makes the series of a transport exist; `offered`: this server has it. Before serving.
   void AddTransport(const std::string& transport, bool offered);
 
@@ -110,6 +115,8 @@ struct Metrics {
   Family<prometheus::Histogram>& handoff_duration_;
   Family<prometheus::Counter>& handoff_failures_;
   Family<prometheus::Gauge>& handoff_transport_info_;
+  Family<prometheus::Gauge>& model_bytes_;
+  Family<prometheus::Gauge>& planned_memory_;
   Family<prometheus::Gauge>& gpu_memory_;
   Family<prometheus::Counter>& gpu_faults_;
 };

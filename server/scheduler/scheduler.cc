@@ -55,6 +55,7 @@ Scheduler::~Scheduler() {
 }
 
 absl::Status Scheduler::CheckOpen(const Job& job) const {
+  if (absl::Status status = engine_.CheckFits(job); !status.ok()) return status;
   const double seconds = engine_.PredictSeconds(job);
   absl::MutexLock lock(&mutex_);
   return CheckOpenLocked(job, seconds);
@@ -93,6 +94,7 @@ absl::Duration Scheduler::WaitHint() const {
 }
 
 absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
+  if (absl::Status status = engine_.CheckFits(*job); !status.ok()) return status;
   const double seconds = engine_.PredictSeconds(*job);
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = CheckOpenLocked(*job, seconds); !status.ok()) return status;
@@ -246,17 +248,32 @@ std::vector<StepView> Scheduler::Views() const {
   const auto running =
       std::count_if(views.begin(), views.end(), [](const StepView& view) { return view.runnable; });
   const bool may_start_batch = running < options_.active_batches_max &&
-                               static_cast<int>(active_.size()) < options_.waiting_jobs_max;
+                               static_cast<int>(active_.size()) < options_.waiting_jobs_max &&
+                               (running == 0 || !RoomIsAwaited());
   for (const Waiting& waiting : waiting_) {
     const Job& job = *waiting.job;
+    const bool may_start = job.attend || (may_start_batch && HasRoom(job));
     views.push_back({.arrival = job.arrival,
                      .waited = Since(job.arrival),
                      .deadline = job.deadline,
                      .remaining = absl::Seconds(engine_.PredictSeconds(job)),
                      .priority = job.priority,
-                     .runnable = waiting.ready && (job.attend || may_start_batch)});
+                     .runnable = waiting.ready && may_start});
   }
   return views;
+}
+
+bool Scheduler::HasRoom(const Job& job) const {
+  return engine_.HasRoom(*job.prefill->model, job.tokens());
+}
+
+// A long prompt has waited long for the memory of batches: nobody takes what becomes free before
+// it, while there are batches that will end by themselves.
+bool Scheduler::RoomIsAwaited() const {
+  return std::any_of(waiting_.begin(), waiting_.end(), [this](const Waiting& waiting) {
+    const Job& job = *waiting.job;
+    return job.prefill && Since(job.arrival) > options_.passed_over_max && !HasRoom(job);
+  });
 }
 
 bool Scheduler::RunOneStep() {
@@ -301,7 +318,8 @@ void Scheduler::StartBatch(size_t first) {
   for (size_t i = 0; i < waiting_.size();) {
     const Job& other = *waiting_[i].job;
     if (waiting_[i].ready && MayShareBatch(*jobs[0], other) &&
-        tokens + other.tokens() <= options_.batch_tokens_max) {
+        tokens + other.tokens() <= options_.batch_tokens_max &&
+        engine_.HasRoom(*other.prefill->model, tokens + other.tokens())) {
       tokens += other.tokens();
       jobs.push_back(TakeWaiting(i));
     } else {

@@ -40,7 +40,8 @@ class Scheduler {
 
   // Takes a share of the job on OK only: then the sink hears OnFinished exactly once. An Attend job
   // is not run before UploadDone. UNAVAILABLE when draining, DEADLINE_EXCEEDED when late,
-  // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts).
+  // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts),
+  // INVALID_ARGUMENT when no memory would do (Engine::CheckFits).
   absl::Status Admit(const std::shared_ptr<Job>& job);
   // Whether Admit would take the job, but for an Attend's bytes: not draining, not late, not
   // hopeless, the device there, a place in the queue. It reserves none: ask before memory is taken
@@ -99,6 +100,8 @@ class Scheduler {
   bool RunOneStep();  // false: nothing could run
   absl::Duration Predict(size_t view) const;
   std::vector<StepView> Views() const;
+  bool HasRoom(const Job& job) const;  // to begin a batch with this Prefill
+  bool RoomIsAwaited() const;
   void StartBatch(size_t first);
   void Advance(size_t active);
   void RunAttend(size_t waiting);

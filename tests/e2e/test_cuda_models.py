@@ -78,6 +78,22 @@ def test_dense_prefill_is_the_cpus(servers, checkpoint, tokens):
         differences(got, want))
 
 
+def test_prompts_take_no_memory_of_the_device(servers, checkpoint):
+    cuda, _ = servers
+    held = cuda.metric("prefilld_gpu_memory_bytes", kind="device")
+    assert held > cuda.metric("prefilld_memory_plan_bytes", what="batches", place="device") > 0
+    for tokens in (checkpoint.config["max_position_embeddings"], 1, 3000):
+        for method in ("dense", "joint", "flexprefill"):
+            prefill(cuda, checkpoint.tokens(tokens), method=method)
+    assert cuda.metric("prefilld_gpu_memory_bytes", kind="device") == held
+
+
+def test_a_plan_that_does_not_fit_is_refused(servers, checkpoint, tmp_path):
+    with pytest.raises(RuntimeError, match="--max_prompt_tokens: .* no prompt fits"):
+        harness.Server("--backend=cuda", "--attend_memory=4000GiB",
+                       f"--model=tiny={checkpoint.directory}", log_path=tmp_path / "log.jsonl")
+
+
 @pytest.mark.parametrize("method", ["joint", "flexprefill"])
 def test_sparse_prefill_reports_what_it_did(servers, checkpoint, method):
     cuda, cpu = servers

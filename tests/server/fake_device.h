@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -64,6 +65,12 @@ class FakeDevice : public Device {
   std::string_view name() const override { return "fake"; }
   bool host_memory() const override { return false; }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return Take(Kind::kDevice, bytes, 0); }
+  std::optional<uint64_t> free_bytes() const override {  // where it is limited
+    absl::MutexLock lock(&mutex_);
+    const auto limit = limits_.find(Kind::kDevice);
+    if (limit == limits_.end()) return std::nullopt;
+    return limit->second - std::min(limit->second, LiveBytes(Kind::kDevice));
+  }
   absl::StatusOr<Buffer> AllocateHost(size_t bytes) override {
     return Take(Kind::kHost, bytes, 0xCD);
   }
@@ -276,7 +283,13 @@ class FakeOps : public Ops {
     return cpu_.Prepare(frequencies);
   }
   absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
+    if (tokens.memory != nullptr) {
+      std::memset(tokens.memory, 1, TokensBytes(static_cast<int64_t>(tokens.ids.size()), nullptr));
+    }
     return cpu_.Prepare(std::move(tokens));
+  }
+  size_t TokensBytes(int64_t tokens, const Rotary*) const override {
+    return static_cast<size_t>(tokens) * 16;
   }
   absl::Status Embed(const EmbedArgs& args, Stream on) override { return cpu_.Embed(args, on); }
   absl::Status Normalize(const NormalizeArgs& args, Stream on) override {
@@ -293,13 +306,19 @@ class FakeOps : public Ops {
   absl::Status RemoveRows(const RemoveRowsArgs& args, Stream on) override {
     return cpu_.RemoveRows(args, on);
   }
+  size_t WriteKvBytes(size_t kv_bytes) const override { return kv_bytes; }
+  absl::Status ReserveWriteKv(size_t bytes) override { return Grow(device_, bytes, out_); }
   absl::Status WriteKv(const WriteKvArgs& args, Stream) override {
-    int64_t tokens = 0;
+    int64_t tokens = 0, out = 0;
     std::vector<const void*> places;
     for (const WriteKvArgs::Part& part : args.parts) {
       tokens = std::max(tokens, part.first + part.tokens);
+      out += static_cast<int64_t>(part.target.pages.size() * SizeOf(part.target.dtype)) * 2 *
+             part.target.page_tokens * args.kv_heads * args.head_dim;
       places.insert(places.end(), part.target.pages.begin(), part.target.pages.end());
     }
+    absl::Status status = ReserveWriteKv(static_cast<size_t>(out));
+    if (!status.ok()) return status;
     const auto copy = [&](const Rows& rows) {
       const auto* begin = static_cast<const char*>(rows.data);
       return std::make_shared<std::vector<char>>(
@@ -317,6 +336,7 @@ class FakeOps : public Ops {
  private:
   FakeDevice& device_;
   Ops& cpu_;
+  Buffer out_;  // as large as what a real device puts together
 };
 
 // The CPU's stages on that device.
@@ -328,8 +348,13 @@ class FakeBackend : public Backend {
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override {
     return cpu_->Supports(shape, policy);
   }
+  size_t WorkspaceBytes(const AttentionShape& shape, const SparsityPolicy& policy) const override {
+    return policy.method == Method::kDense ? 0 : static_cast<size_t>(shape.total_q()) * 8;
+  }
+  absl::Status ReserveWorkspace(size_t bytes) override { return Grow(device_, bytes, workspace_); }
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override {
-    return cpu_->EstimatePattern(args, stream);
+    absl::Status status = ReserveWorkspace(WorkspaceBytes(args.shape, args.policy));
+    return status.ok() ? cpu_->EstimatePattern(args, stream) : status;
   }
   absl::Status SelectBlocks(const AttentionArgs& args, Stream stream) override {
     return cpu_->SelectBlocks(args, stream);
@@ -343,6 +368,7 @@ class FakeBackend : public Backend {
 
  private:
   FakeDevice device_;
+  Buffer workspace_;
   std::unique_ptr<Backend> cpu_ = *CreateBackend("cpu", 1);
   FakeOps ops_{device_, **cpu_->ops()};
 };

@@ -134,6 +134,12 @@ absl::StatusOr<Buffer> CudaDevice::Allocate(size_t bytes) {
   return buffer;
 }
 
+std::optional<uint64_t> CudaDevice::free_bytes() const {
+  size_t free = 0, total = 0;
+  if (cudaMemGetInfo(&free, &total) != cudaSuccess) return std::nullopt;
+  return free + device_pool_->kept_bytes();  // which goes where it is in the way
+}
+
 absl::StatusOr<Buffer> CudaDevice::AllocateHost(size_t bytes) {
   Buffer buffer;
   absl::Status status = Take(*pinned_pool_, bytes, "pinned host memory", &buffer);

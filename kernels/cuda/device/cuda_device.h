@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,6 +29,7 @@ class CudaDevice : public Device {
   std::string_view name() const override { return name_; }
   bool host_memory() const override { return false; }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override;
+  std::optional<uint64_t> free_bytes() const override;
   absl::StatusOr<Buffer> AllocateHost(size_t bytes) override;
   absl::StatusOr<Buffer> Register(void* data, size_t bytes) override;
   void Discard(void*, size_t) override {}  // neither it nor what is pinned has pages to give back

@@ -212,7 +212,7 @@ absl::Status Multiplier::Multiply(Plan& plan, const cublasLtMatmulAlgo_t& algori
     if (!status.ok()) return status;
   }
   const float alpha = 1, beta = plan.key.shape.accumulate ? 1 : 0;
-  return Check(lt_.Matmul(handle_, plan.product, &alpha, operands.linear->weight.data(),
+  return Check(lt_.Matmul(handle_, plan.product, &alpha, operands.linear->weight->data(),
                           plan.weight, operands.x, plan.x, &beta, operands.y, plan.y, operands.y,
                           plan.y, &algorithm, workspace_.data(), workspace_.bytes(), stream),
                "product");

@@ -31,7 +31,7 @@ struct CudaLinear : Linear {
   DType dtype = DType::kBF16;
   int64_t in_features = 0, out_features = 0;  // of all parts
   std::vector<int64_t> parts;                 // out_features of each
-  Buffer weight;                              // [out_features, in_features]
+  std::shared_ptr<const Buffer> weight;       // [out_features, in_features]
   Buffer bias;                                // [out_features], or empty
 };
 

@@ -9,6 +9,7 @@
 #include "kernels/cuda/model/elementwise.h"
 #include "kernels/cuda/model/linear.h"
 #include "kernels/cuda/model/upload.h"
+#include "kernels/cuda/workspace.h"
 
 namespace prefilld::cuda {
 namespace {
@@ -23,7 +24,7 @@ struct CudaNorm : Norm {
   float eps = 0;
 };
 struct CudaEmbedding : Embedding {
-  Buffer table;
+  std::shared_ptr<const Buffer> table;
   DType dtype = DType::kBF16;
   int64_t vocabulary = 0, width = 0;
 };
@@ -34,12 +35,21 @@ struct CudaRotary : Rotary {
   RotaryPairing pairing = RotaryPairing::kHalf;
 };
 struct CudaTokens : PreparedTokens {
-  Buffer ids, positions;    // [tokens]
+  Buffer own;  // what they lie in, where nobody has given it
+  uint32_t* ids = nullptr;
+  int32_t* positions = nullptr;
+  float2* turns = nullptr;  // cosines and sines, [tokens, pairs of the rotary]
   Buffer inverse, prompts;  // as BatchTokens has them, or empty
   int64_t tokens = 0;
-  // Cosines and sines of the rotary that has last asked, [tokens, pairs].
-  mutable Buffer turns;
-  mutable const CudaRotary* turned_by = nullptr;
+
+  // From `memory` on, or only counted. Bytes of all.
+  size_t LieAt(void* memory, int pairs) {
+    Workspace workspace(memory);
+    workspace.Take(&ids, tokens);
+    workspace.Take(&positions, tokens);
+    workspace.Take(&turns, tokens * pairs);
+    return static_cast<size_t>(workspace.used());
+  }
 };
 
 template <typename Cuda, typename Any>
@@ -105,7 +115,11 @@ class CudaOps : public Ops {
       bias.push_back({part.bias, static_cast<size_t>(part.out_features * size)});
       biased = biased || part.bias != nullptr;
     }
-    if (status.ok()) status = upload_.Pieces(weight, &linear->weight);
+    if (status.ok() && weights.tied != nullptr) {
+      linear->weight = As<CudaEmbedding>(weights.tied).table;
+    } else if (status.ok()) {
+      status = Share(weight, &linear->weight);
+    }
     if (status.ok() && biased) status = upload_.Pieces(bias, &linear->bias);
     if (!status.ok()) return status;
     return linear;
@@ -135,7 +149,7 @@ class CudaOps : public Ops {
     embedding->width = weights.width;
     const size_t bytes =
         static_cast<size_t>(weights.vocabulary * weights.width) * SizeOf(weights.dtype);
-    if (status.ok()) status = upload_.Pieces({{weights.table, bytes}}, &embedding->table);
+    if (status.ok()) status = Share({{weights.table, bytes}}, &embedding->table);
     if (!status.ok()) return status;
     return embedding;
   }
@@ -161,21 +175,47 @@ class CudaOps : public Ops {
   absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
     auto prepared = std::make_unique<CudaTokens>();
     prepared->tokens = static_cast<int64_t>(tokens.ids.size());
-    absl::Status status = upload_.Values(tokens.ids, &prepared->ids);
-    if (status.ok()) status = upload_.Values(tokens.positions, &prepared->positions);
-    if (status.ok() && !tokens.inverse.empty()) {
-      status = upload_.Values(tokens.inverse, &prepared->inverse);
-      if (status.ok()) status = upload_.Values(tokens.prompts, &prepared->prompts);
+    if (tokens.memory == nullptr) {
+      auto own = device_.Allocate(TokensBytes(prepared->tokens, tokens.rotary));
+      if (!own.ok()) return own.status();
+      prepared->own = *std::move(own);
+      tokens.memory = prepared->own.data();
+    }
+    prepared->LieAt(tokens.memory, PairsOf(tokens.rotary));
+    absl::Status status = upload_.ValuesTo(tokens.ids, prepared->ids);
+    if (status.ok()) status = upload_.ValuesTo(tokens.positions, prepared->positions);
+    if (status.ok() && tokens.rotary != nullptr) {
+      const auto& rotary = As<CudaRotary>(tokens.rotary);
+      const bool own = !tokens.inverse.empty();  // the batch's frequencies
+      if (own) status = upload_.Values(tokens.inverse, &prepared->inverse);
+      if (own && status.ok()) status = upload_.Values(tokens.prompts, &prepared->prompts);
+      if (!status.ok()) return status;
+      status = device_.Check(
+          FillTurns({.positions = prepared->positions,
+                     .prompts = prepared->prompts.as<int32_t>(),
+                     .inverse = (own ? prepared->inverse : rotary.inverse).as<float>(),
+                     .pairs = rotary.pairs,
+                     .scale = rotary.scale,
+                     .tokens = prepared->tokens,
+                     .turns = prepared->turns},
+                    device_.stream({})),
+          "rotation");
     }
     if (!status.ok()) return status;
     return prepared;
   }
 
+  size_t TokensBytes(int64_t tokens, const Rotary* rotary) const override {
+    CudaTokens counted;
+    counted.tokens = tokens;
+    return counted.LieAt(nullptr, PairsOf(rotary));
+  }
+
   absl::Status Embed(const EmbedArgs& args, Stream stream) override {
     const auto& embedding = As<CudaEmbedding>(args.embedding);
     const auto& tokens = As<CudaTokens>(args.tokens);
-    return device_.Check(EmbedRows({.table = embedding.table.data(),
-                                    .ids = tokens.ids.as<uint32_t>(),
+    return device_.Check(EmbedRows({.table = embedding.table->data(),
+                                    .ids = tokens.ids,
                                     .vocabulary = embedding.vocabulary,
                                     .width = embedding.width,
                                     .tokens = tokens.tokens,
@@ -215,7 +255,6 @@ class CudaOps : public Ops {
     const Rows y = {args.workspace, linear.dtype, linear.out_features};
     absl::Status status = multiplier_->Run(
         {.linear = &linear, .x = args.x, .y = y, .tokens = args.tokens}, device_.stream(stream));
-    if (status.ok()) status = Turn(rotary, tokens, stream);
     if (!status.ok()) return status;
     const auto weight = [](const Norm* norm) {
       return norm == nullptr ? nullptr : As<CudaNorm>(norm).weight.as<float>();
@@ -232,7 +271,7 @@ class CudaOps : public Ops {
                                    .k_norm = weight(args.k_norm),
                                    .q_eps = eps(args.q_norm),
                                    .k_eps = eps(args.k_norm),
-                                   .turns = tokens.turns.as<float2>() + args.first * rotary.pairs,
+                                   .turns = tokens.turns + args.first * rotary.pairs,
                                    .pairs = rotary.pairs,
                                    .pairing = rotary.pairing,
                                    .tokens = args.tokens},
@@ -288,6 +327,9 @@ class CudaOps : public Ops {
     return status;
   }
 
+  size_t WriteKvBytes(size_t kv_bytes) const override { return kv_bytes; }
+  absl::Status ReserveWriteKv(size_t bytes) override { return Grow(device_, bytes, packed_); }
+
   // In steps that are as long as the hole, so that no copy reads what it writes.
   absl::Status RemoveRows(const RemoveRowsArgs& args, Stream stream) override {
     const int64_t hole = args.end - args.begin;
@@ -302,6 +344,18 @@ class CudaOps : public Ops {
   }
 
  private:
+  static int PairsOf(const Rotary* rotary) {
+    return rotary == nullptr ? 0 : As<CudaRotary>(rotary).pairs;
+  }
+
+  // On the device, for whoever prepares from it.
+  absl::Status Share(const std::vector<Piece>& pieces, std::shared_ptr<const Buffer>* shared) {
+    Buffer buffer;
+    absl::Status status = upload_.Pieces(pieces, &buffer);
+    if (status.ok()) *shared = std::make_shared<const Buffer>(std::move(buffer));
+    return status;
+  }
+
   absl::Status Pack(const WriteKvArgs& args, const WriteKvArgs::Part& part, const PackedKv& packed,
                     Stream stream) {
     return device_.Check(
@@ -334,25 +388,6 @@ class CudaOps : public Ops {
       from += static_cast<size_t>(packed.page_stride) * size;
     }
     return status;
-  }
-
-  // Once a batch.
-  absl::Status Turn(const CudaRotary& rotary, const CudaTokens& tokens, Stream stream) {
-    if (tokens.turned_by == &rotary) return absl::OkStatus();
-    absl::Status status = Grow(
-        device_, static_cast<size_t>(tokens.tokens * rotary.pairs) * sizeof(float2), tokens.turns);
-    if (!status.ok()) return status;
-    tokens.turned_by = &rotary;
-    const bool own = tokens.inverse.data() != nullptr;  // the batch's frequencies
-    return device_.Check(FillTurns({.positions = tokens.positions.as<int32_t>(),
-                                    .prompts = tokens.prompts.as<int32_t>(),
-                                    .inverse = (own ? tokens.inverse : rotary.inverse).as<float>(),
-                                    .pairs = rotary.pairs,
-                                    .scale = rotary.scale,
-                                    .tokens = tokens.tokens,
-                                    .turns = tokens.turns.as<float2>()},
-                                   device_.stream(stream)),
-                         "rotation");
   }
 
   CudaDevice& device_;

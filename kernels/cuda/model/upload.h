@@ -1,8 +1,10 @@
-// What is prepared, from host memory to the device: through two pinned halves, so that the next is
-// read (from a mapped file, it may be) while the last one is copied. What is enqueued on Stream{}
-// from then on finds it; the host memory is read when a call returns. The engine thread alone.
+// What is prepared, from host memory to the device. One thread reads a mapped file at a fraction of
+// what the device takes, so a few share the work: each copies parts through two pinned halves of
+// its own, the next being read while the last is on its way. What is enqueued on Stream{} from then
+// on finds it; the host memory is read when a call returns. The engine thread alone calls it.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <memory>
 #include <vector>
@@ -28,17 +30,35 @@ class Upload {
   absl::Status Values(const std::vector<T>& values, Buffer* buffer) {
     return Pieces({{values.data(), values.size() * sizeof(T)}}, buffer);
   }
+  // To where the device has a place for them.
+  template <typename T>
+  absl::Status ValuesTo(const std::vector<T>& values, T* to) {
+    return PiecesTo({{values.data(), values.size() * sizeof(T)}}, reinterpret_cast<char*>(to));
+  }
 
  private:
-  struct Half {
-    Buffer pinned;
-    std::unique_ptr<Device::Mark> copied;  // null: nothing is on its way
+  static constexpr size_t kLanes = 8;
+  // Fits into a half.
+  struct Part {
+    const char* from;
+    char* to;
+    size_t bytes;
   };
-  absl::Status Send(const Piece& piece, char* to);
+  // What one thread copies through.
+  struct Lane {
+    struct Half {
+      Buffer pinned;
+      std::unique_ptr<Device::Mark> copied;  // null: nothing is on its way
+    };
+    std::array<Half, 2> halves;
+    size_t next = 0;
+  };
+  absl::Status PiecesTo(const std::vector<Piece>& pieces, char* to);
+  absl::Status Send(const std::vector<Part>& parts);
+  absl::Status Send(const Part& part, Lane& lane);
 
   CudaDevice& device_;
-  Half halves_[2];
-  int next_ = 0;
+  std::array<Lane, kLanes> lanes_;
 };
 
 }  // namespace prefilld::cuda

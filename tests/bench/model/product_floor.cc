@@ -86,7 +86,10 @@ class CudaFloor : public ProductFloor {
     linear->in_features = in;
     linear->out_features = out;
     linear->parts = {out};
-    return Fill(in * out, deviation, &linear->weight);
+    Buffer weight;
+    absl::Status status = Fill(in * out, deviation, &weight);
+    linear->weight = std::make_shared<const Buffer>(std::move(weight));
+    return status;
   }
 
   // The same few million normal numbers again and again.

@@ -37,6 +37,20 @@ TEST_F(CheckpointTest, HasTheNormsOfHeadsThatItsFamilyHas) {
   for (const LayerWeights& layer : checkpoint->layers) EXPECT_TRUE(layer.q_norm && layer.k_norm);
 }
 
+TEST_F(CheckpointTest, TellsHowFarItIs) {
+  for (const char* fixture : {"base", "tied"}) {  // a tensor that is read twice counts once
+    uint64_t last = 0, all = 0;
+    const LoadProgress progress = [&](uint64_t bytes, uint64_t of_bytes) {
+      EXPECT_GE(bytes, last);
+      last = bytes;
+      all = of_bytes;
+    };
+    ASSERT_TRUE(Checkpoint::Load(FixtureModel(fixture), **backend_->ops(), progress).ok());
+    EXPECT_GT(all, 0u);
+    EXPECT_EQ(last, all) << fixture;
+  }
+}
+
 TEST_F(CheckpointTest, AConfigThatIsNoObjectIsNamed) {
   const ModelDirectory model("base");
   model.Write("config.json", "[]");

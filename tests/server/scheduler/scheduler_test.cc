@@ -284,6 +284,66 @@ TEST_F(PrefillTest, AStreamedCachePassesThroughTwoSlots) {
   EXPECT_TRUE(InOrder(Prompts::SinkOf(job)));
 }
 
+// A long prompt begins when its memory is there; a short one has room beside the first.
+TEST_F(PrefillTest, APromptWaitsForRoomAndAShortOnePassesIt) {
+  const int64_t longest = prompts_.info().max_positions;
+  auto first = prompts_.New(longest, 5, /*retain=*/false);  // two layers, then it waits
+  const auto plan = PlanMemory({.backend = backend_,
+                                .models = {first->prefill->model},
+                                .prompt_tokens = longest,
+                                .batch_tokens = 256,
+                                .batch_jobs = 8,
+                                .batches = 2});
+  ASSERT_TRUE(plan.ok() && engine_.Reserve(*plan).ok());
+  Scheduler scheduler(engine_, metrics_, {});
+  auto second = prompts_.New(longest, 7), third = prompts_.New(140, 9);
+  const std::shared_ptr<KvCache> cache = first->prefill->cache;
+  auto transfer = *cache->Open([] {});
+  absl::Notification computed[Prompts::kLayers];
+  ASSERT_TRUE(scheduler.Admit(first).ok());
+  for (int layer = 0; layer < layers(); ++layer) {
+    transfer->WhenReady(layer, [&done = computed[layer]](auto) { done.Notify(); });
+    ASSERT_TRUE(computed[layer].WaitForNotificationWithTimeout(absl::Seconds(20))) << layer;
+    if (layer == 1) {
+      ASSERT_TRUE(scheduler.Admit(second).ok());
+      ASSERT_TRUE(scheduler.Admit(third).ok());
+      EXPECT_TRUE(Prompts::SinkOf(third).Wait().ok());
+      EXPECT_TRUE(Prompts::SinkOf(second).layers.empty());
+      cache->Delivered(0);
+    }
+    if (layer > 0) cache->Delivered(layer);
+  }
+  EXPECT_TRUE(Prompts::SinkOf(first).Wait().ok());
+  EXPECT_TRUE(Prompts::SinkOf(second).Wait().ok());
+}
+
+// Who needs memory that the device has not got fails for that, and says when to come again.
+TEST_F(PrefillTest, WhoseMemoryIsMissingFailsAlone) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto first = prompts_.New(150, 5, /*retain=*/false);
+  const std::shared_ptr<KvCache> cache = first->prefill->cache;
+  auto transfer = *cache->Open([] {});
+  absl::Notification computed[Prompts::kLayers];
+  ASSERT_TRUE(scheduler.Admit(first).ok());
+  for (int layer = 0; layer < layers(); ++layer) {
+    transfer->WhenReady(layer, [&done = computed[layer]](auto) { done.Notify(); });
+    ASSERT_TRUE(computed[layer].WaitForNotificationWithTimeout(absl::Seconds(20))) << layer;
+    if (layer == 1) {
+      FakeDevice& device = backend_.device();
+      device.Limit(FakeDevice::Kind::kDevice, device.live_bytes(FakeDevice::Kind::kDevice));
+      auto second = prompts_.New(1000, 7);
+      ASSERT_TRUE(scheduler.Admit(second).ok());
+      const absl::Status missing = Prompts::SinkOf(second).Wait();
+      EXPECT_EQ(missing.code(), absl::StatusCode::kResourceExhausted);
+      EXPECT_EQ(FactsOf(missing).reason, "device_memory");
+      cache->Delivered(0);
+    }
+    if (layer > 0) cache->Delivered(layer);
+  }
+  EXPECT_TRUE(Prompts::SinkOf(first).Wait().ok());
+  EXPECT_TRUE(InOrder(Prompts::SinkOf(first)));
+}
+
 TEST_F(PrefillTest, AFailedTicketEndsTheJobThoughItWasComputed) {
   std::vector<absl::StatusCode> told;
   absl::Notification all_told;

@@ -153,6 +153,42 @@ TEST_P(CudaOpsOnGpu, EmbedsExactly) {
   EXPECT_EQ(out[0], out[1]);
 }
 
+// More than one thread copies it, in parts of which the last is short.
+TEST_P(CudaOpsOnGpu, ALargeTableArrivesWholeAndATiedHeadSharesIt) {
+  constexpr int64_t kWidth = 512, kVocabulary = 50001;
+  std::vector<uint16_t> table(kVocabulary * kWidth);
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<uint16_t>(i * 2654435761u >> 20);
+  const auto held = [&] { return gpu_.backend->device().memory()[0].bytes; };  // "device"
+  auto embedding = gpu_.ops().Prepare(EmbeddingWeights{
+      .table = table.data(), .dtype = GetParam(), .vocabulary = kVocabulary, .width = kWidth});
+  ASSERT_TRUE(embedding.ok()) << embedding.status();
+  const uint64_t before = held();
+  auto head = gpu_.ops().Prepare(
+      LinearWeights{.parts = {{.weight = table.data(), .out_features = kVocabulary}},
+                    .dtype = GetParam(),
+                    .in_features = kWidth,
+                    .tied = embedding->get()});
+  ASSERT_TRUE(head.ok()) << head.status();
+  EXPECT_EQ(held(), before);
+
+  BatchTokens every;
+  for (uint32_t id = 0; id < kVocabulary; ++id) {
+    every.ids.push_back(id);
+    every.positions.push_back(0);
+  }
+  auto tokens = gpu_.ops().Prepare(std::move(every));
+  ASSERT_TRUE(tokens.ok());
+  const Rows out = {gpu_.Take(table.size() * sizeof(uint16_t)), GetParam(), kWidth};
+  ASSERT_TRUE(gpu_.ops()
+                  .Embed({.embedding = embedding->get(), .tokens = tokens->get(), .out = out}, {})
+                  .ok());
+  std::vector<uint16_t> got(table.size());
+  Device& device = gpu_.backend->device();
+  ASSERT_TRUE(device.Copy(got.data(), out.data, got.size() * sizeof(uint16_t), {}).ok());
+  ASSERT_TRUE(device.Synchronize({}).ok());
+  EXPECT_EQ(got, table);
+}
+
 TEST_P(CudaOpsOnGpu, Normalizes) {
   for (int64_t width : {8, 576, 4096, 5120, 12288}) {
     SCOPED_TRACE(width);
@@ -250,8 +286,11 @@ TEST_P(CudaOpsOnGpu, ProjectsAndTurnsHeads) {
       const Linear* linear =
           Prepare(*side, weights, turning.biased ? biases : std::vector<Values>(), kIn);
       auto rotary = side->ops().Prepare(frequencies);
+      ASSERT_TRUE(rotary.ok()) << rotary.status();
+      tokens.rotary = rotary->get();
+      tokens.memory = side->Take(side->ops().TokensBytes(kTokens + 3, tokens.rotary) + 1);
       auto batch = side->ops().Prepare(tokens);
-      ASSERT_TRUE(rotary.ok() && batch.ok());
+      ASSERT_TRUE(batch.ok()) << batch.status();
       ProjectQkvArgs args{.linear = linear,
                           .x = side->Put(x.wide, kIn),
                           .q = side->Empty(kTokens, kQHeads * d),

@@ -1,0 +1,69 @@
+// What models hold of the device while they are served, known and taken at start: no prompt's
+// layers ask for memory while they are computed. A plan is a function of the models, the longest
+// prompt, the scheduler's bounds and what is free.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "server/model/transformer.h"
+
+namespace prefilld {
+
+// What one layer of a batch needs beside weights and tiles, and what its batch holds.
+enum class Holding { kActivations, kCounts, kIndex, kWorkspace, kKvOut, kReports, kBatch };
+inline constexpr size_t kHeldCount = 7;
+using HeldBytes = std::array<size_t, kHeldCount>;
+inline size_t& Of(HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
+inline size_t Of(const HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
+
+// Of prompts of these lengths in one batch. Pure; threads: any.
+HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<int64_t>& lengths,
+                 const SparsityPolicy& policy);
+
+struct PlanInputs {
+  Backend& backend;
+  std::vector<const Transformer*> models;
+  int64_t prompt_tokens = 0;  // the longest prompt
+  bool or_less = false;       // a shorter one will do where that does not fit
+  // The scheduler's: tokens and jobs of a batch of short prompts, and batches that run in turn.
+  int64_t batch_tokens = 0;
+  int batch_jobs = 0, batches = 0;
+  uint64_t attend_bytes = 0, kv_bytes = 0;
+};
+
+struct MemoryPlan {
+  enum class When { kLoaded, kStart, kLater };
+  struct Row {
+    std::string what;
+    std::string of;  // the model, or empty
+    bool device = false;
+    When when = When::kStart;
+    uint64_t bytes = 0;
+    std::string by;  // what it is determined by
+  };
+
+  int64_t prompt_tokens = 0;  // the longest prompt that it holds
+  HeldBytes held{};           // of the largest batch
+  size_t batches = 0;         // of all batches that run, instead of held's
+  uint64_t free = 0;          // of the device, before it is taken; 0 where nothing is known of that
+  uint64_t spare = 0;         // and after it, for shapes that nobody planned
+  std::vector<Row> rows;
+
+  // Of the device, from now on.
+  uint64_t needs() const;
+};
+inline constexpr const char* kWhenNames[] = {"loaded", "start", "as calls come"};
+constexpr const char* Name(MemoryPlan::When when) { return kWhenNames[static_cast<int>(when)]; }
+
+// RESOURCE_EXHAUSTED, in one line for the operator: the device has not got what the plan needs, and
+// the longest prompt for which it has. Where nothing is known of what is free, everything fits.
+absl::StatusOr<MemoryPlan> PlanMemory(const PlanInputs& inputs);
+
+}  // namespace prefilld
