@@ -129,6 +129,29 @@ void AddTransports(CLI::App& app, Config* config) {
 }
 
 // Open to the network only when somebody said so.
+void AddBackend(CLI::App& app, Config* config) {
+  app.add_option("--backend", config->backend,
+                 "cpu, cuda, or auto: cuda where there is a GPU, else cpu");
+  app.add_option("--threads", config->threads, "CPU threads; 0: all processors")
+      ->check(CLI::Range(0, 4096));
+  app.add_option("--cuda_kernels", config->cuda_kernels, "auto, sm80 or sm90 (Hopper alone)")
+      ->check(CLI::IsMember({"auto", "sm80", "sm90"}));
+  app.add_option("--cache_dir", config->cache_dir,
+                 "Directory that keeps which algorithms of products were measured to be the "
+                 "fastest on this GPU; default: measured at every start")
+      ->check(CLI::ExistingDirectory);
+  for (auto [name, value] : {std::pair("--inject_fault", &config->inject_fault),
+                             std::pair("--inject_hang", &config->inject_hang)}) {
+    app.add_option(name, *value)->check(CLI::Range(0, 1 << 20))->group("");  // not in --help
+  }
+}
+
+void AddTls(CLI::App& app, Config* config) {
+  app.add_option("--tls_cert", config->tls_cert, "PEM certificate chain: serve TLS");
+  app.add_option("--tls_key", config->tls_key, "PEM private key");
+  app.add_option("--tls_client_ca", config->tls_client_ca, "PEM CA that clients must be signed by");
+}
+
 absl::Status CheckExposure(const Config& config, bool insecure_listen) {
   const bool tls = !config.tls_cert.empty();
   if (tls != !config.tls_key.empty()) {
@@ -199,19 +222,7 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddEndpoint(app, "--listen", &config.listen, "gRPC address; port 0 picks one");
   AddEndpoint(app, "--http", &config.http, "Address of /metrics and /debug/sparsity");
   app.add_flag("--insecure_listen", insecure_listen, "Allow addresses beyond loopback without TLS");
-  app.add_option("--backend", config.backend,
-                 "cpu, cuda, or auto: cuda where there is a GPU and no --model, else cpu");
-  app.add_option("--cuda_kernels", config.cuda_kernels, "auto, sm80 or sm90 (Hopper alone)")
-      ->check(CLI::IsMember({"auto", "sm80", "sm90"}));
-  app.add_option(
-         "--cache_dir", config.cache_dir,
-         "Directory that keeps which algorithms of products were measured to be the fastest "
-         "on this GPU; default: measured at every start")
-      ->check(CLI::ExistingDirectory);
-  for (auto [name, value] : {std::pair("--inject_fault", &config.inject_fault),
-                             std::pair("--inject_hang", &config.inject_hang)}) {
-    app.add_option(name, *value)->check(CLI::Range(0, 1 << 20))->group("");  // not in --help
-  }
+  AddBackend(app, &config);
   app.add_option("--model", models, "NAME=DIR of a Hugging Face model; repeatable")
       ->type_name("NAME=DIR");
   AddTransports(app, &config);
@@ -237,9 +248,7 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
               "How long SIGTERM waits for work and leases");
   AddDuration(app, "--stall_timeout", &config.stall_timeout,
               "A step that runs for longer, and for twenty times its prediction, ends the process");
-  app.add_option("--tls_cert", config.tls_cert, "PEM certificate chain: serve TLS");
-  app.add_option("--tls_key", config.tls_key, "PEM private key");
-  app.add_option("--tls_client_ca", config.tls_client_ca, "PEM CA that clients must be signed by");
+  AddTls(app, &config);
 
   try {
     app.parse(argc, argv);

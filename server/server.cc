@@ -105,14 +105,23 @@ absl::Status Explain(const char* what, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
 }
 
+// Left open, models run on the CPU where the GPU lacks what they need.
+absl::StatusOr<std::unique_ptr<Backend>> ChooseBackend(const Config& config) {
+  auto backend = CreateBackend(config.backend, config.threads,
+                               {.kernels = config.cuda_kernels, .cache_dir = config.cache_dir});
+  if (!backend.ok() || config.backend != "auto" || config.models.empty()) return backend;
+  const absl::Status serves = (*backend)->ops().status();
+  if (serves.ok()) return backend;
+  Log(Level::kWarning, "models_on_cpu",
+      {{"backend", std::string((*backend)->name())}, {"message", std::string(serves.message())}});
+  return CreateBackend("cpu", config.threads);
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   std::unique_ptr<Server> server(new Server(config));
-  // Models on a GPU are new: they are asked for by name.
-  const bool model_wants_cpu = config.backend == "auto" && !config.models.empty();
-  auto backend = CreateBackend(model_wants_cpu ? "cpu" : config.backend, config.threads,
-                               {.kernels = config.cuda_kernels, .cache_dir = config.cache_dir});
+  auto backend = ChooseBackend(config);
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
   FaultyBackend* faulty = nullptr;
@@ -268,10 +277,10 @@ absl::Status Server::OpenMedia() {
 absl::Status Server::TakeKvMemory() {
   if (models_.empty()) return absl::OkStatus();
   uint64_t of_segments = 0;
-  Medium* shm = FindMedium(media_, Transport::kPosixShm);
-  if (shm != nullptr && !backend_->device().host_memory()) {
-    of_segments = std::min(config_.kv_memory, shm->Room()) / 2;
-    segments_ = SegmentPool::Create(*shm, backend_->device(), of_segments);
+  for (const auto& [transport, medium] : media_) {
+    if (!RowOf(transport).pooled || backend_->device().host_memory()) continue;
+    of_segments = std::min(config_.kv_memory, medium->Room()) / 2;
+    segments_ = SegmentPool::Create(*medium, backend_->device(), of_segments);
   }
   size_t block_bytes = 0;
   for (const auto& [name, model] : models_) {

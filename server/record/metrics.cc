@@ -141,6 +141,11 @@ Metrics::Metrics()
                          "Held by the server on the device, and of the host pinned for it")),
       gpu_faults_(Counters(*registry_, "prefilld_gpu_faults_total",
                            "Faults that no CUDA context survives: the server ends")) {
+  AddKnown();
+}
+
+// What is counted from the start, at zero.
+void Metrics::AddKnown() {
   for (const char* method : kMethods) {
     for (const char* code : kCodes) requests_.Add({{"method", method}, {"code", code}});
     request_duration_.Add({{"method", method}}, Seconds());

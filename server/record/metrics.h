@@ -98,6 +98,7 @@ struct Metrics {
   };
 
  private:
+  void AddKnown();
   template <typename T>
   using Family = prometheus::Family<T>;
 

@@ -31,6 +31,8 @@ struct TransportRow {
   // Its regions lie in the device's memory, and are computed in. A region in the host's is copied
   // to and from a device that has memory of its own (Staging).
   bool on_device;
+  // Its regions take long to make, more so where the device has them pinned: some are kept ready.
+  bool pooled;
   // The peer must have closed a region before it is freed, so the call ends after it has.
   bool peer_closes;
   // Asked for by name and not possible is no start. What is not is served without, with a warning.
@@ -51,6 +53,7 @@ inline constexpr std::array<TransportRow, 3> kTransports = {{
      .tensors = true,
      .kv_cache = true,
      .on_device = false,
+     .pooled = false,
      .peer_closes = false,
      .required = true,
      .open = nullptr},
@@ -60,6 +63,7 @@ inline constexpr std::array<TransportRow, 3> kTransports = {{
      .tensors = true,
      .kv_cache = true,
      .on_device = false,
+     .pooled = true,
      .peer_closes = false,
      .required = false,
      .open = OpenPosixShm},
@@ -69,6 +73,7 @@ inline constexpr std::array<TransportRow, 3> kTransports = {{
      .tensors = true,
      .kv_cache = false,
      .on_device = true,
+     .pooled = false,
      .peer_closes = true,
      .required = true,
      .open = OpenCudaIpc},
