@@ -109,7 +109,7 @@ absl::StatusOr<Points> TimeLength(Stages& stages, StepClock& clock, const Trial&
     const PhaseSeconds phases = clock.Read();
     const double select = Of(phases, Phase::kSelect), attention = Of(phases, Phase::kAttention);
     if (dense) {
-      dense_seconds.push_back(select + attention);
+      dense_seconds.push_back(attention);
     } else {
       select_seconds.push_back(Of(phases, Phase::kEstimate) + select);
       sparse_seconds.push_back(attention);

@@ -60,7 +60,11 @@ double CostCurve::Seconds(double flops) const {
 }
 
 void CostCurve::Observe(double flops, double seconds) {
-  if (flops >= least_flops_) Follow(speed_, Measured(flops) / seconds, 0.1);
+  const double seen = Measured(flops) / seconds;
+  if (flops < least_flops_ || !std::isfinite(seen) || seen <= 0) return;
+  const double speed = speed_.load(std::memory_order_relaxed);
+  // Once in a while a call takes many times as long: it made a plan, or the device did other work.
+  Follow(speed_, std::clamp(seen, speed / 2, speed * 2), 0.1);
 }
 
 CostModel::Work CostModel::WorkOf(int q_heads, int head_dim, int64_t sq, int64_t sk) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -257,7 +258,7 @@ StagesCall Engine::LayerCall(const Batch& batch) {
   const std::vector<int64_t>& ends = batch.prompts.cu_seqlens;
   StagesCall call;
   call.clock = &layer_clocks_[next_clock_];
-  next_clock_ = 1 - next_clock_;
+  next_clock_ = (next_clock_ + 1) % std::size(layer_clocks_);
   call.dense_reason = batch.dense_reason;
   AttentionArgs& args = call.args;
   args.shape = {info.activations, info.q_heads, info.kv_heads, info.head_dim, ends, ends};
@@ -276,7 +277,12 @@ absl::Status Engine::EnqueueLayer(Batch& batch, StagesCall& call) {
   Transformer& model = *batch.model;
   const int layer = batch.next_layer;
   StepClock& clock = *call.clock;
-  absl::Status status = clock.Start();
+  absl::Status status;
+  if (flights_.empty()) {
+    status = clock.Start();
+  } else {
+    clock.StartAfter(*flights_.back().call.clock);
+  }
   if (status.ok()) status = model.ProjectQkv(layer, batch.prompts, layer_, kStream);
   if (status.ok()) status = clock.End(Phase::kLinear);
   if (status.ok()) status = StoreKv(batch, layer);

@@ -143,8 +143,10 @@ class Engine {
   // Layers that may be on their way when the engine waits for one.
   const size_t ahead_ = backend_.device().host_memory() ? 0 : 1;
   StepClock clock_{backend_.device(), Stream{}};
-  StepClock layer_clocks_[2] = {{backend_.device(), Stream{}}, {backend_.device(), Stream{}}};
-  int next_clock_ = 0;
+  // Of the layer that is enqueued, the one on its way, and the one whose end is that one's begin.
+  StepClock layer_clocks_[3] = {
+      {backend_.device(), Stream{}}, {backend_.device(), Stream{}}, {backend_.device(), Stream{}}};
+  size_t next_clock_ = 0;
   Stages stages_{backend_, cost_};
   std::deque<Flight> flights_;  // at most ahead_ + 1
   Buffer scratch_;              // q, k, v, o of one layer; grows to the largest batch seen

@@ -71,15 +71,15 @@ absl::Status Stages::Prepare(StagesCall& call) {
 absl::Status Stages::Enqueue(StagesCall& call) {
   AttentionArgs& args = call.args;
   StepClock& clock = *call.clock;
+  const bool selects = args.policy.method != Method::kDense;  // else it is part of attention
   absl::Status status = backend_.EstimatePattern(args, kStream);
-  if (status.ok()) status = clock.End(Phase::kEstimate);
+  if (status.ok() && selects) status = clock.End(Phase::kEstimate);
   if (status.ok()) status = Select(call);
   if (status.ok() && Measures(args)) status = backend_.MeasureCapturedMass(args, kStream);
-  if (status.ok()) status = clock.End(Phase::kSelect);
+  if (status.ok() && selects) status = clock.End(Phase::kSelect);
   if (status.ok()) status = backend_.Attend(args, kStream);
   if (status.ok()) status = clock.End(Phase::kAttention);
   if (status.ok()) status = CopyOut(call);
-  if (status.ok()) status = clock.End(Phase::kHandoff);
   return status.ok() ? CheckCancelled(args) : status;
 }
 
@@ -94,12 +94,14 @@ absl::Status Stages::CopyOut(const StagesCall& call) {
                  {call.host_lse, args.lse, call.lse_bytes},
                  {call.host_count, args.index.count, rows * sizeof(int32_t)},
                  {call.host_index, args.index.index, rows * args.index.stride * sizeof(uint16_t)}};
+  bool any = false;
   for (const auto& [host, from, bytes] : outputs) {
     if (host == nullptr) continue;
+    any = true;
     absl::Status status = backend_.device().Copy(host, from, bytes, kStream);
     if (!status.ok()) return status;
   }
-  return absl::OkStatus();
+  return any ? call.clock->End(Phase::kHandoff) : absl::OkStatus();
 }
 
 absl::Status Stages::Select(StagesCall& call) {
@@ -140,8 +142,7 @@ void Stages::Observe(const StagesCall& call, const PhaseSeconds& phases) {
     }
     cost_.ObserveSparse(work, MeanDensity(shape, call.report.data()), attention);
   } else if (!call.open) {  // else the time is that of both
-    // Without the estimate, which of dense is the making of a plan, once a shape.
-    cost_.ObserveDense(work, select + attention);
+    cost_.ObserveDense(work, attention);
   }
 }
 

@@ -6,7 +6,14 @@ namespace prefilld {
 
 absl::Status StepClock::Start() {
   phases_.clear();
-  return Record();
+  absl::Status status = Record();
+  begin_ = marks_.empty() ? nullptr : marks_[0].get();
+  return status;
+}
+
+void StepClock::StartAfter(const StepClock& before) {
+  phases_.clear();
+  begin_ = &before.last();
 }
 
 absl::Status StepClock::End(Phase phase) {
@@ -15,7 +22,7 @@ absl::Status StepClock::End(Phase phase) {
 }
 
 absl::Status StepClock::Record() {
-  if (phases_.size() == marks_.size()) {
+  while (phases_.size() >= marks_.size()) {
     auto mark = device_.NewMark();
     if (!mark.ok()) return mark.status();
     marks_.push_back(*std::move(mark));
@@ -33,7 +40,8 @@ absl::Status StepClock::Await(absl::Status enqueued) {
 PhaseSeconds StepClock::Read() const {
   PhaseSeconds seconds{};
   for (size_t i = 0; i < phases_.size(); ++i) {
-    Of(seconds, phases_[i]) += marks_[i + 1]->SecondsSince(*marks_[i]);
+    const Device::Mark& begin = i == 0 ? *begin_ : *marks_[i];
+    Of(seconds, phases_[i]) += marks_[i + 1]->SecondsSince(begin);
   }
   return seconds;
 }

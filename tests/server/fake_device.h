@@ -190,7 +190,7 @@ class FakeDevice : public Device {
     explicit FakeMark(FakeDevice& device) : device_(device) {}
     absl::Status Record(Stream stream) override {
       stream_ = stream;
-      recorded_ = ++device_.marks_recorded_;
+      if (stream.handle == nullptr) recorded_ = ++device_.marks_recorded_;
       return absl::OkStatus();
     }
     absl::Status Await() override {
