@@ -34,7 +34,7 @@ class ObjectReader {
 
   // Null counts as absent.
   const json* Find(std::string_view key) {
-    read_.push_back(key);
+    read_.emplace_back(key);
     const auto it = object_.find(std::string(key));
     return it == object_.end() || it->is_null() ? nullptr : &*it;
   }
@@ -102,7 +102,7 @@ class ObjectReader {
  private:
   const json& object_;
   const std::string where_;
-  std::vector<std::string_view> read_;
+  std::vector<std::string> read_;
   absl::Status status_;
 };
 

@@ -85,6 +85,12 @@ def test_leaving_early_abandons_the_work(client, server, tiny):
     # `server` checks that no lease, block or running job is left.
 
 
+def test_leaving_what_has_ended_already_is_no_error(client, tiny):
+    with client.prefill("tiny", tiny.tokens(100)) as call:
+        call.summary
+        client.release(call.lease, consumed=False)  # as a cancelled call does it, a moment earlier
+
+
 def test_refusals_carry_their_facts(client):
     with pytest.raises(prefilld.PrefilldError) as invalid:
         client.prefill("tiny", [1, 2], gamma=2.0)

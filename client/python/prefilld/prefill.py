@@ -143,9 +143,10 @@ class Prefill:
         consumed = kind is None and self._pull is not None and self._pull.complete
         try:
             self.release(consumed)
-        except PrefilldError:
+        except PrefilldError as error:
             self.cancel()
-            if kind is None:  # else the first error is the one to see
+            gone = not consumed and error.code == grpc.StatusCode.NOT_FOUND  # as was wanted
+            if kind is None and not gone:  # else the first error is the one to see
                 raise
 
     def cancel(self) -> None:

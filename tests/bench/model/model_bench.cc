@@ -201,7 +201,8 @@ class ModelBench {
     if (!status.ok()) return status;
     sample.seconds -= filling;
     sample.phases = jobs[0]->phases;
-    Of(sample.phases, Phase::kEstimate) -= filling;
+    const bool selected = Of(sample.phases, Phase::kEstimate) > 0;  // dense has no such phase
+    Of(sample.phases, selected ? Phase::kEstimate : Phase::kAttention) -= filling;
     sample.density = 0;
     for (const auto& job : jobs) sample.density += job->report.MeanDensity() / options_.batch;
     if (jobs[0]->report.captured_mass_measured) {
