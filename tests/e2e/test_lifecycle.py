@@ -48,7 +48,8 @@ def test_an_idle_server_ends_within_two_seconds(mortal, number):
 
 
 def test_a_step_that_never_ends_ends_the_server(start_server, tiny):
-    server = start_server("--inject_hang=2", "--stall_timeout=1s", models=[("tiny", tiny.directory)])
+    server = start_server("--inject_hang=2", "--stall_timeout=1s",
+                          models=[("tiny", tiny.directory)])
     call = prefilling.start(server, tiny.tokens(100))
     started = time.monotonic()
     harness.eventually(lambda: check_health(server, "") != 1, message="not live")

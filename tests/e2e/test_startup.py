@@ -1,5 +1,5 @@
-"""What keeps a server from starting: one clear line on stderr, the last, behind what the log told until
-then; exit status 1, nothing on stdout."""
+"""What keeps a server from starting: one clear line on stderr, the last, behind what the log told
+until then; exit status 1, nothing on stdout."""
 
 import json
 import os

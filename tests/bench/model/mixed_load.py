@@ -5,10 +5,10 @@ holds before, while and after.
         [--clients=6] [--longest=8192]
 
 Clients are processes. Each prefills prompts of 16 to --longest tokens (most are short), dense,
-joint or flexprefill, over grpc or posix_shm, and pulls the cache; it cancels one prompt in ten. One
-prompt in twenty ends with its client, by kill -9, and another client comes. Every ten seconds a line
-says what the server holds. In the end, when the leases of the killed have run out, exits with 1
-unless all is as before: blocks, segments, leases, device memory (what the first prompts took
+joint or flexprefill, over grpc or posix_shm, and pulls the cache; it cancels one prompt in ten.
+One prompt in twenty ends with its client, by kill -9, and another client comes. Every ten seconds
+a line says what the server holds. In the end, when the leases of the killed have run out, exits
+with 1 unless all is as before: blocks, segments, leases, device memory (what the first prompts took
 included) and threads; and unless every admitted prompt finished, was cancelled or failed.
 """
 
@@ -134,7 +134,9 @@ def main() -> int:
         admitted = counts.pop("admitted", 0)
         fine = not moved and after["threads"] <= before["threads"] + THREADS_MORE and \
             admitted == sum(counts.values())
-        print("all is back" if fine else f"NOT back: {moved}, admitted {admitted}, threads {before['threads']}, then {after['threads']}")
+        print("all is back" if fine else
+              f"NOT back: {moved}, admitted {admitted}, "
+              f"threads {before['threads']}, then {after['threads']}")
         return 0 if fine else 1
 
 
