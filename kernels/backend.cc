@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -110,7 +111,11 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, in
     const bool none = absl::IsUnavailable(cuda.status()) || absl::IsUnimplemented(cuda.status());
     if (name == "cuda" || !none) return cuda;
   }
-  return std::make_unique<cpu::CpuBackend>(threads > 0 ? threads : omp_get_num_procs());
+  // A product is shared out among as many threads as were asked for: with fewer (OMP_THREAD_LIMIT,
+  // OMP_DYNAMIC) a part of it would not be computed.
+  omp_set_dynamic(0);
+  const int wanted = threads > 0 ? threads : omp_get_num_procs();
+  return std::make_unique<cpu::CpuBackend>(std::min(wanted, omp_get_thread_limit()));
 }
 
 }  // namespace prefilld
