@@ -280,7 +280,8 @@ absl::Status Server::TakeKvMemory() {
   for (const auto& [transport, medium] : media_) {
     if (!RowOf(transport).pooled || backend_->device().host_memory()) continue;
     of_segments = std::min(config_.kv_memory, medium->Room()) / 2;
-    segments_ = SegmentPool::Create(*medium, backend_->device(), of_segments);
+    segments_ = SegmentPool::Create(*medium, backend_->device(), of_segments,
+                                    [this] { return !scheduler_->WaitIdle(absl::InfinitePast()); });
   }
   size_t block_bytes = 0;
   for (const auto& [name, model] : models_) {
@@ -424,9 +425,9 @@ Server::~Server() {
     leases_->Stop();  // a lease's end reaches into the scheduler
     leases_->ReleaseAll(LeaseEnd::kAbandoned);
   }
-  scheduler_.reset();  // its sinks reach into what is above it
-  RemoveSegments();    // a slice may hold one, see below
-  if (segments_) segments_->Stop();
+  if (segments_) segments_->Stop();  // it asks the scheduler
+  scheduler_.reset();                // its sinks reach into what is above it
+  RemoveSegments();                  // a slice may hold one, see below
   // gRPC lets go of the last slices in its own time. A pool they point into is rather leaked.
   const absl::Time deadline = absl::Now() + absl::Seconds(2);
   const bool back = !segments_ || segments_->WaitAllBack(deadline);

@@ -189,12 +189,14 @@ void KvCache::Fail(absl::Status why) {
   for (const Ready& ready : wake) ready(why);
 }
 
-absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<void()> abort) {
+absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<void()> abort,
+                                                                 bool told) {
   absl::MutexLock lock(&mutex_);
   if (!closed_.ok()) return closed_;
   std::unique_ptr<Transfer> transfer(new Transfer(shared_from_this()));
   transfer->abort_ = std::move(abort);
   transfers_.push_back(transfer.get());
+  if (told) ++told_;
   progress_ = SteadyNow();
   return transfer;
 }
@@ -261,11 +263,12 @@ void KvCache::Leave(Transfer* transfer) {
   give_back();
 }
 
-void KvCache::Close(absl::Status why) {
+void KvCache::Close(absl::Status why, bool unmapped) {
   std::function<void()> give_back;
   {
     absl::MutexLock lock(&mutex_);
     if (closed_.ok()) closed_ = std::move(why);
+    if (unmapped && told_ <= 1 && region_) region_->SetUnmapped(true);
     // A slow reader has its whole time from here, even if slowness is what ended the lease.
     for (Transfer* transfer : transfers_) transfer->progress_ = SteadyNow();
     give_back = FreeIfQuiet();

@@ -125,12 +125,14 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   void Fail(absl::Status why);       // no further layer will come; committed ones stay readable
 
   // --- pulls ---
-  // FAILED_PRECONDITION when closed.
-  absl::StatusOr<std::unique_ptr<Transfer>> Open(std::function<void()> abort);
+  // FAILED_PRECONDITION when closed. told: the puller learns what opens the region.
+  absl::StatusOr<std::unique_ptr<Transfer>> Open(std::function<void()> abort, bool told = false);
   void Delivered(int layer);  // retain = false: frees it once its pins are gone
 
   // --- leases ---
-  void Close(absl::Status why);  // no new pull; blocks are freed after the running ones
+  // No new pull; blocks are freed after the running ones. unmapped: who releases it says that
+  // nobody has the region open, which is believed of one pull and not of others.
+  void Close(absl::Status why, bool unmapped = false);
   int running_transfers() const;
   bool computing() const;  // layers are still to come and the engine is not waiting for us
   bool complete() const;   // every layer was committed
@@ -183,6 +185,7 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   absl::Status failed_ ABSL_GUARDED_BY(mutex_);
   absl::Status closed_ ABSL_GUARDED_BY(mutex_);
   std::vector<Transfer*> transfers_ ABSL_GUARDED_BY(mutex_);
+  int told_ ABSL_GUARDED_BY(mutex_) = 0;  // pulls that there were
   std::function<void()> on_slot_free_ ABSL_GUARDED_BY(mutex_);
   SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
 };

@@ -73,7 +73,8 @@ absl::StatusOr<LeaseInfo> LeaseTable::Renew(absl::string_view name, uint64_t gen
   return entry.info;
 }
 
-absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generation, LeaseEnd why) {
+absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generation, LeaseEnd why,
+                                        bool unmapped) {
   Entry entry;
   {
     absl::MutexLock lock(&mutex_);
@@ -82,7 +83,7 @@ absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generat
     entry = std::move(entries_.extract(*found).mapped());
   }
   const std::shared_ptr<KvCache> cache = entry.cache;
-  End(std::move(entry), why);
+  End(std::move(entry), why, unmapped);
   return cache->running_transfers();
 }
 
@@ -96,10 +97,11 @@ void LeaseTable::ReleaseAll(LeaseEnd why) {
 }
 
 // New pulls stop at once; the cache frees its blocks when the running ones have ended.
-void LeaseTable::End(Entry entry, LeaseEnd why) {
+void LeaseTable::End(Entry entry, LeaseEnd why, bool unmapped) {
   const char* verb = why == LeaseEnd::kExpired ? "expired" : "was released";
   entry.cache->Close(
-      absl::FailedPreconditionError(absl::StrCat("lease '", entry.info.name, "' ", verb)));
+      absl::FailedPreconditionError(absl::StrCat("lease '", entry.info.name, "' ", verb)),
+      unmapped);
   if (events_.ended) events_.ended(entry.info, why);  // the name is free before the job hears of it
   if (!entry.cache->complete() && entry.abandon) entry.abandon();
   if (entry.cache->running_transfers() > 0) {

@@ -50,7 +50,7 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
   if (!cache.ok()) return cache.status();
   auto range = ValidatePull(request, **cache, rpc_.limits);
   if (!range.ok()) return range.status();
-  auto transfer = (*cache)->Open([weak = weak_from_this()] {
+  const auto abort = [weak = weak_from_this()] {
     const auto self = weak.lock();
     if (!self) return;
     // The peer takes nothing: only a reset ends the call. OnCancel does the rest.
@@ -58,7 +58,8 @@ absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
     if (!self->self_) return;
     self->aborted_ = true;
     self->context_->TryCancel();
-  });
+  };
+  auto transfer = (*cache)->Open(abort, RowOf(range->transport).open != nullptr);
   if (!transfer.ok()) return transfer.status();
   cache_ = *std::move(cache);
   transfer_ = *std::move(transfer);

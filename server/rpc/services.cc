@@ -69,10 +69,10 @@ grpc::ServerUnaryReactor* KvHandoffServiceImpl::ReleaseLease(grpc::CallbackServe
       return InvalidField("reason",
                           absl::StrCat(request->reason(), " is neither CONSUMED nor ABANDONED"));
     }
+    const bool consumed = request->reason() == v1::RELEASE_REASON_CONSUMED;
     auto running = rpc_.leases.Release(request->lease(), request->generation(),
-                                       request->reason() == v1::RELEASE_REASON_CONSUMED
-                                           ? LeaseEnd::kConsumed
-                                           : LeaseEnd::kAbandoned);
+                                       consumed ? LeaseEnd::kConsumed : LeaseEnd::kAbandoned,
+                                       consumed && request->unmapped());
     if (!running.ok()) return running.status();
     response->set_running_transfers(static_cast<uint32_t>(*running));
     return absl::OkStatus();

@@ -1,11 +1,13 @@
 // Memory that a caller opens instead of being sent bytes, and the media that such memory comes
-// from. A region is made by the server, belongs to one KV cache or one Attend, and is never used
-// again. What a peer needs to open it is told by its address; how that is put on the wire is rpc's.
+// from. A region is made by the server and belongs to one KV cache or one Attend. It is not used
+// again, unless its peer says that nobody has it open: who has keeps what it saw. What a peer needs
+// to open it is told by its address; how that is put on the wire is rpc's.
 //
 // A peer may change what it has opened at any time: nothing read from a region may be used as an
 // index or a size. Threads: any.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -49,6 +51,9 @@ class Region {
   const RegionAddress& address() const { return address_; }
   // Nobody can open it from now on; who has, and we, keep it.
   virtual void Unlink() {}
+  // Whether nobody but us has it open, as the only peer says that was told of it.
+  bool unmapped() const { return unmapped_; }
+  void SetUnmapped(bool unmapped) { unmapped_ = unmapped; }
 
  protected:
   explicit Region(Transport transport) : transport_(transport) {}
@@ -59,6 +64,7 @@ class Region {
 
  private:
   const Transport transport_;
+  std::atomic<bool> unmapped_{false};
 };
 
 // What the two sides tell each other of where they are; empty: not told.

@@ -1,6 +1,7 @@
 #include "server/transport/segment_pool.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -24,10 +25,18 @@ uint64_t SizeFor(uint64_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
+bool Fits(uint64_t member, uint64_t bytes) {
+  return member >= bytes &&
+         member / kTimesLargerMax <= std::max(bytes, SegmentPool::kSmallestBytes);
+}
+
 }  // namespace
 
-std::shared_ptr<SegmentPool> SegmentPool::Create(Medium& medium, Device& device, uint64_t bytes) {
-  return std::shared_ptr<SegmentPool>(new SegmentPool(medium, device, WholeSteps(bytes)));
+std::shared_ptr<SegmentPool> SegmentPool::Create(Medium& medium, Device& device, uint64_t bytes,
+                                                 std::function<bool()> busy,
+                                                 absl::Duration patience) {
+  return std::shared_ptr<SegmentPool>(
+      new SegmentPool(medium, device, WholeSteps(bytes), std::move(busy), patience));
 }
 
 void SegmentPool::Fill() {
@@ -47,20 +56,19 @@ void SegmentPool::Close() {
 void SegmentPool::Stop() {
   Close();
   filler_.Stop();
+  zeroer_.Stop();
 }
 
-absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Fresh(uint64_t bytes) {
-  auto region = medium_.Create(bytes);
-  if (!region.ok()) return region;
+std::shared_ptr<Region> SegmentPool::Register(std::shared_ptr<Region> region) {
   // Where that is not to be had the device copies all the same.
-  auto registered = device_.Register((*region)->data(), bytes);
+  auto registered = device_.Register(region->data(), region->bytes());
   if (!registered.ok() || registered->data() == nullptr) return region;
   const auto held = std::make_shared<Buffer>(*std::move(registered));
-  Region* raw = region->get();
-  return std::shared_ptr<Region>(raw, [region = *std::move(region), held](Region*) mutable {
-    *held = Buffer();
-    region.reset();
-  });
+  Region* raw = region.get();
+  return {raw, [region = std::move(region), held](Region*) mutable {
+            *held = Buffer();
+            region.reset();
+          }};
 }
 
 std::shared_ptr<Region> SegmentPool::Take(uint64_t bytes) {
@@ -76,8 +84,7 @@ std::shared_ptr<Region> SegmentPool::Take(uint64_t bytes) {
 SegmentPool::Members::const_iterator SegmentPool::Find(uint64_t bytes) const {
   auto best = idle_.end();
   for (auto it = idle_.begin(); it != idle_.end(); ++it) {
-    const bool fits = it->region && it->bytes >= bytes &&
-                      it->bytes / kTimesLargerMax <= std::max(bytes, kSmallestBytes);
+    const bool fits = it->region && Fits(it->bytes, bytes);
     if (fits && (best == idle_.end() || it->bytes < best->bytes)) best = it;
   }
   return best;
@@ -102,11 +109,16 @@ absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
   std::vector<Member> out;
   std::shared_ptr<Region> ready;
   const auto decided = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
-    return changing_ == 0 || bytes_ - lent_ - changing_ >= size || Find(bytes) != idle_.end();
+    if (Find(bytes) != idle_.end()) return true;
+    const bool soon = std::any_of(zeroing_.begin(), zeroing_.end(),
+                                  [&](uint64_t member) { return Fits(member, bytes); });
+    return !soon && (changing_ == 0 || bytes_ - lent_ - changing_ >= size);
   };
   {
     absl::MutexLock lock(&mutex_);
+    ++awaiting_;
     mutex_.Await(absl::Condition(&decided));
+    --awaiting_;
     ready = TakeLocked(bytes);
     if (ready == nullptr && !MakeRoom(size, &out)) {
       return RetryLater(absl::StatusCode::kResourceExhausted, "kv_memory",
@@ -118,7 +130,8 @@ absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
   }
   if (ready) return Lend(std::move(ready));
   out.clear();  // their memory is for the new one
-  auto region = Fresh(size);
+  auto region = medium_.Create(size);
+  if (region.ok()) region = Register(*std::move(region));
   {
     absl::MutexLock lock(&mutex_);
     changing_ -= size;
@@ -164,6 +177,11 @@ void SegmentPool::Renew(std::shared_ptr<Region> region) {
     absl::MutexLock lock(&mutex_);
     lent_ -= bytes;
     changing_ += bytes;
+    if (region->unmapped() && !closed_) {
+      zeroing_.insert(bytes);
+      return zeroer_.Post(
+          [this, region = std::move(region)]() mutable { Zero(std::move(region)); });
+    }
   }
   region.reset();
   absl::MutexLock lock(&mutex_);
@@ -171,6 +189,28 @@ void SegmentPool::Renew(std::shared_ptr<Region> region) {
   if (closed_) return;
   idle_.push_back({bytes, nullptr});
   filler_.Post([this] { FillOne(); });
+}
+
+void SegmentPool::Zero(std::shared_ptr<Region> region) {
+  const uint64_t bytes = region->bytes();
+  std::memset(region->data(), 0, bytes);
+  region->SetUnmapped(false);
+  absl::MutexLock lock(&mutex_);
+  changing_ -= bytes;
+  zeroing_.erase(zeroing_.find(bytes));
+  if (!closed_) idle_.push_back({bytes, std::move(region)});
+}
+
+bool SegmentPool::AwaitQuiet() {
+  constexpr absl::Duration kLook = absl::Milliseconds(10);
+  const SteadyTime begin = SteadyNow();
+  const auto called = [this]()
+                          ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return closed_ || awaiting_ > 0; };
+  while (busy_() && Since(begin) < patience_) {
+    absl::MutexLock lock(&mutex_);
+    if (mutex_.AwaitWithTimeout(absl::Condition(&called), kLook)) return !closed_;
+  }
+  return true;
 }
 
 void SegmentPool::FillOne() {
@@ -184,7 +224,8 @@ void SegmentPool::FillOne() {
     changing_ += bytes;
     idle_.erase(missing);
   }
-  auto region = Fresh(bytes);
+  auto region = medium_.Create(bytes);
+  if (region.ok() && AwaitQuiet()) region = Register(*std::move(region));
   absl::MutexLock lock(&mutex_);
   changing_ -= bytes;
   if (closed_) return;

@@ -3,8 +3,9 @@
 // a prompt that waits for them starts late.
 //
 // The pool holds members of different sizes, as many as fit into its bytes, and no cache lies
-// elsewhere. A member is made in the background, lent to one cache, destroyed when the cache lets
-// go of it, and made anew: whoever has mapped a region keeps what it saw, and sees nobody else's.
+// elsewhere. A member is made in the background, lent to one cache, and, when the cache lets go of
+// it, zeroed and lent again where nobody has it mapped any more (Region::unmapped). Otherwise it is
+// destroyed and made anew: whoever has mapped a region keeps what it saw, and sees nobody else's.
 // At the start each is half the next one's size; from then on the pool follows what is asked for:
 // who finds nothing ready gets a new member, in the place of others that nobody uses.
 // Threads: any.
@@ -13,7 +14,10 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -38,8 +42,14 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   // A smaller region takes no time worth saving.
   static constexpr uint64_t kSmallestBytes = uint64_t{16} << 20;
 
-  // Both outlive it; what it has lent may outlive all three. Takes nothing yet.
-  static std::shared_ptr<SegmentPool> Create(Medium& medium, Device& device, uint64_t bytes);
+  // Medium and device outlive it; what it has lent may outlive all three. Takes nothing yet.
+  // busy: whether somebody computes; any thread, from Fill or Make until Stop. To register a region
+  // slows that down (a driver's locks), so the background waits for a pause, but no longer than
+  // `patience`: a server that never pauses has its members too. All of a region at once, as a copy
+  // across two registrations may not count as pinned.
+  static std::shared_ptr<SegmentPool> Create(Medium& medium, Device& device, uint64_t bytes,
+                                             std::function<bool()> busy,
+                                             absl::Duration patience = absl::Seconds(10));
   SegmentPool(const SegmentPool&) = delete;
   SegmentPool& operator=(const SegmentPool&) = delete;
   ~SegmentPool() { Stop(); }
@@ -49,11 +59,12 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   void Close();  // makes no more in the background, and waits for nothing
   void Stop();   // closes, and waits for what is being made there
 
-  // Both give a zeroed region of `bytes` or more that nobody had before. To let go of it may take
-  // as long as to make it.
+  // Both give a zeroed region of `bytes` or more that nobody has. To let go of it may take as long
+  // as to make it.
   std::shared_ptr<Region> Take(uint64_t bytes);  // ready, or null; does not wait
-  // Ready, or made here and now, or waited for while it is being made. RESOURCE_EXHAUSTED when the
-  // pool's bytes are in use (reason kv_memory), never suffice (no retry), or as Medium::Create.
+  // Ready, or made here and now, or waited for while it is being made or zeroed. RESOURCE_EXHAUSTED
+  // when the pool's bytes are in use (reason kv_memory), never suffice (no retry), or as
+  // Medium::Create.
   absl::StatusOr<std::shared_ptr<Region>> Make(uint64_t bytes);
 
   std::array<uint64_t, 3> CountByState() const;  // bytes, by SegmentState
@@ -68,9 +79,14 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   };
   using Members = std::deque<Member>;
 
-  SegmentPool(Medium& medium, Device& device, uint64_t bytes)
-      : medium_(medium), device_(device), bytes_(bytes) {}
-  absl::StatusOr<std::shared_ptr<Region>> Fresh(uint64_t bytes);
+  SegmentPool(Medium& medium, Device& device, uint64_t bytes, std::function<bool()> busy,
+              absl::Duration patience)
+      : medium_(medium),
+        device_(device),
+        bytes_(bytes),
+        busy_(std::move(busy)),
+        patience_(patience) {}
+  std::shared_ptr<Region> Register(std::shared_ptr<Region> region);
   Members::const_iterator Find(uint64_t bytes) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   std::shared_ptr<Region> TakeLocked(uint64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The region, which comes back to the pool when its last owner lets go of it.
@@ -79,19 +95,26 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   bool MakeRoom(uint64_t bytes, std::vector<Member>* out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   uint64_t Free() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   void Renew(std::shared_ptr<Region> region);
+  void Zero(std::shared_ptr<Region> region);
   void FillOne();
+  bool AwaitQuiet();  // false: closed
 
   Medium& medium_;
   Device& device_;
   const uint64_t bytes_;
+  const std::function<bool()> busy_;
+  const absl::Duration patience_;
   mutable absl::Mutex mutex_;
-  Members idle_ ABSL_GUARDED_BY(mutex_);           // what was asked for last is last
-  uint64_t lent_ ABSL_GUARDED_BY(mutex_) = 0;      // bytes
-  uint64_t changing_ ABSL_GUARDED_BY(mutex_) = 0;  // being made or destroyed
+  Members idle_ ABSL_GUARDED_BY(mutex_);                     // what was asked for last is last
+  uint64_t lent_ ABSL_GUARDED_BY(mutex_) = 0;                // bytes
+  uint64_t changing_ ABSL_GUARDED_BY(mutex_) = 0;            // being made, zeroed or destroyed
+  std::multiset<uint64_t> zeroing_ ABSL_GUARDED_BY(mutex_);  // of these, by size
+  int awaiting_ ABSL_GUARDED_BY(mutex_) = 0;                 // callers that wait for these
   bool closed_ ABSL_GUARDED_BY(mutex_) = false;
   SteadyTime begin_ ABSL_GUARDED_BY(mutex_);
   bool told_filled_ ABSL_GUARDED_BY(mutex_) = false, told_short_ ABSL_GUARDED_BY(mutex_) = false;
   WorkPool filler_{1};
+  WorkPool zeroer_{1};  // its own, as the filler may wait
 };
 
 }  // namespace prefilld

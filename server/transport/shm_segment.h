@@ -1,6 +1,6 @@
 // Transport posix_shm: memory that callers on this host map instead of being sent bytes, segments
-// in /dev/shm. A segment is made by the server, belongs to one KV cache or one Attend, and is never
-// used again, so that who has mapped it keeps what it saw.
+// in /dev/shm. A segment is made by the server and belongs to one KV cache or one Attend. Who has
+// mapped it keeps what it saw: only a segment that nobody has mapped is used again (segment_pool).
 //
 // The process holds a lock (flock) on each of its segments while they live. Whoever starts next on
 // this /dev/shm takes away those that nobody holds: nothing outlives a kill -9 for long, and the

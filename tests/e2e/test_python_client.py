@@ -179,6 +179,20 @@ def test_views_stay_as_they_are(client, by_transport, tiny):
     same_layers(mapped, sent)
 
 
+def test_who_has_unmapped_a_cache_says_so(by_transport, tiny):
+    shm = by_transport["posix_shm"]
+    lease = shm.prefill("tiny", tiny.tokens(1000)).detach()
+    pull = shm.pull(lease, "tiny")
+    layers = list(pull)
+    assert not pull.unmapped
+    del layers
+    assert pull.unmapped
+    shm.release(lease, unmapped=pull.unmapped)
+    with pytest.raises(prefilld.PrefilldError) as gone:
+        shm.release(lease)
+    assert gone.value.code == grpc.StatusCode.NOT_FOUND
+
+
 def test_attend_by_both_transports(by_transport):
     q, k, v = inputs.make("sink", 700)
     sent, mapped = [

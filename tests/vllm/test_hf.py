@@ -188,6 +188,17 @@ def test_the_cache_is_the_callers_own_memory(fixture_server, transport):
         layer.values.zero_()
 
 
+def test_nothing_is_mapped_when_the_lease_is_released(fixture_server, monkeypatch):
+    said = []
+    release = PrefillClient.release
+    monkeypatch.setattr(PrefillClient, "release", lambda self, lease, consumed, unmapped: (
+        said.append((consumed, unmapped)), release(self, lease, consumed, unmapped)))
+    model = load(FIXTURES / "base")
+    with PrefillClient(fixture_server.target, transport="posix_shm") as client:
+        prefill_into_cache(model, IDS, client=client, model_handle="base")
+    assert said == [(True, True)]
+
+
 def test_an_attention_mask_of_ones_is_accepted(smol, smol_server, text_ids):
     inputs = {"input_ids": tensor(text_ids[:50]), "attention_mask": torch.ones(1, 50)}
     cache = prefill_into_cache(smol, **inputs, target=smol_server.target, method="dense")

@@ -124,6 +124,7 @@ def prefill_into_cache(
                             **policy) as prompt:
             for layer in prompt:  # each while the next is computed
                 _fill(cache.layers[layer.index], layer.k, layer.v, devices[layer.index])
+            del layer  # the last view of the server's memory, which is released next
             return (cache, prompt.summary) if return_summary else cache
 
 

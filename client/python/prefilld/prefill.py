@@ -32,7 +32,7 @@ class Prefill:
     def __init__(self, stub: prefill_service_pb2_grpc.PrefillServiceStub,
                  request: prefill_service_pb2.PrefillRequest, model: model_service_pb2.Model,
                  retry: Retry, progress: Progress, pull: Callable[[Lease, bool], KvPull],
-                 renew: Callable[[Lease], Lease], release: Callable[[Lease, bool], None]):
+                 renew: Callable[[Lease], Lease], release: Callable[[Lease, bool, bool], None]):
         """pull: of a lease whose cache can be mapped (True) or not."""
         self.request_id = request.request_id
         self.model = model
@@ -123,8 +123,9 @@ class Prefill:
         """Ends the lease. consumed=False also stops a computation that still runs."""
         with self._changed:
             owned, self._owned = self._owned, False
+            pull = self._pull
         if owned:
-            self._release(self.lease, consumed)
+            self._release(self.lease, consumed, consumed and pull is not None and pull.unmapped)
         if not consumed:
             self.cancel()
 

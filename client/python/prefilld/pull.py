@@ -46,7 +46,8 @@ class Layer:
 
     Over posix_shm k and v are read-only views of the server's memory (of bfloat16 that is widened:
     copies). They stay as they are after the lease has ended; but the memory of the whole cache,
-    all layers of it, is in use until the last view is gone.
+    all layers of it, is in use until the last view is gone. On a GPU a server uses that memory for
+    the next prompt at once, instead of making new, where no view is left as the lease is released.
     """
 
     index: int
@@ -75,6 +76,7 @@ class KvPull:
         self._transport = transport
         self._retry = retry
         self._progress = progress
+        self._segments = Segments()
         self._call: Any = None  # grpc's own, which has no public type
         self._cancelled = False
         self.layers_done = 0
@@ -83,6 +85,11 @@ class KvPull:
     def complete(self) -> bool:
         """Every layer was yielded."""
         return self.layers_done == self._lease.layers
+
+    @property
+    def unmapped(self) -> bool:
+        """Every layer was mapped, and no view of any is left: what `release` tells the server."""
+        return self.complete and self._segments.unmapped
 
     @property
     def transport(self) -> str:
@@ -97,16 +104,15 @@ class KvPull:
             self._call.cancel()
 
     def __iter__(self) -> Iterator[Layer]:
-        segments = Segments()
-        assembly = self._next_layer(segments)
-        with contextlib.closing(segments), _renewed(self._stub, self._lease):
+        assembly = self._next_layer()
+        with contextlib.closing(self._segments), _renewed(self._stub, self._lease):
             while not self.complete:
                 try:
                     self._call = self._open(assembly)
                     if self._cancelled:
                         self._call.cancel()
                     mapped = self._transport.mapped
-                    for chunk in read_ahead(self._call, segments) if mapped else self._call:
+                    for chunk in read_ahead(self._call, self._segments) if mapped else self._call:
                         assembly.accept(chunk)
                         self._retry.progressed()
                         self._progress(
@@ -115,7 +121,7 @@ class KvPull:
                             layer = self._layer(assembly.arrays)
                             self.layers_done += 1
                             if not self.complete:
-                                assembly = self._next_layer(segments)
+                                assembly = self._next_layer()
                             yield layer
                             if self.complete:
                                 break
@@ -126,7 +132,7 @@ class KvPull:
                     failure = (error if isinstance(error, PrefilldError)
                                else PrefilldError.from_rpc(error))
                     if self._transport.falls_back(failure):
-                        assembly = self._next_layer(segments)
+                        assembly = self._next_layer()
                     else:  # of damaged chunks the good ones before are kept
                         self._retry.after(
                             failure, resumable=failure.code is grpc.StatusCode.DATA_LOSS)
@@ -143,10 +149,11 @@ class KvPull:
             transport=self._transport.value,
         ), timeout=self._retry.remaining())
 
-    def _next_layer(self, segments: Segments) -> Assembly | MappedTensors:
+    def _next_layer(self) -> Assembly | MappedTensors:
         kind = NUMPY_TYPES[self._data_type]
         if self._transport.mapped:
-            return MappedTensors(segments, kind, self._shape, count=2, layer=self.layers_done)
+            return MappedTensors(self._segments, kind, self._shape, count=2,
+                                 layer=self.layers_done)
         return Assembly([np.empty(self._shape, kind) for _ in range(2)], layer=self.layers_done)
 
     def _layer(self, arrays: Sequence[np.ndarray]) -> Layer:

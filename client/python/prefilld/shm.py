@@ -15,6 +15,7 @@ import re
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -59,11 +60,20 @@ class Segments:
         self._writable = writable
         self._lock = threading.Lock()
         self._mappings: dict[str, mmap.mmap] = {}
+        self._closed: list[weakref.ref[mmap.mmap]] = []
 
     def close(self) -> None:
         """From now on only arrays keep their mapping."""
         with self._lock:
+            self._closed += map(weakref.ref, self._mappings.values())
             self._mappings.clear()
+
+    @property
+    def unmapped(self) -> bool:
+        """Something was mapped, and nothing is any more."""
+        with self._lock:
+            return (bool(self._closed) and not self._mappings
+                    and all(mapping() is None for mapping in self._closed))
 
     def array(self, reference: tensor_pb2.BufferRef, kind: np.dtype[Any],
               shape: Sequence[int]) -> np.ndarray:

@@ -101,13 +101,42 @@ def test_one_mapping_that_lives_as_long_as_its_arrays(server, client):
     assert mappings() == 0  # though `prompt` is still here
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_release_tells_whether_a_view_is_left(server, client, kept):
+    with client.prefill(MODEL, TOKENS) as prompt:
+        layers = list(prompt)
+        view = layers[0].k[1:]
+        del layers
+        if not kept:
+            del view
+    assert [call.unmapped for call in server.calls["ReleaseLease"]] == [not kept]
+
+
+def test_copies_are_no_views(server, client):
+    server.data_type = tensor_pb2.DATA_TYPE_BF16
+    with client.prefill(MODEL, TOKENS) as prompt:
+        layers = list(prompt)
+    assert layers and server.calls["ReleaseLease"][0].unmapped
+
+
+@pytest.mark.parametrize("how", ["in part", "not exhausted", "not at all", "grpc"])
+def test_a_release_claims_no_more_than_was_mapped(server, connect, how):
+    with connect("grpc" if how == "grpc" else None).prefill(MODEL, TOKENS) as prompt:
+        layers = iter(prompt)
+        for _ in range({"in part": 1, "not exhausted": LAYERS, "not at all": 0, "grpc": 9}[how]):
+            next(layers, None)
+    assert not server.calls["ReleaseLease"][0].unmapped
+
+
 def test_a_lease_of_somebody_else(server, client, connect):
     lease = client.prefill(MODEL, TOKENS).detach()
     for transport in (None, "posix_shm"):
         pull = connect(transport).pull(lease, MODEL)
         assert pull.transport == "posix_shm"
         check(list(pull))
-    client.release(lease)
+        assert pull.unmapped
+    client.release(lease, unmapped=pull.unmapped)
+    assert server.calls["ReleaseLease"][0].unmapped
 
 
 def test_bfloat16(server, client):

@@ -294,6 +294,23 @@ TEST_F(SegmentCacheTest, WithoutBlocksItLiesThereFromTheStart) {
   EXPECT_EQ(Free(), 64);
 }
 
+TEST_F(SegmentCacheTest, WhoReleasesItSpeaksForOnePullThatWasTold) {
+  for (const auto& [told, untold, said, believed] :
+       {std::tuple(0, 0, true, true), std::tuple(1, 3, true, true), std::tuple(1, 0, false, false),
+        std::tuple(2, 0, true, false)}) {
+    std::shared_ptr<Region> region = *shm_->Create(geometry_.region_bytes());
+    auto cache = KvCache::CreateIn(region, nullptr, *pool_, geometry_);
+    Fill(*cache);
+    std::vector<std::unique_ptr<KvCache::Transfer>> transfers;
+    for (int i = 0; i < told + untold; ++i) transfers.push_back(*cache->Open([] {}, i < told));
+    cache->Close(absl::FailedPreconditionError("released"), said);
+    EXPECT_EQ(region.use_count(), transfers.empty() ? 1 : 2) << "it is here until they end";
+    transfers.clear();
+    EXPECT_EQ(region.use_count(), 1);
+    EXPECT_EQ(region->unmapped(), believed) << told << " " << said;
+  }
+}
+
 TEST_F(SegmentCacheTest, BlocksAreFreeOnceTheRegionWasLetGoOfLater) {
   std::vector<std::function<void()>> later;
   auto cache = *CreateIn(*pool_, geometry_,

@@ -126,7 +126,7 @@ TEST_F(FullQueueTest, NoRegionIsMadeForWhomTheQueueHasNoPlace) {
 class SegmentsTest : public PrefillStreamTest {
  protected:
   explicit SegmentsTest(uint64_t bytes = 64 << 20)
-      : segments_(SegmentPool::Create(*domain_, backend_.device(), bytes)) {
+      : segments_(SegmentPool::Create(*domain_, backend_.device(), bytes, [] { return false; })) {
     media_[Transport::kPosixShm] = std::move(domain_);
     rpc_.segments = segments_.get();
   }
@@ -138,6 +138,9 @@ class SegmentsTest : public PrefillStreamTest {
   }
   void FillAndWait() {
     segments_->Fill();
+    AwaitReady();
+  }
+  void AwaitReady() const {
     while (segments_->CountByState()[static_cast<int>(SegmentState::kReady)] < 48 << 20) {
       absl::SleepFor(absl::Milliseconds(1));
     }
@@ -147,6 +150,19 @@ class SegmentsTest : public PrefillStreamTest {
     valid.transport = Transport::kPosixShm;
     valid.pinned = pinned;
     return *PrefillStream::Start(rpc_, valid, "content", caller_);
+  }
+  // Of a prompt; the segments registered so far, once all are ready again.
+  int ReleaseAfterPulls(int pulls, bool unmapped) {
+    const auto stream = Begin(/*pinned=*/true);
+    EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+    const uint64_t generation = stream->generation();
+    {
+      const auto cache = *leases_.Find("id", generation);
+      for (int i = 0; i < pulls; ++i) EXPECT_TRUE(cache->Open([] {}, /*told=*/true).ok());
+    }
+    EXPECT_TRUE(leases_.Release("id", generation, LeaseEnd::kConsumed, unmapped).ok());
+    AwaitReady();
+    return backend_.device().registrations();
   }
   // Waits for it, which is the first event or how the stream ended.
   absl::StatusOr<v1::Admission> AdmissionOf(const PrefillStream& stream) {
@@ -176,6 +192,19 @@ TEST_F(SegmentsTest, NothingIsMadeOrRegisteredBeforeAPromptForWhichOneIsReady) {
   EXPECT_EQ(backend_.device().registrations(), before);
   EXPECT_EQ(pool_->CountByState()[0], pool_->total()) << "it takes no blocks";
   ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+}
+
+TEST_F(SegmentsTest, APromptAfterOneThatIsUnmappedRegistersNothing) {
+  FillAndWait();
+  const int before = backend_.device().registrations();
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(ReleaseAfterPulls(1, /*unmapped=*/true), before);
+}
+
+TEST_F(SegmentsTest, OneWordIsNotBelievedOfTwoPulls) {
+  FillAndWait();
+  const int before = backend_.device().registrations();
+  EXPECT_EQ(ReleaseAfterPulls(2, /*unmapped=*/true), before + 1);
+  EXPECT_EQ(ReleaseAfterPulls(1, /*unmapped=*/false), before + 2);
 }
 
 TEST_F(SegmentsTest, OneIsMadeForAPromptForWhichNoneIsReady) {

@@ -68,10 +68,17 @@ class SegmentPoolTest : public testing::Test {
     ASSERT_EQ(Count(SegmentState::kReady), bytes);
   }
 
+  std::shared_ptr<SegmentPool> CreatePool(uint64_t bytes) {
+    return SegmentPool::Create(
+        shm_, device_, bytes, [this] { return busy_.load(); }, kPatience);
+  }
+
+  static constexpr absl::Duration kPatience = absl::Milliseconds(300);
+  std::atomic<bool> busy_{false};
   FakeDevice device_;
   std::unique_ptr<ShmDomain> domain_ = *ShmDomain::Open(absl::StrCat("p", getpid(), "----------"));
   SmallShm shm_{*domain_};
-  std::shared_ptr<SegmentPool> pool_ = SegmentPool::Create(shm_, device_, 64 * kMiB);
+  std::shared_ptr<SegmentPool> pool_ = CreatePool(64 * kMiB);
 };
 
 TEST_F(SegmentPoolTest, IsReadyAndRegisteredBeforeAnybodyAsks) {
@@ -115,6 +122,66 @@ TEST_F(SegmentPoolTest, WhatWasLentIsDestroyedAndMadeAnew) {
   munmap(const_cast<void*>(mapped), 32 * kMiB);
 }
 
+TEST_F(SegmentPoolTest, WhatNobodyHasMappedIsZeroedAndReadyAgain) {
+  pool_->Fill();
+  AwaitReady(48 * kMiB);
+  const int registrations = device_.registrations();
+  std::string name;
+  for (int i = 0; i < 3; ++i) {
+    auto region = pool_->Take(20 * kMiB);
+    ASSERT_NE(region, nullptr);
+    EXPECT_TRUE(i == 0 || region->address().shm_name == name);
+    name = region->address().shm_name;
+    EXPECT_TRUE(Zeroed(*region));
+    EXPECT_FALSE(region->unmapped()) << "to be said each time";
+    std::memset(region->data(), 7, region->bytes());
+    region->SetUnmapped(true);
+    region.reset();
+    AwaitReady(48 * kMiB);
+  }
+  EXPECT_EQ(device_.registrations(), registrations);
+  EXPECT_EQ(shm_.created, 2);
+}
+
+TEST_F(SegmentPoolTest, WhoFindsItBeingZeroedWaitsForThat) {
+  pool_ = CreatePool(512 * kMiB);
+  auto first = *pool_->Make(256 * kMiB);
+  for (int i = 0; i < 3; ++i) {
+    first->SetUnmapped(true);
+    first.reset();
+    first = *pool_->Make(256 * kMiB);  // though there is room for another
+    EXPECT_EQ(first->data()[0], std::byte{0});
+    first->data()[0] = std::byte{1};
+  }
+  EXPECT_EQ(shm_.created, 1);
+}
+
+TEST_F(SegmentPoolTest, RegistersWhenNobodyComputes) {
+  pool_ = CreatePool(32 * kMiB);
+  busy_ = true;
+  pool_->Fill();
+  while (shm_.created == 0) absl::SleepFor(absl::Milliseconds(1));
+  absl::SleepFor(kPatience / 3);
+  EXPECT_EQ(device_.registrations(), 0);
+  busy_ = false;
+  AwaitReady(16 * kMiB);
+  EXPECT_EQ(device_.registrations(), 1);
+}
+
+TEST_F(SegmentPoolTest, RegistersAtLastThoughSomebodyAlwaysComputes) {
+  busy_ = true;
+  pool_->Fill();
+  AwaitReady(48 * kMiB);
+}
+
+TEST_F(SegmentPoolTest, WhoNeedsItWaitsForNobodyElse) {
+  pool_ = SegmentPool::Create(
+      shm_, device_, 64 * kMiB, [] { return true; }, absl::Hours(1));
+  auto all = *pool_->Make(64 * kMiB);
+  all.reset();
+  EXPECT_TRUE(pool_->Make(64 * kMiB).ok());
+}
+
 TEST_F(SegmentPoolTest, FollowsWhatIsAskedFor) {
   pool_->Fill();
   AwaitReady(48 * kMiB);
@@ -132,7 +199,7 @@ TEST_F(SegmentPoolTest, FollowsWhatIsAskedFor) {
 }
 
 TEST_F(SegmentPoolTest, ASmallCacheLeavesALargeMemberToOthers) {
-  pool_ = SegmentPool::Create(shm_, device_, 512 * kMiB);
+  pool_ = CreatePool(512 * kMiB);
   pool_->Fill();
   AwaitReady(496 * kMiB);
   std::vector<std::shared_ptr<Region>> lent;
@@ -221,6 +288,7 @@ TEST_F(SegmentPoolTest, ManyAtOnce) {
         ASSERT_GE(region->bytes(), bytes);
         ASSERT_EQ(region->data()[bytes - 1], std::byte{0});
         std::memset(region->data(), 1, bytes);
+        region->SetUnmapped(i % 2 == 0);
       }
     });
   }

@@ -189,14 +189,16 @@ class RenewLeaseRequest(_message.Message):
     def __init__(self, lease: _Optional[str] = ..., generation: _Optional[int] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ReleaseLeaseRequest(_message.Message):
-    __slots__ = ("lease", "generation", "reason")
+    __slots__ = ("lease", "generation", "reason", "unmapped")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    UNMAPPED_FIELD_NUMBER: _ClassVar[int]
     lease: str
     generation: int
     reason: ReleaseReason
-    def __init__(self, lease: _Optional[str] = ..., generation: _Optional[int] = ..., reason: _Optional[_Union[ReleaseReason, str]] = ...) -> None: ...
+    unmapped: bool
+    def __init__(self, lease: _Optional[str] = ..., generation: _Optional[int] = ..., reason: _Optional[_Union[ReleaseReason, str]] = ..., unmapped: bool = ...) -> None: ...
 
 class ReleaseLeaseResponse(_message.Message):
     __slots__ = ("running_transfers",)

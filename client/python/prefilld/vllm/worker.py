@@ -204,13 +204,7 @@ class WorkerHalf:
                 order = load.order
                 slot = slots(order.block_ids, self._block_size, order.begin,
                              order.end - order.begin)
-                layers = 0
-                for layer in source:
-                    load.check()
-                    k, v = (as_tensor(array)[:, order.begin:order.end]
-                            for array in (layer.k, layer.v))
-                    self._writers[layer.index](k, v, slot)
-                    layers += 1
+                layers = self._write(source, load, slot)
                 if layers != len(self._writers):
                     raise data_loss(f"{layers} layers came, this engine has {len(self._writers)}")
                 if self._device is not None and self._device.type == "cuda":
@@ -219,6 +213,16 @@ class WorkerHalf:
         except PrefilldError:
             load.check()  # the abort is the reason, not what it made of the calls
             raise
+
+    def _write(self, source: Prefill | KvPull, load: _Load, slot: torch.Tensor) -> int:
+        """Returns the number of layers. No view of them is left here when they are released."""
+        order, layers = load.order, 0
+        for layer in source:
+            load.check()
+            k, v = (as_tensor(array)[:, order.begin:order.end] for array in (layer.k, layer.v))
+            self._writers[layer.index](k, v, slot)
+            layers += 1
+        return layers
 
     @contextlib.contextmanager
     def _source(self, client: PrefillClient, load: _Load,
@@ -235,22 +239,22 @@ class WorkerHalf:
                 with contextlib.suppress(PrefilldError):  # everything is here: then the ttl ends it
                     load.source.release(consumed=True)
             return
-        consumed = False
+        consumed = unmapped = False
         try:
             load.check()
             model = self._model(client, plan)
             if plan.lease.layers != model.layers:
                 raise refused(f"the lease has {plan.lease.layers} layers, the model {model.layers}")
-            load.source = client.pull(plan.lease, model.name, kv_dtype=self._check.dtype,
+            load.source = pull = client.pull(plan.lease, model.name, kv_dtype=self._check.dtype,
                                       widen=False, timeout=_left(deadline))
             load.check()
             self._let_go(plan.lease)  # the pull renews it from here on
-            yield load.source
-            consumed = True
+            yield pull
+            consumed, unmapped = True, pull.unmapped
         finally:
             self._let_go(plan.lease)
             with contextlib.suppress(PrefilldError):
-                client.release(plan.lease, consumed=consumed)
+                client.release(plan.lease, consumed=consumed, unmapped=unmapped)
 
     def _model(self, client: PrefillClient, plan: Plan) -> Any:
         """The model there, which must be the one here."""
