@@ -193,6 +193,7 @@ absl::Status Engine::Launch(Batch& batch) {
   status = stages_.Prepare(flight.call);
   if (!status.ok()) return status;
   status = EnqueueLayer(batch, flight.call);
+  if (status.ok()) status = MarkStored(flight);
   if (!status.ok()) {
     status = flight.call.clock->Await(status);
     // No ticket will wait for what is on its way to caches that may go now.
@@ -202,6 +203,15 @@ absl::Status Engine::Launch(Batch& batch) {
   ++batch.next_layer;
   flights_.push_back(std::move(flight));
   return absl::OkStatus();
+}
+
+// K and V may still be on their way when the layer is computed, and those of the next layer then
+// are behind them.
+absl::Status Engine::MarkStored(Flight& flight) {
+  auto mark = backend_.device().NewMark();
+  if (!mark.ok()) return mark.status();
+  flight.stored = *std::move(mark);
+  return flight.stored->Record(backend_.device().download_stream());
 }
 
 bool Engine::Settle() {
@@ -236,7 +246,8 @@ absl::Status Engine::Collect(Flight& flight) {
   Add(phases, batch.phases);
   ++batch.layers_done;
   batch.density += MeanDensity(flight.call.args.shape, flight.call.report.data());
-  return PostCommit(flight);
+  PostCommit(flight);
+  return absl::OkStatus();
 }
 
 // The rest of a prompt runs dense where its layers so far were not worth their selection.
@@ -309,7 +320,7 @@ absl::Status Engine::FinishLayer(Batch& batch, int layer) {
   return status;
 }
 
-absl::Status Engine::PostCommit(Flight& flight) {
+void Engine::PostCommit(Flight& flight) {
   const Batch& batch = *flight.batch;
   const int layer = flight.layer, heads = batch.model->info().q_heads;
   std::vector<HeadReport>& report = flight.call.report;  // [jobs, heads]
@@ -331,15 +342,9 @@ absl::Status Engine::PostCommit(Flight& flight) {
     ticket.parts.push_back(std::move(part));
   }
   ticket.report = std::move(report);
-  auto mark = backend_.device().NewMark();
-  if (!mark.ok()) return mark.status();
-  // K and V may still be on their way when the layer is computed.
-  const absl::Status recorded = (*mark)->Record(backend_.device().download_stream());
-  if (!recorded.ok()) return recorded;
-  completions_.Post(*std::move(mark), [this, ticket = std::move(ticket)](const absl::Status& work) {
-    Commit(ticket, work);
-  });
-  return absl::OkStatus();
+  completions_.Post(
+      std::move(flight.stored),
+      [this, ticket = std::move(ticket)](const absl::Status& work) { Commit(ticket, work); });
 }
 
 void Engine::Commit(const LayerTicket& ticket, const absl::Status& work) {

@@ -118,6 +118,7 @@ class Engine {
     Batch* batch = nullptr;
     int layer = 0;
     StagesCall call;
+    std::unique_ptr<Device::Mark> stored;  // K and V are in their caches
   };
 
   Decision Decide(const Job& job, const AttentionShape& shape);
@@ -134,7 +135,8 @@ class Engine {
   void CollectUntil(size_t left);
   absl::Status Collect(Flight& flight);
   absl::Status FinishLayer(Batch& batch, int layer);
-  absl::Status PostCommit(Flight& flight);
+  absl::Status MarkStored(Flight& flight);
+  void PostCommit(Flight& flight);
   void Commit(const LayerTicket& ticket, const absl::Status& work);
 
   Backend& backend_;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -32,12 +33,18 @@ class Gate {
     absl::MutexLock lock(&mutex_);
     held_ = false;
   }
+  void ReleaseOne() {  // who waits, or comes next
+    absl::MutexLock lock(&mutex_);
+    ++let_through_;
+  }
   void Pass() {
     absl::MutexLock lock(&mutex_);
-    const auto free = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return !held_; };
+    const auto free = [this]()
+                          ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return !held_ || let_through_ > 0; };
     ++waiters_;
     mutex_.Await(absl::Condition(&free));
     --waiters_;
+    if (held_) --let_through_;
   }
   void AwaitWaiter() const {  // until somebody waits
     absl::MutexLock lock(&mutex_);
@@ -48,7 +55,7 @@ class Gate {
  private:
   mutable absl::Mutex mutex_;
   bool held_ ABSL_GUARDED_BY(mutex_) = false;
-  int waiters_ ABSL_GUARDED_BY(mutex_) = 0;
+  int waiters_ ABSL_GUARDED_BY(mutex_) = 0, let_through_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 class FakeDevice : public Device {
@@ -86,7 +93,7 @@ class FakeDevice : public Device {
     absl::MutexLock lock(&mutex_);
     copied_.push_back({dst, src, bytes, stream.handle == &upload_});
     if (stream.handle != nullptr) {
-      pending_.push_back({stream.handle, {dst, src}, [=] { std::memcpy(dst, src, bytes); }});
+      Push({stream.handle, {dst, src}, [=] { std::memcpy(dst, src, bytes); }});
     } else {
       std::memcpy(dst, src, bytes);
     }
@@ -95,7 +102,7 @@ class FakeDevice : public Device {
   // Work of a stream of copies: `run` uses memory at these places.
   void Enqueue(Stream stream, std::vector<const void*> places, std::function<void()> run) {
     absl::MutexLock lock(&mutex_);
-    pending_.push_back({stream.handle, std::move(places), std::move(run)});
+    Push({stream.handle, std::move(places), std::move(run)});
   }
   absl::Status Wait(Stream, Stream before) override { return Reach(before); }
   absl::Status Synchronize(Stream stream) override {
@@ -126,6 +133,7 @@ class FakeDevice : public Device {
   // And who waits for the stages' stream, or a mark of it, until ReleaseSteps.
   void HoldSteps() { steps_.Hold(); }
   void ReleaseSteps() { steps_.Release(); }
+  void ReleaseOneStep() { steps_.ReleaseOne(); }
   void AwaitHeldStep() const { steps_.AwaitWaiter(); }
   // The work before such a mark will have failed, though the stages' stream has not: a copy, say.
   void FailMarks() { marks_fail_ = true; }
@@ -164,15 +172,24 @@ class FakeDevice : public Device {
     const void* stream;
     std::vector<const void*> places;
     std::function<void()> run;
+    uint64_t number = 0;  // in the order of all that was enqueued
   };
 
-  // All before this point of a stream is done.
-  absl::Status Reach(Stream stream) {
+  void Push(Pending pending) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    pending.number = ++enqueued_;
+    pending_.push_back(std::move(pending));
+  }
+  uint64_t enqueued() const {
+    absl::MutexLock lock(&mutex_);
+    return enqueued_;
+  }
+  // All of a stream is done, up to what was enqueued as number `last`.
+  absl::Status Reach(Stream stream, uint64_t last = UINT64_MAX) {
     if (lost_) return absl::InternalError("an illegal memory access");
     std::vector<Pending> others;
     absl::MutexLock lock(&mutex_);
     for (Pending& pending : pending_) {
-      if (pending.stream == stream.handle) {
+      if (pending.stream == stream.handle && pending.number <= last) {
         pending.run();
       } else {
         others.push_back(std::move(pending));
@@ -190,6 +207,7 @@ class FakeDevice : public Device {
     explicit FakeMark(FakeDevice& device) : device_(device) {}
     absl::Status Record(Stream stream) override {
       stream_ = stream;
+      last_ = device_.enqueued();
       if (stream.handle == nullptr) recorded_ = ++device_.marks_recorded_;
       return absl::OkStatus();
     }
@@ -200,7 +218,7 @@ class FakeDevice : public Device {
       }
       device_.marks_.Pass();
       if (device_.marks_fail_) return absl::InternalError("a copy failed");
-      return device_.Reach(stream_);
+      return device_.Reach(stream_, last_);
     }
     double SecondsSince(const Mark& earlier) const override {
       return kSecondsBetweenMarks * (recorded_ - static_cast<const FakeMark&>(earlier).recorded_);
@@ -209,6 +227,7 @@ class FakeDevice : public Device {
    private:
     FakeDevice& device_;
     Stream stream_;
+    uint64_t last_ = 0;  // that was enqueued before it
     int recorded_ = 0;
   };
   struct Live {
@@ -260,6 +279,7 @@ class FakeDevice : public Device {
   std::map<Kind, size_t> limits_ ABSL_GUARDED_BY(mutex_);
   std::vector<Copied> copied_ ABSL_GUARDED_BY(mutex_);
   std::vector<Pending> pending_ ABSL_GUARDED_BY(mutex_);
+  uint64_t enqueued_ ABSL_GUARDED_BY(mutex_) = 0;
   bool freed_under_a_copy_ ABSL_GUARDED_BY(mutex_) = false;
 };
 

@@ -314,11 +314,13 @@ cudaError_t GateRows(const GateCall& call, cudaStream_t stream) {
 
 cudaError_t PackKv(const PackKvCall& call, cudaStream_t stream) {
   const int64_t units = call.tokens * 2 * call.kv_heads * call.head_dim / kUnit;
-  return ByType(call.k.dtype, [&](auto type) {
-    ByType(call.dtype, [&](auto cache) {
+  cudaError_t error = cudaSuccess;  // the inner one's, which takes it
+  ByType(call.k.dtype, [&](auto type) {
+    error = ByType(call.dtype, [&](auto cache) {
       PackKvKernel<decltype(type), decltype(cache)><<<Blocks(units), kThreads, 0, stream>>>(call);
     });
   });
+  return error;
 }
 
 }  // namespace prefilld::cuda

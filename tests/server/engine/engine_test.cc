@@ -306,6 +306,21 @@ TEST_F(EngineTest, ALayerIsCommittedWhenItsCopiesAreDone) {
   EXPECT_TRUE(bytes == BytesOf(plain->prefill->cache));
 }
 
+// And not for the copies of the next layer, which is enqueued by then.
+TEST_F(EngineTest, ALayerIsCommittedBeforeTheCopiesOfTheNext) {
+  FakeBackend fake;
+  Engine engine(fake, metrics_);
+  Prompts prompts(fake);
+  auto job = prompts.New(150, 5);
+  auto batch = *engine.Begin({job});
+  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  engine.completions().Flush();
+  EXPECT_EQ(Prompts::SinkOf(job).layers, std::vector<int>{0});
+  EXPECT_EQ(fake.device().pending(), 1u) << "those of layer 1";
+  EXPECT_TRUE(engine.Settle());
+}
+
 // The blocks of a job that failed are given back only when nothing writes to them any more.
 TEST_F(EngineTest, AfterAFailureNothingIsOnItsWay) {
   auto owned = std::make_unique<FakeBackend>();
