@@ -31,7 +31,10 @@ absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
 std::shared_ptr<KvCache> KvCache::CreateIn(std::shared_ptr<Region> region, Later later,
                                            BlockPool& pool, const KvGeometry& geometry) {
   std::shared_ptr<KvCache> cache(new KvCache(pool, geometry, /*retain=*/true, {}));
-  cache->slots_.resize(geometry.layers);
+  {
+    absl::MutexLock lock(&cache->mutex_);
+    cache->slots_.resize(geometry.layers);
+  }
   cache->LieIn(std::move(region), std::move(later));
   return cache;
 }
