@@ -162,6 +162,7 @@ void Scheduler::Loop() {
       absl::MutexLock lock(&mutex_);
       if (stop_) break;
       inbox.swap(inbox_);
+      step_started_ = SteadyNow();  // a job that ends waits for the layer that is on its way
     }
     Receive(std::move(inbox));
     DropLate(absl::Now());

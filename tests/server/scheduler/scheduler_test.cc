@@ -317,6 +317,28 @@ TEST_F(PrefillTest, APromptWaitsForRoomAndAShortOnePassesIt) {
   EXPECT_TRUE(Prompts::SinkOf(second).Wait().ok());
 }
 
+// Who ends a job waits for its layer on the device: that too is noticed when it does not end.
+TEST_F(PrefillTest, ALayerThatDoesNotEndIsNoticedWhenItsJobIsLate) {
+  FakeDevice& device = backend_.device();
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = prompts_.New(150, 5);
+  device.HoldSteps();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  device.AwaitHeldStep();                // for layer 0, and layer 1 is enqueued
+  job->deadline = absl::InfinitePast();  // nobody reads it now
+  const int waits = device.waits();
+  device.ReleaseOneStep();
+  while (device.waits() == waits) absl::SleepFor(absl::Milliseconds(1));
+  device.AwaitHeldStep();  // for layer 1
+  const SteadyTime held = SteadyNow();
+  while (!scheduler.Stalled(absl::ZeroDuration()) && Since(held) < absl::Seconds(20)) {
+    absl::SleepFor(absl::Milliseconds(1));
+  }
+  EXPECT_TRUE(scheduler.Stalled(absl::ZeroDuration()));
+  device.ReleaseSteps();
+  EXPECT_EQ(Prompts::SinkOf(job).Wait().code(), absl::StatusCode::kDeadlineExceeded);
+}
+
 // Who needs memory that the device has not got fails for that, and says when to come again.
 TEST_F(PrefillTest, WhoseMemoryIsMissingFailsAlone) {
   Scheduler scheduler(engine_, metrics_, {});
