@@ -141,7 +141,8 @@ class Backend {
                                        const HeadPolicies& heads) const;
 
   // Device memory that the stages of such a call use beside its arguments. It is kept, grows to the
-  // largest call, and can be taken before the first: RESOURCE_EXHAUSTED. None on the CPU.
+  // largest call, and can be taken before the first: RESOURCE_EXHAUSTED. None on the CPU. Threads
+  // of WorkspaceBytes: any.
   virtual size_t WorkspaceBytes(const AttentionShape&, const SparsityPolicy&) const { return 0; }
   virtual absl::Status ReserveWorkspace(size_t) { return absl::OkStatus(); }
 

@@ -204,7 +204,7 @@ class Ops {
   virtual absl::StatusOr<std::unique_ptr<Rotary>> Prepare(const RotaryFrequencies& frequencies) = 0;
   // What is on the stream still reads what was prepared in the same memory before.
   virtual absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) = 0;
-  virtual size_t TokensBytes(int64_t tokens, const Rotary* rotary) const = 0;
+  virtual size_t TokensBytes(int64_t tokens, const Rotary* rotary) const = 0;  // threads: any
 
   virtual absl::Status Embed(const EmbedArgs& args, Stream stream) = 0;
   virtual absl::Status Normalize(const NormalizeArgs& args, Stream stream) = 0;
@@ -214,7 +214,8 @@ class Ops {
   virtual absl::Status Logits(const LogitsArgs& args, Stream stream) = 0;
   virtual absl::Status WriteKv(const WriteKvArgs& args, Stream stream) = 0;
   // Device memory for what it puts together of so many bytes of K and V, in whole pages. It grows
-  // to the largest call and can be taken before the first: RESOURCE_EXHAUSTED.
+  // to the largest call and can be taken before the first: RESOURCE_EXHAUSTED. Threads of
+  // WriteKvBytes: any.
   virtual size_t WriteKvBytes(size_t kv_bytes) const = 0;
   virtual absl::Status ReserveWriteKv(size_t bytes) = 0;
   virtual absl::Status RemoveRows(const RemoveRowsArgs& args, Stream stream) = 0;

@@ -128,7 +128,6 @@ void AddTransports(CLI::App& app, Config* config) {
       ->default_str(TransportNames(","));
 }
 
-// Open to the network only when somebody said so.
 void AddBackend(CLI::App& app, Config* config) {
   app.add_option("--backend", config->backend,
                  "cpu, cuda, or auto: cuda where there is a GPU, else cpu");
@@ -152,6 +151,7 @@ void AddTls(CLI::App& app, Config* config) {
   app.add_option("--tls_client_ca", config->tls_client_ca, "PEM CA that clients must be signed by");
 }
 
+// Open to the network only when somebody said so.
 absl::Status CheckExposure(const Config& config, bool insecure_listen) {
   const bool tls = !config.tls_cert.empty();
   if (tls != !config.tls_key.empty()) {

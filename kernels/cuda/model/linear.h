@@ -1,8 +1,7 @@
-// Products with weights, by cuBLASLt: y = x W^T + bias, F32 sums whatever comes in (of F32 F32, not
-// TF32). The parts of a
-// linear are stacked into one matrix, so that what is read together is one product. Called by the
-// engine thread; enqueues on a stream and waits for nothing, but where a shape is first seen: then
-// the library's algorithms are measured.
+// Products with weights, by cuBLASLt: y = x W^T + bias, F32 sums whatever comes in (F32 rows are
+// multiplied as F32, not TF32). The parts of a linear are stacked into one matrix, so that what is
+// read together is one product. Called by the engine thread; enqueues on a stream and waits for
+// nothing, but where a shape is first seen: then the library's algorithms are measured.
 #pragma once
 
 #include <cuda_runtime_api.h>

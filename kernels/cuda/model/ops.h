@@ -1,6 +1,5 @@
 // A transformer's operations on CUDA: products by cuBLASLt, kernels (elementwise.h) between them.
-// Weights are copied to the device when they are prepared. Rows are of the weights' dtype, BF16 or
-// F16; F32 weights are refused.
+// Weights are copied to the device when they are prepared. Rows are of the weights' dtype.
 #pragma once
 
 #include <memory>
