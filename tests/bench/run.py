@@ -38,6 +38,7 @@ def parity(bench: Bench) -> Section:
     """K, V and logits against transformers; parity.py knows the bounds."""
     progress("parity: dense prefill here, then in transformers")
     report = OUT / "parity.json"
+    report.unlink(missing_ok=True)  # 1 is also how a script that broke ends
     bench.run([sys.executable, ROOT / "tests/bench/model/parity.py", f"--model={bench.model_dir}",
                f"--ids={bench.tokens_file()}", "--backend=cpu", f"--threads={THREADS}",
                f"--json={report}"], accept=(0, 1))
