@@ -289,7 +289,7 @@ absl::Status Engine::EnqueueLayer(Batch& batch, StagesCall& call) {
   const int layer = batch.next_layer;
   StepClock& clock = *call.clock;
   absl::Status status;
-  if (flights_.empty()) {
+  if (flights_.empty() || layer == 0) {  // what began the batch lies between it and a flight
     status = clock.Start();
   } else {
     clock.StartAfter(*flights_.back().call.clock);
