@@ -22,6 +22,7 @@ struct Trial {
 };
 const Trial kHostTrial = {DType::kF32, 4, 4, 64, {1024}, 3};
 const Trial kDeviceTrial = {DType::kBF16, 32, 8, 128, {256, 1024, 4096, 16384}, 7};
+const Trial kDeviceF32Trial = {DType::kF32, 32, 8, 128, {2048}, 2};
 
 struct Tensors {
   Buffer q, k, v, o;
@@ -179,10 +180,26 @@ absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost
   return absl::OkStatus();
 }
 
+// F32 has no tensor cores: its kernels, and its products likewise, take many times as long.
+absl::Status CalibrateF32(Device& device, Stages& stages, StepClock& clock, CostModel& cost) {
+  const Trial& trial = kDeviceF32Trial;
+  auto tensors = MakeTensors(device, trial);
+  if (!tensors.ok()) return tensors.status();
+  auto points = TimeLength(stages, clock, trial, *tensors, trial.lengths[0]);
+  if (!points.ok()) return points.status();
+  const auto [flops, seconds] = points->dense;
+  cost.SetSlowness(DType::kF32, std::max(1.0, seconds / cost.DenseSeconds({.dense = flops})));
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status Calibrate(const Calibrated& of, CostModel& cost) {
-  absl::Status status = CalibrateAttention(of.backend.device(), of.stages, of.clock, cost);
+  Device& device = of.backend.device();
+  absl::Status status = CalibrateAttention(device, of.stages, of.clock, cost);
+  if (status.ok() && !device.host_memory()) {
+    status = CalibrateF32(device, of.stages, of.clock, cost);
+  }
   if (status.ok() && of.models) status = CalibrateLinear(of.backend, of.clock, cost);
   return status;
 }

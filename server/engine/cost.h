@@ -3,6 +3,7 @@
 // where the selection of blocks would cost more than it saves. Thread-safe but for the start-up.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -75,6 +76,13 @@ class CostModel {
   // average.
   bool WorthATry(const Work& work);
 
+  // How many times as long as the curves say work of this dtype takes: they are of the dtypes that
+  // a GPU computes on tensor cores. What takes longer is not learned from. Before the first thread
+  // that asks.
+  void SetSlowness(DType dtype, double times) { slowness_[static_cast<size_t>(dtype)] = times; }
+  double Slowness(DType dtype) const { return slowness_[static_cast<size_t>(dtype)]; }
+  bool LearnsFrom(DType dtype) const { return Slowness(dtype) == 1; }
+
   void SetCurves(std::vector<CostCurve::Point> dense, std::vector<CostCurve::Point> sparse,
                  std::vector<CostCurve::Point> select);
   void ObserveDense(const Work& work, double seconds) { dense_.Observe(work.dense, seconds); }
@@ -91,6 +99,7 @@ class CostModel {
     return SelectSeconds(work) + SparseSeconds(work, density);
   }
 
+  std::array<double, 3> slowness_{1, 1, 1};  // by DType
   CostCurve dense_{5e10}, sparse_{5e10}, select_{2e10};
   std::atomic<double> linear_flops_{5e10};  // per second
   std::atomic<double> density_ratio_{1};    // observed over the fit

@@ -113,7 +113,9 @@ absl::Status Engine::CheckStep() {
 
 double Engine::PredictSeconds(const Job& job, int layers_done) const {
   if (job.attend) {
-    return cost_.AttentionSeconds(CostModel::WorkOf(job.attend->shape), ChoiceOf(job));
+    const AttentionShape& shape = job.attend->shape;
+    return cost_.Slowness(shape.dtype) *
+           cost_.AttentionSeconds(CostModel::WorkOf(shape), ChoiceOf(job));
   }
   return (job.prefill->model->info().layers - layers_done) * PredictLayerSeconds(job);
 }
@@ -122,8 +124,8 @@ double Engine::PredictLayerSeconds(const Job& prefill) const {
   const ModelInfo& info = prefill.prefill->model->info();
   const int64_t tokens = prefill.tokens();
   const CostModel::Work work = CostModel::WorkOf(info.q_heads, info.head_dim, tokens, tokens);
-  return cost_.AttentionSeconds(work, ChoiceOf(prefill)) +
-         cost_.LinearSeconds(tokens, info.layer_weights);
+  return cost_.Slowness(info.activations) * (cost_.AttentionSeconds(work, ChoiceOf(prefill)) +
+                                             cost_.LinearSeconds(tokens, info.layer_weights));
 }
 
 absl::Status Engine::EnsureScratch(const ModelInfo& info, int64_t tokens) {
@@ -240,7 +242,8 @@ absl::Status Engine::Collect(Flight& flight) {
   const PhaseSeconds phases = flight.call.clock->Read();
   stages_.Observe(flight.call, phases);
   const ModelInfo& info = batch.model->info();
-  if (flight.layer + 1 < info.layers) {  // the last is not whole
+  if (flight.layer + 1 < info.layers &&
+      cost_.LearnsFrom(info.activations)) {  // the last is not whole
     cost_.ObserveLinear(batch.prompts.tokens(), info.layer_weights, Of(phases, Phase::kLinear));
   }
   Add(phases, batch.phases);
@@ -289,7 +292,7 @@ absl::Status Engine::EnqueueLayer(Batch& batch, StagesCall& call) {
   const int layer = batch.next_layer;
   StepClock& clock = *call.clock;
   absl::Status status;
-  if (flights_.empty()) {
+  if (flights_.empty() || layer == 0) {  // what began the batch lies between it and a flight
     status = clock.Start();
   } else {
     clock.StartAfter(*flights_.back().call.clock);

@@ -133,6 +133,7 @@ absl::Status Stages::Collect(StagesCall& call) {
 
 void Stages::Observe(const StagesCall& call, const PhaseSeconds& phases) {
   const AttentionShape& shape = call.args.shape;
+  if (!cost_.LearnsFrom(shape.dtype)) return;
   const CostModel::Work work = CostModel::WorkOf(shape);
   const double select = Of(phases, Phase::kSelect), attention = Of(phases, Phase::kAttention);
   if (call.args.policy.method != Method::kDense) {

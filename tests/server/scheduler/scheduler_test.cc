@@ -324,7 +324,7 @@ TEST_F(PrefillTest, ALayerThatDoesNotEndIsNoticedWhenItsJobIsLate) {
   auto job = prompts_.New(150, 5);
   device.HoldSteps();
   ASSERT_TRUE(scheduler.Admit(job).ok());
-  device.AwaitHeldStep();  // for layer 0, and layer 1 is enqueued
+  device.AwaitHeldStep();                // for layer 0, and layer 1 is enqueued
   job->deadline = absl::InfinitePast();  // nobody reads it now
   const int waits = device.waits();
   device.ReleaseOneStep();
