@@ -219,6 +219,7 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   CLI::App app("prefilld: sparse prefill as a service");
   app.set_version_flag("--version", kVersion);
   app.set_config("--config", "", "Reads the flags below from a TOML or INI file");
+  app.allow_config_extras(CLI::config_extras_mode::error);  // a misspelt key is not a default
   AddEndpoint(app, "--listen", &config.listen, "gRPC address; port 0 picks one");
   AddEndpoint(app, "--http", &config.http, "Address of /metrics and /debug/sparsity");
   app.add_flag("--insecure_listen", insecure_listen, "Allow addresses beyond loopback without TLS");

@@ -74,6 +74,16 @@ TEST(Config, FlagsMayComeFromAFileAndTheCommandLineWins) {
   EXPECT_EQ(parsed->config.kv_memory, uint64_t{1} << 30);
 }
 
+TEST(Config, AKeyOfAFileThatIsNoFlagIsRefusedByName) {
+  const std::string path = testing::TempDir() + "/prefilld_config_test_typo.toml";
+  std::ofstream(path) << "kv_memry = \"1GiB\"\n";
+  const std::string flag = "--config=" + path;
+  const auto parsed = Parse({flag.c_str()});
+  ASSERT_FALSE(parsed.ok());
+  EXPECT_NE(std::string(parsed.status().message()).find("kv_memry"), std::string::npos)
+      << parsed.status();
+}
+
 bool Offers(std::vector<const char*> flags, Transport transport) {
   return Parse(std::move(flags))->config.transports->count(transport) > 0;
 }
