@@ -335,7 +335,9 @@ void AttendReactor::End(const absl::Status& status) {
          {"tokens", job_->tokens()},
          {"seconds", absl::ToDoubleSeconds(record_.age())},
          {"density", job_ended_ ? job_->report.MeanDensity() : 0},
-         {"captured_mass", job_ended_ ? job_->report.MeanCapturedMass() : 0}});
+         {"captured_mass", job_ended_ && job_->report.captured_mass_measured
+                               ? nlohmann::json(job_->report.MeanCapturedMass())
+                               : nlohmann::json()}});
   } else {
     Log(Level::kWarning, "attend_refused",
         {{"request_id", request_id_},

@@ -249,7 +249,9 @@ void PrefillStream::OnFinished(const absl::Status& status) {
        {"tokens", job->tokens()},
        {"seconds", absl::ToDoubleSeconds(Since(job->arrival))},
        {"density", status.ok() ? job->report.MeanDensity() : 0},
-       {"captured_mass", status.ok() ? job->report.MeanCapturedMass() : 0}});
+       {"captured_mass", status.ok() && job->report.captured_mass_measured
+                             ? nlohmann::json(job->report.MeanCapturedMass())
+                             : nlohmann::json()}});
   WakeReaders();
 }
 
