@@ -302,11 +302,11 @@ bool Scheduler::RunOneStep() {
 // How long the step of a view may take by the cost model: an Attend, or a layer and the one before
 // it.
 absl::Duration Scheduler::Predict(size_t view) const {
-  const bool active = view < active_.size();
-  const auto& jobs = active ? active_[view].batch->jobs : std::vector<std::shared_ptr<Job>>();
-  double seconds = 0;
-  for (const auto& job : jobs) seconds += engine_.PredictLayerSeconds(*job);
-  if (active) return absl::Seconds(2 * seconds);
+  if (view < active_.size()) {
+    double seconds = 0;
+    for (const auto& job : active_[view].batch->jobs) seconds += engine_.PredictLayerSeconds(*job);
+    return absl::Seconds(2 * seconds);
+  }
   const Job& job = *waiting_[view - active_.size()].job;
   if (job.attend) return absl::Seconds(engine_.PredictSeconds(job));
   return absl::Seconds(2 * engine_.PredictLayerSeconds(job));

@@ -238,6 +238,21 @@ class PrefillTest : public testing::Test {
     return !sink.after_the_end;
   }
   static constexpr int layers() { return Prompts::kLayers; }
+  // Takes the layers of a cache of two slots one by one; `between` is called where both are full.
+  template <typename Between>
+  static void Stream(KvCache& cache, Between&& between) {
+    auto transfer = *cache.Open([] {});
+    absl::Notification computed[Prompts::kLayers];
+    for (int layer = 0; layer < layers(); ++layer) {
+      transfer->WhenReady(layer, [&done = computed[layer]](auto) { done.Notify(); });
+      ASSERT_TRUE(computed[layer].WaitForNotificationWithTimeout(absl::Seconds(20))) << layer;
+      if (layer == 1) {
+        between();
+        cache.Delivered(0);
+      }
+      if (layer > 0) cache.Delivered(layer);
+    }
+  }
 
   FakeBackend backend_;
   Prompts prompts_{backend_};
@@ -297,22 +312,13 @@ TEST_F(PrefillTest, APromptWaitsForRoomAndAShortOnePassesIt) {
   ASSERT_TRUE(plan.ok() && engine_.Reserve(*plan).ok());
   Scheduler scheduler(engine_, metrics_, {});
   auto second = prompts_.New(longest, 7), third = prompts_.New(140, 9);
-  const std::shared_ptr<KvCache> cache = first->prefill->cache;
-  auto transfer = *cache->Open([] {});
-  absl::Notification computed[Prompts::kLayers];
   ASSERT_TRUE(scheduler.Admit(first).ok());
-  for (int layer = 0; layer < layers(); ++layer) {
-    transfer->WhenReady(layer, [&done = computed[layer]](auto) { done.Notify(); });
-    ASSERT_TRUE(computed[layer].WaitForNotificationWithTimeout(absl::Seconds(20))) << layer;
-    if (layer == 1) {
-      ASSERT_TRUE(scheduler.Admit(second).ok());
-      ASSERT_TRUE(scheduler.Admit(third).ok());
-      EXPECT_TRUE(Prompts::SinkOf(third).Wait().ok());
-      EXPECT_TRUE(Prompts::SinkOf(second).layers.empty());
-      cache->Delivered(0);
-    }
-    if (layer > 0) cache->Delivered(layer);
-  }
+  Stream(*first->prefill->cache, [&] {
+    ASSERT_TRUE(scheduler.Admit(second).ok());
+    ASSERT_TRUE(scheduler.Admit(third).ok());
+    EXPECT_TRUE(Prompts::SinkOf(third).Wait().ok());
+    EXPECT_TRUE(Prompts::SinkOf(second).layers.empty());
+  });
   EXPECT_TRUE(Prompts::SinkOf(first).Wait().ok());
   EXPECT_TRUE(Prompts::SinkOf(second).Wait().ok());
 }
@@ -343,25 +349,16 @@ TEST_F(PrefillTest, ALayerThatDoesNotEndIsNoticedWhenItsJobIsLate) {
 TEST_F(PrefillTest, WhoseMemoryIsMissingFailsAlone) {
   Scheduler scheduler(engine_, metrics_, {});
   auto first = prompts_.New(150, 5, /*retain=*/false);
-  const std::shared_ptr<KvCache> cache = first->prefill->cache;
-  auto transfer = *cache->Open([] {});
-  absl::Notification computed[Prompts::kLayers];
   ASSERT_TRUE(scheduler.Admit(first).ok());
-  for (int layer = 0; layer < layers(); ++layer) {
-    transfer->WhenReady(layer, [&done = computed[layer]](auto) { done.Notify(); });
-    ASSERT_TRUE(computed[layer].WaitForNotificationWithTimeout(absl::Seconds(20))) << layer;
-    if (layer == 1) {
-      FakeDevice& device = backend_.device();
-      device.Limit(FakeDevice::Kind::kDevice, device.live_bytes(FakeDevice::Kind::kDevice));
-      auto second = prompts_.New(1000, 7);
-      ASSERT_TRUE(scheduler.Admit(second).ok());
-      const absl::Status missing = Prompts::SinkOf(second).Wait();
-      EXPECT_EQ(missing.code(), absl::StatusCode::kResourceExhausted);
-      EXPECT_EQ(FactsOf(missing).reason, "device_memory");
-      cache->Delivered(0);
-    }
-    if (layer > 0) cache->Delivered(layer);
-  }
+  Stream(*first->prefill->cache, [&] {
+    FakeDevice& device = backend_.device();
+    device.Limit(FakeDevice::Kind::kDevice, device.live_bytes(FakeDevice::Kind::kDevice));
+    auto second = prompts_.New(1000, 7);
+    ASSERT_TRUE(scheduler.Admit(second).ok());
+    const absl::Status missing = Prompts::SinkOf(second).Wait();
+    EXPECT_EQ(missing.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_EQ(FactsOf(missing).reason, "device_memory");
+  });
   EXPECT_TRUE(Prompts::SinkOf(first).Wait().ok());
   EXPECT_TRUE(InOrder(Prompts::SinkOf(first)));
 }
