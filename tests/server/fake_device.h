@@ -303,9 +303,7 @@ class FakeOps : public Ops {
     return cpu_.Prepare(frequencies);
   }
   absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
-    if (tokens.memory != nullptr) {
-      std::memset(tokens.memory, 1, TokensBytes(static_cast<int64_t>(tokens.ids.size()), nullptr));
-    }
+    std::memset(tokens.memory, 1, TokensBytes(static_cast<int64_t>(tokens.ids.size()), nullptr));
     return cpu_.Prepare(std::move(tokens));
   }
   size_t TokensBytes(int64_t tokens, const Rotary*) const override {
