@@ -22,35 +22,31 @@ class FitTest : public testing::Test {
  protected:
   FitTest() { model_ = prompts_.New(1, 0)->prefill->model; }
 
-  PlanInputs Inputs(int64_t prompt_tokens) {
-    return {.backend = fake_,
-            .models = {model_},
-            .prompt_tokens = prompt_tokens,
-            .batch_tokens = 256,
-            .batch_jobs = 8,
-            .batches = 1};
+  MemoryPlan Plan(int64_t prompt_tokens) {
+    return *PlanMemory({.backend = fake_,
+                        .models = {model_},
+                        .prompt_tokens = prompt_tokens,
+                        .batch_tokens = 256,
+                        .batch_jobs = 8,
+                        .batches = 1});
   }
   void LeaveFree(uint64_t bytes) {
     fake_.device().Limit(kDevice, fake_.device().live_bytes(kDevice) + bytes);
   }
   // With exactly so much to spare: the device has no margin either.
   void Reserve(int64_t prompt_tokens, uint64_t spare) {
-    LeaveFree(PlanMemory(Inputs(prompt_tokens))->needs() + spare);
-    const auto plan = PlanMemory(Inputs(prompt_tokens));
-    ASSERT_TRUE(plan.ok()) << plan.status();
-    ASSERT_EQ(plan->spare, spare);
-    ASSERT_TRUE(engine_.Reserve(*plan).ok());
+    LeaveFree(Plan(prompt_tokens).needs() + spare);
+    const MemoryPlan plan = Plan(prompt_tokens);
+    ASSERT_EQ(plan.spare, spare);
+    ASSERT_TRUE(engine_.Reserve(plan).ok());
     LeaveFree(spare);
   }
-  // What nobody planned for the longest prompt of Inputs.
+  // What the plan of the longest prompt has not.
   uint64_t Beyond(const HeldBytes& needs) {
-    const auto plan = PlanMemory(Inputs(longest()));
+    HeldBytes held = Plan(longest()).held;
+    Of(held, Holding::kBatch) = Plan(longest()).batches;
     uint64_t more = 0;
-    for (size_t i = 0; i < kHeldCount; ++i) {
-      const size_t held =
-          static_cast<Holding>(i) == Holding::kBatch ? plan->batches : plan->held[i];
-      more += needs[i] - std::min(needs[i], held);
-    }
+    for (size_t i = 0; i < kHeldCount; ++i) more += needs[i] - std::min(needs[i], held[i]);
     return more;
   }
   std::shared_ptr<Job> InSmallBlocks(int64_t tokens) const {
