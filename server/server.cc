@@ -27,7 +27,6 @@ constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr double kLoadingInterval = 2;  // seconds from one word of a model that loads to the next
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
-constexpr int kStalledLooks = 3;      // a process that was stopped for a while is not stalled
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
@@ -361,7 +360,6 @@ absl::Status Server::StartGrpc() {
 // A lost device is the end of the process, nothing in it can make a new one; and so is a step that
 // does not end, nothing can take a kernel from the device.
 void Server::Watch() {
-  int stalled_looks = 0;
   while (!stopping_.WaitForNotificationWithTimeout(kWatchInterval)) {
     const std::string_view fault = backend_->device().fault();
     if (!fault.empty()) {
@@ -370,8 +368,7 @@ void Server::Watch() {
       kill(getpid(), SIGTERM);  // main drains
       return;
     }
-    stalled_looks = scheduler_->Stalled(config_.stall_timeout) ? stalled_looks + 1 : 0;
-    if (stalled_looks == kStalledLooks) EndStalled();
+    if (scheduler_->Stalled(config_.stall_timeout, kWatchInterval)) EndStalled();
   }
 }
 

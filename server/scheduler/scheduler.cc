@@ -150,9 +150,10 @@ bool Scheduler::WaitIdle(absl::Time deadline) {
   return mutex_.AwaitWithDeadline(absl::Condition(&idle), deadline);
 }
 
-bool Scheduler::Stalled(absl::Duration least) const {
+bool Scheduler::Stalled(absl::Duration least, absl::Duration period) {
   absl::MutexLock lock(&mutex_);
-  return step_started_ && Since(*step_started_) > std::max(least, kStalledFactor * step_predicted_);
+  const absl::Duration seen = step_watch_.Look(step_started_, SteadyNow(), period);
+  return seen > std::max(least, kStalledFactor * step_predicted_);
 }
 
 void Scheduler::Loop() {

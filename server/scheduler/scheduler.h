@@ -20,6 +20,7 @@
 #include "server/job.h"
 #include "server/record/metrics.h"
 #include "server/scheduler/policy.h"
+#include "server/scheduler/step_watch.h"
 
 namespace prefilld {
 
@@ -54,9 +55,9 @@ class Scheduler {
 
   void Drain();                        // refuse new jobs with UNAVAILABLE from now on
   bool WaitIdle(absl::Time deadline);  // false: jobs were still there at the deadline
-  // True when a step has run for longer than `least` and twenty times its prediction: it does not
-  // end any more.
-  bool Stalled(absl::Duration least) const;
+  // True when a step has been seen to run for longer than `least` and twenty times its prediction:
+  // it does not end any more. For one who asks once a `period`.
+  bool Stalled(absl::Duration least, absl::Duration period);
 
  private:
   enum class What { kAdmit, kUploaded, kCancel };
@@ -136,6 +137,7 @@ class Scheduler {
   double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
   std::optional<SteadyTime> step_started_ ABSL_GUARDED_BY(mutex_);
   absl::Duration step_predicted_ ABSL_GUARDED_BY(mutex_);
+  StepWatch step_watch_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };
 

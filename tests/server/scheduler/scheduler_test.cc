@@ -208,12 +208,13 @@ TEST_F(SchedulerTest, AStepWithoutProgressIsNoticed) {
   Scheduler scheduler(engine_, metrics_, {});
   auto job = NewAttend();
   ASSERT_TRUE(scheduler.Admit(job).ok());
-  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1)));
+  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1), absl::Seconds(1)));
   scheduler.UploadDone(job);
   backend_.AwaitEntered();
-  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1)));
+  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1), absl::Seconds(1)));
   const SteadyTime entered = SteadyNow();
-  while (!scheduler.Stalled(absl::ZeroDuration())) absl::SleepFor(absl::Milliseconds(1));
+  while (!scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)))
+    absl::SleepFor(absl::Milliseconds(1));
   EXPECT_GE(Since(entered), 19 * absl::Seconds(engine_.PredictSeconds(*job))) << "not at once";
   backend_.Open();
   EXPECT_TRUE(SinkOf(job).Wait().ok());
@@ -337,10 +338,11 @@ TEST_F(PrefillTest, ALayerThatDoesNotEndIsNoticedWhenItsJobIsLate) {
   while (device.waits() == waits) absl::SleepFor(absl::Milliseconds(1));
   device.AwaitHeldStep();  // for layer 1
   const SteadyTime held = SteadyNow();
-  while (!scheduler.Stalled(absl::ZeroDuration()) && Since(held) < absl::Seconds(20)) {
+  while (!scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)) &&
+         Since(held) < absl::Seconds(20)) {
     absl::SleepFor(absl::Milliseconds(1));
   }
-  EXPECT_TRUE(scheduler.Stalled(absl::ZeroDuration()));
+  EXPECT_TRUE(scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)));
   device.ReleaseSteps();
   EXPECT_EQ(Prompts::SinkOf(job).Wait().code(), absl::StatusCode::kDeadlineExceeded);
 }
