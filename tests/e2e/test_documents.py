@@ -39,8 +39,8 @@ def flags_in(text):
 
 
 def benchmarks():
-    return [path for path in (ROOT / "tests").rglob("*")
-            if path.parent != ROOT / "tests/e2e" and path.suffix in (".py", ".cc")]
+    return [path for folder in ("bench", "vllm") for path in (ROOT / "tests" / folder).rglob("*")
+            if path.suffix in (".py", ".cc")]
 
 
 def test_every_flag_exists():
