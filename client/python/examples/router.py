@@ -67,7 +67,7 @@ class Prefilld:
 
     def __init__(self, target: str, model: str):
         self.target, self.model = target, model
-        self.ready = False
+        self.ready, self._told = False, None
         self.methods = set(METHODS)  # that it serves; all that have a name until it was asked
         self.outstanding = 0  # tokens of prompts that are not computed yet
         self.channel = grpc.aio.insecure_channel(
@@ -104,9 +104,10 @@ class Prefilld:
         return True
 
     def set_ready(self, ready: bool, why: object) -> None:
-        if ready != self.ready:
+        told = (ready, getattr(why, "code", why))  # the text of one code may differ
+        if told != self._told:
             log.info("prefilld %s is %s: %s", self.target, "ready" if ready else "not ready", why)
-        self.ready = ready
+        self.ready, self._told = ready, told
 
     async def prefill(self, request: pb.PrefillRequest, timeout: float) -> "Handover":
         """Returns once the prompt is admitted. PrefilldError, UNAVAILABLE also for silence."""

@@ -49,6 +49,8 @@ class FakePrefilld(FakeServer):
 
     def Prefill(self, request, context):
         if request.validate_only:
+            if request.model != MODEL:
+                context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
             if request.sparsity.method not in self.methods:
                 context.abort(grpc.StatusCode.UNIMPLEMENTED, "not served yet")
             return
@@ -610,6 +612,15 @@ def test_methods_are_asked_again_of_a_server_that_comes_back(one):
             await asyncio.sleep(0.05)
         assert (await w.post(prefilld={"method": "flexprefill"}))[0] == 200
     run(test, one)
+
+
+def test_a_server_without_the_model_is_not_ready(one, caplog):
+    caplog.set_level("INFO", logger="router")
+
+    async def test(w):
+        await eventually(lambda: "NOT_FOUND" in caplog.text)
+        assert (await w.post(model="none"))[:2] == (200, "fallback; reason=not_ready")
+    run(test, one, "--model=none", ready=False)
 
 
 def test_a_default_that_nobody_serves_leaves_requests_to_vllm(one):
