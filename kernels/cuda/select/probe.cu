@@ -52,10 +52,25 @@ __device__ __forceinline__ __half RoundMean(float x) {
   return __float2half_rn(x);
 }
 
-// The means of the two pools of a step, by half of the thread block: a thread sums 32 tokens of two
-// channels.
+// What pools of keys are relative to: a channel of the mean of some of a sequence's keys. To add
+// the same to every key changes no softmax, and beside a large part that all keys share (a
+// projection's bias gives them one) FP16 would lose what they differ in: in the first layer of
+// Qwen2.5-Coder-1.5B the blocks chosen have an IoU of .996 with the oracle's without, .9998 with
+// it.
+template <typename T>
+__device__ float CenterOf(const T* keys, int64_t stride, int tokens) {
+  float sum = 0;
+#pragma unroll 8
+  for (int t = 0; t < tokens; ++t) sum += static_cast<float>(keys[t * stride]);
+  const float mean = sum / static_cast<float>(tokens);
+  return fabsf(mean) <= FLT_MAX ? mean : 0;
+}
+
+// The means of the two pools of a step, less the center, by half of the thread block: a thread sums
+// 32 tokens of two channels.
 template <typename T, int kChannels>
-__device__ void PoolKeys(const unsigned char* keys, int thread, int valid, __half* out) {
+__device__ void PoolKeys(const unsigned char* keys, int thread, int valid, const float* center,
+                         __half* out) {
   for (int x = thread; x < kKeys / kPool * kChannels / 2; x += kThreads / 2) {
     const int pool = x / (kChannels / 2), pair = x % (kChannels / 2);
     float2 sum = {0, 0};
@@ -68,7 +83,8 @@ __device__ void PoolKeys(const unsigned char* keys, int thread, int valid, __hal
     }
     const int tokens = min(kPool, valid - pool * kPool);  // the others are zeros
     const float weight = tokens > 0 ? 1.0f / tokens : 0.0f;
-    reinterpret_cast<__half2*>(out)[x] = {RoundMean(sum.x * weight), RoundMean(sum.y * weight)};
+    reinterpret_cast<__half2*>(out)[x] = {RoundMean(sum.x * weight - center[2 * pair]),
+                                          RoundMean(sum.y * weight - center[2 * pair + 1])};
   }
 }
 
@@ -135,6 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
   using At = Layout<kChannels>;
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ int position[kProbeRows];
+  __shared__ float center[kChannels];
   const Problem& p = params.problem;
   const Sequence s = p.sequence[blockIdx.z];
   const int n = s.k_blocks, rows = ProbeRowCount(s);
@@ -175,6 +192,11 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
       static_cast<const T*>(p.k.data) + kv * p.k.head_stride + s.k_begin * p.k.token_stride;
   const int64_t stride = p.pages != nullptr ? kChannels : p.k.token_stride;
   const void* base_of_k = p.pages != nullptr ? p.arena : p.k.data;
+  const auto key_of = [&](int32_t token) {  // the tokens of its block follow it
+    return p.pages != nullptr
+               ? static_cast<const T*>(p.arena) + PagedRow(p, s.page_begin, token, kv) * kChannels
+               : k + static_cast<int64_t>(token) * stride;
+  };
   // A thread copies the same chunk of every kRowsAtOnce-th row, and so to equally spaced places.
   constexpr int kRowsAtOnce = kThreads / At::Keys::kCopiers;
   static_assert(kRowsAtOnce % 8 == 0);
@@ -182,15 +204,9 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
   const int copied_chunk = threadIdx.x % At::Keys::kCopiers;
   const uint32_t copied_to = base + At::kK + At::Keys::Offset(copied_row, copied_chunk);
   const auto load = [&](int step) {
-    const int J = block_of(step);
-    const T* from;
-    if (p.pages != nullptr) {
-      const int32_t token = J * p.block_size + begin_of(step);
-      from = static_cast<const T*>(p.arena) + PagedRow(p, s.page_begin, token, kv) * kChannels;
-    } else {
-      from = k + static_cast<int64_t>(J * p.block_size + begin_of(step)) * stride;
-    }
-    const int exist = s.sk - J * p.block_size - begin_of(step);
+    const int first_key = block_of(step) * p.block_size + begin_of(step);
+    const T* from = key_of(first_key);
+    const int exist = s.sk - first_key;
     from += copied_row * stride + copied_chunk * 8;
     const uint32_t to = copied_to + step % 2 * At::Keys::kBytes;
 #pragma unroll
@@ -203,6 +219,11 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
   };
 
   load(0);
+  const bool pools = params.pools != nullptr && part == 0;
+  if (pools && threadIdx.x < kChannels) {  // a pool in the middle: the first keys are unlike others
+    const int middle = n / 2 * p.block_size;
+    center[threadIdx.x] = CenterOf(key_of(middle) + threadIdx.x, stride, min(kPool, s.sk - middle));
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head = kHeadsMax<kChannels> == 1 ? 0 : warp % 4;
   // The tile of 16 rows that sees more, and the other one. At d = 256 two warps do it all.
@@ -258,10 +279,10 @@ __global__ void __launch_bounds__(kThreads, 2) ProbeKernel(const __grid_constant
       }
     }
     // The two halves of the thread block take turns.
-    if (params.pools != nullptr && part == 0 && warp / (kWarps / 2) == step % 2) {
+    if (pools && warp / (kWarps / 2) == step % 2) {
       const int64_t pool = ((kv * params.slots + first_slot + J) * p.block_size + in_block) / kPool;
       PoolKeys<T, kChannels>(shared + At::kK + step % 2 * At::Keys::kBytes,
-                             threadIdx.x % (kThreads / 2), s.sk - key,
+                             threadIdx.x % (kThreads / 2), s.sk - key, center,
                              params.pools + pool * kChannels);
     }
   }

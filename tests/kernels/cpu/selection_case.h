@@ -16,13 +16,14 @@
 
 namespace prefilld::cpu {
 
-enum class Family { kRandom, kFaint, kSink, kBand, kNeedle, kZero };
-inline constexpr Family kFamilies[] = {Family::kRandom, Family::kFaint,  Family::kSink,
-                                       Family::kBand,   Family::kNeedle, Family::kZero};
+enum class Family { kRandom, kFaint, kSink, kBand, kNeedle, kZero, kFar };
+inline constexpr Family kFamilies[] = {Family::kRandom, Family::kFaint,
+                                       Family::kSink,   Family::kBand,
+                                       Family::kNeedle, Family::kZero};  // but kFar
 inline constexpr int64_t kLengths[] = {1, 127, 128, 129, 300, 1000, 2049, 4097};
 
 inline std::string Describe(Family family, int64_t length, DType dtype, double gamma) {
-  constexpr const char* kNames[] = {"random", "faint", "sink", "band", "needle", "zero"};
+  constexpr const char* kNames[] = {"random", "faint", "sink", "band", "needle", "zero", "far"};
   return std::string(kNames[static_cast<int>(family)]) + " S=" + std::to_string(length) + " " +
          Name(dtype) + " gamma=" + std::to_string(gamma);
 }
@@ -107,9 +108,10 @@ class Case {
     for (int s = 0; s < shape_.sequences(); ++s) FillSequence(s, &rng);
   }
 
-  // Faint: random with logits near zero, which pooled attention predicts well. Sink: the first four
-  // keys answer a direction that all queries share. Needle: sixteen random keys do. Band: key t -
-  // delta answers query t, by rotary phases.
+  // Far: all keys have a large part in common, as a projection's bias gives them one; the logits of
+  // a query lie around 150, 0 or -150. Faint: random with logits near zero, which pooled attention
+  // predicts well. Sink: the first four keys answer a direction that all queries share. Needle:
+  // sixteen random keys do. Band: key t - delta answers query t, by rotary phases.
   void FillSequence(int s, std::mt19937* rng) {
     const int64_t q0 = shape_.cu_seqlens_q[s], k0 = shape_.cu_seqlens_k[s];
     const int64_t sq = shape_.cu_seqlens_q[s + 1] - q0, sk = shape_.cu_seqlens_k[s + 1] - k0;
@@ -133,6 +135,18 @@ class Case {
       return;
     }
     if (options_.family == Family::kRandom || options_.family == Family::kFaint) return;
+    if (options_.family == Family::kFar) {
+      const float share = 150 * std::sqrt(static_cast<float>(d)) / 40;
+      for (int64_t t = 0; t < sq; ++t) {
+        for (int h = 0; h < shape_.q_heads; ++h) {
+          Q(q0 + t, h)[5] += share * static_cast<float>((t / 7 + h) % 3 - 1);
+        }
+      }
+      for (int64_t t = 0; t < sk; ++t) {
+        for (int g = 0; g < shape_.kv_heads; ++g) K(k0 + t, g)[5] += 40;
+      }
+      return;
+    }
     for (int64_t t = 0; t < sq; ++t) {
       for (int h = 0; h < shape_.q_heads; ++h) Q(q0 + t, h)[3] += 4;
     }

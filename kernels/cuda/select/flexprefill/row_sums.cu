@@ -143,7 +143,9 @@ __global__ void __launch_bounds__(512, 1) RowSumsKernel(FlexPrefill f, Shape sha
   const int own_tiles = shape.row_tiles / shape.warpgroups;
   const int row_in_tile = threadIdx.x / 32 % 4 * 16 + lane / 4;
   int means_at = warpgroup;  // the next tile whose mean keys this warpgroup writes
-  Softmax softmax[2][2];     // [row tile][row_in_tile + {0, 8}]
+  // [row tile, row_in_tile + {0, 8}]. Of two dimensions, nvcc 13.0 would leave the maxima of the
+  // second tile zero: it gives members their initial values in the first row of such an array only.
+  Softmax softmax[4];
   for (int tile = 0; tile < tiles; ++tile) {
     if (tile + ring.Ahead() < tiles) load(tile + ring.Ahead());
     const char* key_tile = ring.Wait();
@@ -166,8 +168,8 @@ __global__ void __launch_bounds__(512, 1) RowSumsKernel(FlexPrefill f, Shape sha
           c[i] = i / 4 * 8 + i % 2 > last + i / 2 % 2 * 8 ? -kInfinity : c[i];
         }
       }
-      softmax[x][0].Add(c, 0);
-      softmax[x][1].Add(c, 1);
+      softmax[2 * x].Add(c, 0);
+      softmax[2 * x + 1].Add(c, 1);
     }
     if (first_row_tile == 0 && means_at == tile) {
       WriteKeyMeans<T, kHeadDim>(f, s, kv_head, first_key, key_tile);
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(512, 1) RowSumsKernel(FlexPrefill f, Shape sha
         f.row_sums + (head * f.chunks + blockIdx.x) * p.block_size + row_of(row_tile) + row_in_tile;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Softmax& row = softmax[x][half];
+      Softmax& row = softmax[2 * x + half];
       for (int step = 1; step < 4; step *= 2) {
         row.Merge(__shfl_xor_sync(~0u, row.max, step), __shfl_xor_sync(~0u, row.sum, step));
       }

@@ -74,6 +74,20 @@ TEST_P(FlexPrefillInEveryDType, MatchesTheOracleInEveryFamilyAtEveryLength) {
       {.q_heads = 9, .kv_heads = 3, .head_dim = 64, .sq = {5000}, .family = Family::kNeedle});
 }
 
+TEST_P(FlexPrefillInEveryDType, MatchesTheOracleWhereLogitsAreFarFromZero) {
+  for (DType dtype : GetParam().dtypes) {
+    for (int block_size : {64, 128}) {
+      for (int q_heads : {2, 12}) {
+        ExpectSameIn(dtype, {.q_heads = q_heads,
+                             .kv_heads = 2,
+                             .block_size = block_size,
+                             .sq = {2000},
+                             .family = Family::kFar});
+      }
+    }
+  }
+}
+
 TEST_P(FlexPrefillInEveryDType, MatchesTheOracleInEveryHeadDimAndBlockSize) {
   for (DType dtype : GetParam().dtypes) {
     for (int d : GetParam().head_dims) {

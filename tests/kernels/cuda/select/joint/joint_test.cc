@@ -69,6 +69,21 @@ TEST_P(JointInEveryDType, MatchesTheOracleInEveryFamilyAtEveryLength) {
       {.q_heads = 9, .kv_heads = 3, .head_dim = 64, .sq = {5000}, .family = Family::kNeedle});
 }
 
+TEST_P(JointInEveryDType, MatchesTheOracleWhereLogitsAreFarFromZero) {
+  for (DType dtype : GetParam().dtypes) {
+    for (int block_size : {64, 128}) {
+      for (Layout layout : {Layout::kTokens, Layout::kPaged}) {
+        ExpectSameIn(dtype, {.q_heads = 6,
+                             .kv_heads = 1,
+                             .block_size = block_size,
+                             .sq = {40, 3000},
+                             .layout = layout,
+                             .family = Family::kFar});
+      }
+    }
+  }
+}
+
 TEST_P(JointInEveryDType, MatchesTheOracleInEveryHeadDimAndBlockSize) {
   for (DType dtype : GetParam().dtypes) {
     for (int d : GetParam().head_dims) {
