@@ -370,15 +370,31 @@ void Server::Watch() {
       kill(getpid(), SIGTERM);  // main drains
       return;
     }
-    stalled_looks = scheduler_->Stalled(config_.stall_timeout) ? stalled_looks + 1 : 0;
-    if (stalled_looks == kStalledLooks) EndStalled();
+    const auto stalled = scheduler_->Stalled(config_.stall_timeout);
+    stalled_looks = stalled ? stalled_looks + 1 : 0;
+    if (stalled_looks == kStalledLooks) EndStalled(*stalled);
   }
 }
 
 // Whoever waits hears UNAVAILABLE when the connections go. A drain would wait for the step.
-void Server::EndStalled() {
+void Server::EndStalled(const StalledStep& step) {
+  // What was enqueued first is waited for; the rest is behind it.
+  nlohmann::json parts = nlohmann::json::array();
+  for (const StalledStep::Part& part : step.parts) {
+    parts.push_back({{"request_ids", part.request_ids},
+                     {"model", part.model},
+                     {"layer", part.layer ? nlohmann::json(*part.layer) : nlohmann::json()}});
+  }
+  const nlohmann::json first = parts.empty() ? nlohmann::json::object() : parts[0];
+  if (!parts.empty()) parts.erase(0);
   Log(Level::kError, "step_stalled",
-      {{"limit", absl::FormatDuration(config_.stall_timeout)},
+      {{"request_ids", first.value("request_ids", nlohmann::json::array())},
+       {"model", first.value("model", "")},
+       {"layer", first.value("layer", nlohmann::json())},
+       {"behind", parts},
+       {"seconds", absl::ToDoubleSeconds(step.waited)},
+       {"predicted_seconds", absl::ToDoubleSeconds(step.predicted)},
+       {"limit", absl::FormatDuration(config_.stall_timeout)},
        {"jobs", "end with the process, as UNAVAILABLE"}});
   grpc_->GetHealthCheckService()->SetServingStatus("", false);
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);

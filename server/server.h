@@ -48,7 +48,7 @@ class Server {
   absl::Status TakeKvMemory();
   absl::Status StartGrpc();
   void Watch();
-  [[noreturn]] void EndStalled();
+  [[noreturn]] void EndStalled(const StalledStep& step);
 
   const Config config_;
   const std::string boot_id_ = NewId();

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -33,6 +34,17 @@ struct SchedulerOptions {
   absl::Duration passed_over_max = absl::Seconds(10);
 };
 
+// What the engine waits for: what was enqueued first is first.
+struct StalledStep {
+  struct Part {
+    std::vector<std::string> request_ids;
+    std::string model;         // kAttendModel: an Attend
+    std::optional<int> layer;  // none: an Attend
+  };
+  std::vector<Part> parts;
+  absl::Duration waited, predicted;
+};
+
 class Scheduler {
  public:
   Scheduler(Engine& engine, Metrics& metrics, SchedulerOptions options);
@@ -54,9 +66,9 @@ class Scheduler {
 
   void Drain();                        // refuse new jobs with UNAVAILABLE from now on
   bool WaitIdle(absl::Time deadline);  // false: jobs were still there at the deadline
-  // True when a step has run for longer than `least` and twenty times its prediction: it does not
-  // end any more.
-  bool Stalled(absl::Duration least) const;
+  // A step that has run for longer than `least` and twenty times its prediction: it does not end
+  // any more.
+  std::optional<StalledStep> Stalled(absl::Duration least) const;
 
  private:
   enum class What { kAdmit, kUploaded, kCancel };
@@ -99,6 +111,8 @@ class Scheduler {
   absl::Time NextDeadline() const;
   bool RunOneStep();  // false: nothing could run
   absl::Duration Predict(size_t view) const;
+  std::vector<StalledStep::Part> PartsOf(std::optional<size_t> view) const;
+  void NoteParts(std::optional<size_t> view);  // before the engine may wait for them
   std::vector<StepView> Views() const;
   bool HasRoom(const Job& job) const;  // to begin a batch with this Prefill
   bool RoomIsAwaited() const;
@@ -136,6 +150,7 @@ class Scheduler {
   double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
   std::optional<SteadyTime> step_started_ ABSL_GUARDED_BY(mutex_);
   absl::Duration step_predicted_ ABSL_GUARDED_BY(mutex_);
+  std::vector<StalledStep::Part> step_parts_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };
 
