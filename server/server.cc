@@ -121,6 +121,7 @@ absl::StatusOr<std::unique_ptr<Backend>> ChooseBackend(const Config& config) {
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   std::unique_ptr<Server> server(new Server(config));
+  if (absl::Status status = server->PrepareGrpc(); !status.ok()) return status;
   auto backend = ChooseBackend(config);
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
@@ -295,6 +296,17 @@ absl::Status Server::TakeKvMemory() {
   return absl::OkStatus();
 }
 
+// What can be wrong with them is told before models are loaded. Until then nobody listens.
+absl::Status Server::PrepareGrpc() {
+  auto credentials = Credentials({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
+  if (!credentials.ok()) return credentials.status();
+  credentials_ = *std::move(credentials);
+  auto port = HeldPort::Take(config_.listen);
+  if (!port.ok()) return Explain("--listen", port.status());
+  held_port_ = *std::move(port);
+  return absl::OkStatus();
+}
+
 absl::Status Server::StartGrpc() {
   std::set<Transport> offered;
   for (const auto& [transport, medium] : media_) offered.insert(transport);
@@ -324,14 +336,12 @@ absl::Status Server::StartGrpc() {
   handoff_service_ = std::make_unique<KvHandoffServiceImpl>(*rpc_);
   model_service_ = std::make_unique<ModelServiceImpl>(*rpc_);
 
-  auto credentials = Credentials({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
-  if (!credentials.ok()) return credentials.status();
   gpr_set_log_function(DropGrpcLog);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   int port = 0;
-  builder.AddListeningPort(config_.listen.ToString(), *credentials, &port);
+  builder.AddListeningPort(config_.listen.ToString(), credentials_, &port);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
@@ -344,12 +354,11 @@ absl::Status Server::StartGrpc() {
   builder.RegisterService(model_service_.get());
   grpc_ = builder.BuildAndStart();
   if (!grpc_ || port == 0) {
-    return absl::UnavailableError(absl::StrCat(
-        "--listen: cannot listen on ", config_.listen.ToString(), ": is the port in use",
-        config_.tls_cert.empty() ? "?"
-                                 : ", or the TLS key "
-                                   "or certificate broken?"));
+    return absl::UnavailableError(absl::StrCat("--listen: cannot listen on ",
+                                               config_.listen.ToString(),
+                                               ": did somebody else begin to meanwhile?"));
   }
+  held_port_.reset();
   gpr_set_log_function(TakeGrpcLog);
   grpc_endpoint_ = config_.listen;
   grpc_endpoint_.port = port;

@@ -4,6 +4,7 @@
 #include <grpcpp/server.h>
 
 #include <memory>
+#include <optional>
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
@@ -12,6 +13,7 @@
 #include "absl/synchronization/notification.h"
 #include "server/config.h"
 #include "server/http.h"
+#include "server/port.h"
 #include "server/rpc/context.h"
 #include "server/rpc/services.h"
 
@@ -41,6 +43,7 @@ class Server {
 
  private:
   explicit Server(Config config);
+  absl::Status PrepareGrpc();
   absl::Status StartHttp();
   absl::Status LoadModels();
   absl::Status PlanMemory(const SchedulerOptions& options);
@@ -52,6 +55,8 @@ class Server {
 
   const Config config_;
   const std::string boot_id_ = NewId();
+  std::shared_ptr<grpc::ServerCredentials> credentials_;
+  std::optional<HeldPort> held_port_;  // until gRPC listens
   // In the order they are built; each may use those above it.
   Metrics metrics_;
   ReportTable reports_;

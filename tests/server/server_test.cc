@@ -10,6 +10,7 @@
 #include <iterator>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "google/rpc/error_details.pb.h"
@@ -587,6 +588,43 @@ TEST(ServerDrain, RefusesNewWorkAndWaitsForLeases) {
   auto server = Server::Start(TestConfig());
   ASSERT_TRUE(server.ok()) << server.status();
   Caller caller(**server);
+// Loading may take minutes: what is wrong with the address or with TLS is told before.
+TEST(ServerStart, TlsFilesAndTheAddressComeBeforeTheModels) {
+  const auto refusal = [](const Config& config) {
+    return std::string(Server::Start(config).status().message());
+  };
+  Config config = TestConfig();
+  config.models[0].directory = "/does/not/exist";
+  EXPECT_EQ(refusal(config).find("--model=base"), 0u);
+  Config in_use = config;
+  Config other = TestConfig();
+  other.models.clear();
+  auto listener = Server::Start(other);
+  ASSERT_TRUE(listener.ok()) << listener.status();
+  in_use.listen = (*listener)->grpc_endpoint();
+  EXPECT_EQ(refusal(in_use),
+            "--listen: cannot listen on " + in_use.listen.ToString() + ": Address already in use");
+  in_use.listen = {"192.0.2.1", 0};  // nobody's
+  EXPECT_EQ(refusal(in_use).find("--listen: cannot listen on 192.0.2.1:0: "), 0u);
+
+  const std::string tls = kFixtures + "/tls/", wrong = kFixtures + "/models/base/config.json";
+  const std::tuple<std::string, std::string, std::string, std::string> cases[] = {
+      {wrong, tls + "server.key", "", "--tls_cert: '" + wrong + "' holds no PEM certificate"},
+      {tls + "server.pem", wrong, "", "--tls_key: '" + wrong + "' holds no PEM private key"},
+      {tls + "server.pem", tls + "client.key", "",
+       "--tls_key: '" + tls + "client.key' is not the key of '" + tls + "server.pem'"},
+      {tls + "server.pem", tls + "server.key", wrong,
+       "--tls_client_ca: '" + wrong + "' holds no PEM certificate"},
+      {tls + "server.pem", tls + "server.key", "/does/not/exist", "--tls_client_ca: cannot read"},
+      {tls + "server.pem", tls + "server.key", tls + "ca.pem", "--model=base"}};
+  for (const auto& [cert, key, ca, told] : cases) {
+    config.tls_cert = cert;
+    config.tls_key = key;
+    config.tls_client_ca = ca;
+    EXPECT_EQ(refusal(config).find(told), 0u) << refusal(config);
+  }
+}
+
   v1::PrefillRequest request;
   request.set_model("base");
   request.add_token_ids(1);
