@@ -47,8 +47,10 @@ class Server {
   absl::Status StartHttp();
   absl::Status LoadModels();
   absl::Status PlanMemory(const SchedulerOptions& options);
+  void TellLowered(const ModelInfos& infos) const;
   absl::Status OpenMedia();
   absl::Status TakeKvMemory();
+  ModelInfos Infos() const;
   absl::Status StartGrpc();
   void Watch();
   [[noreturn]] void EndStalled(const StalledStep& step);
@@ -67,7 +69,8 @@ class Server {
   Media media_;
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
-  int64_t prompt_tokens_max_ = 0;
+  RequestLimits limits_;                   // each is known when what it limits is built
+  uint64_t kv_room_ = 0;                   // ShareKv's
   std::unique_ptr<BlockPool> pool_;        // null without models
   std::shared_ptr<SegmentPool> segments_;  // null: see RpcContext
   std::unique_ptr<LeaseTable> leases_;

@@ -316,7 +316,7 @@ TEST_F(PrefillTest, APromptWaitsForRoomAndAShortOnePassesIt) {
                                 .batch_tokens = 256,
                                 .batch_jobs = 8,
                                 .batches = 2});
-  ASSERT_TRUE(plan.ok() && engine_.Reserve(*plan).ok());
+  ASSERT_TRUE(engine_.Reserve(plan).ok());
   Scheduler scheduler(engine_, metrics_, {});
   auto second = prompts_.New(longest, 7), third = prompts_.New(140, 9);
   ASSERT_TRUE(scheduler.Admit(first).ok());
