@@ -31,12 +31,7 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCuda([[maybe_unused]] const CudaO
 template <typename Allocate>
 absl::Status GrowBy(Device& device, Allocate&& allocate, size_t bytes, Buffer& buffer) {
   if (buffer.bytes() >= bytes) return absl::OkStatus();
-  if (buffer.data() != nullptr) {
-    for (const Stream stream : {Stream{}, device.download_stream()}) {
-      if (absl::Status done = device.Synchronize(stream); !done.ok()) return done;
-    }
-    buffer = Buffer();
-  }
+  if (absl::Status released = Release(device, buffer); !released.ok()) return released;
   auto memory = allocate(bytes);
   if (!memory.ok()) return memory.status();
   buffer = *std::move(memory);
@@ -52,6 +47,15 @@ absl::Status Grow(Device& device, size_t bytes, Buffer& buffer) {
 absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer) {
   return GrowBy(
       device, [&](size_t size) { return device.AllocateHost(size); }, bytes, buffer);
+}
+
+absl::Status Release(Device& device, Buffer& buffer) {
+  if (buffer.data() == nullptr) return absl::OkStatus();
+  for (const Stream stream : {Stream{}, device.download_stream()}) {
+    if (absl::Status done = device.Synchronize(stream); !done.ok()) return done;
+  }
+  buffer = Buffer();
+  return absl::OkStatus();
 }
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {

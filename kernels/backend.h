@@ -124,6 +124,8 @@ class Device {
 // the device. RESOURCE_EXHAUSTED.
 absl::Status Grow(Device& device, size_t bytes, Buffer& buffer);
 absl::Status GrowHost(Device& device, size_t bytes, Buffer& buffer);
+// The buffer goes, likewise.
+absl::Status Release(Device& device, Buffer& buffer);
 
 class Backend {
  public:
@@ -141,10 +143,11 @@ class Backend {
                                        const HeadPolicies& heads) const;
 
   // Device memory that the stages of such a call use beside its arguments. It is kept, grows to the
-  // largest call, and can be taken before the first: RESOURCE_EXHAUSTED. None on the CPU. Threads
-  // of WorkspaceBytes: any.
+  // largest call, and can be taken before the first (RESOURCE_EXHAUSTED) and given back between
+  // two, which waits for the device. None on the CPU. Threads of WorkspaceBytes: any.
   virtual size_t WorkspaceBytes(const AttentionShape&, const SparsityPolicy&) const { return 0; }
   virtual absl::Status ReserveWorkspace(size_t) { return absl::OkStatus(); }
+  virtual absl::Status ReleaseWorkspace() { return absl::OkStatus(); }
 
   // Stage 1: probes rows, leaves the method's maps in the backend's workspace.
   virtual absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) = 0;

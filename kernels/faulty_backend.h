@@ -35,6 +35,7 @@ class FaultyBackend : public Backend {
     return backend_->WorkspaceBytes(shape, policy);
   }
   absl::Status ReserveWorkspace(size_t bytes) override { return backend_->ReserveWorkspace(bytes); }
+  absl::Status ReleaseWorkspace() override { return backend_->ReleaseWorkspace(); }
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override {
     return backend_->EstimatePattern(args, stream);
   }

@@ -90,10 +90,9 @@ struct BatchTokens {
   std::vector<int32_t> positions;  // [tokens]
   // Where frequencies depend on the prompt, instead of the rotary's; else empty.
   std::vector<float> inverse;      // [prompts, rotary_dim / 2]
-  std::vector<int32_t> prompts;    // [tokens], the prompt that each is of
+  std::vector<int32_t> prompts;    // [tokens], which prompt: those of one stand together
   const Rotary* rotary = nullptr;  // what turns their heads, or null
-  void* memory =
-      nullptr;  // of the device, Ops::TokensBytes, for as long as they are; null: Ops takes it
+  void* memory = nullptr;          // of the device, Ops::TokensBytes, for as long as they are
 };
 
 // --- What is computed. y = x W^T + bias for each part of a linear.

@@ -26,7 +26,6 @@ namespace {
 constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
-constexpr int kStalledLooks = 3;      // a process that was stopped for a while is not stalled
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
@@ -351,7 +350,6 @@ absl::Status Server::StartGrpc() {
 // A lost device is the end of the process, nothing in it can make a new one; and so is a step that
 // does not end, nothing can take a kernel from the device.
 void Server::Watch() {
-  int stalled_looks = 0;
   while (!stopping_.WaitForNotificationWithTimeout(kWatchInterval)) {
     const std::string_view fault = backend_->device().fault();
     if (!fault.empty()) {
@@ -360,9 +358,8 @@ void Server::Watch() {
       kill(getpid(), SIGTERM);  // main drains
       return;
     }
-    const auto stalled = scheduler_->Stalled(config_.stall_timeout);
-    stalled_looks = stalled ? stalled_looks + 1 : 0;
-    if (stalled_looks == kStalledLooks) EndStalled(*stalled);
+    const auto stalled = scheduler_->Stalled(config_.stall_timeout, kWatchInterval);
+    if (stalled) EndStalled(*stalled);
   }
 }
 

@@ -60,6 +60,11 @@ absl::Status CudaBackend::ReserveWorkspace(size_t bytes) {
   return Grow(*device_, bytes, workspace_);
 }
 
+absl::Status CudaBackend::ReleaseWorkspace() {
+  sequences_.clear();
+  return Release(*device_, workspace_);
+}
+
 // Everything of a call that may fail for want of memory, and the sequences on the device.
 absl::Status CudaBackend::Prepare(const AttentionArgs& args, Stream stream) {
   absl::Status status = CheckTensors(args);

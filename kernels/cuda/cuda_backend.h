@@ -31,6 +31,7 @@ class CudaBackend : public Backend {
   absl::Status Supports(const AttentionShape& shape, const SparsityPolicy& policy) const override;
   size_t WorkspaceBytes(const AttentionShape& shape, const SparsityPolicy& policy) const override;
   absl::Status ReserveWorkspace(size_t bytes) override;
+  absl::Status ReleaseWorkspace() override;
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override;
   absl::Status SelectBlocks(const AttentionArgs& args, Stream stream) override;
   absl::Status MeasureCapturedMass(const AttentionArgs& args, Stream stream) override;

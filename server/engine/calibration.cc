@@ -91,31 +91,43 @@ StagesCall CallOf(const Trial& trial, const Tensors& tensors, int64_t tokens) {
   return call;
 }
 
+// One call: what its phases took, and the density that it found.
+struct Timed {
+  PhaseSeconds phases{};
+  double density = 1;
+};
+absl::StatusOr<Timed> TimeCall(Stages& stages, StepClock& clock, StagesCall call) {
+  call.clock = &clock;
+  absl::Status status = stages.Prepare(call);
+  if (status.ok()) status = clock.Start();
+  if (status.ok()) status = clock.Await(stages.Enqueue(call));
+  if (status.ok()) status = stages.Collect(call);
+  if (!status.ok()) return status;
+  return Timed{.phases = clock.Read(), .density = MeanDensity(call.args.shape, call.report.data())};
+}
+
+StagesCall DenseCallOf(const Trial& trial, const Tensors& tensors, int64_t tokens) {
+  StagesCall call = CallOf(trial, tensors, tokens);
+  call.args.policy = DenseInsteadOf(call.args.policy);
+  return call;
+}
+
 // Dense and the default method in turn, the median of each.
 absl::StatusOr<Points> TimeLength(Stages& stages, StepClock& clock, const Trial& trial,
                                   const Tensors& tensors, int64_t tokens) {
   std::vector<double> dense_seconds, sparse_seconds, select_seconds;
   double density = 1;
-  for (int round = 0; round < 2 * trial.rounds; ++round) {
-    StagesCall call = CallOf(trial, tensors, tokens);
-    call.clock = &clock;
-    const bool dense = round % 2 == 0;
-    if (dense) call.args.policy = DenseInsteadOf(call.args.policy);
-    absl::Status status = stages.Prepare(call);
-    if (status.ok()) status = clock.Start();
-    if (status.ok()) status = clock.Await(stages.Enqueue(call));
-    if (status.ok()) status = stages.Collect(call);
-    if (!status.ok()) return status;
-    if (round < 2) continue;
-    const PhaseSeconds phases = clock.Read();
-    const double select = Of(phases, Phase::kSelect), attention = Of(phases, Phase::kAttention);
-    if (dense) {
-      dense_seconds.push_back(attention);
-    } else {
-      select_seconds.push_back(Of(phases, Phase::kEstimate) + select);
-      sparse_seconds.push_back(attention);
-      density = MeanDensity(call.args.shape, call.report.data());
-    }
+  for (int round = 0; round < trial.rounds; ++round) {
+    auto dense = TimeCall(stages, clock, DenseCallOf(trial, tensors, tokens));
+    if (!dense.ok()) return dense.status();
+    auto sparse = TimeCall(stages, clock, CallOf(trial, tensors, tokens));
+    if (!sparse.ok()) return sparse.status();
+    if (round == 0) continue;
+    dense_seconds.push_back(Of(dense->phases, Phase::kAttention));
+    sparse_seconds.push_back(Of(sparse->phases, Phase::kAttention));
+    select_seconds.push_back(Of(sparse->phases, Phase::kEstimate) +
+                             Of(sparse->phases, Phase::kSelect));
+    density = sparse->density;
   }
   const CostModel::Work work = CostModel::WorkOf(trial.q_heads, trial.head_dim, tokens, tokens);
   return Points{.dense = {work.dense, Median(dense_seconds)},
@@ -180,15 +192,21 @@ absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost
   return absl::OkStatus();
 }
 
-// F32 has no tensor cores: its kernels, and its products likewise, take many times as long.
+// F32 has no tensor cores: its kernels, and its products likewise, take many times as long as the
+// curve of dense says, by the last round.
 absl::Status CalibrateF32(Device& device, Stages& stages, StepClock& clock, CostModel& cost) {
   const Trial& trial = kDeviceF32Trial;
   auto tensors = MakeTensors(device, trial);
   if (!tensors.ok()) return tensors.status();
-  auto points = TimeLength(stages, clock, trial, *tensors, trial.lengths[0]);
-  if (!points.ok()) return points.status();
-  const auto [flops, seconds] = points->dense;
-  cost.SetSlowness(DType::kF32, std::max(1.0, seconds / cost.DenseSeconds({.dense = flops})));
+  const int64_t tokens = trial.lengths[0];
+  double seconds = 0;
+  for (int round = 0; round < trial.rounds; ++round) {
+    auto dense = TimeCall(stages, clock, DenseCallOf(trial, *tensors, tokens));
+    if (!dense.ok()) return dense.status();
+    seconds = Of(dense->phases, Phase::kAttention);
+  }
+  const CostModel::Work work = CostModel::WorkOf(trial.q_heads, trial.head_dim, tokens, tokens);
+  cost.SetSlowness(DType::kF32, std::max(1.0, seconds / cost.DenseSeconds(work)));
   return absl::OkStatus();
 }
 

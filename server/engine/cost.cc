@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 namespace prefilld {
@@ -20,10 +21,15 @@ double SelectFlops(int q_heads, int head_dim, int64_t sk) {
   return 2.0 * 128 * q_heads * head_dim * static_cast<double>(sk);
 }
 
-void Follow(std::atomic<double>& value, double seen, double share) {
+constexpr double kAny = std::numeric_limits<double>::infinity();
+
+// Goes a share of the way to what was seen, which counts as `times` the value at most, and as that
+// fraction of it at least. What is no number above zero was not seen.
+void Follow(std::atomic<double>& value, double seen, double share, double times) {
   if (!std::isfinite(seen) || seen <= 0) return;
   const double old = value.load(std::memory_order_relaxed);
-  value.store((1 - share) * old + share * seen, std::memory_order_relaxed);
+  const double near = std::clamp(seen, old / times, old * times);
+  value.store((1 - share) * old + share * near, std::memory_order_relaxed);
 }
 
 constexpr double kMargin = 0.97;       // of dense: what sparse must stay below
@@ -60,11 +66,9 @@ double CostCurve::Seconds(double flops) const {
 }
 
 void CostCurve::Observe(double flops, double seconds) {
-  const double seen = Measured(flops) / seconds;
-  if (flops < least_flops_ || !std::isfinite(seen) || seen <= 0) return;
-  const double speed = speed_.load(std::memory_order_relaxed);
+  if (flops < least_flops_) return;
   // Once in a while a call takes many times as long: it made a plan, or the device did other work.
-  Follow(speed_, std::clamp(seen, speed / 2, speed * 2), 0.1);
+  Follow(speed_, Measured(flops) / seconds, 0.1, 2);
 }
 
 CostModel::Work CostModel::WorkOf(int q_heads, int head_dim, int64_t sq, int64_t sk) {
@@ -129,12 +133,12 @@ void CostModel::SetCurves(std::vector<CostCurve::Point> dense, std::vector<CostC
 
 void CostModel::ObserveLinear(int64_t tokens, int64_t layer_weights, double seconds) {
   const double flops = 2.0 * static_cast<double>(tokens) * static_cast<double>(layer_weights);
-  Follow(linear_flops_, flops / seconds, 0.1);
+  Follow(linear_flops_, flops / seconds, 0.1, kAny);
 }
 
 // Half way at once: prompts that follow each other are alike, and a wrong guess costs a selection.
 void CostModel::ObserveDensity(int64_t k_blocks, double density) {
-  Follow(density_ratio_, density / Fit(k_blocks), 0.5);
+  Follow(density_ratio_, density / Fit(k_blocks), 0.5, kAny);
 }
 
 }  // namespace prefilld

@@ -38,36 +38,38 @@ absl::Status Engine::Calibrate(bool models) {
 
 absl::Status Engine::Reserve(const MemoryPlan& plan) {
   Device& device = backend_.device();
-  const auto of = [&](Holding held) { return Of(plan.held, held); };
-  absl::Status status = Grow(device, of(Holding::kActivations), scratch_);
-  if (status.ok()) {
-    status = stages_.Reserve(of(Holding::kCounts), of(Holding::kIndex), of(Holding::kReports));
-  }
-  if (status.ok()) status = backend_.ReserveWorkspace(of(Holding::kWorkspace));
-  if (status.ok()) status = (*backend_.ops())->ReserveWriteKv(of(Holding::kKvOut));
+  reserved_ = {.held = plan.held, .spare = plan.spare};
+  Of(reserved_.held, Holding::kBatch) = plan.batches;
+  absl::Status status = Grow(device, Of(plan.held, Holding::kActivations), scratch_);
+  if (status.ok()) status = ReserveStages();
+  if (status.ok()) status = (*backend_.ops())->ReserveWriteKv(Of(plan.held, Holding::kKvOut));
   if (!status.ok()) return status;
   auto memory = device.Allocate(plan.batches);
   if (!memory.ok()) return memory.status();
   batches_ = std::make_unique<Arena>(*std::move(memory));
-  reserved_ = plan.held;
-  Of(reserved_, Holding::kBatch) = plan.batches;
-  spare_ = plan.spare;
   return absl::OkStatus();
 }
 
+// What the stages have of the plan.
+absl::Status Engine::ReserveStages() {
+  const auto of = [&](Holding held) { return Of(reserved_.held, held); };
+  absl::Status status =
+      stages_.Reserve(of(Holding::kCounts), of(Holding::kIndex), of(Holding::kReports));
+  return status.ok() ? backend_.ReserveWorkspace(of(Holding::kWorkspace)) : status;
+}
+
+// A shape that nobody planned grows what the stages have. Where there is too little for that, the
+// shapes before it may have grown something else: all of that is given back.
+absl::Status Engine::Prepare(StagesCall& call) {
+  absl::Status status = stages_.Prepare(call);
+  if (!absl::IsResourceExhausted(status)) return status;
+  status = stages_.Release();
+  if (status.ok()) status = ReserveStages();
+  return status.ok() ? stages_.Prepare(call) : status;
+}
+
 absl::Status Engine::CheckFits(const Job& job) const {
-  if (batches_ == nullptr || !job.prefill) return absl::OkStatus();
-  const HeldBytes needed = HeldBy(backend_, *job.prefill->model, {job.tokens()}, job.policy);
-  uint64_t needs = 0, more = 0;
-  for (size_t i = 0; i < kHeldCount; ++i) {
-    needs += needed[i];
-    more += needed[i] - std::min(needed[i], reserved_[i]);
-  }
-  if (more <= spare_) return absl::OkStatus();
-  return InvalidField("token_ids",
-                      absl::StrCat(job.tokens(), " tokens in blocks of ", job.policy.block_size,
-                                   " need ", needs, " bytes of the device's memory, ", more,
-                                   " more than is reserved; ", spare_, " are spare"));
+  return batches_ == nullptr ? absl::OkStatus() : prefilld::CheckFits(backend_, reserved_, job);
 }
 
 bool Engine::HasRoom(const Transformer& model, int64_t tokens) const {
@@ -192,7 +194,7 @@ absl::Status Engine::Launch(Batch& batch) {
   absl::Status status = EnsureScratch(batch.model->info(), batch.prompts.tokens());
   if (!status.ok()) return status;
   Flight flight = {.batch = &batch, .layer = batch.next_layer, .call = LayerCall(batch)};
-  status = stages_.Prepare(flight.call);
+  status = Prepare(flight.call);
   if (!status.ok()) return status;
   status = EnqueueLayer(batch, flight.call);
   if (status.ok()) status = MarkStored(flight);
@@ -460,7 +462,7 @@ absl::Status Engine::RunAttend(Job& job) {
   call.lse_bytes = work.lse.bytes();
   call.host_count = work.host_count.data();
   call.host_index = work.host_index.data();
-  status = stages_.Prepare(call);
+  status = Prepare(call);
   if (!status.ok()) return status;
   status = EnqueueAttend(call);
   CollectUntil(0);

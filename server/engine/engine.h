@@ -19,6 +19,7 @@
 #include "server/engine/arena.h"
 #include "server/engine/completion_queue.h"
 #include "server/engine/cost.h"
+#include "server/engine/fit.h"
 #include "server/engine/memory_plan.h"
 #include "server/engine/stages.h"
 #include "server/engine/step_clock.h"
@@ -60,8 +61,8 @@ class Engine {
 
   // Takes all that the plan holds, before the first job: prompts that are of it take nothing then.
   absl::Status Reserve(const MemoryPlan& plan);
-  // INVALID_ARGUMENT for a prompt that needs more than is reserved and was spare then: blocks of
-  // 64, say, of which the index is larger. Thread: any.
+  // fit.h's, of what is reserved. What passes may have to wait (HasRoom), and then runs, whatever
+  // has run before. Thread: any.
   absl::Status CheckFits(const Job& job) const;
   // Whether a batch of so many tokens can Begin now, beside those that run.
   bool HasRoom(const Transformer& model, int64_t tokens) const;
@@ -130,6 +131,8 @@ class Engine {
   void NoteFault();
   absl::Status AfterStep(absl::Status step);
   absl::Status CheckStep();  // before any work of a step
+  absl::Status ReserveStages();
+  absl::Status Prepare(StagesCall& call);
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);
   StagesCall LayerCall(const Batch& batch);
@@ -157,8 +160,7 @@ class Engine {
   std::deque<Flight> flights_;  // at most ahead_ + 1
   Buffer scratch_;              // q, k, v, o of one layer; grows to the largest batch seen
   LayerScratch layer_{};
-  HeldBytes reserved_{};
-  uint64_t spare_ = 0;
+  Reserved reserved_;
   std::unique_ptr<Arena> batches_;  // what batches hold; null: nothing is reserved
   bool fault_noted_ = false;
   CompletionQueue completions_;  // goes first: what it runs uses the others

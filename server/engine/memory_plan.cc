@@ -152,6 +152,17 @@ void Widen(const PlanInputs& inputs, uint64_t left, MemoryPlan& plan) {
 
 }  // namespace
 
+HeldBytes HeldBy(Backend& backend, const AttentionShape& shape, const SparsityPolicy& policy) {
+  if (!backend.Supports(shape, policy).ok()) return {};
+  const auto sequences = SplitIntoBlocks(shape, policy.block_size);
+  const size_t rows = static_cast<size_t>(shape.q_heads) * TotalRows(sequences);
+  HeldBytes held{};
+  Of(held, Holding::kCounts) = rows * sizeof(int32_t);
+  Of(held, Holding::kIndex) = rows * MaxKeyBlocks(sequences) * sizeof(uint16_t);
+  Of(held, Holding::kWorkspace) = backend.WorkspaceBytes(shape, policy);
+  return held;
+}
+
 HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<int64_t>& lengths,
                  const SparsityPolicy& policy) {
   const ModelInfo& info = model.info();
@@ -165,13 +176,8 @@ HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<i
   const AttentionShape shape = {info.activations, info.q_heads, info.kv_heads,
                                 info.head_dim,    ends,         ends};
   if (!backend.Supports(shape, policy).ok()) return {};
-  const auto sequences = SplitIntoBlocks(shape, policy.block_size);
-  const size_t rows = static_cast<size_t>(info.q_heads) * TotalRows(sequences);
-  HeldBytes held{};
+  HeldBytes held = HeldBy(backend, shape, policy);
   Of(held, Holding::kActivations) = static_cast<size_t>(LayerScratchBytes(info, ends.back()));
-  Of(held, Holding::kCounts) = rows * sizeof(int32_t);
-  Of(held, Holding::kIndex) = rows * MaxKeyBlocks(sequences) * sizeof(uint16_t);
-  Of(held, Holding::kWorkspace) = backend.WorkspaceBytes(shape, policy);
   Of(held, Holding::kKvOut) = (*backend.ops())->WriteKvBytes(kv_bytes);
   Of(held, Holding::kReports) = lengths.size() * info.q_heads * sizeof(HeadReport);
   Of(held, Holding::kBatch) = model.BatchBytes(ends.back());

@@ -22,9 +22,11 @@ using HeldBytes = std::array<size_t, kHeldCount>;
 inline size_t& Of(HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
 inline size_t Of(const HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
 
-// Of prompts of these lengths in one batch. Pure; threads: any.
+// Of prompts of these lengths in one batch; and of attention alone, which is counts, index and
+// workspace. Nothing of what the backend does not support. Pure; threads: any.
 HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<int64_t>& lengths,
                  const SparsityPolicy& policy);
+HeldBytes HeldBy(Backend& backend, const AttentionShape& shape, const SparsityPolicy& policy);
 
 struct PlanInputs {
   Backend& backend;

@@ -49,6 +49,12 @@ absl::Status Stages::Reserve(size_t count_bytes, size_t index_bytes, size_t repo
   return status;
 }
 
+absl::Status Stages::Release() {
+  absl::Status status = prefilld::Release(backend_.device(), index_count_);
+  if (status.ok()) status = prefilld::Release(backend_.device(), index_);
+  return status.ok() ? backend_.ReleaseWorkspace() : status;
+}
+
 absl::Status Stages::Prepare(StagesCall& call) {
   AttentionArgs& args = call.args;
   Device& device = backend_.device();
@@ -60,6 +66,9 @@ absl::Status Stages::Prepare(StagesCall& call) {
   absl::Status status = Grow(device, rows * sizeof(int32_t), index_count_);
   if (status.ok()) status = Grow(device, rows * args.index.stride * sizeof(uint16_t), index_);
   if (status.ok()) status = GrowHost(device, ReportEntries(args) * sizeof(HeadReport), report);
+  if (status.ok()) {
+    status = backend_.ReserveWorkspace(backend_.WorkspaceBytes(args.shape, args.policy));
+  }
   if (!status.ok()) return status;
   next_report_ = 1 - next_report_;
   args.index.count = index_count_.as<int32_t>();

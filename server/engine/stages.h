@@ -30,6 +30,9 @@ class Stages {
 
   // Takes memory before the first call: those that need no more take none. Each of two reports.
   absl::Status Reserve(size_t count_bytes, size_t index_bytes, size_t report_bytes);
+  // Gives back what grew with the shapes of calls, the backend's workspace too; waits for the
+  // device.
+  absl::Status Release();
   // Takes what memory is missing. Before anything of the call's step is enqueued. Its report stays
   // until the next call but one is prepared.
   absl::Status Prepare(StagesCall& call);

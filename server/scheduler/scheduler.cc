@@ -150,12 +150,11 @@ bool Scheduler::WaitIdle(absl::Time deadline) {
   return mutex_.AwaitWithDeadline(absl::Condition(&idle), deadline);
 }
 
-std::optional<StalledStep> Scheduler::Stalled(absl::Duration least) const {
+std::optional<StalledStep> Scheduler::Stalled(absl::Duration least, absl::Duration period) {
   absl::MutexLock lock(&mutex_);
-  if (!step_started_) return std::nullopt;
-  const absl::Duration waited = Since(*step_started_);
-  if (waited <= std::max(least, kStalledFactor * step_predicted_)) return std::nullopt;
-  return StalledStep{.parts = step_parts_, .waited = waited, .predicted = step_predicted_};
+  const absl::Duration seen = step_watch_.Look(step_started_, SteadyNow(), period);
+  if (seen <= std::max(least, kStalledFactor * step_predicted_)) return std::nullopt;
+  return StalledStep{.parts = step_parts_, .waited = seen, .predicted = step_predicted_};
 }
 
 void Scheduler::Loop() {

@@ -21,6 +21,7 @@
 #include "server/job.h"
 #include "server/record/metrics.h"
 #include "server/scheduler/policy.h"
+#include "server/scheduler/step_watch.h"
 
 namespace prefilld {
 
@@ -66,9 +67,9 @@ class Scheduler {
 
   void Drain();                        // refuse new jobs with UNAVAILABLE from now on
   bool WaitIdle(absl::Time deadline);  // false: jobs were still there at the deadline
-  // A step that has run for longer than `least` and twenty times its prediction: it does not end
-  // any more.
-  std::optional<StalledStep> Stalled(absl::Duration least) const;
+  // A step that has been seen to run for longer than `least` and twenty times its prediction: it
+  // does not end any more. For one who asks once a `period`.
+  std::optional<StalledStep> Stalled(absl::Duration least, absl::Duration period);
 
  private:
   enum class What { kAdmit, kUploaded, kCancel };
@@ -151,6 +152,7 @@ class Scheduler {
   std::optional<SteadyTime> step_started_ ABSL_GUARDED_BY(mutex_);
   absl::Duration step_predicted_ ABSL_GUARDED_BY(mutex_);
   std::vector<StalledStep::Part> step_parts_ ABSL_GUARDED_BY(mutex_);
+  StepWatch step_watch_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };
 

@@ -303,9 +303,7 @@ class FakeOps : public Ops {
     return cpu_.Prepare(frequencies);
   }
   absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
-    if (tokens.memory != nullptr) {
-      std::memset(tokens.memory, 1, TokensBytes(static_cast<int64_t>(tokens.ids.size()), nullptr));
-    }
+    std::memset(tokens.memory, 1, TokensBytes(static_cast<int64_t>(tokens.ids.size()), nullptr));
     return cpu_.Prepare(std::move(tokens));
   }
   size_t TokensBytes(int64_t tokens, const Rotary*) const override {
@@ -372,6 +370,7 @@ class FakeBackend : public Backend {
     return policy.method == Method::kDense ? 0 : static_cast<size_t>(shape.total_q()) * 8;
   }
   absl::Status ReserveWorkspace(size_t bytes) override { return Grow(device_, bytes, workspace_); }
+  absl::Status ReleaseWorkspace() override { return Release(device_, workspace_); }
   absl::Status EstimatePattern(const AttentionArgs& args, Stream stream) override {
     absl::Status status = ReserveWorkspace(WorkspaceBytes(args.shape, args.policy));
     return status.ok() ? cpu_->EstimatePattern(args, stream) : status;

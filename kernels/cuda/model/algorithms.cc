@@ -1,5 +1,7 @@
 #include "kernels/cuda/model/algorithms.h"
 
+#include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,6 +18,7 @@ namespace prefilld::cuda {
 namespace {
 
 constexpr int64_t kStepMin = 16;
+constexpr mode_t kFileMode = 0644;
 
 // A line of the file: the shape, then the algorithm as the library lays it out, in hex. It says
 // itself that its bytes may be kept for the same version.
@@ -91,7 +94,11 @@ void Algorithms::Read() {
 }
 
 void Algorithms::Write() const {
-  const std::string beside = absl::StrCat(path_, ".", getpid());
+  std::string beside = path_ + ".XXXXXX";
+  const int made = mkstemp(beside.data());
+  if (made < 0) return;
+  fchmod(made, kFileMode);
+  close(made);
   std::ofstream file(beside, std::ios::trunc);
   for (const auto& [shape, algorithm] : chosen_) file << LineOf(shape, algorithm);
   file.close();

@@ -33,7 +33,8 @@ class Algorithms {
   Algorithms(const std::string& directory, std::string_view device, size_t library_version);
 
   const cublasLtMatmulAlgo_t* Find(const ProductShape& shape) const;  // null: not measured
-  // The file is written anew beside the old one and takes its place; that it cannot is no failure.
+  // The file is written anew beside the old one, under a name of its own, for others may share the
+  // directory, and takes its place; that it cannot is no failure.
   void Keep(const ProductShape& shape, const cublasLtMatmulAlgo_t& algorithm);
 
  private:

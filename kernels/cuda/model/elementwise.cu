@@ -142,10 +142,9 @@ __global__ void __launch_bounds__(kNormThreadsMax)
 __global__ void __launch_bounds__(kThreads) TurnsKernel(const __grid_constant__ TurnsCall call) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= call.tokens * call.pairs) return;
-  const int64_t t = at / call.pairs, prompt = call.prompts == nullptr ? 0 : call.prompts[t];
-  const float position = static_cast<float>(call.positions[t]);
+  const float position = static_cast<float>(call.positions[at / call.pairs]);
   float sine, cosine;
-  sincosf(__fmul_rn(position, call.inverse[prompt * call.pairs + at % call.pairs]), &sine, &cosine);
+  sincosf(__fmul_rn(position, call.inverse[at % call.pairs]), &sine, &cosine);
   call.turns[at] = {cosine * call.scale, sine * call.scale};
 }
 

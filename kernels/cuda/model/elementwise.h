@@ -14,6 +14,8 @@ namespace prefilld::cuda {
 
 inline constexpr int kWidthUnit = 8;         // of rows
 inline constexpr int kWidthMax = 32 * 1024;  // of what is normalised
+inline constexpr int kHeadDimMax = 256;
+inline constexpr int kPairsMax = kHeadDimMax / 2;  // that turn
 
 // out[t] = the row of table that ids[t] names; beyond the table, the last.
 struct EmbedCall {
@@ -33,12 +35,11 @@ struct NormCall {
 };
 cudaError_t NormalizeRows(const NormCall& call, cudaStream_t stream);
 
-// turns[t][i] = cosine and sine of positions[t] * inverse[i], times scale. With prompts, inverse
-// has a row for each of them.
+// turns[t][i] = cosine and sine of positions[t] * inverse[i], times scale. The frequencies travel
+// as an argument.
 struct TurnsCall {
   const int32_t* positions = nullptr;
-  const int32_t* prompts = nullptr;  // [tokens], or null
-  const float* inverse = nullptr;    // [pairs], or [prompts, pairs]
+  float inverse[kPairsMax] = {};  // [pairs]
   int pairs = 0;
   float scale = 1;
   int64_t tokens = 0;
@@ -51,7 +52,7 @@ cudaError_t FillTurns(const TurnsCall& call, cudaStream_t stream);
 struct SplitQkvCall {
   Rows y;  // [tokens, (q_heads + 2 kv_heads) head_dim]
   Rows q, k, v;
-  int q_heads = 0, kv_heads = 0, head_dim = 0;       // at most 256
+  int q_heads = 0, kv_heads = 0, head_dim = 0;       // at most kHeadDimMax
   const float *q_norm = nullptr, *k_norm = nullptr;  // [head_dim], or null
   float q_eps = 0, k_eps = 0;
   const float2* turns = nullptr;  // [tokens, pairs], of the first token

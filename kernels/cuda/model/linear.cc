@@ -12,8 +12,7 @@ namespace {
 // Twice what Hopper's kernels ask for at most.
 constexpr size_t kWorkspaceBytes = size_t{64} << 20;
 constexpr size_t kPlansMax = 512;  // some hundred bytes each
-constexpr int kCandidates = 8;     // of the heuristic that are measured
-constexpr int kRounds = 3;         // of each, after one that warms it
+constexpr int kRounds = 3;         // of each candidate, after one that warms it
 
 cudaDataType_t TypeOf(DType dtype) {
   return dtype == DType::kF32 ? CUDA_R_32F : dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_16F;
@@ -92,8 +91,9 @@ struct Multiplier::Plan {
   cublasLtMatmulAlgo_t algorithm{};
 };
 
-Multiplier::Multiplier(CudaDevice& device, const CublasLt& lt, Algorithms algorithms)
-    : device_(device), lt_(lt), algorithms_(std::move(algorithms)) {}
+Multiplier::Multiplier(CudaDevice& device, const CublasLt& lt, Algorithms algorithms,
+                       int candidates)
+    : device_(device), lt_(lt), algorithms_(std::move(algorithms)), candidates_(candidates) {}
 
 Multiplier::~Multiplier() {
   plans_.clear();
@@ -101,11 +101,12 @@ Multiplier::~Multiplier() {
 }
 
 absl::StatusOr<std::unique_ptr<Multiplier>> Multiplier::Create(CudaDevice& device,
-                                                               const std::string& cache_dir) {
+                                                               const std::string& cache_dir,
+                                                               int candidates) {
   auto lt = CublasLt::Open();
   if (!lt.ok()) return lt.status();
-  std::unique_ptr<Multiplier> multiplier(
-      new Multiplier(device, **lt, Algorithms(cache_dir, device.name(), (*lt)->GetVersion())));
+  std::unique_ptr<Multiplier> multiplier(new Multiplier(
+      device, **lt, Algorithms(cache_dir, device.name(), (*lt)->GetVersion()), candidates));
   absl::Status status = multiplier->Check((*lt)->Create(&multiplier->handle_), "create");
   if (!status.ok()) return status;
   auto workspace = device.Allocate(kWorkspaceBytes);
@@ -164,7 +165,7 @@ absl::Status Multiplier::Measure(const ProductShape& shape, const CudaLinear& li
   Plan plan({.shape = shape, .x_stride = shape.in, .y_stride = shape.out}, lt_);
   absl::Status status = Check(plan.Describe(), "describe");
   std::vector<cublasLtMatmulHeuristicResult_t> candidates;
-  if (status.ok()) status = Check(plan.Candidates(handle_, kCandidates, &candidates), "choose");
+  if (status.ok()) status = Check(plan.Candidates(handle_, candidates_, &candidates), "choose");
   if (!status.ok()) return status;
   auto x = device_.Allocate(static_cast<size_t>(shape.tokens * shape.in) * SizeOf(shape.dtype));
   if (!x.ok()) return x.status();

@@ -36,10 +36,14 @@ struct CudaLinear : Linear {
 
 class Multiplier {
  public:
+  // Of what cuBLASLt's heuristic offers for a shape, its best first, how many are measured.
+  static constexpr int kCandidates = 8;
+
   // UNAVAILABLE: there is no cuBLASLt here. What is measured is kept in the directory, if one is
   // given.
   static absl::StatusOr<std::unique_ptr<Multiplier>> Create(CudaDevice& device,
-                                                            const std::string& cache_dir);
+                                                            const std::string& cache_dir,
+                                                            int candidates = kCandidates);
   ~Multiplier();
 
   struct RunArgs {
@@ -63,7 +67,7 @@ class Multiplier {
     const void* x;
     void* y;
   };
-  Multiplier(CudaDevice& device, const CublasLt& lt, Algorithms algorithms);
+  Multiplier(CudaDevice& device, const CublasLt& lt, Algorithms algorithms, int candidates);
   absl::StatusOr<Plan*> PlanOf(const Key& key, const CudaLinear& linear, cudaStream_t stream);
   absl::Status Choose(Plan& plan, const CudaLinear& linear, cudaStream_t stream);
   absl::Status Measure(const ProductShape& shape, const CudaLinear& linear, cudaStream_t stream);
@@ -78,6 +82,7 @@ class Multiplier {
   const CublasLt& lt_;
   cublasLtHandle_t handle_ = nullptr;
   Algorithms algorithms_;
+  const int candidates_;
   Buffer workspace_;       // of one product; those on a stream follow each other
   std::list<Plan> plans_;  // the last used first
 };

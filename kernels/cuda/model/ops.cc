@@ -16,7 +16,6 @@ namespace {
 
 // Products reach their rate; what a layer keeps between them stays below a GiB.
 constexpr int64_t kTileTokens = 4096;
-constexpr int kHeadDimMax = 256;
 
 struct CudaNorm : Norm {
   Buffer weight;  // [width] F32
@@ -29,17 +28,15 @@ struct CudaEmbedding : Embedding {
   int64_t vocabulary = 0, width = 0;
 };
 struct CudaRotary : Rotary {
-  Buffer inverse;  // [pairs] F32
+  std::vector<float> inverse;  // [pairs]
   int pairs = 0, head_dim = 0;
   float scale = 1;
   RotaryPairing pairing = RotaryPairing::kHalf;
 };
 struct CudaTokens : PreparedTokens {
-  Buffer own;  // what they lie in, where nobody has given it
   uint32_t* ids = nullptr;
   int32_t* positions = nullptr;
   float2* turns = nullptr;  // cosines and sines, [tokens, pairs of the rotary]
-  Buffer inverse, prompts;  // as BatchTokens has them, or empty
   int64_t tokens = 0;
 
   // From `memory` on, or only counted. Bytes of all.
@@ -167,40 +164,17 @@ class CudaOps : public Ops {
     rotary->head_dim = d;
     rotary->scale = frequencies.scale;
     rotary->pairing = frequencies.pairing;
-    absl::Status status = upload_.Values(frequencies.inverse, &rotary->inverse);
-    if (!status.ok()) return status;
+    rotary->inverse = frequencies.inverse;
     return rotary;
   }
 
   absl::StatusOr<std::unique_ptr<PreparedTokens>> Prepare(BatchTokens tokens) override {
     auto prepared = std::make_unique<CudaTokens>();
     prepared->tokens = static_cast<int64_t>(tokens.ids.size());
-    if (tokens.memory == nullptr) {
-      auto own = device_.Allocate(TokensBytes(prepared->tokens, tokens.rotary));
-      if (!own.ok()) return own.status();
-      prepared->own = *std::move(own);
-      tokens.memory = prepared->own.data();
-    }
     prepared->LieAt(tokens.memory, PairsOf(tokens.rotary));
     absl::Status status = upload_.ValuesTo(tokens.ids, prepared->ids);
     if (status.ok()) status = upload_.ValuesTo(tokens.positions, prepared->positions);
-    if (status.ok() && tokens.rotary != nullptr) {
-      const auto& rotary = As<CudaRotary>(tokens.rotary);
-      const bool own = !tokens.inverse.empty();  // the batch's frequencies
-      if (own) status = upload_.Values(tokens.inverse, &prepared->inverse);
-      if (own && status.ok()) status = upload_.Values(tokens.prompts, &prepared->prompts);
-      if (!status.ok()) return status;
-      status = device_.Check(
-          FillTurns({.positions = prepared->positions,
-                     .prompts = prepared->prompts.as<int32_t>(),
-                     .inverse = (own ? prepared->inverse : rotary.inverse).as<float>(),
-                     .pairs = rotary.pairs,
-                     .scale = rotary.scale,
-                     .tokens = prepared->tokens,
-                     .turns = prepared->turns},
-                    device_.stream({})),
-          "rotation");
-    }
+    if (status.ok() && tokens.rotary != nullptr) status = Turn(tokens, *prepared);
     if (!status.ok()) return status;
     return prepared;
   }
@@ -346,6 +320,31 @@ class CudaOps : public Ops {
  private:
   static int PairsOf(const Rotary* rotary) {
     return rotary == nullptr ? 0 : As<CudaRotary>(rotary).pairs;
+  }
+
+  // Tokens at the rotary's frequencies; or those of a prompt, which follow each other, at its own.
+  absl::Status Turn(const BatchTokens& tokens, const CudaTokens& prepared) {
+    const auto& rotary = As<CudaRotary>(tokens.rotary);
+    const std::vector<int32_t>& prompts = tokens.prompts;
+    absl::Status status;
+    for (int64_t first = 0, end = 0; first < prepared.tokens && status.ok(); first = end) {
+      const float* inverse = rotary.inverse.data();
+      end = prepared.tokens;
+      if (!tokens.inverse.empty()) {
+        const auto begin = prompts.begin() + first;
+        end = std::find_if(begin, prompts.end(), [&](int32_t p) { return p != *begin; }) -
+              prompts.begin();
+        inverse = tokens.inverse.data() + int64_t{*begin} * rotary.pairs;
+      }
+      TurnsCall call = {.positions = prepared.positions + first,
+                        .pairs = rotary.pairs,
+                        .scale = rotary.scale,
+                        .tokens = end - first,
+                        .turns = prepared.turns + first * rotary.pairs};
+      std::copy_n(inverse, rotary.pairs, call.inverse);
+      status = device_.Check(FillTurns(call, device_.stream({})), "rotation");
+    }
+    return status;
   }
 
   // On the device, for whoever prepares from it.

@@ -6,21 +6,41 @@
 #include <thread>
 #include <utility>
 
+#include "kernels/cuda/workspace.h"
+
 namespace prefilld::cuda {
 namespace {
 
 constexpr Stream kStream{};
 constexpr size_t kHalfBytes = size_t{4} << 20;
+constexpr size_t kSharedBytes = size_t{2} << 20;  // what the device is asked for at once
+constexpr size_t kSmallBytes = kSharedBytes / 8;  // and what is taken of that at most
 
 }  // namespace
 
 absl::Status Upload::Pieces(const std::vector<Piece>& pieces, Buffer* buffer) {
   size_t bytes = 0;
   for (const Piece& piece : pieces) bytes += piece.bytes;
-  auto memory = device_.Allocate(bytes);
-  if (!memory.ok()) return memory.status();
-  *buffer = *std::move(memory);
-  return PiecesTo(pieces, buffer->as<char>());
+  absl::Status status = Take(bytes, buffer);
+  return status.ok() ? PiecesTo(pieces, buffer->as<char>()) : status;
+}
+
+// Zeroed: of what is shared no part is handed out twice.
+absl::Status Upload::Take(size_t bytes, Buffer* buffer) {
+  if (bytes > kSmallBytes) {
+    auto memory = device_.Allocate(bytes);
+    if (memory.ok()) *buffer = *std::move(memory);
+    return memory.status();
+  }
+  if (shared_ == nullptr || shared_taken_ + bytes > kSharedBytes) {
+    auto memory = device_.Allocate(kSharedBytes);
+    if (!memory.ok()) return memory.status();
+    shared_ = std::make_shared<const Buffer>(*std::move(memory));
+    shared_taken_ = 0;
+  }
+  *buffer = Buffer(shared_->as<char>() + shared_taken_, bytes, [all = shared_](void*, size_t) {});
+  shared_taken_ += static_cast<size_t>(Workspace::Aligned(static_cast<int64_t>(bytes)));
+  return absl::OkStatus();
 }
 
 absl::Status Upload::PiecesTo(const std::vector<Piece>& pieces, char* to) {

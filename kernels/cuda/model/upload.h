@@ -24,7 +24,8 @@ class Upload {
  public:
   explicit Upload(CudaDevice& device) : device_(device) {}
 
-  // The pieces one behind the other in a new buffer of the device.
+  // The pieces one behind the other in a new buffer of the device. Small ones (norms, biases) share
+  // an allocation with others, for each takes the device 2 MiB at least.
   absl::Status Pieces(const std::vector<Piece>& pieces, Buffer* buffer);
   template <typename T>
   absl::Status Values(const std::vector<T>& values, Buffer* buffer) {
@@ -53,11 +54,14 @@ class Upload {
     std::array<Half, 2> halves;
     size_t next = 0;
   };
+  absl::Status Take(size_t bytes, Buffer* buffer);
   absl::Status PiecesTo(const std::vector<Piece>& pieces, char* to);
   absl::Status Send(const std::vector<Part>& parts);
   absl::Status Send(const Part& part, Lane& lane);
 
   CudaDevice& device_;
+  std::shared_ptr<const Buffer> shared_;  // of small buffers, the last begun; it stays with them
+  size_t shared_taken_ = 0;               // bytes of it
   std::array<Lane, kLanes> lanes_;
 };
 

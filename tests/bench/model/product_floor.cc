@@ -17,6 +17,7 @@ using cuda::CudaLinear;
 using cuda::Multiplier;
 
 constexpr Stream kStream{};
+constexpr int kAllCandidates = 100;  // the heuristic has some dozens for a shape
 
 class CudaFloor : public ProductFloor {
  public:
@@ -24,9 +25,13 @@ class CudaFloor : public ProductFloor {
       : device_(device), info_(info), tile_tokens_(tile_tokens) {}
 
   absl::Status Init() {
-    auto multiplier = Multiplier::Create(device_, /*cache_dir=*/"");
-    if (!multiplier.ok()) return multiplier.status();
-    multiplier_ = *std::move(multiplier);
+    for (const Algorithms algorithms : {kOfTheModel, kFastest}) {
+      auto multiplier =
+          Multiplier::Create(device_, /*cache_dir=*/"",
+                             algorithms == kFastest ? kAllCandidates : Multiplier::kCandidates);
+      if (!multiplier.ok()) return multiplier.status();
+      multipliers_[algorithms] = *std::move(multiplier);
+    }
     const int64_t hidden = info_.hidden_size;
     const int64_t q = int64_t{info_.q_heads} * info_.head_dim;
     const int64_t kv = int64_t{info_.kv_heads} * info_.head_dim;
@@ -46,7 +51,8 @@ class CudaFloor : public ProductFloor {
     return status;
   }
 
-  absl::StatusOr<double> Seconds(int64_t tokens) override {
+  absl::StatusOr<double> Seconds(int64_t tokens, Algorithms algorithms) override {
+    multiplier_ = multipliers_[algorithms].get();
     absl::Status status = begin_->Record(kStream);
     for (int layer = 0; layer < info_.layers && status.ok(); ++layer) status = Layer(tokens);
     if (status.ok()) status = end_->Record(kStream);
@@ -122,7 +128,8 @@ class CudaFloor : public ProductFloor {
   CudaDevice& device_;
   const ModelInfo info_;
   const int64_t tile_tokens_;
-  std::unique_ptr<Multiplier> multiplier_;
+  std::unique_ptr<Multiplier> multipliers_[2];
+  Multiplier* multiplier_ = nullptr;  // one of them
   CudaLinear qkv_, o_, gate_up_, down_;
   Buffer x_, y_, residual_;
   std::unique_ptr<Device::Mark> begin_, end_;

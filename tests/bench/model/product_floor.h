@@ -1,5 +1,6 @@
 // The products of a model's layers by themselves, in their order: what its linear part cannot take
-// less than on this device. On CUDA alone.
+// less than on this device. By the algorithms that the model runs, and by the fastest of all that
+// the library offers for a shape. On CUDA alone.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +20,9 @@ class ProductFloor {
                                                               const ModelInfo& info);
   virtual ~ProductFloor() = default;
 
+  enum Algorithms { kOfTheModel, kFastest };
   // On the device's clock, for so many tokens, all layers.
-  virtual absl::StatusOr<double> Seconds(int64_t tokens) = 0;
+  virtual absl::StatusOr<double> Seconds(int64_t tokens, Algorithms algorithms) = 0;
 };
 
 }  // namespace prefilld::bench

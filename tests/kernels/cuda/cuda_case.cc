@@ -39,6 +39,19 @@ double Distance(double got, double want) {
   return std::isnan(off) ? INFINITY : off;
 }
 
+// Of stage 3: of o relative, by its norm and at its worst element, and of lse.
+struct Tolerance {
+  DType dtype;
+  double o, lse;
+};
+constexpr Tolerance kTolerances[] = {
+    {DType::kF32, 1e-5, 1e-4}, {DType::kBF16, 1e-2, 1e-3}, {DType::kF16, 2e-3, 1e-3}};
+
+const Tolerance& ToleranceOf(DType dtype) {
+  return *std::find_if(std::begin(kTolerances), std::end(kTolerances),
+                       [&](const Tolerance& row) { return row.dtype == dtype; });
+}
+
 // What stage 2 of a sparse method leaves.
 constexpr HeadReport kUnmeasured = {.pattern = Pattern::kJoint, .density = 0.5f};
 
@@ -539,11 +552,11 @@ void ExpectMatchesOracle(const CudaCase& input, const CudaCase::Rows& rows, cons
       if (off > worst_lse) worst_lse = off, worst_lse_at = place(span, t);
     }
   }
-  const double tolerance = p.dtype == DType::kBF16 ? 1e-2 : p.dtype == DType::kF16 ? 2e-3 : 1e-5;
-  EXPECT_LE(std::sqrt(error), tolerance * std::sqrt(norm))
+  const Tolerance& tolerance = ToleranceOf(p.dtype);
+  EXPECT_LE(std::sqrt(error), tolerance.o * std::sqrt(norm))
       << "worst element off by " << worst << worst_at;
-  EXPECT_LE(worst, tolerance * std::max(1.0, largest)) << worst_at;
-  EXPECT_LE(worst_lse, p.dtype == DType::kF32 ? 1e-4 : 1e-3) << "lse" << worst_lse_at;
+  EXPECT_LE(worst, tolerance.o * std::max(1.0, largest)) << worst_at;
+  EXPECT_LE(worst_lse, tolerance.lse) << "lse" << worst_lse_at;
 }
 
 Difference Compare(const CudaCase& input, const Selected& got, const Selected& want) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -34,6 +35,17 @@ struct CaseOptions {
   uint32_t seed = 1;
 };
 std::string Describe(const CaseOptions& options);
+
+// Dtypes that the same tests serve: what they are run in where nothing is said is the first, and
+// the head_dims are those of selection. Tolerances are a row of cuda_case.cc a dtype.
+struct DTypeRow {
+  const char* name;
+  std::vector<DType> dtypes;
+  std::vector<int> head_dims;
+};
+inline const DTypeRow kDTypeRows[] = {{"16bit", {DType::kBF16, DType::kF16}, {64, 96, 128, 256}},
+                                      {"F32", {DType::kF32}, {16, 32, 40, 64, 96, 128, 192, 256}}};
+inline void PrintTo(const DTypeRow& row, std::ostream* out) { *out << row.name; }
 
 // Tensors are held in words of 16 bits: one to an element, or two of F32.
 constexpr int64_t Words(DType dtype) { return static_cast<int64_t>(SizeOf(dtype) / 2); }

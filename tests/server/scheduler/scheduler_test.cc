@@ -208,14 +208,15 @@ TEST_F(SchedulerTest, AStepWithoutProgressIsNoticed) {
   Scheduler scheduler(engine_, metrics_, {});
   auto job = NewAttend();
   ASSERT_TRUE(scheduler.Admit(job).ok());
-  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1)));
+  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1), absl::Seconds(1)));
   scheduler.UploadDone(job);
   backend_.AwaitEntered();
-  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1)));
+  EXPECT_FALSE(scheduler.Stalled(absl::Hours(1), absl::Seconds(1)));
   const SteadyTime entered = SteadyNow();
-  while (!scheduler.Stalled(absl::ZeroDuration())) absl::SleepFor(absl::Milliseconds(1));
+  while (!scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)))
+    absl::SleepFor(absl::Milliseconds(1));
   EXPECT_GE(Since(entered), 19 * absl::Seconds(engine_.PredictSeconds(*job))) << "not at once";
-  const auto stalled = scheduler.Stalled(absl::ZeroDuration());
+  const auto stalled = scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1));
   ASSERT_TRUE(stalled && stalled->parts.size() == 1);
   EXPECT_EQ(stalled->parts[0].request_ids, std::vector<std::string>{"r"});
   EXPECT_EQ(stalled->parts[0].model, kAttendModel);
@@ -344,10 +345,11 @@ TEST_F(PrefillTest, ALayerThatDoesNotEndIsNoticedWhenItsJobIsLate) {
   while (device.waits() == waits) absl::SleepFor(absl::Milliseconds(1));
   device.AwaitHeldStep();  // for layer 1
   const SteadyTime held = SteadyNow();
-  while (!scheduler.Stalled(absl::ZeroDuration()) && Since(held) < absl::Seconds(20)) {
+  while (!scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)) &&
+         Since(held) < absl::Seconds(20)) {
     absl::SleepFor(absl::Milliseconds(1));
   }
-  const auto stalled = scheduler.Stalled(absl::ZeroDuration());
+  const auto stalled = scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1));
   EXPECT_TRUE(stalled && stalled->parts.size() == 1 && stalled->parts[0].layer == 1);
   device.ReleaseSteps();
   EXPECT_EQ(Prompts::SinkOf(job).Wait().code(), absl::StatusCode::kDeadlineExceeded);
@@ -361,8 +363,9 @@ TEST_F(PrefillTest, AStalledStepNamesTheLayerThatIsWaitedForAndWhatIsBehindIt) {
   device.HoldSteps();
   ASSERT_TRUE(scheduler.Admit(job).ok());
   device.AwaitHeldStep();  // for layer 0, and layer 1 is enqueued
-  while (!scheduler.Stalled(absl::ZeroDuration())) absl::SleepFor(absl::Milliseconds(1));
-  const StalledStep stalled = *scheduler.Stalled(absl::ZeroDuration());
+  while (!scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)))
+    absl::SleepFor(absl::Milliseconds(1));
+  const StalledStep stalled = *scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1));
   device.ReleaseSteps();
   EXPECT_TRUE(Prompts::SinkOf(job).Wait().ok());
   ASSERT_EQ(stalled.parts.size(), 2u);

@@ -1,4 +1,4 @@
-// Stage 3 on the GPU, both kernel sets, against the double-precision oracle on the same index.
+// Stage 3 on the GPU, every kernel set, against the double-precision oracle on the same index.
 #include "kernels/cuda/attend/attend.h"
 
 #include <gtest/gtest.h>
@@ -17,8 +17,6 @@
 namespace prefilld::cuda {
 namespace {
 
-constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
-constexpr int kHeadDims[] = {64, 96, 128, 256};
 constexpr int kBlockSizes[] = {64, 128};
 constexpr int64_t kPrefixes[][2] = {{1, 2},     {1, 1000},  {128, 256}, {100, 300},
                                     {172, 300}, {129, 514}, {200, 201}};
@@ -27,11 +25,25 @@ struct KernelSet {
   const char* name;
   CudaCase::Attend attend;
   bool (*has)(DType dtype, int head_dim, int block_size);
-  int oldest, newest;  // GPU: the major of its compute capability
+  int oldest, newest;         // GPU: the major of its compute capability
+  std::vector<DType> dtypes;  // where nothing is said, the first
+  std::vector<int> head_dims;
+  std::vector<float> amplitudes;  // of queries, whose scores are peaked
 };
 void PrintTo(const KernelSet& set, std::ostream* out) { *out << set.name; }
-const KernelSet kSets[] = {{"sm80", AttendSm80, HasAttendSm80, 8, 99},
-                           {"sm90", AttendSm90, HasAttendSm90, 9, 9}};
+const std::vector<DType> k16Bit = {DType::kBF16, DType::kF16};
+const std::vector<int> k16BitHeadDims = {64, 96, 128, 256};
+const KernelSet kSets[] = {
+    {"sm80", AttendSm80, HasAttendSm80, 8, 99, k16Bit, k16BitHeadDims, {4, 16}},
+    {"sm90", AttendSm90, HasAttendSm90, 9, 9, k16Bit, k16BitHeadDims, {4, 16}},
+    {"f32",
+     AttendF32,
+     HasAttendF32,
+     8,
+     99,
+     {DType::kF32},
+     {8, 16, 32, 64, 80, 96, 128, 192, 256},
+     {4}}};
 
 bool Runs(const KernelSet& set) {
   int major = 0;
@@ -48,15 +60,26 @@ class AttendOnGpu : public testing::TestWithParam<KernelSet> {
   bool Has(const CaseOptions& options) const {
     return GetParam().has(options.dtype, options.head_dim, options.block_size);
   }
+  // In the first dtype of the set.
+  static CaseOptions Own(CaseOptions options) {
+    options.dtype = GetParam().dtypes[0];
+    return options;
+  }
+  // What a channel of o is held in.
+  static int64_t OwnWords() { return Words(GetParam().dtypes[0]); }
   Output Run(CudaCase* input, int poison = 0xFF) { return input->Run(GetParam().attend, poison); }
 
-  void ExpectMatches(const CaseOptions& options, int keep_percent = 50) {
+  void ExpectMatches(const CaseOptions& options, int keep_percent = 50, int sampled = 0) {
+    ExpectMatchesIn(GetParam().dtypes[0], options, keep_percent, sampled);
+  }
+  void ExpectMatchesIn(DType dtype, CaseOptions options, int keep_percent = 50, int sampled = 0) {
+    options.dtype = dtype;
     if (!Has(options)) return;
     SCOPED_TRACE(Describe(options));
     CudaCase input(options);
     const CudaCase::Rows rows = input.RandomRows(keep_percent);
     input.SetIndex(rows);
-    ExpectMatchesOracle(input, rows, Run(&input));
+    ExpectMatchesOracle(input, rows, Run(&input), sampled);
   }
 };
 
@@ -65,7 +88,9 @@ INSTANTIATE_TEST_SUITE_P(Every, AttendOnGpu, testing::ValuesIn(kSets),
 
 // Small enough for compute-sanitizer: every path once.
 TEST_P(AttendOnGpu, Smoke) {
-  for (int d : kHeadDims) ExpectMatches({.q_heads = 2, .kv_heads = 1, .head_dim = d, .sq = {300}});
+  for (int d : GetParam().head_dims) {
+    ExpectMatches({.q_heads = 2, .kv_heads = 1, .head_dim = d, .sq = {300}});
+  }
   ExpectMatches({.q_heads = 2, .kv_heads = 1, .block_size = 64, .sq = {200}});
   ExpectMatches({.q_heads = 2,
                  .kv_heads = 1,
@@ -83,16 +108,15 @@ TEST_P(AttendOnGpu, MatchesTheOracleAtEveryLength) {
 }
 
 TEST_P(AttendOnGpu, MatchesTheOracleInEveryDTypeHeadDimAndBlockSize) {
-  for (DType dtype : kDTypes) {
-    for (int d : kHeadDims) {
+  for (DType dtype : GetParam().dtypes) {
+    for (int d : GetParam().head_dims) {
       for (int block_size : kBlockSizes) {
         for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
-          ExpectMatches({.dtype = dtype,
-                         .head_dim = d,
-                         .block_size = block_size,
-                         .sq = {450},
-                         .sk = {600},
-                         .layout = layout});
+          ExpectMatchesIn(dtype, {.head_dim = d,
+                                  .block_size = block_size,
+                                  .sq = {450},
+                                  .sk = {600},
+                                  .layout = layout});
         }
       }
     }
@@ -103,7 +127,10 @@ TEST_P(AttendOnGpu, AlignsQueriesAfterAPrefixToAbsolutePositions) {
   for (const auto& [sq, sk] : kPrefixes) {
     for (int block_size : kBlockSizes) {
       for (Layout layout : {Layout::kTokens, Layout::kPaged}) {
-        ExpectMatches({.block_size = block_size, .sq = {sq}, .sk = {sk}, .layout = layout});
+        for (int d : {64, 128}) {
+          ExpectMatches(
+              {.head_dim = d, .block_size = block_size, .sq = {sq}, .sk = {sk}, .layout = layout});
+        }
       }
     }
   }
@@ -111,15 +138,15 @@ TEST_P(AttendOnGpu, AlignsQueriesAfterAPrefixToAbsolutePositions) {
 
 // Wherever a block lies in its page, the same bits as without pages.
 TEST_P(AttendOnGpu, ReadsPagesLargerThanABlock) {
-  for (int d : kHeadDims) {
+  for (int d : GetParam().head_dims) {
     for (const auto& [block_size, page_tokens] :
          {std::pair{64, 64}, {64, 128}, {64, 512}, {128, 128}, {128, 256}, {128, 1024}}) {
-      CaseOptions options{.q_heads = 6,
-                          .kv_heads = 2,
-                          .head_dim = d,
-                          .block_size = block_size,
-                          .sq = {1, 300, 7, 128, 1, 513},
-                          .sk = {1, 300, 1200, 128, 129, 1700}};
+      CaseOptions options = Own({.q_heads = 6,
+                                 .kv_heads = 2,
+                                 .head_dim = d,
+                                 .block_size = block_size,
+                                 .sq = {1, 300, 7, 128, 1, 513},
+                                 .sk = {1, 300, 1200, 128, 129, 1700}});
       if (!Has(options)) continue;
       CudaCase contiguous(options);
       options.layout = Layout::kPaged;
@@ -137,40 +164,47 @@ TEST_P(AttendOnGpu, ReadsPagesLargerThanABlock) {
 }
 
 TEST_P(AttendOnGpu, KeepsRaggedSequencesApart) {
-  for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
-    for (int d : {64, 128}) {
+  for (const auto& [layout, page_tokens] : {std::pair(Layout::kTokens, 0),
+                                            {Layout::kHeads, 0},
+                                            {Layout::kPaged, 128},
+                                            {Layout::kPaged, 256}}) {
+    for (int d : {32, 64, 128}) {
       ExpectMatches({.q_heads = 6,
                      .kv_heads = 2,
                      .head_dim = d,
                      .sq = {1, 300, 7, 128, 1, 513},
                      .sk = {1, 300, 200, 128, 129, 700},
-                     .layout = layout});
+                     .layout = layout,
+                     .page_tokens = page_tokens});
     }
   }
 }
 
 TEST_P(AttendOnGpu, GroupsQueryHeadsOverTheirKvHead) {
-  for (const auto& [q_heads, kv_heads] : {std::pair{8, 8}, {8, 2}, {7, 1}, {1, 1}, {12, 4}}) {
-    ExpectMatches({.q_heads = q_heads, .kv_heads = kv_heads, .sq = {260}});
+  for (const auto& [q_heads, kv_heads] :
+       {std::pair{8, 8}, {8, 2}, {7, 1}, {1, 1}, {12, 4}, {9, 3}}) {
+    for (int d : {64, 128}) {
+      ExpectMatches({.q_heads = q_heads, .kv_heads = kv_heads, .head_dim = d, .sq = {260}});
+    }
   }
 }
 
 TEST_P(AttendOnGpu, EveryCausalBlockIsDense) {
   for (int d : {64, 128}) ExpectMatches({.head_dim = d, .sq = {700}}, 100);
+  ExpectMatches({.q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {9000}}, 100, 4);
 }
 
 TEST_P(AttendOnGpu, StaysAccurateWithPeakedScores) {
-  for (float amplitude : {4.0f, 16.0f}) ExpectMatches({.sq = {600}, .amplitude = amplitude});
+  for (float amplitude : GetParam().amplitudes) {
+    ExpectMatches({.sq = {600}, .amplitude = amplitude});
+  }
 }
 
 TEST_P(AttendOnGpu, MatchesSampledRowsOfALongSequence) {
   for (int64_t tokens : {4097, 20000}) {
     for (int keep_percent : {3, 40, 100}) {
-      const CaseOptions options{.q_heads = 8, .kv_heads = 2, .sq = {tokens}};
-      CudaCase input(options);
-      const CudaCase::Rows rows = input.RandomRows(keep_percent);
-      input.SetIndex(rows);
-      ExpectMatchesOracle(input, rows, Run(&input), tokens > 10000 ? 1 : 4);
+      ExpectMatches({.q_heads = 8, .kv_heads = 2, .sq = {tokens}}, keep_percent,
+                    tokens > 10000 ? 1 : 4);
     }
   }
 }
@@ -179,7 +213,7 @@ TEST_P(AttendOnGpu, MatchesSampledRowsOfALongSequence) {
 // of one block, of none.
 TEST_P(AttendOnGpu, ObeysAnyAscendingRows) {
   for (int block_size : kBlockSizes) {
-    const CaseOptions options{.block_size = block_size, .sq = {700}, .sk = {900}};
+    const CaseOptions options = Own({.block_size = block_size, .sq = {700}, .sk = {900}});
     if (!Has(options)) continue;
     CudaCase input(options);
     CudaCase::Rows rows = input.RandomRows(50, 3);
@@ -201,9 +235,10 @@ TEST_P(AttendOnGpu, ObeysAnyAscendingRows) {
     const auto expect_empty = [&](int64_t t, int64_t h) {
       EXPECT_EQ(output.lse[h * input.problem().total_q + t],
                 -std::numeric_limits<float>::infinity());
-      for (int c = 0; c < options.head_dim; ++c) {
-        ASSERT_EQ(output.o[(t * options.q_heads + h) * options.head_dim + c], 0)
-            << "token " << t << " channel " << c;
+      const int64_t words = options.head_dim * OwnWords();
+      for (int64_t w = 0; w < words; ++w) {
+        ASSERT_EQ(output.o[(t * options.q_heads + h) * words + w], 0)
+            << "token " << t << " word " << w;
       }
     };
     const int64_t prefix = 200, first = (prefix / block_size + 1) * block_size - prefix;
@@ -212,15 +247,35 @@ TEST_P(AttendOnGpu, ObeysAnyAscendingRows) {
   }
 }
 
+// And the rows behind it what is theirs.
+TEST_P(AttendOnGpu, GivesARowWithoutABlockNothing) {
+  for (int block_size : kBlockSizes) {
+    const CaseOptions options =
+        Own({.q_heads = 1, .kv_heads = 1, .block_size = block_size, .sq = {700}});
+    if (!Has(options)) continue;
+    CudaCase input(options);
+    CudaCase::Rows rows = input.RandomRows(50);
+    rows[1].clear();
+    input.SetIndex(rows);
+    const Output output = Run(&input);
+    const int64_t words = options.head_dim * OwnWords();
+    for (int64_t t = block_size; t < 2 * block_size; ++t) {
+      EXPECT_EQ(output.lse[t], -std::numeric_limits<float>::infinity());
+      for (int64_t w = t * words; w < (t + 1) * words; ++w) ASSERT_EQ(output.o[w], 0) << t;
+    }
+    EXPECT_GT(output.lse[2 * block_size], -100);
+  }
+}
+
 TEST_P(AttendOnGpu, GivesTheSameBitsEveryTime) {
-  CudaCase input({.q_heads = 8, .kv_heads = 2, .sq = {3000, 1100}, .sk = {3000, 1500}});
+  CudaCase input(Own({.q_heads = 8, .kv_heads = 2, .sq = {3000, 1100}, .sk = {3000, 1500}}));
   input.SetIndex(input.RandomRows(30));
   const Output first = Run(&input);
   for (int poison : {0xFF, 0x00, 0x5A}) EXPECT_TRUE(first == Run(&input, poison)) << poison;
 }
 
 TEST_P(AttendOnGpu, WorksInAGraph) {
-  CudaCase input({.q_heads = 8, .kv_heads = 2, .sq = {1500}});
+  CudaCase input(Own({.q_heads = 8, .kv_heads = 2, .sq = {1500, 700}, .sk = {1500, 1100}}));
   input.SetIndex(input.RandomRows(30));
   const Output expected = Run(&input);
   Graph graph([&](cudaStream_t stream) {
@@ -235,7 +290,7 @@ TEST_P(AttendOnGpu, WorksInAGraph) {
 }
 
 TEST_P(AttendOnGpu, NeedsNoLse) {
-  CudaCase input({.sq = {300}});
+  CudaCase input(Own({.sq = {300}}));
   input.SetIndex(input.RandomRows(50));
   const Output expected = Run(&input);
   Problem problem = input.problem();
@@ -247,8 +302,8 @@ TEST_P(AttendOnGpu, NeedsNoLse) {
 }
 
 TEST_P(AttendOnGpu, PermutedHeadsGivePermutedOutput) {
-  const CaseOptions options{.q_heads = 4, .kv_heads = 1, .sq = {700}};
-  const int64_t d = options.head_dim;
+  const CaseOptions options = Own({.q_heads = 4, .kv_heads = 1, .sq = {700}});
+  const int64_t d = options.head_dim, words = d * OwnWords();
   CudaCase input(options);
   CudaCase permuted(options, [&](cpu::Case* wide) {
     std::vector<float> q = wide->q();
@@ -266,8 +321,8 @@ TEST_P(AttendOnGpu, PermutedHeadsGivePermutedOutput) {
   const Output a = Run(&input), b = Run(&permuted);
   for (int64_t t = 0; t < 700; ++t) {
     for (int64_t h = 0; h < 4; ++h) {
-      for (int64_t c = 0; c < d; ++c) {
-        ASSERT_EQ(b.o[(t * 4 + h) * d + c], a.o[(t * 4 + (h + 1) % 4) * d + c])
+      for (int64_t w = 0; w < words; ++w) {
+        ASSERT_EQ(b.o[(t * 4 + h) * words + w], a.o[(t * 4 + (h + 1) % 4) * words + w])
             << "token " << t << " head " << h;
       }
     }
@@ -278,17 +333,15 @@ TEST_P(AttendOnGpu, HandlesZeros) {
   ExpectMatches({.sq = {500}, .sk = {700}, .family = Family::kZero});
 }
 
-// What is not a number stays where it is visible: in its sequence, behind its position, within the
-// rows that read its block.
 // Tasks in groups, so that those without a block come first, last and in between: they change
 // nothing for the others.
 TEST_P(AttendOnGpu, FindsItsWayAmongEmptyRows) {
   for (int d : {64, 128}) {
-    const CaseOptions options{.q_heads = 8,
-                              .kv_heads = 512 / d,
-                              .head_dim = d,
-                              .sq = {1500, 7, 100},
-                              .sk = {15000, 5000, 100}};
+    const CaseOptions options = Own({.q_heads = 8,
+                                     .kv_heads = 512 / d,
+                                     .head_dim = d,
+                                     .sq = {1500, 7, 100},
+                                     .sk = {15000, 5000, 100}});
     if (!Has(options)) continue;
     SCOPED_TRACE(Describe(options));
     CudaCase input(options);
@@ -312,26 +365,29 @@ TEST_P(AttendOnGpu, FindsItsWayAmongEmptyRows) {
       ASSERT_EQ(some.lse[head * p.total_q + token],
                 empty ? -std::numeric_limits<float>::infinity() : lse)
           << "token " << token << " head " << head;
-      for (int64_t c = at * d; c < (at + 1) * d; ++c) {
-        ASSERT_EQ(some.o[c], empty ? 0 : all.o[c]) << "token " << token << " head " << head;
+      const int64_t words = d * OwnWords();
+      for (int64_t w = at * words; w < (at + 1) * words; ++w) {
+        ASSERT_EQ(some.o[w], empty ? 0 : all.o[w]) << "token " << token << " head " << head;
       }
     }
   }
 }
 
+// What is not a number stays where it is visible: in its sequence, behind its position, within the
+// rows that read its block.
 TEST_P(AttendOnGpu, KeepsNaNToItself) {
   for (const float poison :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     // At the larger amplitude scores keep outgrowing what they were relative to.
     for (const auto& [layout, amplitude] :
          {std::pair(Layout::kTokens, 1.0f), {Layout::kTokens, 16.0f}, {Layout::kPaged, 1.0f}}) {
-      const CaseOptions options{.q_heads = 2,
-                                .kv_heads = 1,
-                                .sq = {200, 300, 250},
-                                .sk = {200, 400, 250},
-                                .layout = layout,
-                                .amplitude = amplitude};
-      const int64_t d = options.head_dim;
+      const CaseOptions options = Own({.q_heads = 2,
+                                       .kv_heads = 1,
+                                       .sq = {200, 300, 250},
+                                       .sk = {200, 400, 250},
+                                       .layout = layout,
+                                       .amplitude = amplitude});
+      const int64_t d = options.head_dim, words = 2 * d * OwnWords();  // of a token
       CudaCase clean(options);
       CudaCase dirty(options, [&](cpu::Case* wide) {
         // All of the second sequence, and the last key of the third. Not its value: what is masked
@@ -347,7 +403,7 @@ TEST_P(AttendOnGpu, KeepsNaNToItself) {
       const Output a = Run(&clean), b = Run(&dirty);
       for (int64_t t = 0; t < 749; ++t) {
         if (t >= 200 && t < 500) continue;
-        for (int64_t at = t * 2 * d; at < (t + 1) * 2 * d; ++at) {
+        for (int64_t at = t * words; at < (t + 1) * words; ++at) {
           ASSERT_EQ(a.o[at], b.o[at]) << "token " << t << " poison " << poison;
         }
         for (int64_t h : {0, 1}) {
@@ -364,7 +420,7 @@ TEST_P(AttendOnGpu, SurvivesAnyInput) {
   const float inf = std::numeric_limits<float>::infinity();
   for (const float poison : {std::numeric_limits<float>::quiet_NaN(), inf, -inf, 3e38f}) {
     for (int which : {0, 1, 2}) {
-      CudaCase input({.sq = {500}}, [&](cpu::Case* wide) {
+      CudaCase input(Own({.sq = {500}}), [&](cpu::Case* wide) {
         std::vector<float>& x = which == 0 ? wide->q() : which == 1 ? wide->k() : wide->v();
         for (size_t i = 0; i < x.size(); i += 1001) x[i] = poison;
       });

@@ -1,6 +1,7 @@
 #include "kernels/cuda/model/algorithms.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <filesystem>
@@ -60,8 +61,39 @@ TEST_F(AlgorithmsTest, AnotherDeviceOrLibraryHasItsOwn) {
 
 TEST_F(AlgorithmsTest, ABrokenFileCostsOnlyItsBrokenLines) {
   Open().Keep(shape_, Algorithm(1));
-  std::ofstream(File(), std::ios::app) << "BF16 F32 1 2\nno line at all\nBF16 F32 1 2 3 0 0 zz\n";
+  const std::string bytes(2 * sizeof(cublasLtMatmulAlgo_t), 'a');
+  const std::string no_digits(bytes.size(), 'z');
+  std::ofstream(File(), std::ios::app) << "BF16 F32 1 2\n"
+                                       << "\n"
+                                       << "BF16 F32 1 2 3 0 0 aa\n"
+                                       << "BF16 F32 1 2 4 0 0 " << no_digits << "\n"
+                                       << "BF16 F64 1 2 5 0 0 " << bytes << "\n"
+                                       << "BF16 F32 1 2 x 0 0 " << bytes << "\n"
+                                       << "BF16 F32 1 2 6 0 0 " << bytes << "\n";
+  const Algorithms algorithms = Open();
+  EXPECT_TRUE(Equal(algorithms.Find(shape_), 1));
+  for (const int64_t tokens : {0, 3, 4, 5}) {
+    for (const DType rows : {DType::kF32, DType::kBF16, DType::kF16}) {
+      EXPECT_EQ(algorithms.Find({DType::kBF16, rows, 1, 2, tokens, false, false}), nullptr);
+    }
+  }
+  EXPECT_TRUE(Equal(algorithms.Find({DType::kBF16, DType::kF32, 1, 2, 6, false, false}), '\xAA'));
+}
+
+// Each process of a container may be number 1: what another one has half written is not ours.
+TEST_F(AlgorithmsTest, WhatOthersWriteBesideItStays) {
+  Open().Keep(shape_, Algorithm(1));
+  const std::string other = File().string() + "." + std::to_string(getpid());
+  std::ofstream(other) << "half a li";
+  ProductShape more = shape_;
+  more.bias = true;
+  Open().Keep(more, Algorithm(2));
+  std::ifstream file(other);
+  std::string text;
+  std::getline(file, text);
+  EXPECT_EQ(text, "half a li");
   EXPECT_TRUE(Equal(Open().Find(shape_), 1));
+  EXPECT_TRUE(Equal(Open().Find(more), 2));
 }
 
 TEST_F(AlgorithmsTest, WithoutADirectoryNothingIsKept) {

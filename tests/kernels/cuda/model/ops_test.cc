@@ -42,6 +42,10 @@ struct Side {
   void* Take(size_t bytes) {
     return memory.emplace_back(*backend->device().Allocate(bytes)).data();
   }
+  void* TakeForTokens(int64_t tokens, const Rotary* rotary = nullptr) {
+    return Take(ops().TokensBytes(tokens, rotary) + 1);  // a CPU needs none
+  }
+  uint64_t held() { return backend->device().memory()[0].bytes; }  // "device"
   Rows Put(const std::vector<float>& values, int64_t stride) {
     const auto bytes = Converted(values.data(), DType::kF32, rows, values.size());
     Rows out = {Take(bytes.size()), rows, stride};
@@ -141,7 +145,8 @@ TEST_P(CudaOpsOnGpu, EmbedsExactly) {
                                                           .dtype = GetParam(),
                                                           .vocabulary = kVocabulary,
                                                           .width = kWidth});
-    auto tokens = side->ops().Prepare(BatchTokens{.ids = ids, .positions = {0, 1, 2, 3, 4, 5}});
+    auto tokens = side->ops().Prepare(
+        BatchTokens{.ids = ids, .positions = {0, 1, 2, 3, 4, 5}, .memory = side->TakeForTokens(6)});
     ASSERT_TRUE(embedding.ok() && tokens.ok());
     const Rows rows = side->Empty(6, kWidth);
     ASSERT_TRUE(
@@ -158,24 +163,24 @@ TEST_P(CudaOpsOnGpu, ALargeTableArrivesWholeAndATiedHeadSharesIt) {
   constexpr int64_t kWidth = 512, kVocabulary = 50001;
   std::vector<uint8_t> table(kVocabulary * kWidth * SizeOf(GetParam()));  // any bits are a value
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<uint8_t>(i * 2654435761u >> 20);
-  const auto held = [&] { return gpu_.backend->device().memory()[0].bytes; };  // "device"
   auto embedding = gpu_.ops().Prepare(EmbeddingWeights{
       .table = table.data(), .dtype = GetParam(), .vocabulary = kVocabulary, .width = kWidth});
   ASSERT_TRUE(embedding.ok()) << embedding.status();
-  const uint64_t before = held();
+  const uint64_t before = gpu_.held();
   auto head = gpu_.ops().Prepare(
       LinearWeights{.parts = {{.weight = table.data(), .out_features = kVocabulary}},
                     .dtype = GetParam(),
                     .in_features = kWidth,
                     .tied = embedding->get()});
   ASSERT_TRUE(head.ok()) << head.status();
-  EXPECT_EQ(held(), before);
+  EXPECT_EQ(gpu_.held(), before);
 
   BatchTokens every;
   for (uint32_t id = 0; id < kVocabulary; ++id) {
     every.ids.push_back(id);
     every.positions.push_back(0);
   }
+  every.memory = gpu_.TakeForTokens(kVocabulary);
   auto tokens = gpu_.ops().Prepare(std::move(every));
   ASSERT_TRUE(tokens.ok());
   const Rows out = {gpu_.Take(table.size()), GetParam(), kWidth};
@@ -201,6 +206,28 @@ TEST_P(CudaOpsOnGpu, Normalizes) {
               .Normalize({.norm = Prepare(*side, weight), .x = rows, .out = rows, .tokens = 5}, {})
               .ok());
       out.push_back(side->Get(rows, 5 * width));
+    }
+    ExpectNear(out[0], out[1], Rounding());
+  }
+}
+
+// The norms of 32 layers are a MiB together; by itself each would take two.
+TEST_P(CudaOpsOnGpu, SmallTensorsShareAnAllocation) {
+  constexpr int64_t kWidth = 4096;
+  const Values x = Random(kWidth), first = Random(kWidth), last = Random(kWidth);
+  const uint64_t before = gpu_.held();
+  const Norm* of_first = Prepare(gpu_, first);
+  for (int i = 0; i < 62; ++i) Prepare(gpu_, x);
+  const Norm* of_last = Prepare(gpu_, last);
+  EXPECT_LE(gpu_.held() - before, uint64_t{2} << 20);
+  for (const auto& [norm, weight] : {std::pair(of_first, &first), {of_last, &last}}) {
+    std::vector<std::vector<float>> out;
+    for (Side* side : {&gpu_, &cpu_}) {
+      const Norm* of = side == &gpu_ ? norm : Prepare(cpu_, *weight);
+      const Rows rows = side->Put(x.wide, kWidth);
+      ASSERT_TRUE(
+          side->ops().Normalize({.norm = of, .x = rows, .out = rows, .tokens = 1}, {}).ok());
+      out.push_back(side->Get(rows, kWidth));
     }
     ExpectNear(out[0], out[1], Rounding());
   }
@@ -288,9 +315,13 @@ TEST_P(CudaOpsOnGpu, ProjectsAndTurnsHeads) {
       auto rotary = side->ops().Prepare(frequencies);
       ASSERT_TRUE(rotary.ok()) << rotary.status();
       tokens.rotary = rotary->get();
-      tokens.memory = side->Take(side->ops().TokensBytes(kTokens + 3, tokens.rotary) + 1);
+      tokens.memory = side->TakeForTokens(kTokens + 3, tokens.rotary);
+      const uint64_t held = side == &gpu_ ? side->held() : 0;
       auto batch = side->ops().Prepare(tokens);
       ASSERT_TRUE(batch.ok()) << batch.status();
+      if (side == &gpu_) {
+        EXPECT_EQ(side->held(), held) << "no more than it was given";
+      }
       ProjectQkvArgs args{.linear = linear,
                           .x = side->Put(x.wide, kIn),
                           .q = side->Empty(kTokens, kQHeads * d),

@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/select/selection.h"
@@ -36,67 +38,52 @@ class CapturedMassOnGpu : public testing::Test {
   }
 };
 
+// In every row of dtypes.
+class CapturedMassInEveryDType : public CapturedMassOnGpu,
+                                 public testing::WithParamInterface<DTypeRow> {
+ protected:
+  void ExpectSameIn(DType dtype, CaseOptions options, int keep_percent = 40, double least = 0) {
+    options.dtype = dtype;
+    ExpectSame(options, keep_percent, least);
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Every, CapturedMassInEveryDType, testing::ValuesIn(kDTypeRows),
+                         [](const auto& row) { return std::string(row.param.name); });
+
 // Small enough for compute-sanitizer: every path once.
-TEST_F(CapturedMassOnGpu, Smoke) {
-  ExpectSame({.q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {700}}, 30, 0.5);
-  ExpectSame({.q_heads = 2,
-              .kv_heads = 1,
-              .sq = {100, 1, 130},
-              .sk = {490, 1, 130},
-              .layout = Layout::kPaged});
+TEST_P(CapturedMassInEveryDType, Smoke) {
+  const DType dtype = GetParam().dtypes[0];
+  ExpectSameIn(dtype, {.q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {700}}, 30, 0.5);
+  ExpectSameIn(dtype, {.q_heads = 2,
+                       .kv_heads = 1,
+                       .sq = {100, 1, 130},
+                       .sk = {490, 1, 130},
+                       .layout = Layout::kPaged});
 }
 
-TEST_F(CapturedMassOnGpu, SmokeF32) {
-  ExpectSame({.dtype = DType::kF32, .q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {700}}, 30,
-             0.5);
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 2,
-              .kv_heads = 1,
-              .sq = {100, 1, 130},
-              .sk = {490, 1, 130},
-              .layout = Layout::kPaged});
-}
-
-TEST_F(CapturedMassOnGpu, MatchesTheOracleInF32) {
+TEST_P(CapturedMassInEveryDType, MatchesTheOracle) {
   for (Family family : cpu::kFamilies) {
     for (int64_t length : cpu::kLengths) {
-      ExpectSame({.dtype = DType::kF32, .head_dim = 64, .sq = {length}, .family = family});
+      ExpectSameIn(GetParam().dtypes[0], {.head_dim = 64, .sq = {length}, .family = family});
     }
   }
-  for (int d : {16, 32, 96, 128, 192, 256}) {
-    for (int block_size : {64, 128}) {
-      for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
-        ExpectSame({.dtype = DType::kF32,
-                    .head_dim = d,
-                    .block_size = block_size,
-                    .sq = {65, 1200, 1},
-                    .sk = {65, 1500, 300},
-                    .layout = layout});
-      }
-    }
-  }
-}
-
-TEST_F(CapturedMassOnGpu, MatchesTheOracle) {
-  for (Family family : cpu::kFamilies) {
-    for (int64_t length : cpu::kLengths) {
-      ExpectSame({.head_dim = 64, .sq = {length}, .family = family});
-    }
-  }
-  for (DType dtype : {DType::kBF16, DType::kF16}) {
-    for (int d : {64, 96, 128, 256}) {
+  for (DType dtype : GetParam().dtypes) {
+    for (int d : GetParam().head_dims) {
       for (int block_size : {64, 128}) {
         for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
-          ExpectSame({.dtype = dtype,
-                      .head_dim = d,
-                      .block_size = block_size,
-                      .sq = {65, 1200, 1},
-                      .sk = {65, 1500, 300},
-                      .layout = layout});
+          ExpectSameIn(dtype, {.head_dim = d,
+                               .block_size = block_size,
+                               .sq = {65, 1200, 1},
+                               .sk = {65, 1500, 300},
+                               .layout = layout});
         }
       }
     }
   }
+}
+
+TEST_F(CapturedMassOnGpu, MatchesTheOracleInALongSequenceAndInGroupsOfHeads) {
   ExpectSame({.sq = {20000}, .family = Family::kBand}, 5);
   for (const auto& [q_heads, kv_heads] : {std::pair{8, 8}, {7, 1}, {12, 4}, {16, 1}}) {
     ExpectSame({.q_heads = q_heads, .kv_heads = kv_heads, .sq = {600}});

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/select/selection.h"
@@ -28,64 +30,67 @@ class FlexPrefillOnGpu : public testing::Test {
   Difference sum_;
 };
 
+// In every row of dtypes.
+class FlexPrefillInEveryDType : public FlexPrefillOnGpu,
+                                public testing::WithParamInterface<DTypeRow> {
+ protected:
+  void ExpectSameIn(DType dtype, CaseOptions options,
+                    const SparsityPolicy& policy = FlexPrefill()) {
+    options.dtype = dtype;
+    ExpectSame(options, policy);
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Every, FlexPrefillInEveryDType, testing::ValuesIn(kDTypeRows),
+                         [](const auto& row) { return std::string(row.param.name); });
+
 // Small enough for compute-sanitizer: every path once.
-TEST_F(FlexPrefillOnGpu, Smoke) {
-  ExpectSame({.q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {700}, .family = Family::kBand});
-  ExpectSame({.q_heads = 2, .kv_heads = 1, .block_size = 64, .sq = {300}});
-  ExpectSame({.q_heads = 2,
-              .kv_heads = 1,
-              .sq = {500, 1, 300},
-              .layout = Layout::kPaged,
-              .family = Family::kFaint},
-             FlexPrefill(.9, 2));
+TEST_P(FlexPrefillInEveryDType, Smoke) {
+  const DType dtype = GetParam().dtypes[0];
+  ExpectSameIn(dtype,
+               {.q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {700}, .family = Family::kBand});
+  for (int d : {GetParam().head_dims[0], 128}) {
+    ExpectSameIn(dtype,
+                 {.q_heads = 2, .kv_heads = 1, .head_dim = d, .block_size = 64, .sq = {300}});
+  }
+  ExpectSameIn(dtype,
+               {.q_heads = 2,
+                .kv_heads = 1,
+                .sq = {500, 1, 300},
+                .layout = Layout::kPaged,
+                .family = Family::kFaint},
+               FlexPrefill(.9, 2));
 }
 
-TEST_F(FlexPrefillOnGpu, SmokeF32) {
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 2,
-              .kv_heads = 1,
-              .head_dim = 64,
-              .sq = {700},
-              .family = Family::kBand});
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 2,
-              .kv_heads = 1,
-              .head_dim = 16,
-              .block_size = 64,
-              .sq = {300}});
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 2,
-              .kv_heads = 1,
-              .sq = {500, 1, 300},
-              .layout = Layout::kPaged,
-              .family = Family::kFaint},
-             FlexPrefill(.9, 2));
-}
-
-TEST_F(FlexPrefillOnGpu, MatchesTheOracleInF32) {
+TEST_P(FlexPrefillInEveryDType, MatchesTheOracleInEveryFamilyAtEveryLength) {
+  const DType dtype = GetParam().dtypes[0];
   for (Family family : cpu::kFamilies) {
     for (int64_t length : cpu::kLengths) {
-      ExpectSame({.dtype = DType::kF32, .head_dim = 64, .sq = {length}, .family = family});
+      ExpectSameIn(dtype, {.head_dim = 64, .sq = {length}, .family = family});
     }
   }
-  for (int d : {16, 32, 40, 64, 96, 128, 192, 256}) {
-    for (int block_size : {64, 128}) {
-      for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
-        ExpectSame({.dtype = DType::kF32,
-                    .head_dim = d,
-                    .block_size = block_size,
-                    .sq = {1, 300, 257, 1290},
-                    .layout = layout,
-                    .family = Family::kBand});
+  ExpectSameIn(
+      dtype,
+      {.q_heads = 9, .kv_heads = 3, .head_dim = 64, .sq = {5000}, .family = Family::kNeedle});
+}
+
+TEST_P(FlexPrefillInEveryDType, MatchesTheOracleInEveryHeadDimAndBlockSize) {
+  for (DType dtype : GetParam().dtypes) {
+    for (int d : GetParam().head_dims) {
+      for (int block_size : {64, 128}) {
+        for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
+          for (const std::vector<int64_t>& sq :
+               {std::vector<int64_t>{1500}, std::vector<int64_t>{1, 300, 257, 1290}}) {
+            ExpectSameIn(dtype, {.head_dim = d,
+                                 .block_size = block_size,
+                                 .sq = sq,
+                                 .layout = layout,
+                                 .family = Family::kBand});
+          }
+        }
       }
     }
   }
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 9,
-              .kv_heads = 3,
-              .head_dim = 64,
-              .sq = {5000},
-              .family = Family::kNeedle});
 }
 
 TEST_F(FlexPrefillOnGpu, ObeysGammaAndTauInF32) {
@@ -95,31 +100,6 @@ TEST_F(FlexPrefillOnGpu, ObeysGammaAndTauInF32) {
         for (Family family : {Family::kRandom, Family::kFaint}) {
           ExpectSame({.dtype = DType::kF32, .head_dim = d, .sq = {2000}, .family = family},
                      FlexPrefill(gamma, tau));
-        }
-      }
-    }
-  }
-}
-
-TEST_F(FlexPrefillOnGpu, MatchesTheOracleInEveryFamilyAtEveryLength) {
-  for (Family family : cpu::kFamilies) {
-    for (int64_t length : cpu::kLengths) {
-      ExpectSame({.head_dim = 64, .sq = {length}, .family = family});
-    }
-  }
-}
-
-TEST_F(FlexPrefillOnGpu, MatchesTheOracleInEveryDTypeHeadDimAndBlockSize) {
-  for (DType dtype : {DType::kBF16, DType::kF16}) {
-    for (int d : {64, 96, 128, 256}) {
-      for (int block_size : {64, 128}) {
-        for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
-          ExpectSame({.dtype = dtype,
-                      .head_dim = d,
-                      .block_size = block_size,
-                      .sq = {1500},
-                      .layout = layout,
-                      .family = Family::kBand});
         }
       }
     }

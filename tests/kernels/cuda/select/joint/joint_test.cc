@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/select/selection.h"
@@ -26,64 +28,65 @@ class JointOnGpu : public testing::Test {
   Difference sum_;
 };
 
+// In every row of dtypes.
+class JointInEveryDType : public JointOnGpu, public testing::WithParamInterface<DTypeRow> {
+ protected:
+  void ExpectSameIn(DType dtype, CaseOptions options) {
+    options.dtype = dtype;
+    ExpectSame(options);
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Every, JointInEveryDType, testing::ValuesIn(kDTypeRows),
+                         [](const auto& row) { return std::string(row.param.name); });
+
 // Small enough for compute-sanitizer: every path once.
-TEST_F(JointOnGpu, Smoke) {
-  ExpectSame({.q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {700}, .family = Family::kBand});
-  ExpectSame({.q_heads = 2, .kv_heads = 1, .block_size = 64, .sq = {300}});
-  ExpectSame({.q_heads = 2,
-              .kv_heads = 1,
-              .sq = {100, 1, 130},
-              .sk = {490, 1, 130},
-              .layout = Layout::kPaged});
+TEST_P(JointInEveryDType, Smoke) {
+  const DType dtype = GetParam().dtypes[0];
+  ExpectSameIn(dtype,
+               {.q_heads = 2, .kv_heads = 1, .head_dim = 64, .sq = {700}, .family = Family::kBand});
+  for (int d : {GetParam().head_dims[0], 128}) {
+    ExpectSameIn(dtype,
+                 {.q_heads = 2, .kv_heads = 1, .head_dim = d, .block_size = 64, .sq = {300}});
+  }
+  ExpectSameIn(dtype, {.q_heads = 2,
+                       .kv_heads = 1,
+                       .sq = {100, 1, 130},
+                       .sk = {490, 1, 130},
+                       .layout = Layout::kPaged});
 }
 
-TEST_F(JointOnGpu, SmokeF32) {
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 2,
-              .kv_heads = 1,
-              .head_dim = 64,
-              .sq = {700},
-              .family = Family::kBand});
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 2,
-              .kv_heads = 1,
-              .head_dim = 16,
-              .block_size = 64,
-              .sq = {300}});
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 2,
-              .kv_heads = 1,
-              .sq = {100, 1, 130},
-              .sk = {490, 1, 130},
-              .layout = Layout::kPaged});
-}
-
-TEST_F(JointOnGpu, MatchesTheOracleInF32) {
+TEST_P(JointInEveryDType, MatchesTheOracleInEveryFamilyAtEveryLength) {
+  const DType dtype = GetParam().dtypes[0];
   for (Family family : cpu::kFamilies) {
     for (int64_t length : cpu::kLengths) {
-      ExpectSame({.dtype = DType::kF32, .head_dim = 64, .sq = {length}, .family = family});
+      ExpectSameIn(dtype, {.head_dim = 64, .sq = {length}, .family = family});
     }
   }
-  for (int d : {16, 32, 64, 96, 128, 192, 256}) {
-    for (int block_size : {64, 128}) {
-      for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
-        ExpectSame({.dtype = DType::kF32,
-                    .head_dim = d,
-                    .block_size = block_size,
-                    .sq = {1, 300, 7, 1300},
-                    .sk = {1, 300, 200, 2000},
-                    .layout = layout,
-                    .family = Family::kBand});
+  // SmolLM2-135M's heads, and in F32 rows of the map that the 16-bit kernels leave in scratch too.
+  ExpectSameIn(
+      dtype,
+      {.q_heads = 9, .kv_heads = 3, .head_dim = 64, .sq = {5000}, .family = Family::kNeedle});
+}
+
+TEST_P(JointInEveryDType, MatchesTheOracleInEveryHeadDimAndBlockSize) {
+  for (DType dtype : GetParam().dtypes) {
+    for (int d : GetParam().head_dims) {
+      for (int block_size : {64, 128}) {
+        for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
+          CaseOptions options{.head_dim = d,
+                              .block_size = block_size,
+                              .sq = {1500},
+                              .layout = layout,
+                              .family = Family::kBand};
+          ExpectSameIn(dtype, options);
+          options.sq = {1, 300, 7, 1300};
+          options.sk = {1, 300, 200, 2000};
+          ExpectSameIn(dtype, options);
+        }
       }
     }
   }
-  // SmolLM2-135M's heads, and rows of the map that the 16-bit kernels leave in scratch too.
-  ExpectSame({.dtype = DType::kF32,
-              .q_heads = 9,
-              .kv_heads = 3,
-              .head_dim = 64,
-              .sq = {5000},
-              .family = Family::kNeedle});
 }
 
 TEST_F(JointOnGpu, ObeysGammaAndBudgetsInF32) {
@@ -97,31 +100,6 @@ TEST_F(JointOnGpu, ObeysGammaAndBudgetsInF32) {
     policy.max_budget_tokens = most;
     ExpectSame({.dtype = DType::kF32, .head_dim = 64, .sq = {2500}, .family = Family::kBand},
                policy);
-  }
-}
-
-TEST_F(JointOnGpu, MatchesTheOracleInEveryFamilyAtEveryLength) {
-  for (Family family : cpu::kFamilies) {
-    for (int64_t length : cpu::kLengths) {
-      ExpectSame({.head_dim = 64, .sq = {length}, .family = family});
-    }
-  }
-}
-
-TEST_F(JointOnGpu, MatchesTheOracleInEveryDTypeHeadDimAndBlockSize) {
-  for (DType dtype : {DType::kBF16, DType::kF16}) {
-    for (int d : {64, 96, 128, 256}) {
-      for (int block_size : {64, 128}) {
-        for (Layout layout : {Layout::kTokens, Layout::kHeads, Layout::kPaged}) {
-          ExpectSame({.dtype = dtype,
-                      .head_dim = d,
-                      .block_size = block_size,
-                      .sq = {1500},
-                      .layout = layout,
-                      .family = Family::kBand});
-        }
-      }
-    }
   }
 }
 
