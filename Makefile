@@ -9,6 +9,7 @@ PYTHON := build/venv/bin/python
 BENCH_PYTHON := build/bench-venv/bin/python
 VLLM_PYTHON := build/vllm-venv/bin/python
 CPP_SOURCES := '*.cc' '*.h' '*.cu' '*.cuh'
+REPORTS := build/test-reports
 MODEL := build/models/SmolLM2-135M-Instruct
 
 .PHONY: help
@@ -33,10 +34,12 @@ cuda: packages  ## the programs with the CUDA kernels, or an error where there i
 	@cmake --build build -j$(JOBS) --target prefilld prefillctl
 
 .PHONY: test
-test: build build/venv/.complete  ## unit tests, those that need a GPU, then end-to-end tests
-	@ctest --test-dir build --output-on-failure -L unit
-	@ctest --test-dir build --output-on-failure -L gpu --no-tests=ignore
-	@ctest --test-dir build --output-on-failure -L e2e
+test: build build/venv/.complete  ## unit tests, those that need a GPU, then end-to-end tests; ends with their counts
+	@rm -rf $(REPORTS) && mkdir $(REPORTS)
+	@trap '$(PYTHON) tests/summary.py $(REPORTS)' EXIT; \
+	for label in unit gpu e2e; do \
+		ctest --test-dir build --output-on-failure --no-tests=ignore -L $$label --output-junit test-reports/ctest-$$label.xml; \
+	done
 
 .PHONY: test-vllm
 test-vllm: programs build/vllm-venv/.complete $(MODEL)  ## vLLM and transformers on prefilld's KV; installs 6 GB, asks first (YES=1: does not)

@@ -80,12 +80,10 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
 
   server->leases_ = std::make_unique<LeaseTable>(
       LeaseTable::Events{.ended = [s = server.get()](const LeaseInfo& lease, LeaseEnd why) {
-        constexpr const char* kWhy[] = {"consumed", "abandoned", "expired"};
-        if (why == LeaseEnd::kExpired) s->metrics_.leases_expired.Increment();
+        const char* reason = Metrics::kLeaseEnds[static_cast<int>(why)];
+        s->metrics_.LeaseEnded(reason);
         Log(Level::kInfo, "lease_ended",
-            {{"request_id", lease.name},
-             {"generation", lease.generation},
-             {"reason", kWhy[static_cast<int>(why)]}});
+            {{"request_id", lease.name}, {"generation", lease.generation}, {"reason", reason}});
         s->prefills_.Remove(lease.name, lease.generation);
       }});
   server->engine_ = std::make_unique<Engine>(*server->backend_, server->metrics_);
@@ -402,12 +400,12 @@ void Server::Drain() {
   scheduler_->Drain();
   if (segments_) segments_->Close();
   const bool idle = scheduler_->WaitIdle(deadline);
-  const bool consumed = leases_->WaitEmpty(deadline);
+  const bool leases_ended = leases_->WaitEmpty(deadline);
   // What still sends its last bytes may do so until the deadline.
   grpc_->Shutdown(absl::ToChronoTime(deadline));
   RemoveSegments();
-  Log(idle && consumed ? Level::kInfo : Level::kWarning, "drained",
-      {{"idle", idle}, {"leases_consumed", consumed}});
+  Log(idle && leases_ended ? Level::kInfo : Level::kWarning, "drained",
+      {{"idle", idle}, {"leases_ended", leases_ended}});
 }
 
 void Server::RemoveSegments() {

@@ -26,10 +26,14 @@ int RunApp(int argc, const char* const* argv, const AppIo& io) {
   app.set_help_all_flag("--help_all", "Help of every command");
   app.require_subcommand(1);
   app.fallthrough();  // global flags may follow the command
-  app.add_option("--target", session.target, "Server, HOST:PORT")->capture_default_str();
+  app.footer("`prefillctl COMMAND --help` has the flags of a command and an example.");
+  app.add_option("--target", session.target, "Address of the server")
+      ->type_name("HOST:PORT")
+      ->capture_default_str();
   app.add_flag("--json", session.json, "Print one JSON object instead of text");
   app.add_option("--timeout", session.timeout_s,
-                 "Deadline of the whole command in seconds, retries included [none]");
+                 "For the whole command, retries included [no limit]")
+      ->type_name("SECONDS");
   AddHealth(app, session);
   AddModels(app, session);
   AddAttend(app, session);

@@ -101,20 +101,24 @@ absl::Status RunAttend(client::PrefillClient& client, const Session& session,
 
 void AddAttend(CLI::App& app, Session& session) {
   CLI::App* command = app.add_subcommand("attend", "Attention over tensors of a safetensors file");
+  command->footer(
+      "Example: prefillctl attend --in=qkv.safetensors --out=o.safetensors --method=joint");
   const auto flags = std::make_shared<AttendFlags>();
   command
       ->add_option("--in", flags->in,
-                   "Input: q [Sq, Hq, d], k and v [Sk, Hkv, d] (F32, BF16 or F16); optional "
-                   "cu_seqlens_q, cu_seqlens_k [sequences + 1] I32")
+                   "Safetensors: q [Sq, Hq, d], k and v [Sk, Hkv, d] (F32, BF16 or F16); of "
+                   "several sequences also cu_seqlens_q, cu_seqlens_k [sequences + 1] I32")
+      ->type_name("FILE")
       ->required();
   command
       ->add_option("--out", flags->out,
-                   "Output: o as q, lse [Hq, Sq] F32; with --return_index also block_count, "
-                   "block_index, pattern, captured_mass")
+                   "Safetensors, written: o as q, lse [Hq, Sq] F32; with --return_index "
+                   "also block_count, block_index, pattern, captured_mass")
+      ->type_name("FILE")
       ->required();
   command->add_flag("--return_index", flags->return_index, "Also write which blocks were computed");
   command->add_option("--softmax_scale", flags->softmax_scale, "Factor of q.k [1/sqrt(d)]");
-  command->add_option("--request_id", flags->request_id, "Name of the request [random]");
+  AddRequestId(*command, flags->request_id);
   AddPolicyFlags(*command, flags->policy);
   command->callback([&session, flags] {
     session.action = [&session, flags](client::PrefillClient& client) {

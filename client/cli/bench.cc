@@ -162,24 +162,30 @@ absl::Status RunBench(client::PrefillClient& client, const Session& session,
 void AddBench(CLI::App& app, Session& session) {
   CLI::App* command =
       app.add_subcommand("bench", "Load: requests per second, time to first token, density");
+  command->footer(
+      "Example: prefillctl bench --model=smol --tokens=256,1024 --concurrency=1,2 --duration=2");
   const auto flags = std::make_shared<BenchFlags>();
   CLI::App* what = command->add_option_group("Load");
   what->add_option("--model", flags->model, "Prefill random prompts through this model");
   what->add_option("--shape", flags->shape,
                    "Or attend random BF16 tensors: Q_HEADS/KV_HEADS/HEAD_DIM, e.g. 32/8/128");
   what->require_option(1);
-  command->add_option("--tokens", flags->tokens, "Prompt lengths, e.g. 1024,4096")
+  command->add_option("--tokens", flags->tokens, "Lengths of prompts in tokens, e.g. 1024,4096")
+      ->type_name("N,...")
       ->delimiter(',')
       ->check(CLI::Range(1u, 1u << 24))
       ->required();
   command->add_option("--concurrency", flags->concurrency, "Requests at a time, e.g. 1,4")
+      ->type_name("N,...")
       ->delimiter(',')
       ->check(CLI::Range(1u, 1024u))
       ->capture_default_str();
-  command->add_option("--duration", flags->duration_s, "Seconds for each row of the table")
+  command->add_option("--duration", flags->duration_s, "For each pair of length and concurrency")
+      ->type_name("SECONDS")
       ->capture_default_str();
   command->add_option("--transport", flags->transport,
-                      "How caches can be pulled, e.g. grpc; default: as the server has memory for");
+                      "How caches could be pulled: grpc or posix_shm [in every way that the server "
+                      "has memory for]");
   AddPolicyFlags(*command, flags->policy);
   command->callback([&session, flags] {
     session.action = [&session, flags](client::PrefillClient& client) {

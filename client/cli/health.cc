@@ -49,8 +49,9 @@ absl::Status RunHealth(client::PrefillClient& client, const Session& session, bo
 void AddHealth(CLI::App& app, Session& session) {
   CLI::App* command =
       app.add_subcommand("health", "Whether the server is live and ready; fails when it is not");
+  command->footer("Example: prefillctl health --wait --timeout=60");
   const auto wait = std::make_shared<bool>(false);
-  command->add_flag("--wait", *wait, "Until it is, as long as --timeout allows");
+  command->add_flag("--wait", *wait, "Ask until it is ready, as long as --timeout allows");
   command->callback([&session, wait] {
     session.action = [&session, wait](client::PrefillClient& client) {
       return RunHealth(client, session, *wait);

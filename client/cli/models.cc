@@ -55,6 +55,7 @@ absl::Status RunModels(client::PrefillClient& client, const Session& session) {
 
 void AddModels(CLI::App& app, Session& session) {
   CLI::App* command = app.add_subcommand("models", "The models that the server has loaded");
+  command->footer("Example: prefillctl models --json");
   command->callback([&session] {
     session.action = [&session](client::PrefillClient& client) {
       return RunModels(client, session);

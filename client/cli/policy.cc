@@ -23,20 +23,28 @@ std::vector<std::string> MethodNames() {
 
 }  // namespace
 
+void AddRequestId(CLI::App& command, std::string& request_id) {
+  command.add_option("--request_id", request_id,
+                     "Name of the request, at most 64 letters, digits, '.', '_' and '-' [random]");
+}
+
 void AddPolicyFlags(CLI::App& command, PolicyFlags& flags) {
   constexpr char kGroup[] = "Policy";
   const auto add = [&](const char* name, auto& value, const char* help) {
     command.add_option(name, value, help)->group(kGroup);
   };
   add("--method", flags.method,
-      "How key blocks are chosen: dense, flexprefill, joint [server's choice]");
-  add("--gamma", flags.gamma, "Coverage, between 0 and 1 [0.9]");
+      "How blocks of keys are chosen: dense, flexprefill or joint [joint, and dense where the "
+      "server finds that faster]");
+  add("--gamma", flags.gamma,
+      "Coverage, the share of attention to keep, above 0 and below 1 [0.9]");
   add("--tau", flags.tau, "flexprefill's pattern threshold, 0 to 1 [0.1]");
-  add("--min_budget", flags.min_budget, "Least tokens read per row [flexprefill 1024, joint 0]");
-  add("--max_budget", flags.max_budget, "Most tokens read per row [no limit]");
-  add("--block_size", flags.block_size, "Block, tokens: 64 or 128 [128]");
+  add("--min_budget", flags.min_budget,
+      "Least keys read per row, tokens [1024 for flexprefill, else 0]");
+  add("--max_budget", flags.max_budget, "Most keys read per row, tokens [no limit]");
+  add("--block_size", flags.block_size, "Tokens of a block, 64 or 128 [128]");
   add("--min_captured_mass", flags.min_captured_mass,
-      "Heads that capture less run dense, 0 to 1 [0]");
+      "A head that captures a smaller share runs dense, 0 to 1 [0]");
 }
 
 absl::StatusOr<v1::SparsityPolicy> ToPolicy(const PolicyFlags& flags) {

@@ -1,4 +1,4 @@
-// The policy flags, common to attend, prefill and bench.
+// Flags that several commands have: the policy of attend, prefill and bench; the request's name.
 #pragma once
 
 #include <CLI/CLI.hpp>
@@ -17,7 +17,8 @@ struct PolicyFlags {
   std::optional<uint32_t> min_budget, max_budget, block_size;
 };
 
-// `flags` outlives `command`.
+// Both outlive `command`, `flags` and `request_id`.
+void AddRequestId(CLI::App& command, std::string& request_id);
 void AddPolicyFlags(CLI::App& command, PolicyFlags& flags);
 
 // Only what was given is set; values are the server's to judge. INVALID_ARGUMENT for a method that

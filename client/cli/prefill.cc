@@ -204,16 +204,24 @@ absl::Status RunPrefill(client::PrefillClient& client, const Session& session,
 
 void AddPrefill(CLI::App& app, Session& session) {
   CLI::App* command = app.add_subcommand("prefill", "Runs a prompt through a model");
+  command->footer(
+      "Example: prefillctl prefill --model=smol --tokens=ids.json --kv_out=kv.safetensors "
+      "--request_id=mine");
   const auto flags = std::make_shared<PrefillFlags>();
   command->add_option("--model", flags->model, "Model, as `models` names it")->required();
-  command->add_option("--tokens", flags->tokens, "Prompt: a JSON file, an array of token IDs")
+  command->add_option("--tokens", flags->tokens, "Prompt: a JSON array of token IDs")
+      ->type_name("FILE")
       ->required();
-  command->add_option(
-      "--kv_out", flags->kv_out,
-      "Write the KV cache: layers.{i}.k, layers.{i}.v [kv_heads, tokens, head_dim]");
-  command->add_option("--logits_out", flags->logits_out,
-                      "Write the last position's logits: logits [vocab] F32");
-  command->add_option("--request_id", flags->request_id, "Name of the request [random]");
+  command
+      ->add_option("--kv_out", flags->kv_out,
+                   "Safetensors, written: layers.{i}.k and .v [kv_heads, tokens, head_dim] in the "
+                   "model's dtype [none]")
+      ->type_name("FILE");
+  command
+      ->add_option("--logits_out", flags->logits_out,
+                   "Safetensors, written: logits [vocab] F32 of the last token [none]")
+      ->type_name("FILE");
+  AddRequestId(*command, flags->request_id);
   AddPolicyFlags(*command, flags->policy);
   command->callback([&session, flags] {
     session.action = [&session, flags](client::PrefillClient& client) {

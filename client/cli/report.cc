@@ -1,11 +1,14 @@
 #include "client/cli/report.h"
 
+#include <algorithm>
 #include <array>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
@@ -29,10 +32,36 @@ std::array<std::pair<const char*, double>, 7> Phases(const v1::Summary& summary)
            {"handoff", Seconds(summary.handoff())}}};
 }
 
+// How many heads of all layers ran with which pattern, most first.
+std::vector<std::pair<std::string, int>> HeadsByPattern(const v1::SparsityReport& sparsity) {
+  std::map<std::string, int> heads;
+  for (const char pattern : sparsity.pattern_u8()) ++heads[PatternName(pattern)];
+  std::vector<std::pair<std::string, int>> sorted(heads.begin(), heads.end());
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [](const auto& a, const auto& b) { return a.second > b.second; });
+  return sorted;
+}
+
 }  // namespace
 
 std::string ShortName(absl::string_view value, absl::string_view prefix) {
   return absl::AsciiStrToLower(absl::StripPrefix(value, prefix));
+}
+
+std::string PatternName(uint8_t pattern) {
+  if (!v1::Pattern_IsValid(pattern)) return "unknown";
+  return ShortName(v1::Pattern_Name(static_cast<v1::Pattern>(pattern)), "PATTERN_");
+}
+
+std::string DescribeRan(const v1::SparsityReport& sparsity) {
+  std::string text =
+      absl::StrJoin(HeadsByPattern(sparsity), ", ", [](std::string* out, const auto& row) {
+        absl::StrAppend(out, row.first, " x ", row.second);
+      });
+  if (sparsity.reasons_size() > 0) {
+    absl::StrAppend(&text, " (", absl::StrJoin(sparsity.reasons(), ", "), ")");
+  }
+  return text;
 }
 
 void PrintJson(const ordered_json& object, std::ostream& out) {
@@ -43,9 +72,11 @@ ordered_json SparsityFields(const v1::SparsityReport& sparsity) {
   ordered_json fields = {
       {"density", sparsity.mean_density()},
       {"captured_mass", nullptr},
+      {"ran", ordered_json::object()},
       {"dense_fallback_heads", sparsity.dense_fallback_heads()},
       {"reasons", std::vector<std::string>(sparsity.reasons().begin(), sparsity.reasons().end())}};
   if (sparsity.captured_mass_measured()) fields["captured_mass"] = sparsity.mean_captured_mass();
+  for (const auto& [name, heads] : HeadsByPattern(sparsity)) fields["ran"][name] = heads;
   return fields;
 }
 
@@ -70,13 +101,10 @@ void PrintReport(const RequestReport& report, bool json, std::ostream& out) {
       << absl::StrFormat("tokens    %d in %.3f s (%.0f/s)", summary.tokens(), report.total_seconds,
                          rate);
   if (report.ttft_seconds) out << absl::StrFormat(", KV ready after %.3f s", *report.ttft_seconds);
-  out << absl::StrFormat("\ndensity   %.4f", sparsity.mean_density());
+  out << "\nran       " << DescribeRan(sparsity)
+      << absl::StrFormat("\ndensity   %.4f", sparsity.mean_density());
   if (sparsity.captured_mass_measured()) {
     out << absl::StrFormat(", captured mass %.4f", sparsity.mean_captured_mass());
-  }
-  if (sparsity.dense_fallback_heads() > 0) {
-    out << absl::StrFormat(", %d heads dense (%s)", sparsity.dense_fallback_heads(),
-                           absl::StrJoin(sparsity.reasons(), ", "));
   }
   out << "\nseconds  ";
   for (const auto& [name, seconds] : Phases(summary)) {

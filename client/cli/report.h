@@ -1,6 +1,7 @@
 // How a finished request is shown: what was computed, where the time went, what moved.
 #pragma once
 
+#include <cstdint>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <ostream>
@@ -22,7 +23,14 @@ struct RequestReport {
   std::optional<double> ttft_seconds;  // start to kv_ready
 };
 
-// density, captured_mass (null when not measured), dense_fallback_heads, reasons.
+std::string PatternName(uint8_t pattern);  // "joint"; "unknown" for what the contract lacks
+
+// "joint x 96, dense x 24 (below_crossover)": what the heads of all layers ran, most first, and why
+// some ran dense. Of a method that was left open this says what the server made of it.
+std::string DescribeRan(const v1::SparsityReport& sparsity);
+
+// density, captured_mass (null when not measured), ran (heads by pattern), dense_fallback_heads,
+// reasons.
 nlohmann::ordered_json SparsityFields(const v1::SparsityReport& sparsity);
 
 // One JSON object on one line when `json`, else a few lines for people.

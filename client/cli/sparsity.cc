@@ -35,11 +35,6 @@ absl::StatusOr<Grid> ReadU16(const v1::SparsityReport& report, const std::string
   return grid;
 }
 
-std::string NameOf(uint8_t pattern) {
-  if (!v1::Pattern_IsValid(pattern)) return "unknown";
-  return ShortName(v1::Pattern_Name(static_cast<v1::Pattern>(pattern)), "PATTERN_");
-}
-
 absl::StatusOr<ordered_json> ReadPatterns(const v1::SparsityReport& report) {
   const std::string& bytes = report.pattern_u8();
   ordered_json layers = ordered_json::array();
@@ -51,7 +46,7 @@ absl::StatusOr<ordered_json> ReadPatterns(const v1::SparsityReport& report) {
     ordered_json names = ordered_json::array();
     for (uint32_t head = 0; head < report.heads(); ++head) {
       const auto pattern = static_cast<uint8_t>(bytes[layer * report.heads() + head]);
-      names.push_back(NameOf(pattern));
+      names.push_back(PatternName(pattern));
     }
     layers.push_back(names);
   }
@@ -72,8 +67,7 @@ void PrintText(const v1::SparsityReport& report, const Grid& density, const Grid
   if (report.captured_mass_measured()) {
     out << absl::StrFormat(", captured mass %.4f", report.mean_captured_mass());
   }
-  out << absl::StrFormat(", %d heads fell back to dense\n", report.dense_fallback_heads());
-  for (const std::string& reason : report.reasons()) out << "reason  " << reason << "\n";
+  out << "\nran " << DescribeRan(report) << "\n";
   for (size_t layer = 0; layer < density.size(); ++layer) {
     const double mean = Mean(density[layer]);
     const int filled = static_cast<int>(mean * kWidth + 0.5);
@@ -120,8 +114,9 @@ absl::Status RunSparsity(client::PrefillClient& client, const Session& session,
 void AddSparsity(CLI::App& app, Session& session) {
   CLI::App* command =
       app.add_subcommand("sparsity", "Density, pattern and captured mass of a finished request");
+  command->footer("Example: prefillctl sparsity --request=mine");
   const auto request_id = std::make_shared<std::string>();
-  command->add_option("--request", *request_id, "request_id, one of the server's last 256")
+  command->add_option("--request", *request_id, "Its request_id, one of the server's last 256")
       ->required();
   command->callback([&session, request_id] {
     session.action = [&session, request_id](client::PrefillClient& client) {

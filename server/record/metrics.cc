@@ -102,10 +102,12 @@ Metrics::Metrics()
       time_to_first_layer(Histograms(*registry_, "prefilld_time_to_first_layer_seconds",
                                      "From a prompt's arrival to its first layer's KV")
                               .Add({}, Seconds())),
-      leases_expired(
-          Counters(*registry_, "prefilld_leases_expired_total", "Leases that ran out of time")
+      leases_granted(Counters(*registry_, "prefilld_leases_granted_total",
+                              "Leases given: those that ended and those that live")
+                         .Add({})),
+      leases_active(
+          Gauges(*registry_, "prefilld_leases_active", "Leases that live: granted and not ended")
               .Add({})),
-      leases_active(Gauges(*registry_, "prefilld_leases_active", "Leases that live").Add({})),
       ready(Gauges(*registry_, "prefilld_ready", "1 while new work is taken").Add({})),
       requests_(Counters(*registry_, "prefilld_requests_total", "Finished calls")),
       request_duration_(
@@ -122,6 +124,9 @@ Metrics::Metrics()
                                 "Attention mass on the computed blocks, of each head")),
       dense_fallback_(Counters(*registry_, "prefilld_dense_fallback_heads_total",
                                "Heads run dense although a sparse method was asked for")),
+      leases_ended_(Counters(*registry_, "prefilld_leases_ended_total",
+                             "Leases that ended, each once: released as consumed or abandoned, or "
+                             "expired")),
       kv_blocks_(Gauges(*registry_, "prefilld_kv_blocks", "Blocks of the KV pool")),
       segments_(Gauges(*registry_, "prefilld_kv_segment_bytes",
                        "Of the pool of segments that KV caches over posix_shm lie in")),
@@ -156,6 +161,7 @@ void Metrics::AddKnown() {
        {DenseReason::kShortPrompt, DenseReason::kMinCapturedMass, DenseReason::kBelowCrossover}) {
     DenseFallback(reason, 0);
   }
+  for (const char* reason : kLeaseEnds) leases_ended_.Add({{"reason", reason}});
   for (const char* state : kBlockStateNames) kv_blocks_.Add({{"state", state}});
   for (const char* kind : Device::kFaultKinds) gpu_faults_.Add({{"kind", kind}});
   AddModel(kAttendModel);
@@ -232,6 +238,10 @@ void Metrics::CapturedMass(const std::string& model, double mass) {
 
 void Metrics::DenseFallback(DenseReason reason, int64_t heads) {
   dense_fallback_.Add({{"reason", Name(reason)}}).Increment(static_cast<double>(heads));
+}
+
+void Metrics::LeaseEnded(const std::string& reason) {
+  leases_ended_.Add({{"reason", reason}}).Increment();
 }
 
 void Metrics::SetKvBlocks(BlockState state, int64_t blocks) {

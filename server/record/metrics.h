@@ -72,7 +72,9 @@ struct Metrics {
   void HandoffFinished(const std::string& transport, double seconds);  // a whole PullKv
   void HandoffFailed(const std::string& transport,
                      const std::string& reason);  // a kHandoffFailures
-  prometheus::Counter& leases_expired;
+  // At rest granted leases are those that ended, for whatever reason, and those that live.
+  prometheus::Counter& leases_granted;                 // by rpc
+  void LeaseEnded(const std::string& reason);          // one of kLeaseEnds, once a lease
   prometheus::Gauge& leases_active;                    // set by on_scrape
   void SetKvBlocks(BlockState state, int64_t blocks);  // by on_scrape
 
@@ -89,6 +91,12 @@ struct Metrics {
   std::function<void(Metrics&)> on_scrape;
   std::vector<prometheus::MetricFamily> Collect();
 
+  static constexpr const char* kLeaseEnds[] = {
+      // in the order of LeaseEnd
+      "consumed",   // released by who has all he wants
+      "abandoned",  // released without that, or the callers left
+      "expired",    // its time ran out
+  };
   static constexpr const char* kHandoffFailures[] = {
       "cancelled",    // the caller went away
       "deadline",     // the call's deadline passed
@@ -110,6 +118,7 @@ struct Metrics {
   Family<prometheus::Gauge>& layer_density_;
   Family<prometheus::Histogram>& captured_mass_;
   Family<prometheus::Counter>& dense_fallback_;
+  Family<prometheus::Counter>& leases_ended_;
   Family<prometheus::Gauge>& kv_blocks_;
   Family<prometheus::Gauge>& segments_;
   Family<prometheus::Counter>& handoff_bytes_;

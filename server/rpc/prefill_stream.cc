@@ -122,6 +122,7 @@ absl::Status PrefillStream::Begin(const ValidPrefill& valid) {
     auto lease = rpc_.leases.Grant(job->request_id, cache, valid.lease_ttl,
                                    [&rpc = rpc_, job] { rpc.scheduler.Cancel(job); });
     if (lease.ok()) {
+      rpc_.metrics.leases_granted.Increment();
       lease_ = *std::move(lease);
     } else {
       status = lease.status();

@@ -25,6 +25,16 @@ uint64_t SizeFor(uint64_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
+// The smallest of `members` that is `enough`, or their end.
+template <typename Members, typename Enough>
+auto Smallest(Members& members, Enough enough) {
+  auto smallest = members.end();
+  for (auto it = members.begin(); it != members.end(); ++it) {
+    if (enough(*it) && (smallest == members.end() || it->bytes < smallest->bytes)) smallest = it;
+  }
+  return smallest;
+}
+
 bool Fits(uint64_t member, uint64_t bytes) {
   return member >= bytes &&
          member / kTimesLargerMax <= std::max(bytes, SegmentPool::kSmallestBytes);
@@ -80,14 +90,8 @@ std::shared_ptr<Region> SegmentPool::Take(uint64_t bytes) {
   return region == nullptr ? nullptr : Lend(std::move(region));
 }
 
-// The smallest that is ready and fits.
 SegmentPool::Members::const_iterator SegmentPool::Find(uint64_t bytes) const {
-  auto best = idle_.end();
-  for (auto it = idle_.begin(); it != idle_.end(); ++it) {
-    const bool fits = it->region && Fits(it->bytes, bytes);
-    if (fits && (best == idle_.end() || it->bytes < best->bytes)) best = it;
-  }
-  return best;
+  return Smallest(idle_, [bytes](const Member& m) { return m.region && Fits(m.bytes, bytes); });
 }
 
 std::shared_ptr<Region> SegmentPool::TakeLocked(uint64_t bytes) {
@@ -152,13 +156,10 @@ bool SegmentPool::MakeRoom(uint64_t bytes, std::vector<Member>* out) {
   if (bytes_ - lent_ - changing_ < bytes) return false;
   while (Free() < bytes) {
     const uint64_t missing = bytes - Free();
-    auto enough = idle_.end();
-    for (auto it = idle_.begin(); it != idle_.end(); ++it) {
-      if (it->bytes >= missing && (enough == idle_.end() || it->bytes < enough->bytes)) enough = it;
-    }
-    if (enough == idle_.end()) enough = idle_.begin();
-    out->push_back(std::move(*enough));
-    idle_.erase(enough);
+    auto going = Smallest(idle_, [missing](const Member& m) { return m.bytes >= missing; });
+    if (going == idle_.end()) going = idle_.begin();
+    out->push_back(std::move(*going));
+    idle_.erase(going);
   }
   return true;
 }

@@ -87,6 +87,7 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
         busy_(std::move(busy)),
         patience_(patience) {}
   std::shared_ptr<Region> Register(std::shared_ptr<Region> region);
+  // The smallest that is ready and fits, or the end.
   Members::const_iterator Find(uint64_t bytes) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   std::shared_ptr<Region> TakeLocked(uint64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The region, which comes back to the pool when its last owner lets go of it.

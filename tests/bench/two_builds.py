@@ -15,8 +15,8 @@ from prefilld import PrefillClient
 
 def parser(description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
-    for side in ("before", "after"):
-        result.add_argument(f"--{side}", type=pathlib.Path, required=True, metavar="BUILD",
+    for side in ("--before", "--after"):
+        result.add_argument(side, type=pathlib.Path, required=True, metavar="BUILD",
                             help="a build directory, with prefilld in it")
     result.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
     result.add_argument("--threads", type=int, default=2)

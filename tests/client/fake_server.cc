@@ -60,6 +60,9 @@ void FillSummary(const std::string& request_id, uint64_t tokens, v1::Summary* su
   summary->mutable_sparsity()->set_mean_density(0.25);
   summary->mutable_sparsity()->set_mean_captured_mass(0.93);
   summary->mutable_sparsity()->set_captured_mass_measured(true);
+  summary->mutable_sparsity()->set_pattern_u8(std::string("\3\0\3\3", 4));
+  summary->mutable_sparsity()->set_dense_fallback_heads(1);
+  summary->mutable_sparsity()->add_reasons("below_crossover");
 }
 
 void WaitUntilCancelled(ServerContext* context) {

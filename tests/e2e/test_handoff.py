@@ -181,10 +181,11 @@ def test_abandoning_a_lease_cancels_its_computation(server, tiny):
 
 
 def test_an_expired_lease_frees_its_blocks(server, tiny):
-    expired = server.metric("prefilld_leases_expired_total")
+    expired = server.metric("prefilld_leases_ended_total", reason="expired")
     call = prefilling.start(server, tiny.tokens(300), lease_ttl=.3).finish()
     assert call.ready.ttl.ToMilliseconds() <= 300
-    harness.eventually(lambda: server.metric("prefilld_leases_expired_total") == expired + 1)
+    harness.eventually(
+        lambda: server.metric("prefilld_leases_ended_total", reason="expired") == expired + 1)
     with refused(GONE):
         list(prefilling.open_pull(server, call.ready))
 
@@ -228,8 +229,9 @@ def test_blocks_are_freed_only_after_the_running_pull(server, tiny, slow_pull, e
     if ending == "release":
         assert prefilling.release(server, call.ready).running_transfers == 1
     else:
-        expired = server.metric("prefilld_leases_expired_total")
-        harness.eventually(lambda: server.metric("prefilld_leases_expired_total") > expired)
+        expired = server.metric("prefilld_leases_ended_total", reason="expired")
+        harness.eventually(
+            lambda: server.metric("prefilld_leases_ended_total", reason="expired") > expired)
     with refused(GONE):  # no new pull ...
         list(prefilling.open_pull(server, call.ready))
     assert server.metric("prefilld_kv_blocks", state="free") < free

@@ -99,6 +99,36 @@ def test_gauges_show_work_while_it_lasts(server, tiny):
         call.finish()
 
 
+LEASE_ENDS = {"consumed", "abandoned", "expired"}
+
+
+def test_every_lease_is_counted_once_when_granted_and_once_when_it_ends(server, tiny):
+    def leases():
+        samples = server.metrics()
+        ended = {reason: total(samples, "prefilld_leases_ended_total", reason=reason)
+                 for reason in LEASE_ENDS}
+        assert sum(ended.values()) == total(samples, "prefilld_leases_ended_total"), "no other"
+        return (total(samples, "prefilld_leases_granted_total"), ended,
+                total(samples, "prefilld_leases_active"))
+
+    granted, ended, active = leases()
+    assert (granted, active) == (sum(ended.values()), 0), "after whatever ran before"
+    kept = prefilling.start(server, tiny.tokens(50)).finish()
+    one_prefill(server, tiny, tokens=50)  # consumed
+    prefilling.release(server, prefilling.start(server, tiny.tokens(50)).finish().ready,
+                       prefilling.kv.RELEASE_REASON_ABANDONED)
+    prefilling.start(server, tiny.tokens(50), lease_ttl=.2).finish()  # expires
+    prefilling.start(server, tiny.tokens(6000)).stream.cancel()  # its caller leaves
+    with refused(grpc.StatusCode.NOT_FOUND):  # no lease at all
+        prefilling.start(server, [1], model="none")
+    expected = {"consumed": ended["consumed"] + 1, "abandoned": ended["abandoned"] + 2,
+                "expired": ended["expired"] + 1}
+    harness.eventually(lambda: leases() == (granted + 5, expected, 1), message="four ended")
+    prefilling.release(server, kept.ready)
+    expected["consumed"] += 1
+    harness.eventually(lambda: leases() == (granted + 5, expected, 0))
+
+
 def test_transferring_blocks_are_seen(server, tiny):
     call = prefilling.start(server, tiny.tokens(4000)).finish()
     stream = prefilling.open_pull(server, call.ready)

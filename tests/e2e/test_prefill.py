@@ -289,6 +289,7 @@ def test_prefillctl_prefill(server, tiny, tmp_path):
     printed = json.loads(done.stdout)
     assert printed["tokens"] == 300 and printed["transport"] == "grpc"
     assert printed["density"] == pytest.approx(1)
+    assert printed["ran"] == {"joint": 16}, "4 layers of 4 heads"
     file = safetensors_file.load(tmp_path / "kv.safetensors")
     layers = tiny.config["num_hidden_layers"]
     assert set(file) == {f"layers.{i}.{x}" for i in range(layers) for x in "kv"}
@@ -298,6 +299,15 @@ def test_prefillctl_prefill(server, tiny, tmp_path):
                       llama.prefill(tiny.config, tiny.weights, ids, spec.Policy("joint", .9)))
     report = harness.prefillctl(server, "--json", "sparsity", f"--request={printed['request_id']}")
     assert json.loads(report.stdout)
+
+
+def test_prefillctl_says_what_ran_where_the_method_was_left_open(server, tiny, tmp_path):
+    (tmp_path / "ids.json").write_text(json.dumps(tiny.tokens(300)))
+    arguments = ["prefill", "--model=tiny", f"--tokens={tmp_path}/ids.json"]
+    printed = json.loads(harness.prefillctl(server, "--json", *arguments).stdout)
+    assert printed["ran"] == {"dense": 16} and printed["reasons"] == ["below_crossover"]
+    text = harness.prefillctl(server, *arguments).stdout
+    assert "\nran       dense x 16 (below_crossover)\n" in text
 
 
 @pytest.mark.parametrize("arguments,code", [

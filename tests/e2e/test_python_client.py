@@ -1,6 +1,8 @@
 """The Python package against a real server: the promises of its public interface."""
 
+import asyncio
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import random
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 import prefilld
-from e2e import prefilling
+from e2e import harness, prefilling
 from e2e.harness import eventually
 from spec import inputs, llama
 from spec import sparse_attention as spec
@@ -134,6 +136,25 @@ def test_health_models_and_negotiation(client, server, tiny):
     assert client.health() == prefilld.Health(live=True, ready=True)
     assert client.model("tiny").layers == 4
     assert client.negotiate("tiny").fingerprint == client.model("tiny").fingerprint
+
+
+def test_the_example_router_learns_which_methods_are_served(server, monkeypatch):
+    monkeypatch.syspath_prepend(harness.ROOT / "client/python/examples")
+    router = importlib.import_module("router")
+
+    async def methods():
+        prefilld = router.Prefilld(server.target, "tiny")
+        watching = asyncio.create_task(prefilld.watch())
+        while not prefilld.ready:
+            await asyncio.sleep(.01)
+        watching.cancel()
+        await prefilld.channel.close()
+        return prefilld.methods
+
+    async def bounded():
+        return await asyncio.wait_for(methods(), 20)
+
+    assert asyncio.run(bounded()) == {"dense", "flexprefill", "joint"}
 
 
 # --- transports

@@ -125,7 +125,7 @@ def test_generate_goes_on_as_transformers_alone(smol, smol_server, text_ids, beg
     with harness.leaves_nothing_behind(smol_server):
         cache = prefill_into_cache(smol, ids, target=smol_server.target, method="dense")
     assert cache.get_seq_length() == count - 1
-    assert smol_server.metric("prefilld_leases_expired_total") == 0
+    assert smol_server.metric("prefilld_leases_ended_total", reason="expired") == 0
     with forward_shapes(smol) as shapes:
         continued = smol.generate(ids, past_key_values=cache, **GREEDY)
     assert continued[0].tolist() == alone[0].tolist()

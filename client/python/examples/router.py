@@ -65,9 +65,10 @@ class Plainly(Exception):
 class Prefilld:
     """One server: its connection, whether it takes work, and how much it has of ours."""
 
-    def __init__(self, target: str):
-        self.target = target
-        self.ready = False
+    def __init__(self, target: str, model: str):
+        self.target, self.model = target, model
+        self.ready, self._told = False, None
+        self.methods = set(METHODS)  # that it serves; all that have a name until it was asked
         self.outstanding = 0  # tokens of prompts that are not computed yet
         self.channel = grpc.aio.insecure_channel(
             target, options=(("grpc.max_reconnect_backoff_ms", 2000),))
@@ -82,15 +83,31 @@ class Prefilld:
             try:
                 reply = await self._check(b"\x0a" + bytes([len(service)]) + service,
                                           timeout=2 * HEALTH_INTERVAL_S)
-                self.set_ready(reply == b"\x08\x01", "says its health check")  # status: SERVING
+                serving = reply == b"\x08\x01"
+                if serving and not self.ready:
+                    self.methods = {name for name in METHODS if await self._serves(name)}
+                self.set_ready(serving, "says its health check")
             except grpc.RpcError as error:
                 self.set_ready(False, PrefilldError.from_rpc(error))
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
+    async def _serves(self, method: str) -> bool:
+        """By a prompt of one token that is only validated."""
+        try:
+            await self._prefills.Prefill(pb.PrefillRequest(
+                model=self.model, token_ids=[0], sparsity=policy_message(Policy(method=method)),
+                validate_only=True), timeout=SHORT_CALL_S).read()
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
+            return False
+        return True
+
     def set_ready(self, ready: bool, why: object) -> None:
-        if ready != self.ready:
+        told = (ready, getattr(why, "code", why))  # the text of one code may differ
+        if told != self._told:
             log.info("prefilld %s is %s: %s", self.target, "ready" if ready else "not ready", why)
-        self.ready = ready
+        self.ready, self._told = ready, told
 
     async def prefill(self, request: pb.PrefillRequest, timeout: float) -> "Handover":
         """Returns once the prompt is admitted. PrefilldError, UNAVAILABLE also for silence."""
@@ -191,7 +208,8 @@ class Router:
             connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=SHORT_CALL_S),
             skip_auto_headers=("Accept-Encoding", "User-Agent"))
-        self._servers = [Prefilld(target) for target in self._options.prefilld]
+        self._servers = [Prefilld(target, self._options.model)
+                         for target in self._options.prefilld]
         for server in self._servers:
             self._ready.labels(server.target).set_function(lambda s=server: s.ready)
             self._outstanding.labels(server.target).set_function(lambda s=server: s.outstanding)
@@ -222,7 +240,8 @@ class Router:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request)
-        policy = read_policy(body.pop("prefilld", None) or {}, self._options)
+        served = set().union(*(server.methods for server in self._servers))
+        policy = read_policy(body.pop("prefilld", None) or {}, self._options, served)
         try:
             handover = await self._hand_over(request, body, policy)
         except Plainly as plainly:
@@ -253,7 +272,7 @@ class Router:
             raise Plainly("unsupported")
         if len(tokens) < self._options.min_tokens:
             raise Plainly()
-        handover = await self._admit(pb.PrefillRequest(
+        handover = await self._admit(policy.get("method"), pb.PrefillRequest(
             request_id=str(uuid.uuid4()), model=self._options.model, token_ids=tokens,
             sparsity=policy_message(policy)))
         if "prompt" in prompt:
@@ -274,12 +293,14 @@ class Router:
             raise Plainly("tokenize_failed")
         return tokens
 
-    async def _admit(self, request: pb.PrefillRequest) -> Handover:
-        """Offers the prompt to one prefilld after the other, the least busy first."""
-        start, reason, left = time.monotonic(), "not_ready", list(self._servers)
+    async def _admit(self, method: str | None, request: pb.PrefillRequest) -> Handover:
+        """Offers the prompt to one prefilld after the other that serves the method, the least busy
+        first."""
+        able = [s for s in self._servers if method is None or method in s.methods]
+        start, reason, left = time.monotonic(), "not_ready" if able else "rejected", list(able)
         while ready := [server for server in left if server.ready]:
             server = min(ready, key=lambda s: (s.outstanding, random.random()))
-            self._retries.inc(len(left) < len(self._servers))
+            self._retries.inc(len(left) < len(able))
             left.remove(server)
             try:
                 handover = await server.prefill(request, self._options.admission_timeout)
@@ -348,14 +369,15 @@ async def read_body(request: web.Request) -> dict:
     return body
 
 
-def read_policy(own: dict, options: argparse.Namespace) -> Policy:
-    """A request's own "prefilld" object over the flags; what neither says is not there."""
+def read_policy(own: dict, options: argparse.Namespace, served: set[str]) -> Policy:
+    """A request's own "prefilld" object over the flags; what neither says is not there. served: the
+    methods that a request may name."""
     if not isinstance(own, dict) or not own.keys() <= {"method", "gamma"}:
         raise web.HTTPBadRequest(text="prefilld: expected an object with method, gamma or both")
     method, gamma = own.get("method", options.method), own.get("gamma", options.gamma)
-    if method not in (None, *METHODS):
+    if method not in (None, options.method, *served):
         raise web.HTTPBadRequest(text=f"prefilld.method: {method!r} is not one of "
-                                      f"{', '.join(METHODS)}")
+                                      f"{', '.join(sorted(served))}")
     if gamma is not None and (type(gamma) not in (int, float) or not 0 < gamma < 1):
         raise web.HTTPBadRequest(text=f"prefilld.gamma: {gamma!r} is not between 0 and 1")
     policy = Policy(method=method, gamma=gamma)
@@ -399,14 +421,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="prefilld's name of the model")
     add("--served_model", help="the model's name in requests; default: as --model")
     add("--min_tokens", type=int, default=1024, help="shorter prompts are vLLM's (%(default)s)")
-    add("--method", choices=list(METHODS), help="default: prefilld's")
-    add("--gamma", type=float, help="default: prefilld's")
+    add("--method", help="of requests that name none; one that prefilld serves; default: its own")
+    add("--gamma", type=float, help="above 0 and below 1; default: prefilld's")
     add("--admission_timeout", type=float, default=5.0, metavar="S",
         help="for one prefilld to take a prompt (%(default)s)")
     add("--max_body_mib", type=int, default=16, help="the largest request (%(default)s)")
     add("--shutdown_timeout", type=float, default=30.0, metavar="S",
         help="for running requests after SIGTERM (%(default)s)")
     options = parser.parse_args(argv)
+    if options.method not in (None, *METHODS):
+        parser.error(f"--method: there is no method {options.method!r}")
     if options.gamma is not None and not 0 < options.gamma < 1:
         parser.error(f"--gamma: {options.gamma} is not between 0 and 1")
     options.prefilld = [*dict.fromkeys(filter(None, ",".join(options.prefilld).split(",")))]

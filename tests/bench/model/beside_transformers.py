@@ -13,6 +13,11 @@ position are on the host. In every round each runs once, in turn; --apart: the s
 transformers once it has ended, for devices that do not hold both.
 
 What fails is said in its line, and the rest goes on. The last column is over transformers' best.
+
+Needs torch and transformers 5, and of GPU memory the weights twice (--apart: once), each side's K
+and V of the longest prompt, and what prefilld plans beside (its log's memory_plan lines). An 8B
+model in BF16 has 16 GB of weights, and 4.3 GB of K and V at 32,768 tokens; of the host's memory
+prefilld takes two such caches.
 """
 
 import argparse
@@ -23,6 +28,41 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+
+import needs
+
+
+def arguments() -> argparse.Namespace:
+    def listed(kind):
+        return lambda text: [kind(word) for word in text.split(",")]
+
+    parser = needs.parser(__doc__)
+    add = parser.add_argument
+    add("--model", type=needs.model_directory, required=True, metavar="DIR",
+        help="a Hugging Face directory")
+    add("--backend", choices=("cuda", "cpu"), default="cuda", help="of both (%(default)s)")
+    add("--lengths", type=listed(int), default=[512, 2048, 8192, 32768], metavar="N,...",
+        help="of prompts, tokens (512,2048,8192,32768)")
+    add("--methods", type=listed(str), default=["dense", "joint", "open"], metavar="NAME,...",
+        help="of prefilld; open: it decides (dense,joint,open)")
+    add("--transports", type=listed(str), default=["grpc", "posix_shm"], metavar="NAME,...",
+        help="where the cache lies (grpc,posix_shm)")
+    add("--attention", type=listed(str), default=["cudnn", "flash"], metavar="NAME,...",
+        help="of transformers' sdpa: cudnn, flash, efficient, math, any (cudnn,flash)")
+    add("--rounds", type=int, default=5, help="after one that warms up (%(default)s)")
+    add("--pull", action="store_true", help="until all of K and V are here")
+    add("--apart", action="store_true", help="never both on the device at once")
+    add("--ids", type=pathlib.Path, metavar="FILE", help="JSON array of token IDs; else random")
+    add("--flag", action="append", default=[], metavar="--NAME=VALUE",
+        help="of the server; may be repeated")
+    add("--json", type=pathlib.Path, metavar="FILE", help="the table, to be written")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports: --help needs none of them
+    ARGUMENTS = arguments()
+    needs.modules(*needs.CLIENT, *needs.TRANSFORMERS[ARGUMENTS.backend])
+    needs.server()
 
 import numpy as np
 from served import MODEL, server, token_ids
@@ -125,29 +165,8 @@ COLUMNS = ["tokens", "side", "method", "transport", "TTFT ms", "least..most", "d
            "transformers / this"]
 
 
-def arguments() -> argparse.Namespace:
-    def listed(kind):
-        return lambda text: [kind(word) for word in text.split(",")]
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=pathlib.Path, required=True)
-    parser.add_argument("--backend", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--lengths", type=listed(int), default=[512, 2048, 8192, 32768])
-    parser.add_argument("--methods", type=listed(str), default=["dense", "joint", "open"])
-    parser.add_argument("--transports", type=listed(str), default=["grpc", "posix_shm"])
-    parser.add_argument("--attention", type=listed(str), default=["cudnn", "flash"],
-                        help="of transformers' sdpa: cudnn, flash, efficient, math, any")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pull", action="store_true", help="until all of K and V are here")
-    parser.add_argument("--apart", action="store_true", help="never both at once")
-    parser.add_argument("--ids", type=pathlib.Path, help="JSON array of token IDs; else random")
-    parser.add_argument("--flag", action="append", default=[], help="of the server; repeat")
-    parser.add_argument("--json", type=pathlib.Path)
-    return parser.parse_args()
-
-
 def main() -> int:
-    args, results = arguments(), {}
+    args, results = ARGUMENTS, {}
     sides = (served_runs, transformers_runs)
     for group in [[side] for side in sides] if args.apart else [sides]:
         with contextlib.ExitStack() as stack:

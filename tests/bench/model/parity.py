@@ -15,6 +15,10 @@ pulled from prefilld and from its own prefill: how many tokens are alike, and th
 of both. In half precision two right caches may come to differ; a float32 checkpoint must not.
 
 Exits with 1 when anything is outside.
+
+Needs torch and transformers 5. GPU memory: the weights in float32 (of 8B parameters 32 GB) and the
+prompt's K and V beside them; with --decode the checkpoint's weights twice. The host keeps three
+copies of K and V in float32: of Llama-3.1-8B's shape at 16,384 tokens 13 GB.
 """
 
 import argparse
@@ -22,6 +26,35 @@ import json
 import pathlib
 import sys
 import time
+
+import needs
+
+
+def arguments() -> argparse.Namespace:
+    parser = needs.parser(__doc__)
+    add = parser.add_argument
+    add("--model", type=needs.model_directory, required=True, metavar="DIR",
+        help="a Hugging Face directory")
+    add("--ids", type=pathlib.Path, metavar="FILE", help="JSON array of token IDs; else random")
+    add("--tokens", type=int, help="of the prompt; default: all of --ids")
+    add("--backend", choices=("cuda", "cpu"), default="cuda", help="of both (%(default)s)")
+    add("--threads", type=int, help="of each side, on the CPU; default: all processors")
+    add("--chunk", type=int, default=0, metavar="TOKENS",
+        help="that transformers reads at a time; default: all")
+    add("--decode", type=int, default=0, metavar="TOKENS", help="to go on for; default: none")
+    add("--rows", action="store_true", help="print every tensor")
+    add("--json", type=pathlib.Path, metavar="FILE", help="all of it, to be written")
+    args = parser.parse_args()
+    if args.ids is None and args.tokens is None:
+        parser.error("give --ids or --tokens")
+    args.tokens = args.tokens or len(json.loads(args.ids.read_text()))
+    return args
+
+
+if __name__ == "__main__":  # before the imports: --help needs none of them
+    ARGUMENTS = arguments()
+    needs.modules(*needs.CLIENT, *needs.TRANSFORMERS[ARGUMENTS.backend])
+    needs.server()
 
 import torch
 from served import MODEL, server, token_ids
@@ -108,28 +141,10 @@ def decode(args, client: PrefillClient, ids) -> dict:
             "ttft_prefilld_s": our_seconds, "ttft_transformers_s": their_seconds}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=pathlib.Path, required=True)
-    parser.add_argument("--ids", type=pathlib.Path, help="JSON array of token IDs; else random")
-    parser.add_argument("--tokens", type=int, help="of the prompt; default: all of --ids")
-    parser.add_argument("--backend", choices=("cuda", "cpu"), default="cuda", help="of both")
-    parser.add_argument("--threads", type=int, help="of each side, on the CPU")
-    parser.add_argument("--chunk", type=int, default=0)
-    parser.add_argument("--decode", type=int, default=0)
-    parser.add_argument("--rows", action="store_true")
-    parser.add_argument("--json", type=pathlib.Path)
-    args = parser.parse_args()
-    if args.ids is None and args.tokens is None:
-        parser.error("give --ids or --tokens")
-    args.tokens = args.tokens or len(json.loads(args.ids.read_text()))
+def main() -> int:
+    args = ARGUMENTS
     if args.threads:
         torch.set_num_threads(args.threads)
-    return args
-
-
-def main() -> int:
-    args = arguments()
     ids = token_ids(args.ids, args.tokens, args.model)
     flags = [f"--threads={args.threads}"] if args.threads else []
     result = {"model": args.model.name, "tokens": len(ids), "backend": args.backend}

@@ -7,6 +7,9 @@
 weights are normal with a deviation of 0.02, what a layer adds to the residual smaller with the
 number of layers, as before training: activations stay finite, attention is diffuse. Made on the
 GPU where there is one: 16 GB take some ten seconds.
+
+Disk (of /dev/shm: memory): 2 bytes a parameter, in f32 4: llama-3.1-8b 16 GB, qwen2-7b 15, qwen3-8b
+16, glm-4-9b 19, yi-9b-200k 18. Memory of the GPU, or of the host without one: up to 7 GB.
 """
 
 import argparse
@@ -17,8 +20,7 @@ import pathlib
 import sys
 import time
 
-import torch
-from checkpoint_files import DTYPES, Tensors, dtype_name, write
+import needs
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False,
@@ -68,6 +70,25 @@ SHAPES = {
         "tie_word_embeddings": False, "use_cache": True, "vocab_size": 151552,
     },
 }
+
+
+def arguments() -> argparse.Namespace:
+    parser = needs.parser(__doc__)
+    add = parser.add_argument
+    add("--shape", required=True, help=f"{', '.join(SHAPES)}, or a config.json")
+    add("--dir", type=pathlib.Path, required=True, help="to be written")
+    add("--layers", type=int, help="other than the model has")
+    add("--dtype", choices=("f32", "bf16", "f16"), default="bf16", help="%(default)s")
+    add("--seed", type=int, default=0, help="%(default)s")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports: --help needs none of them
+    ARGUMENTS = arguments()
+    needs.modules("numpy", "torch")
+
+import torch
+from checkpoint_files import DTYPES, Tensors, dtype_name, write
 
 
 class RandomModel:
@@ -145,13 +166,7 @@ def config_of(shape: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", required=True, help=f"{', '.join(SHAPES)}, or a config.json")
-    parser.add_argument("--dir", type=pathlib.Path, required=True)
-    parser.add_argument("--layers", type=int, help="other than the model has")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = ARGUMENTS
     config = config_of(args.shape)
     config.pop("dtype", None)
     config["torch_dtype"] = dtype_name(DTYPES[args.dtype])

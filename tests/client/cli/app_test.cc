@@ -7,12 +7,16 @@
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <regex>
 #include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "client/cpp/safetensors.h"
 #include "tests/client/fake_server.h"
 #include "tests/client/temp_dir.h"
@@ -136,6 +140,7 @@ TEST_F(AppTest, AttendWritesTheOutputsAndTheReport) {
   EXPECT_EQ(report["tokens"], 10);
   EXPECT_EQ(report["density"], 0.25);
   EXPECT_EQ(report["captured_mass"], 0.93);
+  EXPECT_EQ(report["ran"], nlohmann::json({{"joint", 3}, {"dense", 1}}));
   EXPECT_EQ(report["transport"], "grpc");
   EXPECT_EQ(report["phase_seconds"]["attention"], 0.25);
   EXPECT_EQ(report["phase_seconds"].size(), 7u);
@@ -168,7 +173,8 @@ TEST_F(AppTest, AttendPassesOffsetsAndAsksForTheIndex) {
                                        {"cu_seqlens_q", v1::DATA_TYPE_I32, {3}, {0, 4, 10}},
                                        {"cu_seqlens_k", v1::DATA_TYPE_I32, {3}, {0, 5, 20}}});
   EXPECT_EQ(Run({"attend", "--in=" + in, "--out=" + dir_ / "out", "--return_index"}), 0) << err_;
-  EXPECT_THAT(out_, AllOf(HasSubstr("density   0.2500"), HasSubstr("captured mass 0.93"),
+  EXPECT_THAT(out_, AllOf(HasSubstr("\nran       joint x 3, dense x 1 (below_crossover)\n"),
+                          HasSubstr("density   0.2500"), HasSubstr("captured mass 0.93"),
                           HasSubstr("attention 0.250")));
   EXPECT_THAT(script_.attends[0].cu_seqlens_q(), ElementsAre(0, 4, 10));
   EXPECT_THAT(script_.attends[0].cu_seqlens_k(), ElementsAre(0, 5, 20));
@@ -266,7 +272,7 @@ TEST_F(AppTest, PrefillPullsTheCacheAndTheLogits) {
 
 TEST_F(AppTest, PrefillWithoutOutputsAbandonsTheLease) {
   EXPECT_EQ(Run({"prefill", "--model=tiny", "--tokens=" + dir_.Write("ids", "[1]")}), 0) << err_;
-  EXPECT_THAT(out_, HasSubstr("KV ready after"));
+  EXPECT_THAT(out_, AllOf(HasSubstr("KV ready after"), HasSubstr("\nran       joint x 3, dense")));
   EXPECT_TRUE(script_.pulls.empty());
   ASSERT_EQ(script_.releases.size(), 1u);
   EXPECT_EQ(script_.releases[0].reason(), v1::RELEASE_REASON_ABANDONED);
@@ -328,7 +334,9 @@ TEST_F(AppTest, TimeoutIsTheDeadline) {
 
 TEST_F(AppTest, SparsityShowsTheReport) {
   EXPECT_EQ(Run({"sparsity", "--request=known"}), 0) << err_;
-  EXPECT_THAT(out_, AllOf(HasSubstr("layer   1  1.0000  ####"), HasSubstr("short_prompt")));
+  EXPECT_THAT(out_,
+              AllOf(HasSubstr("layer   1  1.0000  ####"),
+                    HasSubstr("\nran joint x 4, dense x 1, vertical_slash x 1 (short_prompt)\n")));
   EXPECT_EQ(Run({"sparsity", "--request=known", "--json"}), 0);
   const auto report = Printed();
   EXPECT_EQ(report["density"], 0.5);
@@ -403,6 +411,31 @@ TEST_F(AppTest, HelpNamesEveryFlag) {
        {"--in", "--out", "--return_index", "--softmax_scale", "--method", "--gamma", "--tau",
         "--min_budget", "--max_budget", "--block_size", "--min_captured_mass", "--request_id"}) {
     EXPECT_THAT(out_, HasSubstr(flag));
+  }
+}
+
+// "  --gamma FLOAT   Coverage [0.9]", "  --duration SECONDS=10   ...": what may be left out says
+// what then holds.
+TEST_F(AppTest, HelpOfEveryCommandHasDefaultsAndAnExample) {
+  for (const char* command : {"health", "models", "attend", "prefill", "sparsity", "bench"}) {
+    EXPECT_EQ(RunAsWritten({"prefillctl", command, "--help"}), 0);
+    EXPECT_THAT(out_, HasSubstr(absl::StrCat("Example: prefillctl ", command)));
+    std::vector<std::string> options;  // each with all its lines
+    for (absl::string_view line : absl::StrSplit(out_, '\n')) {
+      const bool starts = absl::StartsWith(absl::StripLeadingAsciiWhitespace(line), "-");
+      if (starts) options.emplace_back(line);
+      if (!starts && absl::StartsWith(line, "   ") && !options.empty())
+        absl::StrAppend(&options.back(), line);
+    }
+    EXPECT_FALSE(options.empty()) << out_;
+    for (const std::string& option : options) {
+      const bool takes_value = std::regex_search(option, std::regex("^ *--\\w+ [A-Z]"));
+      const bool one_of_two =
+          command == std::string("bench") &&
+          (absl::StrContains(option, "--model") || absl::StrContains(option, "--shape"));
+      const bool says = std::regex_search(option, std::regex("REQUIRED|\\[.+\\]|[A-Z]="));
+      EXPECT_TRUE(!takes_value || one_of_two || says) << option;
+    }
   }
 }
 

@@ -32,11 +32,13 @@ WORDS = "a b c d e f g h"   # a token each
 
 
 class FakePrefilld(FakeServer):
-    """With a health service, and a computation that waits for the test."""
+    """With a health service, methods that are not served, and a computation that waits for the
+    test."""
 
     def __init__(self):
         super().__init__()
         self.serving = True
+        self.methods = {sparsity_pb2.METHOD_DENSE, sparsity_pb2.METHOD_JOINT}
         self.compute = threading.Event()   # layers come once it is set
         self.compute.set()
         self.silent = self.empty = False   # no admission: for ever, or the stream ends
@@ -46,6 +48,12 @@ class FakePrefilld(FakeServer):
                 lambda request, context: b"\x08\x01" if self.serving else b"\x08\x02")}),))
 
     def Prefill(self, request, context):
+        if request.validate_only:
+            if request.model != MODEL:
+                context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+            if request.sparsity.method not in self.methods:
+                context.abort(grpc.StatusCode.UNIMPLEMENTED, "not served yet")
+            return
         if self.empty:
             return
         if self.silent:
@@ -573,6 +581,53 @@ def test_a_computation_that_fails_ends_quietly(one):
         assert (await w.post())[0] == 200  # vLLM copes, or says so
         await w.all_computed()
     run(test, one)
+
+
+# --- methods
+
+def test_only_methods_that_a_server_serves_may_be_named(two):
+    two[1].methods.add(sparsity_pb2.METHOD_FLEXPREFILL)
+
+    async def test(w):
+        status, _, text = await w.post(prefilld={"method": "streaming"})
+        assert status == 400
+        assert "'streaming' is not one of dense, flexprefill, joint" in json.loads(
+            text)["error"]["message"]
+        status, mark, _ = await w.post(prefilld={"method": "flexprefill"})
+        assert status == 200 and mark.startswith(f"target={two[1].target};"), "the one that has it"
+        assert not two[0].calls["Prefill"]
+        assert await w.metric("router_prefill_retries_total") == 0
+    run(test, two)
+
+
+def test_methods_are_asked_again_of_a_server_that_comes_back(one):
+    async def test(w):
+        assert (await w.post(prefilld={"method": "flexprefill"}))[0] == 400
+        one[0].serving = False
+        while await w.metric(f'router_prefilld_ready{{target="{one[0].target}"}}') == 1:
+            await asyncio.sleep(0.05)
+        one[0].methods.add(sparsity_pb2.METHOD_FLEXPREFILL)
+        one[0].serving = True
+        while await w.metric(f'router_prefilld_ready{{target="{one[0].target}"}}') == 0:
+            await asyncio.sleep(0.05)
+        assert (await w.post(prefilld={"method": "flexprefill"}))[0] == 200
+    run(test, one)
+
+
+def test_a_server_without_the_model_is_not_ready(one, caplog):
+    caplog.set_level("INFO", logger="router")
+
+    async def test(w):
+        await eventually(lambda: "NOT_FOUND" in caplog.text)
+        assert (await w.post(model="none"))[:2] == (200, "fallback; reason=not_ready")
+    run(test, one, "--model=none", ready=False)
+
+
+def test_a_default_that_nobody_serves_leaves_requests_to_vllm(one):
+    async def test(w):
+        assert (await w.post())[:2] == (200, "fallback; reason=rejected")
+        assert (await w.post(prefilld={"method": "dense"}))[1].startswith("target=")
+    run(test, one, "--method=streaming")
 
 
 # --- what is wrong

@@ -57,6 +57,10 @@ TEST_F(MetricsTest, ZerosAreThereFromTheStart) {
                 0);
     }
   }
+  EXPECT_EQ(Counter("prefilld_leases_granted_total"), 0);
+  for (const char* reason : Metrics::kLeaseEnds) {
+    EXPECT_EQ(Counter("prefilld_leases_ended_total", {{"reason", reason}}), 0) << reason;
+  }
   for (const char* state : kBlockStateNames) {
     EXPECT_TRUE(Find("prefilld_kv_blocks", {{"state", state}})) << state;
   }
@@ -91,6 +95,7 @@ TEST_F(MetricsTest, ObservationsAddNoSeries) {
   metrics_.CapturedMass("m", 0.9);
   metrics_.DenseFallback(DenseReason::kMinCapturedMass);
   metrics_.SetKvBlocks(BlockState::kLeased, 3);
+  for (const char* reason : Metrics::kLeaseEnds) metrics_.LeaseEnded(reason);
   for (const char* kind : Device::kFaultKinds) metrics_.GpuFault(kind);
   EXPECT_EQ(series(), before);
   metrics_.LayerDensity("m", 0, 0.3);
