@@ -54,7 +54,9 @@ bool ParseSize(const std::string& text, uint64_t* bytes) {
   return false;
 }
 
-void AddSize(CLI::App& app, const char* flag, uint64_t* value, const char* help) {
+// standard: what it is without the flag.
+void AddSize(CLI::App& app, const char* flag, uint64_t* value, const char* standard,
+             const char* help) {
   app.add_option_function<std::string>(
          flag,
          [flag, value](const std::string& text) {
@@ -63,7 +65,8 @@ void AddSize(CLI::App& app, const char* flag, uint64_t* value, const char* help)
            }
          },
          help)
-      ->type_name("SIZE");
+      ->type_name("SIZE")
+      ->default_str(standard);
 }
 
 void AddEndpoint(CLI::App& app, const char* flag, Endpoint* value, const char* help) {
@@ -130,25 +133,54 @@ void AddTransports(CLI::App& app, Config* config) {
 
 void AddBackend(CLI::App& app, Config* config) {
   app.add_option("--backend", config->backend,
-                 "cpu, cuda, or auto: cuda where there is a GPU, else cpu");
+                 "cpu, cuda, or auto: cuda where there is a GPU, else cpu")
+      ->capture_default_str();
   app.add_option("--threads", config->threads, "CPU threads; 0: all processors")
-      ->check(CLI::Range(0, 4096));
-  app.add_option("--cuda_kernels", config->cuda_kernels, "auto, sm80 or sm90 (Hopper alone)")
-      ->check(CLI::IsMember({"auto", "sm80", "sm90"}));
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  app.add_option("--cuda_kernels", config->cuda_kernels,
+                 "Kernels of the cuda backend: auto, the best for the device; sm80; sm90, Hopper "
+                 "alone")
+      ->check(CLI::IsMember({"auto", "sm80", "sm90"}))
+      ->capture_default_str();
   app.add_option("--cache_dir", config->cache_dir,
-                 "Directory that keeps which algorithms of products were measured to be the "
-                 "fastest on this GPU; default: measured at every start")
-      ->check(CLI::ExistingDirectory);
+                 "A directory that exists. A GPU's fastest algorithms of products are measured at "
+                 "start and kept there for the next; none: measured at every start")
+      ->check(CLI::ExistingDirectory)
+      ->type_name("PATH")
+      ->default_str("none");
   for (auto [name, value] : {std::pair("--inject_fault", &config->inject_fault),
                              std::pair("--inject_hang", &config->inject_hang)}) {
     app.add_option(name, *value)->check(CLI::Range(0, 1 << 20))->group("");  // not in --help
   }
 }
 
+void AddMemory(CLI::App& app, Config* config) {
+  AddSize(
+      app, "--kv_memory", &config->kv_memory, "half of the machine's, at most 8GiB",
+      "Memory of all KV caches, in bytes or as 512MiB, 8GiB. One cache may have all of it; on a "
+      "GPU, where it is pinned, half: one half is for grpc, one for posix_shm. Bounds "
+      "--max_prompt_tokens");
+  AddSize(app, "--attend_memory", &config->attend_memory,
+          "a quarter of the machine's, at most 4GiB",
+          "Memory of the tensors of all Attend calls, in bytes or as 512MiB, 4GiB");
+  app.add_option("--max_prompt_tokens", config->prompt_tokens_max,
+                 "Tokens of the longest prompt. What cannot be served, for the models' positions, "
+                 "--kv_memory or the GPU's memory, ends the start; the default is lowered instead, "
+                 "with a warning")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->type_name("TOKENS")
+      ->default_str(std::to_string(kPromptTokens));
+}
+
 void AddTls(CLI::App& app, Config* config) {
-  app.add_option("--tls_cert", config->tls_cert, "PEM certificate chain: serve TLS");
-  app.add_option("--tls_key", config->tls_key, "PEM private key");
-  app.add_option("--tls_client_ca", config->tls_client_ca, "PEM CA that clients must be signed by");
+  const auto add = [&](const char* flag, std::string* path, const char* help) {
+    app.add_option(flag, *path, help)->type_name("FILE")->default_str("none");
+  };
+  add("--tls_cert", &config->tls_cert, "PEM certificate chain: serve TLS; none: plaintext");
+  add("--tls_key", &config->tls_key, "PEM private key of --tls_cert, without a passphrase");
+  add("--tls_client_ca", &config->tls_client_ca,
+      "PEM CA that clients' certificates must be signed by; none: clients need no certificate");
 }
 
 // Open to the network only when somebody said so.
@@ -227,18 +259,11 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   app.add_option("--model", models, "NAME=DIR of a Hugging Face model; repeatable")
       ->type_name("NAME=DIR");
   AddTransports(app, &config);
-  AddSize(app, "--kv_memory", &config.kv_memory,
-          "Memory of all KV caches, on a GPU half of it over posix_shm; default: half of the "
-          "machine's, at most 8GiB");
-  AddSize(app, "--attend_memory", &config.attend_memory,
-          "Memory of the tensors of all Attend calls; default: a quarter of the machine's, at "
-          "most 4GiB");
-  app.add_option("--max_prompt_tokens", config.prompt_tokens_max,
-                 absl::StrCat("Tokens of one prompt; default: ", kPromptTokens,
-                              ", or as many as the device's memory holds"))
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
-  app.add_option("--max_waiting_jobs", config.waiting_jobs_max, "Jobs that may wait")
-      ->check(CLI::Range(1, 1 << 20));
+  AddMemory(app, &config);
+  app.add_option("--max_waiting_jobs", config.waiting_jobs_max,
+                 "Jobs that may wait; more are refused with RESOURCE_EXHAUSTED")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   AddDuration(app, "--lease_ttl", &config.lease_ttl, "Default life of an unused lease");
   AddDuration(app, "--max_lease_ttl", &config.lease_ttl_max, "The longest a caller may ask for");
   AddDuration(
@@ -248,7 +273,8 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddDuration(app, "--drain_timeout", &config.drain_timeout,
               "How long SIGTERM waits for work and leases");
   AddDuration(app, "--stall_timeout", &config.stall_timeout,
-              "A step that runs for longer, and for twenty times its prediction, ends the process");
+              "A step (a layer of a batch, or one Attend) that runs for longer than this and than "
+              "twenty times its prediction ends the process: callers see UNAVAILABLE");
   AddTls(app, &config);
 
   try {
@@ -262,6 +288,9 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   }
   if (absl::Status status = AddModels(models, &config.models); !status.ok()) return status;
   if (absl::Status status = CheckExposure(config, insecure_listen); !status.ok()) return status;
+  if (config.inject_fault > 0 && config.inject_hang > 0) {
+    return absl::InvalidArgumentError("--inject_fault and --inject_hang exclude each other");
+  }
   if (config.lease_ttl > config.lease_ttl_max) {
     return absl::InvalidArgumentError(
         absl::StrCat("--lease_ttl ", absl::FormatDuration(config.lease_ttl),

@@ -37,7 +37,7 @@ struct Config {
   int threads = 0;                    // of the CPU backend; 0: all processors
   std::string cuda_kernels = "auto";  // of the cuda backend: sm80, sm90, or the best for the device
   std::string cache_dir;  // what was measured at start, for the next start; empty: not kept
-  // For tests: the n-th attention breaks the device, or does not end; 0: none does.
+  // For tests: the n-th attention breaks the device, or does not end; 0: none does. Not both.
   int inject_fault = 0, inject_hang = 0;
   std::vector<ModelSource> models;
   // Offered beside gRPC; absent: every one that is possible here.
@@ -53,8 +53,7 @@ struct Config {
   int memory_threads = 2;
   int transfer_threads = 2;
 
-  std::optional<int64_t>
-      prompt_tokens_max;  // absent: kPromptTokens, or as many as the device holds
+  std::optional<int64_t> prompt_tokens_max;  // absent: kPromptTokens, or as many as can be served
   int waiting_jobs_max = 256;
   absl::Duration lease_ttl = absl::Minutes(1);
   absl::Duration lease_ttl_max = absl::Minutes(10);

@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <set>
 #include <utility>
 
@@ -18,13 +17,13 @@
 #include "proto/wire/chunk.h"
 #include "server/record/log.h"
 #include "server/rpc/credentials.h"
+#include "server/startup_log.h"
 #include "server/version.h"
 
 namespace prefilld {
 namespace {
 
 constexpr char kReadyService[] = "prefilld.v1.PrefillService";
-constexpr double kLoadingInterval = 2;  // seconds from one word of a model that loads to the next
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
@@ -37,67 +36,6 @@ void DropGrpcLog(gpr_log_func_args*) {}
 void TakeGrpcLog(gpr_log_func_args* args) {
   if (args->severity != GPR_LOG_SEVERITY_ERROR) return;
   Log(Level::kWarning, "grpc", {{"file", args->file}, {"message", args->message}});
-}
-
-// What is told of a model while its weights are read.
-class LoadingModel {
- public:
-  LoadingModel(std::string name, Metrics& metrics) : name_(std::move(name)), metrics_(metrics) {}
-
-  void Tell(uint64_t bytes, uint64_t of_bytes) {
-    metrics_.ModelBytes(name_, bytes, of_bytes);
-    bytes_ = bytes;
-    seconds_ = Seconds(start_);
-    if (Seconds(told_) < kLoadingInterval) return;
-    told_ = SteadyNow();
-    Log(Level::kInfo, "model_loading",
-        {{"model", name_}, {"bytes", bytes}, {"of_bytes", of_bytes}, {"gb_per_s", Rate()}});
-  }
-  // The fingerprint has read the weights too.
-  void Done() const {
-    Log(Level::kInfo, "model_loaded",
-        {{"model", name_},
-         {"bytes", bytes_},
-         {"seconds", seconds_},
-         {"gb_per_s", Rate()},
-         {"fingerprint_seconds", Seconds(start_) - seconds_}});
-  }
-
- private:
-  static double Seconds(SteadyTime since) {  // to the millisecond
-    return static_cast<double>(absl::ToInt64Milliseconds(Since(since))) / 1000;
-  }
-  double Rate() const {
-    if (seconds_ <= 0) return 0;
-    return std::round(static_cast<double>(bytes_) * 1e-8 / seconds_) / 10;
-  }
-
-  const std::string name_;
-  Metrics& metrics_;
-  const SteadyTime start_ = SteadyNow();
-  SteadyTime told_ = start_;
-  uint64_t bytes_ = 0;
-  double seconds_ = 0;  // until `bytes_` were there
-};
-
-// The plan's table, a line a row.
-void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
-  for (const MemoryPlan::Row& row : plan.rows) {
-    metrics.PlannedMemory(row.what, row.of, row.device, row.bytes);
-    Log(Level::kInfo, "memory_plan",
-        {{"what", row.what},
-         {"model", row.of},
-         {"place", row.device ? "device" : "host"},
-         {"taken", Name(row.when)},
-         {"bytes", row.bytes},
-         {"mib", (row.bytes + (1 << 19)) >> 20},
-         {"by", row.by}});
-  }
-  Log(Level::kInfo, "memory_planned",
-      {{"max_prompt_tokens", plan.prompt_tokens},
-       {"device_bytes", plan.needs()},
-       {"free_bytes", plan.free},
-       {"spare_bytes", plan.spare}});
 }
 
 absl::Status Explain(const char* what, const absl::Status& status) {
@@ -120,6 +58,7 @@ absl::StatusOr<std::unique_ptr<Backend>> ChooseBackend(const Config& config) {
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   std::unique_ptr<Server> server(new Server(config));
+  if (absl::Status status = server->PrepareGrpc(); !status.ok()) return status;
   auto backend = ChooseBackend(config);
   if (!backend.ok()) return Explain("--backend", backend.status());
   server->backend_ = *std::move(backend);
@@ -127,8 +66,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   if (const int attends = std::max(config.inject_fault, config.inject_hang); attends > 0) {
     auto fault = config.inject_fault > 0 ? FaultOf(server->backend_->device())
                                          : HangOf(server->backend_->device());
-    if (fault == nullptr)
+    if (fault == nullptr) {
       return Explain("--inject_fault", absl::UnimplementedError("this backend has none"));
+    }
     auto wrapped = std::make_unique<FaultyBackend>(std::move(server->backend_), std::move(fault));
     faulty = wrapped.get();
     server->backend_ = std::move(wrapped);
@@ -205,7 +145,7 @@ absl::Status Server::StartHttp() {
 
 absl::Status Server::LoadModels() {
   for (const ModelSource& source : config_.models) {
-    LoadingModel loading(source.name, metrics_);
+    LoadingModel loading(source.name, backend_->device().host_memory(), metrics_);
     auto model = Transformer::Load(source.name, source.directory, *backend_,
                                    [&](uint64_t bytes, uint64_t of) { loading.Tell(bytes, of); });
     if (!model.ok()) {
@@ -227,25 +167,58 @@ absl::Status Server::LoadModels() {
 // What prompts will need is known now, and taken: a prompt that is admitted does not fail for want
 // of it. The CPU's pages are taken from the system at first touch.
 absl::Status Server::PlanMemory(const SchedulerOptions& options) {
-  PlanInputs inputs{.backend = *backend_,
-                    .prompt_tokens = config_.prompt_tokens_max.value_or(kPromptTokens),
-                    .or_less = !config_.prompt_tokens_max.has_value(),
-                    .batch_tokens = options.batch_tokens_max,
-                    .batch_jobs = options.waiting_jobs_max,
-                    .batches = options.active_batches_max,
-                    .attend_bytes = config_.attend_memory,
-                    .kv_bytes = pool_ ? config_.kv_memory : 0};
+  const ModelInfos infos = Infos();
+  int64_t positions = 0;
+  for (const ModelInfo* info : infos) positions = std::max(positions, info->max_positions);
+  PlanInputs inputs{
+      .backend = *backend_,
+      .prompt_tokens = config_.prompt_tokens_max.value_or(std::min(kPromptTokens, positions)),
+      .batch_tokens = options.batch_tokens_max,
+      .batch_jobs = options.waiting_jobs_max,
+      .batches = options.active_batches_max,
+      .attend_bytes = config_.attend_memory,
+      .kv_bytes = pool_ ? config_.kv_memory : 0};
   for (const auto& [name, model] : models_) inputs.models.push_back(model.get());
-  auto plan = prefilld::PlanMemory(inputs);
-  if (!plan.ok()) return plan.status();
-  TellPlan(*plan, metrics_);
-  prompt_tokens_max_ = plan->prompt_tokens;
-  if (plan->prompt_tokens < inputs.prompt_tokens) {
-    Log(Level::kWarning, "max_prompt_tokens_lowered",
-        {{"max_prompt_tokens", plan->prompt_tokens}, {"default", inputs.prompt_tokens}});
+  MemoryPlan plan = prefilld::PlanMemory(inputs);
+  const bool fits = plan.fits == plan.prompt_tokens;
+  if (!models_.empty() && (config_.prompt_tokens_max || plan.fits == 0)) {
+    absl::Status status = CheckPromptTokens({.asked = plan.prompt_tokens,
+                                             .models = infos,
+                                             .kv = limits_.kv,
+                                             .kv_room = kv_room_,
+                                             .plan = plan});
+    if (!status.ok()) {
+      TellPlan(plan, metrics_);
+      return status;
+    }
   }
-  const bool reserves = !models_.empty() && !backend_->device().host_memory();
-  return reserves ? engine_->Reserve(*plan) : absl::OkStatus();
+  if (!fits) {
+    inputs.prompt_tokens = plan.fits;
+    plan = prefilld::PlanMemory(inputs);
+  }
+  TellPlan(plan, metrics_);
+  limits_.prompt_tokens_max = plan.prompt_tokens;
+  TellLowered(infos);
+  if (models_.empty() || backend_->device().host_memory()) return absl::OkStatus();
+  return engine_->Reserve(plan);
+}
+
+// Of the default, and only where the operator can do something about it.
+void Server::TellLowered(const ModelInfos& infos) const {
+  for (const ModelInfo* info : infos) {
+    const int64_t most = PromptTokensMax(*info, limits_);
+    const int64_t wanted = std::min(kPromptTokens, info->max_positions);
+    if (config_.prompt_tokens_max || most == wanted) continue;
+    const bool by_kv = most < limits_.prompt_tokens_max;
+    Log(Level::kWarning, "max_prompt_tokens_lowered",
+        {{"model", info->name},
+         {"max_prompt_tokens", most},
+         {"default", wanted},
+         {"limit", by_kv ? "kv_memory" : "gpu memory"},
+         {"needs",
+          by_kv ? absl::StrCat("--kv_memory=", FlagSize(KvMemoryFor(infos, wanted, kv_room_)))
+                : "a smaller --attend_memory, fewer --model"}});
+  }
 }
 
 // Callers are served without what is not possible here, unless it was asked for by name.
@@ -273,28 +246,53 @@ absl::Status Server::OpenMedia() {
 // half of it is one's. Elsewhere segments have the pages of the blocks that they take.
 absl::Status Server::TakeKvMemory() {
   if (models_.empty()) return absl::OkStatus();
-  uint64_t of_segments = 0;
+  Medium* pooled = nullptr;
   for (const auto& [transport, medium] : media_) {
-    if (!RowOf(transport).pooled || backend_->device().host_memory()) continue;
-    of_segments = std::min(config_.kv_memory, medium->Room()) / 2;
-    segments_ = SegmentPool::Create(*medium, backend_->device(), of_segments,
+    if (RowOf(transport).pooled && !backend_->device().host_memory()) pooled = medium.get();
+  }
+  kv_room_ = pooled != nullptr ? pooled->Room() : 0;
+  const ModelInfos infos = Infos();
+  const KvShares kv = limits_.kv = ShareKv(infos, config_.kv_memory, kv_room_);
+  for (const ModelInfo* info : infos) {
+    if (GeometryOf(*info, 0).TokensInBlocks(kv.blocks, /*retain=*/true) > 0) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--kv_memory: ", config_.kv_memory, " bytes hold no prompt of model '", info->name,
+        "', not even of one token: --kv_memory=", FlagSize(KvMemoryFor(infos, 1, kv_room_)),
+        " would"));
+  }
+  if (pooled != nullptr) {
+    segments_ = SegmentPool::Create(*pooled, backend_->device(), kv.segment_bytes,
                                     [this] { return !scheduler_->WaitIdle(absl::InfinitePast()); });
   }
-  size_t block_bytes = 0;
-  for (const auto& [name, model] : models_) {
-    const ModelInfo& info = model->info();
-    const KvGeometry block{info.layers, info.kv_heads, info.head_dim, info.dtype, 1};
-    block_bytes = std::max(block_bytes, block.block_bytes());
-  }
-  auto pool = BlockPool::Create(backend_->device(), config_.kv_memory - of_segments, block_bytes);
+  auto pool = BlockPool::Create(backend_->device(), kv.blocks * kv.block_bytes, kv.block_bytes);
   if (!pool.ok()) return Explain("--kv_memory", pool.status());
   pool_ = *std::move(pool);
   return absl::OkStatus();
 }
 
+ModelInfos Server::Infos() const {
+  ModelInfos infos;
+  for (const auto& [name, model] : models_) infos.push_back(&model->info());
+  return infos;
+}
+
+// What can be wrong with them is told before models are loaded. Until then nobody listens.
+absl::Status Server::PrepareGrpc() {
+  auto credentials = Credentials({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
+  if (!credentials.ok()) return credentials.status();
+  credentials_ = *std::move(credentials);
+  auto port = HeldPort::Take(config_.listen);
+  if (!port.ok()) return Explain("--listen", port.status());
+  held_port_ = *std::move(port);
+  return absl::OkStatus();
+}
+
 absl::Status Server::StartGrpc() {
-  std::set<Transport> offered;
-  for (const auto& [transport, medium] : media_) offered.insert(transport);
+  for (const auto& [transport, medium] : media_) limits_.offered.insert(transport);
+  limits_.attend_bytes_max = config_.attend_memory;
+  limits_.lease_ttl = config_.lease_ttl;
+  limits_.lease_ttl_max = config_.lease_ttl_max;
+  limits_.device_memory = !backend_->device().host_memory();
   rpc_.reset(new RpcContext{.backend = *backend_,
                             .models = models_,
                             .media = media_,
@@ -308,12 +306,7 @@ absl::Status Server::StartGrpc() {
                             .metrics = metrics_,
                             .memory = memory_,
                             .transfers = transfers_,
-                            .limits = {.prompt_tokens_max = prompt_tokens_max_,
-                                       .attend_bytes_max = config_.attend_memory,
-                                       .lease_ttl = config_.lease_ttl,
-                                       .lease_ttl_max = config_.lease_ttl_max,
-                                       .offered = offered,
-                                       .device_memory = !backend_->device().host_memory()},
+                            .limits = limits_,
                             .waiting_jobs_max = config_.waiting_jobs_max,
                             .upload_timeout = config_.upload_timeout,
                             .boot_id = boot_id_});
@@ -321,14 +314,12 @@ absl::Status Server::StartGrpc() {
   handoff_service_ = std::make_unique<KvHandoffServiceImpl>(*rpc_);
   model_service_ = std::make_unique<ModelServiceImpl>(*rpc_);
 
-  auto credentials = Credentials({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
-  if (!credentials.ok()) return credentials.status();
   gpr_set_log_function(DropGrpcLog);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   int port = 0;
-  builder.AddListeningPort(config_.listen.ToString(), *credentials, &port);
+  builder.AddListeningPort(config_.listen.ToString(), credentials_, &port);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
@@ -341,12 +332,11 @@ absl::Status Server::StartGrpc() {
   builder.RegisterService(model_service_.get());
   grpc_ = builder.BuildAndStart();
   if (!grpc_ || port == 0) {
-    return absl::UnavailableError(absl::StrCat(
-        "--listen: cannot listen on ", config_.listen.ToString(), ": is the port in use",
-        config_.tls_cert.empty() ? "?"
-                                 : ", or the TLS key "
-                                   "or certificate broken?"));
+    return absl::UnavailableError(absl::StrCat("--listen: cannot listen on ",
+                                               config_.listen.ToString(),
+                                               ": did somebody else begin to meanwhile?"));
   }
+  held_port_.reset();
   gpr_set_log_function(TakeGrpcLog);
   grpc_endpoint_ = config_.listen;
   grpc_endpoint_.port = port;
@@ -366,14 +356,30 @@ void Server::Watch() {
       kill(getpid(), SIGTERM);  // main drains
       return;
     }
-    if (scheduler_->Stalled(config_.stall_timeout, kWatchInterval)) EndStalled();
+    const auto stalled = scheduler_->Stalled(config_.stall_timeout, kWatchInterval);
+    if (stalled) EndStalled(*stalled);
   }
 }
 
 // Whoever waits hears UNAVAILABLE when the connections go. A drain would wait for the step.
-void Server::EndStalled() {
+void Server::EndStalled(const StalledStep& step) {
+  // What was enqueued first is waited for; the rest is behind it.
+  nlohmann::json parts = nlohmann::json::array();
+  for (const StalledStep::Part& part : step.parts) {
+    parts.push_back({{"request_ids", part.request_ids},
+                     {"model", part.model},
+                     {"layer", part.layer ? nlohmann::json(*part.layer) : nlohmann::json()}});
+  }
+  const nlohmann::json first = parts.empty() ? nlohmann::json::object() : parts[0];
+  if (!parts.empty()) parts.erase(0);
   Log(Level::kError, "step_stalled",
-      {{"limit", absl::FormatDuration(config_.stall_timeout)},
+      {{"request_ids", first.value("request_ids", nlohmann::json::array())},
+       {"model", first.value("model", "")},
+       {"layer", first.value("layer", nlohmann::json())},
+       {"behind", parts},
+       {"seconds", absl::ToDoubleSeconds(step.waited)},
+       {"predicted_seconds", absl::ToDoubleSeconds(step.predicted)},
+       {"limit", absl::FormatDuration(config_.stall_timeout)},
        {"jobs", "end with the process, as UNAVAILABLE"}});
   grpc_->GetHealthCheckService()->SetServingStatus("", false);
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);

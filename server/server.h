@@ -4,6 +4,7 @@
 #include <grpcpp/server.h>
 
 #include <memory>
+#include <optional>
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
@@ -12,6 +13,7 @@
 #include "absl/synchronization/notification.h"
 #include "server/config.h"
 #include "server/http.h"
+#include "server/port.h"
 #include "server/rpc/context.h"
 #include "server/rpc/services.h"
 
@@ -41,17 +43,22 @@ class Server {
 
  private:
   explicit Server(Config config);
+  absl::Status PrepareGrpc();
   absl::Status StartHttp();
   absl::Status LoadModels();
   absl::Status PlanMemory(const SchedulerOptions& options);
+  void TellLowered(const ModelInfos& infos) const;
   absl::Status OpenMedia();
   absl::Status TakeKvMemory();
+  ModelInfos Infos() const;
   absl::Status StartGrpc();
   void Watch();
-  [[noreturn]] void EndStalled();
+  [[noreturn]] void EndStalled(const StalledStep& step);
 
   const Config config_;
   const std::string boot_id_ = NewId();
+  std::shared_ptr<grpc::ServerCredentials> credentials_;
+  std::optional<HeldPort> held_port_;  // until gRPC listens
   // In the order they are built; each may use those above it.
   Metrics metrics_;
   ReportTable reports_;
@@ -62,7 +69,8 @@ class Server {
   Media media_;
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
-  int64_t prompt_tokens_max_ = 0;
+  RequestLimits limits_;                   // each is known when what it limits is built
+  uint64_t kv_room_ = 0;                   // ShareKv's
   std::unique_ptr<BlockPool> pool_;        // null without models
   std::shared_ptr<SegmentPool> segments_;  // null: see RpcContext
   std::unique_ptr<LeaseTable> leases_;

@@ -224,6 +224,12 @@ bool Engine::Settle() {
   return any;
 }
 
+std::vector<std::pair<const Batch*, int>> Engine::OnTheirWay() const {
+  std::vector<std::pair<const Batch*, int>> layers;
+  for (const Flight& flight : flights_) layers.emplace_back(flight.batch, flight.layer);
+  return layers;
+}
+
 void Engine::CollectUntil(size_t left) {
   while (flights_.size() > left) {
     Flight flight = std::move(flights_.front());

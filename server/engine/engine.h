@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -87,6 +88,9 @@ class Engine {
   bool Settle();
 
   absl::Status RunAttend(Job& job);
+
+  // Layers that were enqueued and are not collected, in that order: what a step may wait for.
+  std::vector<std::pair<const Batch*, int>> OnTheirWay() const;
 
   // Where a job's end goes: behind the commits of its layers.
   CompletionQueue& completions() { return completions_; }

@@ -4,8 +4,7 @@
 #include <string_view>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
+#include "server/engine/prompt_limits.h"
 #include "server/kv/kv_cache.h"
 
 namespace prefilld {
@@ -99,7 +98,8 @@ uint64_t OtherBytes(const PlanInputs& inputs) {
 // Of what is not the models'.
 void AddOthers(const PlanInputs& inputs, bool device, MemoryPlan& plan) {
   if (!inputs.models.empty()) {
-    plan.rows.push_back({"kv_blocks", "", false, When::kLoaded, inputs.kv_bytes, "--kv_memory"});
+    plan.rows.push_back({"kv_blocks", "", false, device ? When::kLoaded : When::kLater,
+                         inputs.kv_bytes, "--kv_memory"});
   }
   plan.rows.push_back(
       {"attend_tensors", "", device, When::kLater, inputs.attend_bytes, "--attend_memory"});
@@ -117,20 +117,21 @@ MemoryPlan PlanFor(const PlanInputs& inputs, int64_t prompt_tokens) {
   for (const Transformer* model : inputs.models) {
     const int64_t longest = Longest(*model, prompt_tokens);
     const std::string& name = model->info().name;
-    plan.rows.push_back({"weights", name, device, When::kLoaded, model->weight_bytes(), "--model"});
-    plan.rows.push_back({"tiles", name, device, When::kLoaded, model->tile_bytes(),
-                         "widths of the model, tokens of a tile"});
+    plan.rows.push_back({"weights", name, device, device ? When::kLoaded : When::kMapped,
+                         model->weight_bytes(), "--model"});
+    plan.rows.push_back({"tiles", name, device, device ? When::kLoaded : When::kLater,
+                         model->tile_bytes(), "widths of the model, tokens of a tile"});
     Cover(HeldByModel(inputs, *model, longest), plan.held);
     plan.batches = std::max(plan.batches, BatchesOf(inputs, *model, longest, /*every=*/false));
   }
   for (size_t i = 0; i < kHeldCount && !inputs.models.empty(); ++i) {
     const HeldRow& row = kHeldRows[i];
     const size_t bytes = BytesOf(plan, static_cast<Holding>(i));
-    if (bytes == 0) continue;
     plan.rows.push_back(
         {row.what, "", device && !row.host, device ? When::kStart : When::kLater, bytes, row.by});
   }
   AddOthers(inputs, device, plan);
+  std::erase_if(plan.rows, [](const Row& row) { return row.bytes == 0; });
   return plan;
 }
 
@@ -147,10 +148,6 @@ void Widen(const PlanInputs& inputs, uint64_t left, MemoryPlan& plan) {
   for (Row& row : plan.rows) {
     if (row.what == kHeldRows[static_cast<size_t>(Holding::kBatch)].what) row.bytes = plan.batches;
   }
-}
-
-std::string GiB(uint64_t bytes) {
-  return absl::StrFormat("%.2f GiB", static_cast<double>(bytes) / (1 << 30));
 }
 
 }  // namespace
@@ -173,7 +170,7 @@ HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<i
   size_t kv_bytes = 0;
   for (const int64_t length : lengths) {
     ends.push_back(ends.back() + length);
-    const KvGeometry kv = {info.layers, info.kv_heads, info.head_dim, info.dtype, length};
+    const KvGeometry kv = GeometryOf(info, length);
     kv_bytes += kv.blocks_per_layer() * kv.block_bytes();
   }
   const AttentionShape shape = {info.activations, info.q_heads, info.kv_heads,
@@ -193,27 +190,20 @@ uint64_t MemoryPlan::needs() const {
   return bytes;
 }
 
-absl::StatusOr<MemoryPlan> PlanMemory(const PlanInputs& inputs) {
+MemoryPlan PlanMemory(const PlanInputs& inputs) {
   MemoryPlan plan = PlanFor(inputs, inputs.prompt_tokens);
-  const std::optional<uint64_t> free = inputs.backend.device().free_bytes();
-  if (!free.has_value() || inputs.models.empty()) return plan;
-  const uint64_t asked = plan.needs();
-  if (asked > *free) {
-    int64_t fits = 0;  // and what lies beyond `over` does not
-    for (int64_t over = inputs.prompt_tokens; over - fits > 1;) {
-      const int64_t middle = fits + (over - fits) / 2;
-      (PlanFor(inputs, middle).needs() <= *free ? fits : over) = middle;
-    }
-    if (fits == 0 || !inputs.or_less) {
-      return absl::ResourceExhaustedError(absl::StrCat(
-          inputs.prompt_tokens, " needs ", GiB(asked),
-          " of the device's memory beside the weights, ", GiB(*free),
-          " are free: ", fits == 0 ? "no prompt fits" : absl::StrCat("at most ", fits, " fits")));
-    }
-    plan = PlanFor(inputs, fits);
+  plan.fits = inputs.prompt_tokens;
+  plan.free = inputs.backend.device().free_bytes();
+  if (!plan.free.has_value() || inputs.models.empty()) return plan;
+  if (plan.needs() <= *plan.free) {
+    Widen(inputs, *plan.free - plan.needs(), plan);
+    return plan;
   }
-  plan.free = *free;
-  Widen(inputs, *free - plan.needs(), plan);
+  plan.fits = 0;  // and what lies beyond `over` does not
+  for (int64_t over = inputs.prompt_tokens; over - plan.fits > 1;) {
+    const int64_t middle = plan.fits + (over - plan.fits) / 2;
+    (PlanFor(inputs, middle).needs() <= *plan.free ? plan.fits : over) = middle;
+  }
   return plan;
 }
 

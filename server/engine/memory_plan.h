@@ -6,11 +6,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "server/model/transformer.h"
 
@@ -33,7 +32,6 @@ struct PlanInputs {
   Backend& backend;
   std::vector<const Transformer*> models;
   int64_t prompt_tokens = 0;  // the longest prompt
-  bool or_less = false;       // a shorter one will do where that does not fit
   // The scheduler's: tokens and jobs of a batch of short prompts, and batches that run in turn.
   int64_t batch_tokens = 0;
   int batch_jobs = 0, batches = 0;
@@ -41,7 +39,7 @@ struct PlanInputs {
 };
 
 struct MemoryPlan {
-  enum class When { kLoaded, kStart, kLater };
+  enum class When { kMapped, kLoaded, kStart, kLater };
   struct Row {
     std::string what;
     std::string of;  // the model, or empty
@@ -51,21 +49,23 @@ struct MemoryPlan {
     std::string by;  // what it is determined by
   };
 
-  int64_t prompt_tokens = 0;  // the longest prompt that it holds
+  int64_t prompt_tokens = 0;  // the longest prompt
+  int64_t fits = 0;           // the longest for which the device has memory, 0: none; at most that
   HeldBytes held{};           // of the largest batch
   size_t batches = 0;         // of all batches that run, instead of held's
-  uint64_t free = 0;          // of the device, before it is taken; 0 where nothing is known of that
-  uint64_t spare = 0;         // and after it, for shapes that nobody planned
+  std::optional<uint64_t> free;  // of the device, before it is taken, where that is known
+  uint64_t spare = 0;            // and after it, for shapes that nobody planned
   std::vector<Row> rows;
 
   // Of the device, from now on.
   uint64_t needs() const;
 };
-inline constexpr const char* kWhenNames[] = {"loaded", "start", "as calls come"};
+inline constexpr const char* kWhenNames[] = {"mapped", "loaded", "start", "as calls come"};
 constexpr const char* Name(MemoryPlan::When when) { return kWhenNames[static_cast<int>(when)]; }
 
-// RESOURCE_EXHAUSTED, in one line for the operator: the device has not got what the plan needs, and
-// the longest prompt for which it has. Where nothing is known of what is free, everything fits.
-absl::StatusOr<MemoryPlan> PlanMemory(const PlanInputs& inputs);
+// Where it does not fit (fits < prompt_tokens), it says what would be needed, and nothing is spare.
+// Where nothing is known of what is free, everything fits. On a CPU nothing is taken: files are
+// mapped, and pages come at first touch.
+MemoryPlan PlanMemory(const PlanInputs& inputs);
 
 }  // namespace prefilld

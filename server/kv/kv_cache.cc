@@ -22,8 +22,7 @@ void KvCache::Transfer::Progress() {
 
 absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
                                                          const KvGeometry& geometry, bool retain) {
-  const int64_t slots = retain ? geometry.layers : std::min(2, geometry.layers);
-  auto blocks = pool.Take(slots * geometry.blocks_per_layer());
+  auto blocks = pool.Take(geometry.layers_held(retain) * geometry.blocks_per_layer());
   if (!blocks.ok()) return blocks.status();
   return std::shared_ptr<KvCache>(new KvCache(pool, geometry, retain, *blocks));
 }

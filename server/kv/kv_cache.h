@@ -5,8 +5,10 @@
 // no blocks, as somebody else counts that memory. Thread-safe; nothing here blocks but LieIn.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -30,6 +32,13 @@ struct KvGeometry {
   int64_t tokens = 0;
 
   int64_t blocks_per_layer() const { return (tokens + kKvBlockTokens - 1) / kKvBlockTokens; }
+  // Layers whose blocks a cache has at a time: all, or, where it is not retained, two in turn.
+  int64_t layers_held(bool retain) const { return retain ? layers : std::min(2, layers); }
+  // The longest prompt whose cache takes no more than `blocks`.
+  int64_t TokensInBlocks(int64_t blocks, bool retain) const {
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / kKvBlockTokens;
+    return std::min(blocks / layers_held(retain), kMost) * kKvBlockTokens;
+  }
   size_t tile_bytes() const {
     return static_cast<size_t>(kKvBlockTokens) * head_dim * SizeOf(dtype);
   }
@@ -41,6 +50,12 @@ struct KvGeometry {
   uint64_t total_bytes() const { return tensor_bytes() * 2 * layers; }
   // In a region: [layer][k|v], each a tensor in the Hugging Face form.
   uint64_t region_bytes() const { return RegionAligned(tensor_bytes()) * 2 * layers; }
+  // The longest prompt whose region_bytes are no more than `bytes`.
+  int64_t TokensInRegion(uint64_t bytes) const {
+    const uint64_t tensor = bytes / (2 * static_cast<uint64_t>(layers));
+    const uint64_t token = static_cast<uint64_t>(kv_heads) * head_dim * SizeOf(dtype);
+    return static_cast<int64_t>(tensor / kRegionAlignment * kRegionAlignment / token);
+  }
   uint64_t region_offset(int layer, bool value) const {
     return RegionAligned(tensor_bytes()) * (2 * static_cast<uint64_t>(layer) + (value ? 1 : 0));
   }

@@ -1,5 +1,9 @@
 #include "server/rpc/credentials.h"
 
+#include <openssl/err.h>
+#include <openssl/pem.h>
+#include <openssl/x509.h>
+
 #include <fstream>
 #include <iterator>
 #include <utility>
@@ -18,6 +22,56 @@ absl::StatusOr<std::string> ReadFile(const std::string& path, const char* flag) 
   return text;
 }
 
+template <auto kFree>
+struct FreeWith {
+  template <typename T>
+  void operator()(T* owned) const {
+    kFree(owned);
+  }
+};
+using OwnedBio = std::unique_ptr<BIO, FreeWith<BIO_free>>;
+using OwnedCertificate = std::unique_ptr<X509, FreeWith<X509_free>>;
+using OwnedKey = std::unique_ptr<EVP_PKEY, FreeWith<EVP_PKEY_free>>;
+
+// The first of the text; null: there is none.
+OwnedCertificate CertificateOf(const std::string& pem) {
+  const OwnedBio bio(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())));
+  return OwnedCertificate(PEM_read_bio_X509(bio.get(), nullptr, nullptr, nullptr));
+}
+
+OwnedKey KeyOf(const std::string& pem) {
+  const OwnedBio bio(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())));
+  const auto no_passphrase = [](char*, int, int, void*) { return -1; };  // nobody is asked
+  return OwnedKey(PEM_read_bio_PrivateKey(bio.get(), nullptr, no_passphrase, nullptr));
+}
+
+// gRPC looks at them when it begins to listen, and does not say what is wrong.
+absl::Status CheckPem(const TlsFiles& tls, const grpc::SslServerCredentialsOptions& options) {
+  const auto& pair = options.pem_key_cert_pairs[0];
+  const OwnedCertificate certificate = CertificateOf(pair.cert_chain);
+  const OwnedKey key = KeyOf(pair.private_key);
+  const bool fits = certificate && key && X509_check_private_key(certificate.get(), key.get()) == 1;
+  const bool ca = tls.client_ca.empty() || CertificateOf(options.pem_root_certs) != nullptr;
+  ERR_clear_error();
+  if (!certificate) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--tls_cert: '", tls.cert, "' holds no PEM certificate"));
+  }
+  if (!key) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--tls_key: '", tls.key, "' holds no PEM private key, or one with a passphrase"));
+  }
+  if (!fits) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--tls_key: '", tls.key, "' is not the key of '", tls.cert, "'"));
+  }
+  if (!ca) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--tls_client_ca: '", tls.client_ca, "' holds no PEM certificate"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFiles& tls) {
@@ -34,6 +88,7 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFi
     options.pem_root_certs = *std::move(ca);
     options.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
   }
+  if (absl::Status status = CheckPem(tls, options); !status.ok()) return status;
   return grpc::SslServerCredentials(options);
 }
 

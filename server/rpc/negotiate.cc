@@ -1,5 +1,7 @@
 #include "server/rpc/negotiate.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
 #include "server/record/errors.h"
@@ -75,9 +77,20 @@ absl::StatusOr<Transport> PickTransport(const Media& media, const v1::NegotiateR
   return refusal;
 }
 
-void FillLimits(const RpcContext& rpc, const ModelInfo* model, v1::Limits* limits) {
-  limits->set_max_prompt_tokens(static_cast<uint32_t>(
-      model != nullptr ? PromptTokensMax(*model, rpc.limits) : rpc.limits.prompt_tokens_max));
+// Of the model, or, where none is named, the longest of any.
+int64_t LongestPrompt(const RpcContext& rpc, const ModelInfo* named, Transport transport) {
+  int64_t longest = 0;
+  for (const auto& [name, model] : rpc.models) {
+    const ModelInfo& info = model->info();
+    if (named != nullptr && named != &info) continue;
+    longest = std::max(longest, PromptTokensMax(info, rpc.limits, /*retain=*/true, transport));
+  }
+  return longest;
+}
+
+void FillLimits(const RpcContext& rpc, const ModelInfo* model, Transport transport,
+                v1::Limits* limits) {
+  limits->set_max_prompt_tokens(static_cast<uint32_t>(LongestPrompt(rpc, model, transport)));
   limits->set_max_attend_bytes(rpc.limits.attend_bytes_max);
   limits->set_max_chunk_bytes(kMaxChunkBytes);
   limits->set_max_sequences(kSequencesMax);
@@ -111,7 +124,7 @@ absl::Status Negotiate(const RpcContext& rpc, const v1::NegotiateRequest& reques
     *response->mutable_layout() = LayoutOf(*info, *form);
     response->set_fingerprint(info->fingerprint);
   }
-  FillLimits(rpc, info, response->mutable_limits());
+  FillLimits(rpc, info, *transport, response->mutable_limits());
   return absl::OkStatus();
 }
 

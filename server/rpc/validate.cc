@@ -11,8 +11,13 @@
 
 namespace prefilld {
 
-int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits) {
-  return std::min(info.max_positions, limits.prompt_tokens_max);
+int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits, bool retain,
+                        Transport transport) {
+  const KvGeometry cache = GeometryOf(info, 0);
+  const bool in_segment = RowOf(transport).pooled && limits.kv.segment_bytes > 0;
+  const int64_t holds = in_segment ? cache.TokensInRegion(limits.kv.segment_bytes)
+                                   : cache.TokensInBlocks(limits.kv.blocks, retain);
+  return std::min({info.max_positions, limits.prompt_tokens_max, holds});
 }
 
 std::string NewId() {
@@ -33,10 +38,6 @@ absl::StatusOr<std::string> ValidateRequestId(const std::string& id) {
     }
   }
   return id;
-}
-
-KvGeometry GeometryOf(const ModelInfo& info, int64_t tokens) {
-  return {info.layers, info.kv_heads, info.head_dim, info.dtype, tokens};
 }
 
 absl::Status ValidatePriority(int32_t priority) {

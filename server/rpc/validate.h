@@ -15,6 +15,7 @@
 #include "google/protobuf/duration.pb.h"
 #include "prefilld/v1/kv_handoff_service.pb.h"
 #include "prefilld/v1/prefill_service.pb.h"
+#include "server/engine/prompt_limits.h"
 #include "server/job.h"
 #include "server/kv/kv_cache.h"
 #include "server/kv/layout.h"
@@ -24,7 +25,8 @@
 namespace prefilld {
 
 struct RequestLimits {
-  int64_t prompt_tokens_max = 131072;             // tokens of one Prefill
+  int64_t prompt_tokens_max = 131072;             // tokens of one Prefill, whatever its model
+  KvShares kv;                                    // that its cache lies in
   uint64_t attend_bytes_max = uint64_t{4} << 30;  // q, k, v, outputs and block index of one Attend
   absl::Duration lease_ttl = absl::Minutes(1);    // when the request names none
   absl::Duration lease_ttl_max = absl::Minutes(10);
@@ -33,8 +35,10 @@ struct RequestLimits {
 };
 inline constexpr int kSequencesMax = 1024;  // of one Attend
 
-// The prompt limit of a model on this server.
-int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits);
+// The longest prompt of a model whose cache is retained, which is what the server says of it; or
+// passes through; or has to lie in what this transport has.
+int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits, bool retain = true,
+                        Transport transport = Transport::kGrpc);
 
 struct ValidAttend {
   std::shared_ptr<Job> job;  // without buffers and sink
@@ -64,8 +68,6 @@ inline constexpr size_t kRequestIdBytesMax = 64;
 
 absl::Status ValidatePriority(int32_t priority);
 
-// Of a prompt's cache.
-KvGeometry GeometryOf(const ModelInfo& info, int64_t tokens);
 // FAILED_PRECONDITION for a layout that is legal but not served: it has no row in kKvLayouts.
 // Returns what to send of a cache of this geometry.
 absl::StatusOr<KvForm> ValidateLayout(const v1::KvLayout& layout, const std::string& field,

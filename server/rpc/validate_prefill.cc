@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -18,13 +19,27 @@ Transport BestForKv(const RequestLimits& limits) {
   return best;
 }
 
+// Why a prompt may have no more than `tokens_max` tokens, where that is not the server's or the
+// model's limit; and that a cache which passes through may, where this one would be retained.
+std::string WhyNoMore(const ModelInfo& info, const RequestLimits& limits, int64_t tokens_max,
+                      bool retain) {
+  if (tokens_max == info.sliding_window) return ", the sliding window";
+  if (tokens_max == std::min(info.max_positions, limits.prompt_tokens_max)) return "";
+  const int64_t passing = PromptTokensMax(info, limits, /*retain=*/false);
+  return absl::StrCat(", what the server's kv_memory holds in one cache",
+                      retain && passing > tokens_max
+                          ? absl::StrCat("; with destination.retain = false up to ", passing)
+                          : "");
+}
+
 absl::Status CheckTokens(const v1::PrefillRequest& request, const ModelInfo& info,
-                         const RequestLimits& limits) {
-  const int64_t tokens_max = PromptTokensMax(info, limits);
+                         const RequestLimits& limits, const ValidPrefill& valid) {
+  const Transport lies_in = valid.pinned ? valid.transport : Transport::kGrpc;  // else it may
+  const int64_t tokens_max = PromptTokensMax(info, limits, valid.retain, lies_in);
   if (request.token_ids_size() < 1 || request.token_ids_size() > tokens_max) {
     return InvalidField(
         "token_ids", absl::StrCat(request.token_ids_size(), " tokens, not from 1 to ", tokens_max,
-                                  tokens_max == info.sliding_window ? ", the sliding window" : ""));
+                                  WhyNoMore(info, limits, tokens_max, valid.retain)));
   }
   for (int i = 0; i < request.token_ids_size(); ++i) {
     if (request.token_ids(i) >= static_cast<uint32_t>(info.vocab_size)) {
@@ -72,7 +87,7 @@ absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
   if (!ttl.ok()) return ttl.status();
   valid.lease_ttl = *ttl;
 
-  if (absl::Status status = CheckTokens(request, info, limits); !status.ok()) return status;
+  if (absl::Status status = CheckTokens(request, info, limits, valid); !status.ok()) return status;
   auto id = ValidateRequestId(request.request_id());
   if (!id.ok()) return id.status();
 

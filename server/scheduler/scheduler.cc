@@ -150,15 +150,17 @@ bool Scheduler::WaitIdle(absl::Time deadline) {
   return mutex_.AwaitWithDeadline(absl::Condition(&idle), deadline);
 }
 
-bool Scheduler::Stalled(absl::Duration least, absl::Duration period) {
+std::optional<StalledStep> Scheduler::Stalled(absl::Duration least, absl::Duration period) {
   absl::MutexLock lock(&mutex_);
   const absl::Duration seen = step_watch_.Look(step_started_, SteadyNow(), period);
-  return seen > std::max(least, kStalledFactor * step_predicted_);
+  if (seen <= std::max(least, kStalledFactor * step_predicted_)) return std::nullopt;
+  return StalledStep{.parts = step_parts_, .waited = seen, .predicted = step_predicted_};
 }
 
 void Scheduler::Loop() {
   for (;;) {
     std::vector<Message> inbox;
+    NoteParts(std::nullopt);
     {
       absl::MutexLock lock(&mutex_);
       if (stop_) break;
@@ -280,6 +282,7 @@ bool Scheduler::RoomIsAwaited() const {
 
 bool Scheduler::RunOneStep() {
   const auto next = PickNext(Views(), absl::Now(), options_.passed_over_max);
+  NoteParts(next);
   {
     absl::MutexLock lock(&mutex_);
     step_started_ = SteadyNow();
@@ -313,6 +316,38 @@ absl::Duration Scheduler::Predict(size_t view) const {
   return absl::Seconds(2 * engine_.PredictLayerSeconds(job));
 }
 
+// The layers that are on their way, and the step of the view behind them: of a batch that is still
+// to begin, by the job that it begins with.
+std::vector<StalledStep::Part> Scheduler::PartsOf(std::optional<size_t> view) const {
+  std::vector<StalledStep::Part> parts;
+  const auto add = [&](const Batch& batch, int layer) {
+    StalledStep::Part& part = parts.emplace_back();
+    for (const auto& job : batch.jobs) part.request_ids.push_back(job->request_id);
+    part.model = batch.model->info().name;
+    part.layer = layer;
+  };
+  for (const auto& [batch, layer] : engine_.OnTheirWay()) add(*batch, layer);
+  if (!view) return parts;
+  if (*view < active_.size()) {
+    add(*active_[*view].batch, active_[*view].batch->next_layer);
+    return parts;
+  }
+  const Job& job = *waiting_[*view - active_.size()].job;
+  StalledStep::Part& part = parts.emplace_back();
+  part.request_ids.push_back(job.request_id);
+  part.model = kAttendModel;
+  if (job.attend) return parts;
+  part.model = job.prefill->model->info().name;
+  part.layer = 0;
+  return parts;
+}
+
+void Scheduler::NoteParts(std::optional<size_t> view) {
+  auto parts = PartsOf(view);
+  absl::MutexLock lock(&mutex_);
+  step_parts_.swap(parts);
+}
+
 // The chosen job, and the short ones that may come along while the token budget lasts.
 void Scheduler::StartBatch(size_t first) {
   std::vector<std::shared_ptr<Job>> jobs = {TakeWaiting(first)};
@@ -337,6 +372,7 @@ void Scheduler::StartBatch(size_t first) {
     Cancel(job, why);
   };
   active_.push_back({*std::move(batch), SteadyNow()});
+  NoteParts(active_.size() - 1);  // with all of its jobs
   Advance(active_.size() - 1);
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -34,6 +35,17 @@ struct SchedulerOptions {
   absl::Duration passed_over_max = absl::Seconds(10);
 };
 
+// What the engine waits for: what was enqueued first is first.
+struct StalledStep {
+  struct Part {
+    std::vector<std::string> request_ids;
+    std::string model;         // kAttendModel: an Attend
+    std::optional<int> layer;  // none: an Attend
+  };
+  std::vector<Part> parts;
+  absl::Duration waited, predicted;
+};
+
 class Scheduler {
  public:
   Scheduler(Engine& engine, Metrics& metrics, SchedulerOptions options);
@@ -55,9 +67,9 @@ class Scheduler {
 
   void Drain();                        // refuse new jobs with UNAVAILABLE from now on
   bool WaitIdle(absl::Time deadline);  // false: jobs were still there at the deadline
-  // True when a step has been seen to run for longer than `least` and twenty times its prediction:
-  // it does not end any more. For one who asks once a `period`.
-  bool Stalled(absl::Duration least, absl::Duration period);
+  // A step that has been seen to run for longer than `least` and twenty times its prediction: it
+  // does not end any more. For one who asks once a `period`.
+  std::optional<StalledStep> Stalled(absl::Duration least, absl::Duration period);
 
  private:
   enum class What { kAdmit, kUploaded, kCancel };
@@ -100,6 +112,8 @@ class Scheduler {
   absl::Time NextDeadline() const;
   bool RunOneStep();  // false: nothing could run
   absl::Duration Predict(size_t view) const;
+  std::vector<StalledStep::Part> PartsOf(std::optional<size_t> view) const;
+  void NoteParts(std::optional<size_t> view);  // before the engine may wait for them
   std::vector<StepView> Views() const;
   bool HasRoom(const Job& job) const;  // to begin a batch with this Prefill
   bool RoomIsAwaited() const;
@@ -137,6 +151,7 @@ class Scheduler {
   double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
   std::optional<SteadyTime> step_started_ ABSL_GUARDED_BY(mutex_);
   absl::Duration step_predicted_ ABSL_GUARDED_BY(mutex_);
+  std::vector<StalledStep::Part> step_parts_ ABSL_GUARDED_BY(mutex_);
   StepWatch step_watch_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };

@@ -27,7 +27,37 @@ RESTING = ("prefilld_requests_running", "prefilld_requests_waiting", "prefilld_l
            "prefilld_upload_bytes_inflight", "prefilld_queue_tokens")
 
 
-class Server:
+class HttpPort:
+    """What a prefilld says of itself, from before its models are loaded."""
+
+    def __init__(self, http):
+        self.http = http
+
+    def get(self, path):
+        """(status, body) of the HTTP port."""
+        try:
+            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metrics(self):
+        """{(name, ((label, value), ...)): number} of /metrics."""
+        samples = {}
+        for line in self.get("/metrics")[1].splitlines():
+            if line and not line.startswith("#"):
+                name, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)(?: \d+)?",
+                                                   line).groups()
+                pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels or "")
+                samples[name, tuple(sorted(pairs))] = float(value)
+        return samples
+
+    def metric(self, name, **labels):
+        """The sum of all series of `name` that carry these labels."""
+        return total(self.metrics(), name, **labels)
+
+
+class Server(HttpPort):
     """One prefilld; use as a context manager, which stops it and checks the exit status."""
 
     def __init__(self, *flags, log_path, models=(), pass_fds=(), program=None):
@@ -41,7 +71,7 @@ class Server:
                                             pass_fds=pass_fds)
         try:
             self.target = self._announced(r"listening on (\S+:\d+)")
-            self.http = self._announced(r"http on (\S+:\d+)")
+            super().__init__(self._announced(r"http on (\S+:\d+)"))
         except BaseException:
             self.process.kill()
             self.process.wait()
@@ -89,29 +119,6 @@ class Server:
 
     def new_channel(self, options=()):
         return grpc.insecure_channel(self.target, [*channel_options(), *options])
-
-    def get(self, path):
-        """(status, body) of the HTTP port."""
-        try:
-            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as reply:
-                return reply.status, reply.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def metrics(self):
-        """{(name, ((label, value), ...)): number} of /metrics."""
-        samples = {}
-        for line in self.get("/metrics")[1].splitlines():
-            if line and not line.startswith("#"):
-                name, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)(?: \d+)?",
-                                                   line).groups()
-                pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels or "")
-                samples[name, tuple(sorted(pairs))] = float(value)
-        return samples
-
-    def metric(self, name, **labels):
-        """The sum of all series of `name` that carry these labels."""
-        return total(self.metrics(), name, **labels)
 
     def footprint(self):
         """What must be the same again once all work is over."""

@@ -273,8 +273,9 @@ def test_a_cache_larger_than_the_memory_leaves_layer_by_layer(start_server, deep
     assert deep.kv_bytes(tokens) > 16 << 20
     with start_server("--kv_memory=16MiB", models=[("tiny", deep.directory)]) as server:
         before = server.footprint()
-        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "token_ids") as failure:
             prefilling.start(server, deep.tokens(tokens), retain=True)
+        assert "with destination.retain = false up to 8192" in failure[0].violation
         call = prefilling.start(server, deep.tokens(tokens), retain=False)
         data = prefilling.pull(server, call.admission.lease)
         call.finish()

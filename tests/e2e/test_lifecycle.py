@@ -12,6 +12,7 @@ import pytest
 from e2e import attending, harness, prefilling
 from e2e.harness import refused
 from e2e.test_observability import check_health
+from e2e.test_scheduling import Busy
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
@@ -50,14 +51,40 @@ def test_an_idle_server_ends_within_two_seconds(mortal, number):
 def test_a_step_that_never_ends_ends_the_server(start_server, tiny):
     server = start_server("--inject_hang=2", "--stall_timeout=1s",
                           models=[("tiny", tiny.directory)])
-    call = prefilling.start(server, tiny.tokens(100))
+    call = prefilling.start(server, tiny.tokens(100), request_id="hangs")
     started = time.monotonic()
     harness.eventually(lambda: check_health(server, "") != 1, message="not live")
     with refused(UNAVAILABLE):
         call.finish()
     assert time.monotonic() - started < 10
     ended(server, code=1)
-    assert any(line["event"] == "step_stalled" for line in server.log())
+    told, = [line for line in server.log() if line["event"] == "step_stalled"]
+    assert told["request_ids"] == ["hangs"]
+    assert (told["model"], told["layer"], told["behind"]) == ("tiny", 1, [])
+    assert 1 < told["seconds"] < 10 and 0 < told["predicted_seconds"] < 1
+
+
+def test_all_prompts_of_a_batch_that_never_ends_are_named(start_server, tiny):
+    server = start_server("--inject_hang=2", "--stall_timeout=1s",
+                          models=[("tiny", tiny.directory)])
+    busy = Busy(server)  # so that both wait, and begin together
+    calls = [prefilling.start(server, tiny.tokens(100), request_id=name) for name in "ab"]
+    busy.wait()
+    for call in calls:
+        with refused(UNAVAILABLE):
+            call.finish()
+    ended(server, code=1)
+    told, = [line for line in server.log() if line["event"] == "step_stalled"]
+    assert (sorted(told["request_ids"]), told["layer"]) == (["a", "b"], 0)
+
+
+def test_an_attend_that_never_ends_is_named_too(start_server, tiny):
+    server = start_server("--inject_hang=1", "--stall_timeout=1s")
+    with refused(UNAVAILABLE):
+        attending.attend(server.prefill, *attending.small(tokens=20), request_id="hangs-too")
+    ended(server, code=1)
+    told, = [line for line in server.log() if line["event"] == "step_stalled"]
+    assert (told["request_ids"], told["model"], told["layer"]) == (["hangs-too"], "attend", None)
 
 
 def test_draining_finishes_what_runs_and_refuses_what_is_new(mortal, tiny):

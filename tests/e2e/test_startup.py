@@ -8,9 +8,12 @@ import socket
 import struct
 import subprocess
 
+import grpc
 import pytest
 
-from e2e import checkpoints, harness, safetensors_file
+from e2e import checkpoints, harness, prefilling, safetensors_file
+from prefilld.v1 import kv_handoff_service_pb2 as kv
+from prefilld.v1.model_service_pb2 import GetModelRequest
 
 
 def refusal(stderr):
@@ -76,8 +79,151 @@ def test_two_servers_on_one_port(start_server):
 
 
 def test_too_little_memory(tiny):
-    start_fails("--kv_memory=1KiB", f"--model=a={tiny.directory}", words=["kv_memory"])
     start_fails("--kv_memory=900TiB", f"--model=a={tiny.directory}", words=["kv_memory"])
+
+
+# 4 layers of blocks of 128 KiB, each of 128 tokens.
+@pytest.mark.parametrize("kv_memory", ["1KiB", "511KiB"])
+def test_memory_for_no_prompt_is_refused_with_what_is_needed(start_server, tiny, kv_memory):
+    start_fails(f"--kv_memory={kv_memory}", f"--model=a={tiny.directory}",
+                words=["--kv_memory: ", "no prompt of model 'a'", "--kv_memory=512KiB would"])
+    with start_server("--kv_memory=512KiB", models=[("tiny", tiny.directory)]) as server:
+        with prefilling.prefilled(server, tiny.tokens(128)) as done:
+            assert done.summary
+
+
+# --- how long a prompt may be ---------------------------------------------------------------------
+
+
+def longest(server, model="tiny"):
+    return server.models.GetModel(GetModelRequest(name=model)).max_prompt_tokens
+
+
+@pytest.mark.parametrize("flags,limit,helps", [
+    (["--max_prompt_tokens=3000", "--kv_memory=8MiB"], "kv_memory: one cache of model 'tiny' may "
+     "hold 2048", "what helps: --max_prompt_tokens=2048, --kv_memory=12MiB"),
+    (["--max_prompt_tokens=20000"], "model: none has more than 16384 positions",
+     "what helps: --max_prompt_tokens=16384"),
+])
+def test_a_limit_that_cannot_be_served_is_refused_with_one_that_can(start_server, tiny, flags,
+                                                                    limit, helps):
+    done = subprocess.run([str(harness.PREFILLD), "--listen=127.0.0.1:0", "--http=127.0.0.1:0",
+                           "--backend=cpu", f"--model=tiny={tiny.directory}", *flags],
+                          capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and done.stdout == ""
+    line = refusal(done.stderr)
+    assert line.startswith("prefilld: --max_prompt_tokens: ") and limit in line
+    assert line.endswith(helps), line
+    table = [json.loads(row) for row in done.stderr.splitlines()[:-1]]
+    assert {"weights", "kv_blocks", "activations"} <= {
+        row["what"] for row in table if row["event"] == "memory_plan"}
+    taken = dict(flag.split("=") for flag in flags)  # each of the flags that help does
+    for flag in helps.removeprefix("what helps: ").split(", "):
+        name, value = flag.split("=")
+        with start_server(*[f"{n}={v}" for n, v in (taken | {name: value}).items()],
+                          models=[("tiny", tiny.directory)]) as server:
+            assert longest(server) >= 2048
+
+
+def test_what_is_advertised_is_served_and_no_more(start_server, tiny):
+    with start_server("--kv_memory=4MiB", models=[("tiny", tiny.directory)]) as server:
+        assert longest(server) == 1024
+        limits = server.handoff.Negotiate(kv.NegotiateRequest(model="tiny")).limits
+        assert limits.max_prompt_tokens == 1024
+        assert server.handoff.Negotiate(kv.NegotiateRequest()).limits.max_prompt_tokens == 1024
+        with prefilling.prefilled(server, tiny.tokens(1024)) as done:
+            assert done.summary
+        with harness.refused(grpc.StatusCode.INVALID_ARGUMENT, "token_ids"):
+            prefilling.start(server, tiny.tokens(1025))
+        told, = [line for line in server.log() if line["event"] == "max_prompt_tokens_lowered"]
+        assert (told["level"], told["model"], told["max_prompt_tokens"], told["default"]) == (
+            "warning", "tiny", 1024, 16384)
+        assert (told["limit"], told["needs"]) == ("kv_memory", "--kv_memory=64MiB")
+
+
+def test_a_limit_that_fits_is_taken(start_server, tiny):
+    with start_server("--kv_memory=4MiB", "--max_prompt_tokens=1000",
+                      models=[("tiny", tiny.directory)]) as server:
+        assert longest(server) == 1000
+        assert not any("lowered" in line["event"] for line in server.log())
+        with harness.refused(grpc.StatusCode.INVALID_ARGUMENT, "token_ids"):
+            prefilling.start(server, tiny.tokens(1001), retain=False)
+
+
+def test_the_plan_of_a_cpu_says_what_is_true_there(start_server, tiny):
+    with start_server("--kv_memory=4MiB", models=[("tiny", tiny.directory)]) as server:
+        rows = {row["what"]: row for row in server.log() if row["event"] == "memory_plan"}
+        loaded, = [line for line in server.log() if line["event"] == "model_loaded"]
+        assert server.metric("prefilld_memory_plan_bytes", what="kv_blocks") == 4 << 20
+    assert all(row["bytes"] > 0 and row["place"] == "host" for row in rows.values())
+    assert rows["weights"]["taken"] == "mapped"
+    assert rows["weights"]["bytes"] == loaded["bytes"] == sum(
+        array.nbytes for array in tiny.weights.values())
+    assert {row["taken"] for what, row in rows.items() if what != "weights"} == {"as calls come"}
+    assert "gb_per_s" not in loaded  # nothing was read but for the fingerprint
+    assert loaded["fingerprint_seconds"] >= 0
+
+
+# --- while models load ----------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def connects(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_until_all_models_are_loaded_http_alone_answers(tiny, model):
+    """The second model's config.json is a pipe: who reads it waits for who writes it."""
+    config = (model.directory / "config.json")
+    text = config.read_text()
+    config.unlink()
+    os.mkfifo(config)
+    port, http = free_port(), free_port()
+    process = subprocess.Popen(
+        [str(harness.PREFILLD), f"--listen=127.0.0.1:{port}", f"--http=127.0.0.1:{http}",
+         "--backend=cpu", f"--model=a={tiny.directory}", f"--model=b={model.directory}"],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        server = harness.HttpPort(f"127.0.0.1:{http}")
+        harness.eventually(lambda: connects(http))
+        harness.eventually(lambda: server.metric("prefilld_model_bytes", model="a", state="all"))
+        assert server.metric("prefilld_ready") == 0
+        assert server.metric("prefilld_model_bytes", model="a", state="loaded") == server.metric(
+            "prefilld_model_bytes", model="a", state="all")
+        assert server.metric("prefilld_model_bytes", model="b") == 0
+        assert not connects(port)
+        start_fails(listen=f"127.0.0.1:{http}", words=["--listen", "Address already in use"])
+        with socket.socket() as other, pytest.raises(OSError):  # it is ours already
+            other.bind(("127.0.0.1", port))
+        with os.fdopen(os.open(config, os.O_WRONLY | os.O_NONBLOCK), "w") as pipe:
+            pipe.write(text)
+        assert process.stdout.readline() == f"listening on 127.0.0.1:{port}\n"
+        assert server.metric("prefilld_ready") == 1 and connects(port)
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_help_names_every_default():
+    text = subprocess.run([str(harness.PREFILLD), "--help"], capture_output=True, text=True,
+                          check=True).stdout
+    options = dict(re.findall(r"^  (?:-h,)?--(\w+)(.*)$", text, re.M))
+    assert {name for name, what in options.items() if "=" not in what} == {
+        "help", "version", "config", "insecure_listen"}
+    for option in ("--kv_memory SIZE=half of the machine's, at most 8GiB\n",
+                   "--attend_memory SIZE=a quarter of the machine's, at most 4GiB\n",
+                   "--max_prompt_tokens TOKENS:INT in [1 - 1048576]=131072\n",
+                   "--cache_dir PATH:DIR=none ", "--stall_timeout DURATION=30s\n"):
+        assert "  " + option in text, option
+    assert "inject" not in text
 
 
 # --- model directories ----------------------------------------------------------------------------

@@ -148,6 +148,16 @@ TEST(Config, OpeningToTheNetworkMustBeSaid) {
   EXPECT_TRUE(Parse({"--listen=[::1]:1"}).ok());
 }
 
+TEST(Config, OneFaultAtATimeIsInjected) {
+  EXPECT_EQ(Parse({"--inject_fault=2"})->config.inject_fault, 2);
+  EXPECT_EQ(Parse({"--inject_hang=2"})->config.inject_hang, 2);
+  for (const std::string& refusal : {Refusal({"--inject_fault=1", "--inject_hang=1"}),
+                                     Refusal({"--inject_hang=1", "--inject_fault=1"})}) {
+    EXPECT_NE(refusal.find("--inject_fault"), std::string::npos) << refusal;
+    EXPECT_NE(refusal.find("--inject_hang"), std::string::npos) << refusal;
+  }
+}
+
 TEST(Config, TlsFlagsBelongTogether) {
   EXPECT_NE(Refusal({"--tls_cert=c"}).find("--tls_key"), std::string::npos);
   EXPECT_NE(Refusal({"--tls_key=k"}).find("--tls_cert"), std::string::npos);

@@ -10,6 +10,7 @@
 #include <iterator>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "google/rpc/error_details.pb.h"
@@ -362,6 +363,18 @@ class ServerWithHeldThreads : public testing::Test {
     config.kv_memory = kBlocks * 128 * 1024;
     server_ = *Server::Start(config);
     caller_ = std::make_unique<Caller>(*server_);
+    HoldTwoBlocks();
+  }
+  // By a lease that nobody releases, outside of /dev/shm.
+  void HoldTwoBlocks() {
+    v1::PrefillRequest request = Prompt(1);
+    request.set_request_id("holder");
+    request.mutable_destination()->set_transport(v1::TRANSPORT_GRPC);
+    grpc::ClientContext context;
+    auto reader = caller_->prefill->Prefill(&context, request);
+    for (v1::PrefillEvent event; reader->Read(&event);) {
+    }
+    EXPECT_TRUE(reader->Finish().ok());
   }
   static v1::PrefillRequest Prompt(int tokens) {
     v1::PrefillRequest request;
@@ -381,10 +394,10 @@ class ServerWithHeldThreads : public testing::Test {
     return events;
   }
   // Whether the server knows a prompt. Who asks comes with another of the same id, one that there
-  // is never room for: it leaves nothing behind, also when it is the first.
+  // is no room for now: it leaves nothing behind, also when it is the first.
   bool Lives() {
     grpc::Status status;
-    EXPECT_TRUE(Prefill(1000, &status).empty());
+    EXPECT_TRUE(Prefill(640, &status).empty());
     if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT) return true;
     EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED) << status.error_message();
     return false;
@@ -403,7 +416,7 @@ class ServerWithHeldThreads : public testing::Test {
     EXPECT_TRUE(response.has_summary());
   }
 
-  static constexpr int kBlocks = 8;  // for 512 tokens in two layers
+  static constexpr int kBlocks = 10;  // for 640 tokens in two layers, 512 of them free
   std::unique_ptr<Server> server_;
   std::unique_ptr<Caller> caller_;
 };
@@ -573,6 +586,43 @@ TEST(ServerStart, ABrokenKeyEndsTheStart) {
   EXPECT_NE(Server::Start(config).status().message().find("--tls_key"), absl::string_view::npos);
   config.tls_key = kFixtures + "/tls/server.pem";  // no key in it
   EXPECT_FALSE(Server::Start(config).ok());
+}
+
+// Loading may take minutes: what is wrong with the address or with TLS is told before.
+TEST(ServerStart, TlsFilesAndTheAddressComeBeforeTheModels) {
+  const auto refusal = [](const Config& config) {
+    return std::string(Server::Start(config).status().message());
+  };
+  Config config = TestConfig();
+  config.models[0].directory = "/does/not/exist";
+  EXPECT_EQ(refusal(config).find("--model=base"), 0u);
+  Config in_use = config;
+  Config other = TestConfig();
+  other.models.clear();
+  auto listener = Server::Start(other);
+  ASSERT_TRUE(listener.ok()) << listener.status();
+  in_use.listen = (*listener)->grpc_endpoint();
+  EXPECT_EQ(refusal(in_use),
+            "--listen: cannot listen on " + in_use.listen.ToString() + ": Address already in use");
+  in_use.listen = {"192.0.2.1", 0};  // nobody's
+  EXPECT_EQ(refusal(in_use).find("--listen: cannot listen on 192.0.2.1:0: "), 0u);
+
+  const std::string tls = kFixtures + "/tls/", wrong = kFixtures + "/models/base/config.json";
+  const std::tuple<std::string, std::string, std::string, std::string> cases[] = {
+      {wrong, tls + "server.key", "", "--tls_cert: '" + wrong + "' holds no PEM certificate"},
+      {tls + "server.pem", wrong, "", "--tls_key: '" + wrong + "' holds no PEM private key"},
+      {tls + "server.pem", tls + "client.key", "",
+       "--tls_key: '" + tls + "client.key' is not the key of '" + tls + "server.pem'"},
+      {tls + "server.pem", tls + "server.key", wrong,
+       "--tls_client_ca: '" + wrong + "' holds no PEM certificate"},
+      {tls + "server.pem", tls + "server.key", "/does/not/exist", "--tls_client_ca: cannot read"},
+      {tls + "server.pem", tls + "server.key", tls + "ca.pem", "--model=base"}};
+  for (const auto& [cert, key, ca, told] : cases) {
+    config.tls_cert = cert;
+    config.tls_key = key;
+    config.tls_client_ca = ca;
+    EXPECT_EQ(refusal(config).find(told), 0u) << refusal(config);
+  }
 }
 
 TEST(ServerStart, AFaultThatThereIsNotEndsTheStart) {

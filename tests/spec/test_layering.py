@@ -35,7 +35,7 @@ ENDS_IN = {
 
 def folder(path: str) -> str:
     if re.match(r"server/\w+\.", path):
-        built = re.match(r"server/(config|http|main|server)\.", path)
+        built = re.match(r"server/(config|http|main|port|server|startup_log)\.", path)
         return "server/process" if built else "server/core"
     return next((name for name in MAY_INCLUDE if path.startswith(name + "/")), "")
 

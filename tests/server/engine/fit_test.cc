@@ -23,12 +23,12 @@ class FitTest : public testing::Test {
   FitTest() { model_ = prompts_.New(1, 0)->prefill->model; }
 
   MemoryPlan Plan(int64_t prompt_tokens) {
-    return *PlanMemory({.backend = fake_,
-                        .models = {model_},
-                        .prompt_tokens = prompt_tokens,
-                        .batch_tokens = 256,
-                        .batch_jobs = 8,
-                        .batches = 1});
+    return PlanMemory({.backend = fake_,
+                       .models = {model_},
+                       .prompt_tokens = prompt_tokens,
+                       .batch_tokens = 256,
+                       .batch_jobs = 8,
+                       .batches = 1});
   }
   void LeaveFree(uint64_t bytes) {
     fake_.device().Limit(kDevice, fake_.device().live_bytes(kDevice) + bytes);

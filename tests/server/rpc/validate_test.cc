@@ -360,6 +360,41 @@ TEST(ValidatePrefill, TakesTheSmallerOfTheTwoTokenLimits) {
             "token_ids");
 }
 
+TEST(ValidatePrefill, NoPromptIsLongerThanOneCacheMayBe) {
+  v1::PrefillRequest request = GoodRequest();
+  request.clear_token_ids();
+  ModelInfo deep = SmallModel();
+  deep.layers = 8;
+  deep.max_positions = 4096;
+  RequestLimits limits = kShm;
+  limits.kv.blocks = 17;
+  EXPECT_EQ(PromptTokensMax(deep, limits), 2 * 128);
+  EXPECT_EQ(PromptTokensMax(deep, limits, /*retain=*/false), 8 * 128) << "two layers at a time";
+  limits.prompt_tokens_max = 500;
+  EXPECT_EQ(PromptTokensMax(deep, limits, /*retain=*/false), 500);
+  limits.kv.segment_bytes = GeometryOf(deep, 100).region_bytes();
+  EXPECT_EQ(PromptTokensMax(deep, limits), 2 * 128) << "blocks will do";
+  EXPECT_EQ(PromptTokensMax(deep, limits, true, Transport::kPosixShm), 100);
+
+  limits.prompt_tokens_max = 4096;
+  for (int i = 0; i < 256; ++i) request.add_token_ids(1);
+  EXPECT_TRUE(ValidatePrefill(request, deep, limits).ok());
+  request.mutable_destination()->set_transport(v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(FactsOf(ValidatePrefill(request, deep, limits).status()).field, "token_ids")
+      << "it must lie in a segment";
+  request.clear_destination();
+  request.add_token_ids(1);
+  const absl::Status refused = ValidatePrefill(request, deep, limits).status();
+  EXPECT_EQ(FactsOf(refused).field, "token_ids");
+  EXPECT_NE(refused.message().find("257 tokens, not from 1 to 256, what the server's kv_memory "
+                                   "holds in one cache; with destination.retain = false up to "
+                                   "1024"),
+            absl::string_view::npos)
+      << refused;
+  request.mutable_destination()->set_retain(false);
+  EXPECT_TRUE(ValidatePrefill(request, deep, limits).ok());
+}
+
 // --- PullKv
 // ----------------------------------------------------------------------------------------
 

@@ -216,6 +216,13 @@ TEST_F(SchedulerTest, AStepWithoutProgressIsNoticed) {
   while (!scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)))
     absl::SleepFor(absl::Milliseconds(1));
   EXPECT_GE(Since(entered), 19 * absl::Seconds(engine_.PredictSeconds(*job))) << "not at once";
+  const auto stalled = scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1));
+  ASSERT_TRUE(stalled && stalled->parts.size() == 1);
+  EXPECT_EQ(stalled->parts[0].request_ids, std::vector<std::string>{"r"});
+  EXPECT_EQ(stalled->parts[0].model, kAttendModel);
+  EXPECT_FALSE(stalled->parts[0].layer);
+  EXPECT_EQ(stalled->predicted, absl::Seconds(engine_.PredictSeconds(*job)));
+  EXPECT_GT(stalled->waited, stalled->predicted);
   backend_.Open();
   EXPECT_TRUE(SinkOf(job).Wait().ok());
 }
@@ -310,7 +317,7 @@ TEST_F(PrefillTest, APromptWaitsForRoomAndAShortOnePassesIt) {
                                 .batch_tokens = 256,
                                 .batch_jobs = 8,
                                 .batches = 2});
-  ASSERT_TRUE(plan.ok() && engine_.Reserve(*plan).ok());
+  ASSERT_TRUE(engine_.Reserve(plan).ok());
   Scheduler scheduler(engine_, metrics_, {});
   auto second = prompts_.New(longest, 7), third = prompts_.New(140, 9);
   ASSERT_TRUE(scheduler.Admit(first).ok());
@@ -342,9 +349,31 @@ TEST_F(PrefillTest, ALayerThatDoesNotEndIsNoticedWhenItsJobIsLate) {
          Since(held) < absl::Seconds(20)) {
     absl::SleepFor(absl::Milliseconds(1));
   }
-  EXPECT_TRUE(scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)));
+  const auto stalled = scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1));
+  EXPECT_TRUE(stalled && stalled->parts.size() == 1 && stalled->parts[0].layer == 1);
   device.ReleaseSteps();
   EXPECT_EQ(Prompts::SinkOf(job).Wait().code(), absl::StatusCode::kDeadlineExceeded);
+}
+
+TEST_F(PrefillTest, AStalledStepNamesTheLayerThatIsWaitedForAndWhatIsBehindIt) {
+  FakeDevice& device = backend_.device();
+  Scheduler scheduler(engine_, metrics_, {});
+  auto job = prompts_.New(150, 5);
+  job->request_id = "stalls";
+  device.HoldSteps();
+  ASSERT_TRUE(scheduler.Admit(job).ok());
+  device.AwaitHeldStep();  // for layer 0, and layer 1 is enqueued
+  while (!scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1)))
+    absl::SleepFor(absl::Milliseconds(1));
+  const StalledStep stalled = *scheduler.Stalled(absl::ZeroDuration(), absl::Seconds(1));
+  device.ReleaseSteps();
+  EXPECT_TRUE(Prompts::SinkOf(job).Wait().ok());
+  ASSERT_EQ(stalled.parts.size(), 2u);
+  for (int layer : {0, 1}) {
+    EXPECT_EQ(stalled.parts[layer].request_ids, std::vector<std::string>{"stalls"});
+    EXPECT_EQ(stalled.parts[layer].model, prompts_.info().name);
+    EXPECT_EQ(stalled.parts[layer].layer, layer);
+  }
 }
 
 // Who needs memory that the device has not got fails for that, and says when to come again.

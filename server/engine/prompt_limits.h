@@ -1,0 +1,48 @@
+// How long a prompt may be: no longer than its model's positions, than what one cache may have of
+// --kv_memory, and than what the device has memory for. Pure; threads: any.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "server/engine/memory_plan.h"
+#include "server/kv/kv_cache.h"
+#include "server/model/transformer.h"
+
+namespace prefilld {
+
+// Of a prompt's cache.
+KvGeometry GeometryOf(const ModelInfo& info, int64_t tokens);
+
+using ModelInfos = std::vector<const ModelInfo*>;
+
+// How --kv_memory is shared out; one cache lies in the one or in the other.
+struct KvShares {
+  uint64_t block_bytes = 0;  // of the model whose blocks are the largest
+  int64_t blocks = std::numeric_limits<int64_t>::max();
+  // Of a pool of segments, for caches over posix_shm; 0: there is none, and they take blocks.
+  uint64_t segment_bytes = 0;
+};
+// bytes: --kv_memory. room: bytes that segments of a pool may have at most; 0: there is no pool.
+KvShares ShareKv(const ModelInfos& models, uint64_t bytes, uint64_t room);
+// The least --kv_memory of which one cache of every model holds so many tokens, or its positions.
+uint64_t KvMemoryFor(const ModelInfos& models, int64_t tokens, uint64_t room);
+
+// Bytes as flags take them, rounded up: "1536KiB", "32GiB".
+std::string FlagSize(uint64_t bytes);
+
+struct PromptLimitInputs {
+  int64_t asked = 0;  // tokens of the longest prompt
+  ModelInfos models;  // one at least
+  KvShares kv;
+  uint64_t kv_room = 0;    // ShareKv's
+  const MemoryPlan& plan;  // of `asked`
+};
+// RESOURCE_EXHAUSTED where prompts of `asked` tokens cannot be served, of every model that has such
+// positions: in one line what limits them, the largest number that can, and the flags that help.
+absl::Status CheckPromptTokens(const PromptLimitInputs& inputs);
+
+}  // namespace prefilld

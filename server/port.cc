@@ -1,0 +1,64 @@
+#include "server/port.h"
+
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+
+namespace prefilld {
+namespace {
+
+// -1: see errno.
+int BindTo(const addrinfo& address) {
+  const int fd = socket(address.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return -1;
+  const int on = 1;
+  if (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) == 0 &&
+      bind(fd, address.ai_addr, address.ai_addrlen) == 0) {
+    return fd;
+  }
+  const int why = errno;
+  close(fd);
+  errno = why;
+  return -1;
+}
+
+}  // namespace
+
+absl::StatusOr<HeldPort> HeldPort::Take(const Endpoint& endpoint) {
+  const auto refuse = [&](const char* why) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot listen on ", endpoint.ToString(), ": ", why));
+  };
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE;
+  const int error =
+      getaddrinfo(endpoint.host.c_str(), std::to_string(endpoint.port).c_str(), &hints, &found);
+  if (error != 0) return refuse(gai_strerror(error));
+  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> addresses(found, freeaddrinfo);
+  HeldPort held;
+  int why = 0;
+  for (const addrinfo* address = found; address != nullptr; address = address->ai_next) {
+    if (const int fd = BindTo(*address); fd >= 0) {
+      held.fds_.push_back(fd);
+    } else if (why = errno; why == EADDRINUSE) {
+      return refuse(std::strerror(why));
+    }
+  }
+  // A host may have names for addresses of a kind that this one lacks.
+  if (held.fds_.empty()) return refuse(std::strerror(why));
+  return held;
+}
+
+HeldPort::~HeldPort() {
+  for (const int fd : fds_) close(fd);
+}
+
+}  // namespace prefilld

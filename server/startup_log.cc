@@ -1,0 +1,71 @@
+#include "server/startup_log.h"
+
+#include <cmath>
+#include <utility>
+
+#include "server/record/log.h"
+
+namespace prefilld {
+namespace {
+
+constexpr absl::Duration kLoadingInterval = absl::Seconds(2);  // from one word to the next
+
+double Seconds(absl::Duration duration) {  // to the millisecond
+  return static_cast<double>(absl::ToInt64Milliseconds(duration)) / 1000;
+}
+
+}  // namespace
+
+LoadingModel::LoadingModel(std::string name, bool mapped, Metrics& metrics)
+    : name_(std::move(name)), mapped_(mapped), metrics_(metrics) {}
+
+void LoadingModel::Tell(uint64_t bytes, uint64_t of_bytes) {
+  metrics_.ModelBytes(name_, bytes, of_bytes);
+  bytes_ = bytes;
+  taken_ = Since(start_);
+  if (mapped_ || Since(told_) < kLoadingInterval) return;
+  told_ = SteadyNow();
+  Log(Level::kInfo, "model_loading",
+      {{"model", name_}, {"bytes", bytes}, {"of_bytes", of_bytes}, {"gb_per_s", Rate()}});
+}
+
+void LoadingModel::Done() const {
+  const double fingerprint = Seconds(Since(start_) - taken_);
+  if (mapped_) {
+    return Log(Level::kInfo, "model_loaded",
+               {{"model", name_}, {"bytes", bytes_}, {"fingerprint_seconds", fingerprint}});
+  }
+  Log(Level::kInfo, "model_loaded",
+      {{"model", name_},
+       {"bytes", bytes_},
+       {"seconds", Seconds(taken_)},
+       {"gb_per_s", Rate()},
+       {"fingerprint_seconds", fingerprint}});
+}
+
+double LoadingModel::Rate() const {
+  const double seconds = absl::ToDoubleSeconds(taken_);
+  return seconds <= 0 ? 0 : std::round(static_cast<double>(bytes_) * 1e-8 / seconds) / 10;
+}
+
+void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
+  for (const MemoryPlan::Row& row : plan.rows) {
+    metrics.PlannedMemory(row.what, row.of, row.device, row.bytes);
+    Log(Level::kInfo, "memory_plan",
+        {{"what", row.what},
+         {"model", row.of},
+         {"place", row.device ? "device" : "host"},
+         {"taken", Name(row.when)},
+         {"bytes", row.bytes},
+         {"mib", (row.bytes + (1 << 19)) >> 20},
+         {"by", row.by}});
+  }
+  if (!plan.free) return;  // nothing is taken
+  Log(Level::kInfo, "memory_planned",
+      {{"max_prompt_tokens", plan.prompt_tokens},
+       {"device_bytes", plan.needs()},
+       {"free_bytes", *plan.free},
+       {"spare_bytes", plan.spare}});
+}
+
+}  // namespace prefilld
