@@ -193,10 +193,13 @@ absl::Status Engine::Launch(Batch& batch) {
   Reconsider(batch);
   absl::Status status = EnsureScratch(batch.model->info(), batch.prompts.tokens());
   if (!status.ok()) return status;
-  Flight flight = {.batch = &batch, .layer = batch.next_layer, .call = LayerCall(batch)};
+  Flight flight = {.batch = &batch,
+                   .layer = batch.next_layer,
+                   .call = LayerCall(batch),
+                   .measured = MeasuresPhases(batch)};
   status = Prepare(flight.call);
   if (!status.ok()) return status;
-  status = EnqueueLayer(batch, flight.call);
+  status = EnqueueLayer(flight);
   if (status.ok()) status = MarkStored(flight);
   if (!status.ok()) {
     status = flight.call.clock->Await(status);
@@ -248,17 +251,32 @@ absl::Status Engine::Collect(Flight& flight) {
   if (status.ok()) status = stages_.Collect(flight.call);
   if (!status.ok()) return status;
   const PhaseSeconds phases = flight.call.clock->Read();
-  stages_.Observe(flight.call, phases);
-  const ModelInfo& info = batch.model->info();
-  if (flight.layer + 1 < info.layers &&
-      cost_.LearnsFrom(info.activations)) {  // the last is not whole
-    cost_.ObserveLinear(batch.prompts.tokens(), info.layer_weights, Of(phases, Phase::kLinear));
-  }
+  if (flight.measured) Observe(flight, phases);
   Add(phases, batch.phases);
   ++batch.layers_done;
   batch.density += MeanDensity(flight.call.args.shape, flight.call.report.data());
   PostCommit(flight);
   return absl::OkStatus();
+}
+
+void Engine::Observe(const Flight& flight, const PhaseSeconds& phases) {
+  Batch& batch = *flight.batch;
+  stages_.Observe(flight.call, phases);
+  const ModelInfo& info = batch.model->info();
+  if (flight.layer + 1 == info.layers) return;  // it is not whole
+  if (flight.call.args.policy.method == batch.policy.method) batch.layer_phases = phases;
+  if (!cost_.LearnsFrom(info.activations)) return;
+  cost_.ObserveLinear(batch.prompts.tokens(), info.layer_weights, Of(phases, Phase::kLinear));
+}
+
+// Where a layer is short its marks are a share of it, and it is like the one before: one in a few
+// is measured phase by phase, the others are divided as it was. The last is unlike them.
+bool Engine::MeasuresPhases(const Batch& batch) const {
+  constexpr int64_t kShortTokens = 4096;
+  constexpr int kMeasuredEvery = 8;
+  return ahead_ == 0 || batch.prompts.tokens() >= kShortTokens || !batch.layer_phases ||
+         batch.next_layer % kMeasuredEvery == 0 ||
+         batch.next_layer + 1 == batch.model->info().layers;
 }
 
 // The rest of a prompt runs dense where its layers so far were not worth their selection.
@@ -272,6 +290,7 @@ void Engine::Reconsider(Batch& batch) {
   batch.policy = DenseInsteadOf(batch.policy);
   batch.dense_reason = DenseReason::kBelowCrossover;
   batch.open = false;
+  batch.layer_phases.reset();
 }
 
 // Attention of the next layer, over what is in the scratch.
@@ -295,23 +314,25 @@ StagesCall Engine::LayerCall(const Batch& batch) {
 }
 
 // All of a layer, phase by phase.
-absl::Status Engine::EnqueueLayer(Batch& batch, StagesCall& call) {
+absl::Status Engine::EnqueueLayer(Flight& flight) {
+  Batch& batch = *flight.batch;
   Transformer& model = *batch.model;
-  const int layer = batch.next_layer;
-  StepClock& clock = *call.clock;
+  const int layer = flight.layer;
+  StepClock& clock = *flight.call.clock;
   absl::Status status;
   if (flights_.empty() || layer == 0) {  // what began the batch lies between it and a flight
     status = clock.Start();
   } else {
     clock.StartAfter(*flights_.back().call.clock);
   }
+  if (!flight.measured) clock.MarkTheEndOnly(*batch.layer_phases);
   if (status.ok()) status = model.ProjectQkv(layer, batch.prompts, layer_, kStream);
   if (status.ok()) status = clock.End(Phase::kLinear);
   if (status.ok()) status = StoreKv(batch, layer);
   if (status.ok()) status = clock.End(Phase::kHandoff);
-  if (status.ok()) status = stages_.Enqueue(call);
+  if (status.ok()) status = stages_.Enqueue(flight.call);
   if (status.ok()) status = FinishLayer(batch, layer);
-  return status.ok() ? clock.End(Phase::kLinear) : status;
+  return status.ok() ? clock.Finish(Phase::kLinear) : status;
 }
 
 // Of the last layer nothing follows but the logits that were asked for, each of one row.

@@ -10,6 +10,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -42,6 +43,8 @@ struct Batch {
   int layers_done = 0;    // and collected
   absl::Status status;    // the first failure; no layer runs after it
   PhaseSeconds phases{};  // of the layers done; every job of the batch waited for all of it
+  // Of the last layer done whose phases were measured one by one, under this policy.
+  std::optional<PhaseSeconds> layer_phases;
   // A layer of the job could not be committed, and no later one will be. Completion thread.
   std::function<void(const std::shared_ptr<Job>& job, const absl::Status& why)> on_failed;
 
@@ -123,6 +126,7 @@ class Engine {
     Batch* batch = nullptr;
     int layer = 0;
     StagesCall call;
+    bool measured = true;                  // phase by phase
     std::unique_ptr<Device::Mark> stored;  // K and V are in their caches
   };
 
@@ -133,11 +137,13 @@ class Engine {
   absl::Status CheckStep();  // before any work of a step
   absl::Status ReserveStages();
   absl::Status Prepare(StagesCall& call);
+  bool MeasuresPhases(const Batch& batch) const;
   absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
   absl::Status StoreKv(Batch& batch, int layer);
   StagesCall LayerCall(const Batch& batch);
   absl::Status Launch(Batch& batch);
-  absl::Status EnqueueLayer(Batch& batch, StagesCall& call);
+  absl::Status EnqueueLayer(Flight& flight);
+  void Observe(const Flight& flight, const PhaseSeconds& phases);
   absl::Status EnqueueAttend(StagesCall& call);
   void CollectUntil(size_t left);
   absl::Status Collect(Flight& flight);

@@ -1,11 +1,12 @@
 // Where the time of a step goes, on the device's clock: every phase ends at a mark in the stream,
 // and all are read after the step's one wait. A mark costs the device some 3 us, as much as a small
-// kernel: there is none where nothing was enqueued. One a step that is on its way. Owned by the
-// engine, whose thread alone uses it.
+// kernel: there is none where nothing was enqueued, and a step that is like another may have one
+// alone. One clock a step that is on its way. Owned by the engine, whose thread alone uses it.
 #pragma once
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -22,8 +23,12 @@ class StepClock {
   absl::Status Start();
   // It begins where another one ends, which is not recorded again before this one is read.
   void StartAfter(const StepClock& before);
+  // After either: the step has a mark at its end alone, and its time is divided as `like` is.
+  void MarkTheEndOnly(const PhaseSeconds& like);
   // What was enqueued since Start, or the last End, is of this phase.
   absl::Status End(Phase phase);
+  // Of the last phase.
+  absl::Status Finish(Phase phase);
   // Until the last phase that has ended is done, whatever is enqueued behind it.
   absl::Status AwaitEnd();
   // Until all of the stream is done, also what was enqueued of a step that failed half way
@@ -42,6 +47,7 @@ class StepClock {
   std::vector<std::unique_ptr<Device::Mark>> marks_;  // as many as the longest step needs
   std::vector<Phase> phases_;                         // phases_[i] ends at marks_[i + 1]
   const Device::Mark* begin_ = nullptr;               // of the first: marks_[0], or another's last
+  std::optional<PhaseSeconds> like_;                  // the end alone is marked
 };
 
 inline double& Of(PhaseSeconds& phases, Phase phase) { return phases[static_cast<size_t>(phase)]; }

@@ -10,6 +10,7 @@ import pytest
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "bench/model"
 ARGUMENTS = {
     "beside_transformers.py": ["--model={}"],
+    "masks.py": ["--model={}"],
     "mixed_load.py": ["--model={}"],
     "parity.py": ["--model={}", "--tokens=9"],
     "qwen_from_gguf.py": ["--wheels={}", "--dir={}/out"],
