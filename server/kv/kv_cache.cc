@@ -270,7 +270,8 @@ void KvCache::Close(absl::Status why, bool unmapped) {
   {
     absl::MutexLock lock(&mutex_);
     if (closed_.ok()) closed_ = std::move(why);
-    if (unmapped && told_ <= 1 && region_) region_->SetUnmapped(true);
+    const bool nobody_has_it = told_ == 0 || (told_ == 1 && unmapped);
+    if (nobody_has_it && region_) region_->SetUnmapped(true);
     // A slow reader has its whole time from here, even if slowness is what ended the lease.
     for (Transfer* transfer : transfers_) transfer->progress_ = SteadyNow();
     give_back = FreeIfQuiet();

@@ -145,8 +145,8 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   void Delivered(int layer);  // retain = false: frees it once its pins are gone
 
   // --- leases ---
-  // No new pull; blocks are freed after the running ones. unmapped: who releases it says that
-  // nobody has the region open, which is believed of one pull and not of others.
+  // No new pull; blocks are freed after the running ones. Nobody has the region open if no pull was
+  // told of it, or one was and who releases it says so: unmapped.
   void Close(absl::Status why, bool unmapped = false);
   int running_transfers() const;
   bool computing() const;  // layers are still to come and the engine is not waiting for us
@@ -200,7 +200,7 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   absl::Status failed_ ABSL_GUARDED_BY(mutex_);
   absl::Status closed_ ABSL_GUARDED_BY(mutex_);
   std::vector<Transfer*> transfers_ ABSL_GUARDED_BY(mutex_);
-  int told_ ABSL_GUARDED_BY(mutex_) = 0;  // pulls that there were
+  int told_ ABSL_GUARDED_BY(mutex_) = 0;  // pulls, of what opens the region
   std::function<void()> on_slot_free_ ABSL_GUARDED_BY(mutex_);
   SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
 };

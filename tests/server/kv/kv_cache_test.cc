@@ -296,7 +296,8 @@ TEST_F(SegmentCacheTest, WithoutBlocksItLiesThereFromTheStart) {
 
 TEST_F(SegmentCacheTest, WhoReleasesItSpeaksForOnePullThatWasTold) {
   for (const auto& [told, untold, said, believed] :
-       {std::tuple(0, 0, true, true), std::tuple(1, 3, true, true), std::tuple(1, 0, false, false),
+       {std::tuple(0, 0, false, true), std::tuple(0, 2, false, true), std::tuple(0, 0, true, true),
+        std::tuple(1, 3, true, true), std::tuple(1, 0, false, false),
         std::tuple(2, 0, true, false)}) {
     std::shared_ptr<Region> region = *shm_->Create(geometry_.region_bytes());
     auto cache = KvCache::CreateIn(region, nullptr, *pool_, geometry_);
