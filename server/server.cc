@@ -326,7 +326,7 @@ absl::Status Server::StartGrpc() {
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
                              kPeersKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsPerConnectionMax);
-  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  builder.SetMaxReceiveMessageSize(MessageBytesMax(Infos(), limits_));
   builder.RegisterService(prefill_service_.get());
   builder.RegisterService(handoff_service_.get());
   builder.RegisterService(model_service_.get());

@@ -26,7 +26,8 @@ namespace prefilld {
 // The most payload bytes one chunk may carry.
 inline constexpr size_t kMaxChunkBytes = size_t{1} << 20;
 
-// A receive limit (SetMaxReceiveMessageSize) that fits every chunk and every other message.
+// A receive limit (SetMaxReceiveMessageSize) that fits every chunk and every other message but a
+// Prefill of some hundred thousand tokens.
 inline constexpr int kMaxMessageBytes = static_cast<int>(kMaxChunkBytes) + (64 << 10);
 
 // `outer_field`: where the chunk lies in its message.

@@ -1,11 +1,14 @@
 #include "server/rpc/validate.h"
 
+#include <google/protobuf/io/coded_stream.h>
+
 #include <algorithm>
 
 #include "absl/random/random.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "proto/wire/chunk.h"
 #include "server/record/errors.h"
 #include "server/rpc/messages.h"
 
@@ -18,6 +21,19 @@ int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits, bool
   const int64_t holds = in_segment ? cache.TokensInRegion(limits.kv.segment_bytes)
                                    : cache.TokensInBlocks(limits.kv.blocks, retain);
   return std::min({info.max_positions, limits.prompt_tokens_max, holds});
+}
+
+int MessageBytesMax(const ModelInfos& models, const RequestLimits& limits) {
+  constexpr int64_t kBesides = 64 << 10;  // of a request: far more than it has
+  int64_t most = kMaxMessageBytes;
+  for (const ModelInfo* info : models) {
+    const auto last_id = static_cast<uint32_t>(info->vocab_size - 1);
+    const auto id_bytes = google::protobuf::io::CodedOutputStream::VarintSize32(last_id);
+    most = std::max(
+        most, PromptTokensMax(*info, limits, /*retain=*/false) * static_cast<int64_t>(id_bytes) +
+                  kBesides);
+  }
+  return static_cast<int>(most);
 }
 
 std::string NewId() {

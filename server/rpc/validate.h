@@ -40,6 +40,9 @@ inline constexpr int kSequencesMax = 1024;  // of one Attend
 int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits, bool retain = true,
                         Transport transport = Transport::kGrpc);
 
+// The largest message that is taken: a chunk, or the longest prompt, whose token IDs are varints.
+int MessageBytesMax(const ModelInfos& models, const RequestLimits& limits);
+
 struct ValidAttend {
   std::shared_ptr<Job> job;  // without buffers and sink
   Transport transport = Transport::kGrpc;

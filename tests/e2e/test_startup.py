@@ -141,6 +141,26 @@ def test_what_is_advertised_is_served_and_no_more(start_server, tiny):
         assert (told["limit"], told["needs"]) == ("kv_memory", "--kv_memory=64MiB")
 
 
+def test_the_longest_prompt_fits_into_a_message(start_server, tmp_path):
+    tokens = 2**20
+    model = checkpoints.Checkpoint.create(tmp_path / "long", num_hidden_layers=1,
+                                          max_position_embeddings=tokens)
+    with start_server(f"--max_prompt_tokens={tokens}", "--kv_memory=1GiB",
+                      models=[("long", model.directory)]) as server:
+        assert longest(server, "long") == tokens
+        ids = [model.config["vocab_size"] - 1] * tokens  # two bytes each
+
+        def validate(token_ids):
+            prefilling.Prefill(server.prefill, prefilling.request(
+                token_ids, model="long", validate_only=True)).finish()
+
+        validate(ids)
+        with harness.refused(grpc.StatusCode.INVALID_ARGUMENT, "token_ids"):
+            validate([*ids, 0])
+        with harness.refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            validate(ids + ids[:100_000])
+
+
 def test_a_limit_that_fits_is_taken(start_server, tiny):
     with start_server("--kv_memory=4MiB", "--max_prompt_tokens=1000",
                       models=[("tiny", tiny.directory)]) as server:
