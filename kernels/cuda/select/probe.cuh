@@ -50,7 +50,7 @@ inline size_t ProbeBytes(const Problem& problem) {
 
 constexpr int kPool = 32;  // tokens of a pool: 16 choose a little better, 64 worse
 // Mean keys of pools of 32 tokens, [kv_heads][slots * block_size / 32][head_dim], in FP16 and less
-// what all keys of a sequence share; those of F32 in F32, as they are.
+// the mean of one of them, in the middle of the sequence; those of F32 in F32, as they are.
 inline size_t PooledKeyBytes(const Problem& problem) {
   return static_cast<size_t>(problem.kv_heads) * BlockSlots(problem) *
          (problem.block_size / kPool) * problem.head_dim * SizeOf(problem.dtype);
