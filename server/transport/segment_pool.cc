@@ -1,6 +1,7 @@
 #include "server/transport/segment_pool.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
 
@@ -66,7 +67,7 @@ void SegmentPool::Close() {
 void SegmentPool::Stop() {
   Close();
   filler_.Stop();
-  zeroer_.Stop();
+  zeroers_.Stop();
 }
 
 std::shared_ptr<Region> SegmentPool::Register(std::shared_ptr<Region> region) {
@@ -180,8 +181,7 @@ void SegmentPool::Renew(std::shared_ptr<Region> region) {
     changing_ += bytes;
     if (region->unmapped() && !closed_) {
       zeroing_.insert(bytes);
-      return zeroer_.Post(
-          [this, region = std::move(region)]() mutable { Zero(std::move(region)); });
+      return Zero(std::move(region));
     }
   }
   region.reset();
@@ -193,8 +193,19 @@ void SegmentPool::Renew(std::shared_ptr<Region> region) {
 }
 
 void SegmentPool::Zero(std::shared_ptr<Region> region) {
+  constexpr uint64_t kPieceBytes = uint64_t{64} << 20;
   const uint64_t bytes = region->bytes();
-  std::memset(region->data(), 0, bytes);
+  const auto left = std::make_shared<std::atomic<uint64_t>>((bytes - 1) / kPieceBytes + 1);
+  for (uint64_t begin = 0; begin < bytes; begin += kPieceBytes) {
+    zeroers_.Post([this, region, left, begin, size = std::min(kPieceBytes, bytes - begin)] {
+      std::memset(region->data() + begin, 0, size);
+      if (left->fetch_sub(1) == 1) Zeroed(region);
+    });
+  }
+}
+
+void SegmentPool::Zeroed(std::shared_ptr<Region> region) {
+  const uint64_t bytes = region->bytes();
   region->SetUnmapped(false);
   absl::MutexLock lock(&mutex_);
   changing_ -= bytes;

@@ -96,7 +96,8 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   bool MakeRoom(uint64_t bytes, std::vector<Member>* out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   uint64_t Free() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   void Renew(std::shared_ptr<Region> region);
-  void Zero(std::shared_ptr<Region> region);
+  void Zero(std::shared_ptr<Region> region) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Zeroed(std::shared_ptr<Region> region);
   void FillOne();
   bool AwaitQuiet();  // false: closed
 
@@ -115,7 +116,8 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   SteadyTime begin_ ABSL_GUARDED_BY(mutex_);
   bool told_filled_ ABSL_GUARDED_BY(mutex_) = false, told_short_ ABSL_GUARDED_BY(mutex_) = false;
   WorkPool filler_{1};
-  WorkPool zeroer_{1};  // its own, as the filler may wait
+  // Its own, as the filler may wait. One thread writes some 10 GB/s, and the next prompt waits.
+  WorkPool zeroers_{4};
 };
 
 }  // namespace prefilld
