@@ -15,6 +15,7 @@ namespace prefilld {
 namespace {
 
 int Fail(const absl::Status& status) {
+  FlushLog();  // what it is about comes first
   std::fprintf(stderr, "prefilld: %s\n", std::string(status.message()).c_str());
   return 1;
 }
@@ -47,10 +48,12 @@ int Run(int argc, char** argv) {
     sigwait(&stop, &again);
     server.RemoveSegments();
     Log(Level::kWarning, "killed", {{"signal", again}});
+    FlushLog();
     _exit(1);
   }).detach();
   (*server)->Drain();
   Log(Level::kInfo, "stopped");
+  FlushLog();
   // Nothing is left to save, and taking gRPC apart can take it ten seconds after a peer was killed.
   _exit((*server)->device_lost() ? 1 : 0);
 }

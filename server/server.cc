@@ -123,6 +123,8 @@ Server::Server(Config config) : config_(std::move(config)) {}
 // Before the models: who waits for the server sees how far it is.
 absl::Status Server::StartHttp() {
   metrics_.on_scrape = [this](Metrics& metrics) {
+    metrics.log_lines_dropped.Increment(static_cast<double>(LogLinesDropped()) -
+                                        metrics.log_lines_dropped.Value());
     for (const Device::Memory& memory : backend_->device().memory()) {
       metrics.SetGpuMemory(memory.kind, memory.bytes);
     }
@@ -386,6 +388,7 @@ void Server::EndStalled(const StalledStep& step) {
   metrics_.ready.Set(0);
   absl::SleepFor(kWatchInterval);  // for those who watch it
   RemoveSegments();
+  FlushLog();
   _exit(1);
 }
 

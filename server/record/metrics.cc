@@ -109,6 +109,9 @@ Metrics::Metrics()
           Gauges(*registry_, "prefilld_leases_active", "Leases that live: granted and not ended")
               .Add({})),
       ready(Gauges(*registry_, "prefilld_ready", "1 while new work is taken").Add({})),
+      log_lines_dropped(Counters(*registry_, "prefilld_log_lines_dropped_total",
+                                 "Lines that found the queue to stderr full: its reader is slow")
+                            .Add({})),
       requests_(Counters(*registry_, "prefilld_requests_total", "Finished calls")),
       request_duration_(
           Histograms(*registry_, "prefilld_request_duration_seconds", "Length of a call")),

@@ -85,7 +85,8 @@ struct Metrics {
   void GpuFault(std::string_view kind);                 // one of Device::kFaultKinds; by the engine
   void SetGpuMemory(const char* kind, uint64_t bytes);  // one of Device::memory's; by on_scrape
 
-  prometheus::Gauge& ready;  // 1 while the server takes new work
+  prometheus::Gauge& ready;                // 1 while the server takes new work
+  prometheus::Counter& log_lines_dropped;  // by on_scrape
 
   // Runs before every collection, to set what is only looked at then. Set before serving.
   std::function<void(Metrics&)> on_scrape;

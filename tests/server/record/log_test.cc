@@ -1,6 +1,7 @@
 #include "server/record/log.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <sstream>
 #include <string>
@@ -9,6 +10,11 @@
 
 namespace prefilld {
 namespace {
+
+std::string Captured() {
+  EXPECT_TRUE(FlushLog());
+  return testing::internal::GetCapturedStderr();
+}
 
 std::vector<nlohmann::json> Lines(const std::string& text) {
   std::vector<nlohmann::json> lines;
@@ -21,7 +27,7 @@ TEST(Log, WritesOneJsonObjectALine) {
   testing::internal::CaptureStderr();
   Log(Level::kInfo, "first", {{"request_id", "a\nb"}, {"tokens", 7600}});
   Log(Level::kError, "second");
-  const auto lines = Lines(testing::internal::GetCapturedStderr());
+  const auto lines = Lines(Captured());
   ASSERT_EQ(lines.size(), 2u);
   EXPECT_EQ(lines[0]["event"], "first");
   EXPECT_EQ(lines[0]["level"], "info");
@@ -34,7 +40,7 @@ TEST(Log, WritesOneJsonObjectALine) {
 TEST(Log, SurvivesBytesThatAreNoUtf8) {
   testing::internal::CaptureStderr();
   Log(Level::kInfo, "event", {{"message", "\xff\xfe"}});
-  EXPECT_EQ(Lines(testing::internal::GetCapturedStderr()).size(), 1u);
+  EXPECT_EQ(Lines(Captured()).size(), 1u);
 }
 
 TEST(Log, LinesOfThreadsDoNotMix) {
@@ -46,7 +52,42 @@ TEST(Log, LinesOfThreadsDoNotMix) {
     });
   }
   for (auto& thread : threads) thread.join();
-  EXPECT_EQ(Lines(testing::internal::GetCapturedStderr()).size(), 800u);
+  EXPECT_EQ(Lines(Captured()).size(), 800u);
+}
+
+// stderr is a pipe that nobody reads: whoever logs goes on, and in the end the lines are there, but
+// for those that the queue had no room for, which are counted.
+TEST(Log, WaitsForNoReader) {
+  int pipe_ends[2];
+  ASSERT_EQ(pipe(pipe_ends), 0);
+  const int before = dup(STDERR_FILENO);
+  dup2(pipe_ends[1], STDERR_FILENO);
+  close(pipe_ends[1]);
+  const uint64_t dropped_before = LogLinesDropped();
+  constexpr int kLines = 3000;
+  for (int i = 0; i < kLines; ++i) {
+    Log(Level::kInfo, "event", {{"number", i}, {"text", std::string(2000, 'x')}});
+  }
+  EXPECT_FALSE(FlushLog(absl::Milliseconds(10)));
+  const uint64_t dropped = LogLinesDropped() - dropped_before;
+  EXPECT_GT(dropped, 0u);
+  EXPECT_LT(dropped, kLines / 2u) << "the queue holds more than that";
+
+  std::string text;
+  std::thread reader([&] {
+    char some[1 << 16];
+    for (ssize_t n; (n = read(pipe_ends[0], some, sizeof some)) > 0;) text.append(some, n);
+  });
+  EXPECT_TRUE(FlushLog(absl::Seconds(20)));
+  dup2(before, STDERR_FILENO);  // the last writing end: the reader ends
+  close(before);
+  reader.join();
+  close(pipe_ends[0]);
+  const auto lines = Lines(text);
+  ASSERT_EQ(lines.size(), kLines - dropped + 1);
+  for (size_t i = 0; i + 1 < lines.size(); ++i) ASSERT_EQ(lines[i]["number"], i);
+  EXPECT_EQ(lines.back()["event"], "log_lines_dropped");
+  EXPECT_EQ(lines.back()["lines"], dropped);
 }
 
 }  // namespace
