@@ -36,20 +36,24 @@ cuda: packages  ## the programs with the CUDA kernels, or an error where there i
 .PHONY: test
 test: build build/venv/.complete  ## unit tests, those that need a GPU, then end-to-end tests; ends with their counts
 	@rm -rf $(REPORTS) && mkdir $(REPORTS)
-	@trap '$(PYTHON) tests/summary.py $(REPORTS)' EXIT; \
+	@worst=0; \
 	for label in unit gpu e2e; do \
-		ctest --test-dir build --output-on-failure --no-tests=ignore -L $$label --output-junit test-reports/ctest-$$label.xml; \
-	done
+		[ $$label = gpu ] && none=ignore || none=error; \
+		ctest --test-dir build --output-on-failure --no-tests=$$none -L $$label --output-junit test-reports/ctest-$$label.xml \
+			|| worst=$$(( $$? > worst ? $$? : worst )); \
+	done; \
+	$(PYTHON) tests/summary.py $(REPORTS); \
+	exit $$worst
 
 .PHONY: test-vllm
 test-vllm: programs build/vllm-venv/.complete $(MODEL)  ## vLLM and transformers on prefilld's KV; installs 6 GB, asks first (YES=1: does not)
-	@ctest --test-dir build --output-on-failure -L vllm
+	@ctest --test-dir build --output-on-failure --no-tests=error -L vllm
 
 .PHONY: test-sanitized
 test-sanitized: packages  ## unit tests under the address and undefined-behaviour sanitizers
 	@cmake --preset dev
 	@cmake --build --preset dev -j$(JOBS)
-	@ctest --preset dev
+	@ctest --preset dev --no-tests=error
 
 .PHONY: sanitize-gpu
 sanitize-gpu: configured  ## the small GPU tests under compute-sanitizer's memcheck, racecheck and synccheck

@@ -33,27 +33,79 @@ def help_of(*command):
                           check=True, timeout=60).stdout
 
 
-def flags_in(text):
-    """--kv_memory of "--kv_memory=8GiB", not the middle of a word or of a rule of dashes."""
-    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+def flags_of_script(path):
+    """Of its help; of its source where it needs torch before it answers."""
+    try:
+        return defined_in(help_of(sys.executable, path))
+    except subprocess.CalledProcessError as error:
+        if "No module named 'torch'" not in error.stderr:
+            raise
+        return declared_in(path.read_text())
 
 
-def benchmarks():
-    return [path for folder in ("bench", "vllm") for path in (ROOT / "tests" / folder).rglob("*")
-            if path.suffix in (".py", ".cc")]
+def defined_in(help_text):
+    """What has a line of its own, not what such a line mentions."""
+    return set(re.findall(r"^  (?:-\w, ?)?(--[a-z][\w-]*)", help_text, re.M))
 
 
-def test_every_flag_exists():
-    ours = flags_in(help_of(harness.PREFILLD)) | flags_in(help_of(sys.executable, ROUTER))
-    for command in COMMANDS:
-        ours |= flags_in(help_of(harness.PREFILLCTL, command))
-    ours |= flags_in(help_of(harness.PREFILLCTL))
-    for path in benchmarks():
-        ours |= set(re.findall(r'"(--[a-z][\w-]*)', path.read_text()))
-    others = set().union(*OTHERS_FLAGS.values())
-    named = flags_in(text_of())
-    assert named - ours - others == set(), "named in a document, and no program has it"
-    assert others <= named, "OTHERS_FLAGS has what no document names"
+def declared_in(source):
+    """What is declared to argparse or CLI11, not what is passed on to another program."""
+    return set(re.findall(r'\badd(?:_argument|_option|_flag)?\(\s*"(--[a-z][\w-]*)"', source))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The flags of each program, ours and others'."""
+    result = {"prefilld": defined_in(help_of(harness.PREFILLD)),
+              "prefillctl": defined_in(help_of(harness.PREFILLCTL)).union(
+                  *(defined_in(help_of(harness.PREFILLCTL, command)) for command in COMMANDS))}
+    for folder in ("tests/bench", "tests/vllm", "client/python/examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if "parse_args(" in path.read_text():
+                result[path.name] = flags_of_script(path)
+        for path in (ROOT / folder).rglob("*.cc"):
+            if "CLI11_PARSE" in (source := path.read_text()):
+                result[path.stem] = declared_in(source)
+    return result | OTHERS_FLAGS
+
+
+def named_flags(text, programs):
+    """(program, flag), the program that the line or the quoted code names last before, or None."""
+    names = "|".join(map(re.escape, programs))
+    word = re.compile(rf"(?<![\w-])(?:({names})(?=\s)|(--[a-z][\w-]*))")
+    for line in re.split(r"[`\n]", text.replace("\\\n", " ")):
+        program = None
+        for name, flag in word.findall(line):
+            program = name or program
+            if flag:
+                yield program, flag
+
+
+def unknown_flags(text, programs):
+    known = programs | {None: set().union(*programs.values())}
+    return {(program, flag) for program, flag in named_flags(text, programs)
+            if flag not in known[program]}
+
+
+def test_every_flag_exists(programs):
+    assert unknown_flags(text_of(), programs) == set()
+    named = set(named_flags(text_of(), programs))
+    assert {(name, flag) for name, flags in OTHERS_FLAGS.items() for flag in flags} <= named
+
+
+def test_a_flag_is_looked_for_where_it_is_named(programs):
+    assert all(programs.values())
+    for text, unknown in (
+            ("build/prefilld --lease_ttl=1m --gamma=0.9", {("prefilld", "--gamma")}),
+            ("prefillctl prefill \\\n  --stall_timeout=1s", {("prefillctl", "--stall_timeout")}),
+            ("`tests/bench/attention/open_method.py --attend_memory=1GiB --rounds=2`",
+             {("open_method.py", "--attend_memory")}),
+            ("build/tests/model_bench --structured  # random_model.py --dir=D --structured",
+             {("random_model.py", "--structured")}),
+            ("of a prefilld or whoever: `--lease_ttl`, `--structured`, `--before`", set()),
+            ("only passed on: `--forceflush`, `--no-enable-prefix-caching`",
+             {(None, "--forceflush"), (None, "--no-enable-prefix-caching")})):
+        assert unknown_flags(text, programs) == unknown
 
 
 def test_every_metric_exists(server):
