@@ -1,6 +1,10 @@
 """Metrics that move, the report of every head, the log, health and reflection."""
 
+import fcntl
 import json
+import os
+import struct
+import termios
 
 import grpc
 import numpy as np
@@ -279,3 +283,28 @@ def test_reflection_lists_the_services(server):
     for service in ("PrefillService", "KvHandoffService", "ModelService"):
         assert f"prefilld.v1.{service}".encode() in answer
     assert b"grpc.health.v1.Health" in answer
+
+
+def test_nobody_waits_for_who_reads_the_log(tiny, tmp_path):
+    """stderr is a pipe whose reader has stopped: it fills, and the server serves and ends."""
+    pipe = tmp_path / "stderr"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with harness.Server(log_path=pipe, models=[("tiny", tiny.directory)]) as server:
+            def unread():
+                return struct.unpack("i", fcntl.ioctl(reader, termios.FIONREAD, b"\0" * 4))[0]
+
+            before = -1
+            while unread() > before:  # as long as lines still go in
+                before = unread()
+                for _ in range(20):
+                    with prefilling.prefilled(server, [1, 2, 3]):
+                        pass
+            for _ in range(20):
+                with prefilling.prefilled(server, [1, 2, 3]) as done:
+                    assert done.summary
+            assert before > 30_000, "it is full"
+            assert server.metric("prefilld_log_lines_dropped_total") == 0, "they wait in memory"
+    finally:
+        os.close(reader)
