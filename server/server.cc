@@ -26,6 +26,7 @@ namespace {
 constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
+constexpr absl::Duration kGoodbye = absl::Seconds(1);  // for answers on their way to the socket
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
@@ -304,6 +305,7 @@ absl::Status Server::StartGrpc() {
                             .scheduler = *scheduler_,
                             .prefills = prefills_,
                             .attends = attends_,
+                            .calls = calls_,
                             .reports = reports_,
                             .metrics = metrics_,
                             .memory = memory_,
@@ -404,11 +406,12 @@ void Server::Drain() {
   if (segments_) segments_->Close();
   const bool idle = scheduler_->WaitIdle(deadline);
   const bool leases_ended = leases_->WaitEmpty(deadline);
-  // What still sends its last bytes may do so until the deadline.
-  grpc_->Shutdown(absl::ToChronoTime(deadline));
+  const bool calls_ended = calls_.WaitNone(deadline);  // what still sends its last bytes
+  // Those who watch the health would stay until the deadline.
+  grpc_->Shutdown(absl::ToChronoTime(std::min(deadline, absl::Now() + kGoodbye)));
   RemoveSegments();
-  Log(idle && leases_ended ? Level::kInfo : Level::kWarning, "drained",
-      {{"idle", idle}, {"leases_ended", leases_ended}});
+  Log(idle && leases_ended && calls_ended ? Level::kInfo : Level::kWarning, "drained",
+      {{"idle", idle}, {"leases_ended", leases_ended}, {"calls_ended", calls_ended}});
 }
 
 void Server::RemoveSegments() {

@@ -63,6 +63,7 @@ class Server {
   Metrics metrics_;
   ReportTable reports_;
   LiveIds attends_;
+  LiveCalls calls_;
   PrefillRegistry prefills_;
   std::unique_ptr<Backend> backend_;
   Models models_;

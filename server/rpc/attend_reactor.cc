@@ -24,7 +24,7 @@ AttendReactor::AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* conte
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
-      record_(rpc.metrics, "Attend") {}
+      record_(rpc.metrics, "Attend", &rpc.calls) {}
 
 void AttendReactor::OnReadDone(bool ok) {
   bool header = false;

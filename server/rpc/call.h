@@ -1,13 +1,16 @@
-// What all calls have in common: they are counted once, at their end, and their deadline is read
-// from the call.
+// What all calls have in common: they are counted while they live and once at their end, and their
+// deadline is read from the call.
 #pragma once
 
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
+#include <cstdint>
 #include <utility>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "server/job.h"
@@ -16,10 +19,39 @@
 
 namespace prefilld {
 
+// How many streams of this server's services live: of others, such as health's Watch, some have no
+// end. Thread-safe.
+class LiveCalls {
+ public:
+  void Add(int more) {
+    absl::MutexLock lock(&mutex_);
+    count_ += more;
+  }
+  // Blocks until none lives, or the deadline: false.
+  bool WaitNone(absl::Time deadline) const {
+    absl::MutexLock lock(&mutex_);
+    const auto none = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return count_ == 0; };
+    return mutex_.AwaitWithDeadline(absl::Condition(&none), deadline);
+  }
+
+ private:
+  mutable absl::Mutex mutex_;
+  int64_t count_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
 // One call from its arrival to its end. Not thread-safe.
 class CallRecord {
  public:
-  CallRecord(Metrics& metrics, const char* method) : metrics_(metrics), method_(method) {}
+  // live: that a stream is counted in, as long as its record lives.
+  CallRecord(Metrics& metrics, const char* method, LiveCalls* live = nullptr)
+      : metrics_(metrics), method_(method), live_(live) {
+    if (live_ != nullptr) live_->Add(1);
+  }
+  CallRecord(const CallRecord&) = delete;
+  CallRecord& operator=(const CallRecord&) = delete;
+  ~CallRecord() {
+    if (live_ != nullptr) live_->Add(-1);
+  }
 
   absl::Duration age() const { return Since(begin_); }
   // Counts the call and returns what to finish it with. Once.
@@ -32,6 +64,7 @@ class CallRecord {
  private:
   Metrics& metrics_;
   const char* const method_;
+  LiveCalls* const live_;
   const SteadyTime begin_ = SteadyNow();
 };
 

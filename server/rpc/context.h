@@ -13,6 +13,7 @@
 #include "server/model/transformer.h"
 #include "server/record/metrics.h"
 #include "server/record/reports.h"
+#include "server/rpc/call.h"
 #include "server/rpc/live_ids.h"
 #include "server/rpc/prefill_registry.h"
 #include "server/rpc/validate.h"
@@ -39,6 +40,7 @@ struct RpcContext {
   Scheduler& scheduler;
   PrefillRegistry& prefills;
   LiveIds& attends;
+  LiveCalls& calls;
   ReportTable& reports;
   Metrics& metrics;
   // Takes memory from the system and gives it back, which may take a second a gigabyte. Shared with

@@ -28,7 +28,7 @@ PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerConte
 }
 
 PrefillReactor::PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
-    : rpc_(rpc), deadline_(DeadlineOf(*context)), record_(rpc.metrics, "Prefill") {}
+    : rpc_(rpc), deadline_(DeadlineOf(*context)), record_(rpc.metrics, "Prefill", &rpc.calls) {}
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
     const v1::PrefillRequest& request) {

@@ -29,7 +29,7 @@ PullReactor::PullReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
-      record_(rpc.metrics, "PullKv") {}
+      record_(rpc.metrics, "PullKv", &rpc.calls) {}
 
 absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
   v1::PullKvRequest request;

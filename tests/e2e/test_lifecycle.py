@@ -127,6 +127,16 @@ def test_the_drain_timeout_bounds_the_wait(start_server, tiny):
     assert time.monotonic() - started < 4
 
 
+def test_who_watches_the_health_does_not_hold_the_drain(start_server):
+    server = start_server("--drain_timeout=10m")
+    with server.new_channel() as channel:
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch", response_deserializer=bytes,
+                                     request_serializer=bytes)(b"")
+        assert next(watch) == b"\x08\x01", "serving"
+        server.process.send_signal(signal.SIGTERM)
+        ended(server)
+
+
 def test_connections_that_say_nothing_do_not_hold_the_server(own_server):
     host, port = own_server.target.split(":")
     http_host, http_port = own_server.http.split(":")

@@ -269,6 +269,7 @@ class AttendOnDeviceTest : public testing::Test {
   Metrics metrics_;
   ReportTable reports_;
   LiveIds attends_;
+  LiveCalls calls_;
   PrefillRegistry prefills_;
   Models models_;
   static Media OpenMedia(Device& device) {
@@ -283,8 +284,8 @@ class AttendOnDeviceTest : public testing::Test {
   LeaseTable leases_{{}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {.attend_bytes_max = 32 << 20}};
-  RpcContext rpc_{backend_,  models_,  media_,   nullptr,  nullptr, leases_,    scheduler_,
-                  prefills_, attends_, reports_, metrics_, memory_, transfers_, {}};
+  RpcContext rpc_{backend_, models_, media_,   nullptr,  nullptr, leases_,    scheduler_, prefills_,
+                  attends_, calls_,  reports_, metrics_, memory_, transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   int port_ = 0;

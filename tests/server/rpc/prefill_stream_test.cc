@@ -65,6 +65,7 @@ class PrefillStreamTest : public testing::Test {
   Metrics metrics_;
   ReportTable reports_;
   LiveIds attends_;
+  LiveCalls calls_;
   PrefillRegistry prefills_;
   Models models_;
   Media media_;
@@ -77,8 +78,9 @@ class PrefillStreamTest : public testing::Test {
   }}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_;
-  RpcContext rpc_{backend_,  models_,  media_,   pool_.get(), nullptr, leases_,    scheduler_,
-                  prefills_, attends_, reports_, metrics_,    memory_, transfers_, {}};
+  RpcContext rpc_{backend_, models_,    media_,    pool_.get(), nullptr,
+                  leases_,  scheduler_, prefills_, attends_,    calls_,
+                  reports_, metrics_,   memory_,   transfers_,  {}};
 };
 
 TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {
