@@ -154,13 +154,14 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Endpoint& li
   auto parts = std::make_unique<Parts>(metrics, reports);
   CivetCallbacks callbacks;
   callbacks.log_message = DropMessage;
+  // A connection has a thread, also one that says nothing: many threads, and not for long.
   const std::vector<std::string> options = {
       "listening_ports",
       listen.host == "localhost" ? absl::StrCat("127.0.0.1:", listen.port) : listen.ToString(),
       "num_threads",
-      "4",
+      "16",
       "request_timeout_ms",
-      "10000"};
+      "2000"};
   try {
     parts->civet = std::make_unique<CivetServer>(options, &callbacks);
   } catch (const CivetException&) {

@@ -141,8 +141,9 @@ def test_connections_that_say_nothing_do_not_hold_the_server(own_server):
     host, port = own_server.target.split(":")
     http_host, http_port = own_server.http.split(":")
     quiet = [socket.create_connection((host, int(port))) for _ in range(5)]
-    quiet += [socket.create_connection((http_host, int(http_port))) for _ in range(3)]
+    quiet += [socket.create_connection((http_host, int(http_port))) for _ in range(12)]
     quiet[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert own_server.metric("prefilld_ready") == 1
     with prefilling.prefilled(own_server, [1, 2, 3]) as done:
         assert done.summary
     for connection in quiet:
