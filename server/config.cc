@@ -288,6 +288,10 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   }
   if (absl::Status status = AddModels(models, &config.models); !status.ok()) return status;
   if (absl::Status status = CheckExposure(config, insecure_listen); !status.ok()) return status;
+  if (config.listen.port > 0 && config.listen.ToString() == config.http.ToString()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--listen and --http are both ", config.http.ToString()));
+  }
   if (config.inject_fault > 0 && config.inject_hang > 0) {
     return absl::InvalidArgumentError("--inject_fault and --inject_hang exclude each other");
   }

@@ -1,12 +1,15 @@
-// prefilld: flags -> Config -> Server::Start -> wait for SIGTERM or SIGINT -> drain -> exit 0, or 1
+// prefilld: flags -> Config -> Server::Start -> wait for a signal to stop -> drain -> exit 0, or 1
 // when a fault took the device.
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <memory>
 #include <thread>
 
+#include "absl/synchronization/notification.h"
 #include "server/config.h"
 #include "server/record/log.h"
 #include "server/server.h"
@@ -20,6 +23,14 @@ int Fail(const absl::Status& status) {
   return 1;
 }
 
+// A connection is a descriptor, and so is a segment: as many as may be had.
+void RaiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 int Run(int argc, char** argv) {
   auto parsed = ParseConfig(argc, argv);
   if (!parsed.ok()) return Fail(parsed.status());
@@ -28,29 +39,38 @@ int Run(int argc, char** argv) {
   // Before the first thread, so that every thread inherits it and only sigwait sees the signals.
   sigset_t stop;
   sigemptyset(&stop);
-  sigaddset(&stop, SIGTERM);
-  sigaddset(&stop, SIGINT);
+  for (const int signal_number : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&stop, signal_number);
   pthread_sigmask(SIG_BLOCK, &stop, nullptr);
+  RaiseDescriptorLimit();
   signal(SIGPIPE, SIG_IGN);
   signal(SIGXFSZ, SIG_IGN);  // ulimit -f: a segment over it is refused, that is all
 
+  std::atomic<Server*> running = nullptr;
+  absl::Notification stopped;
+  std::thread([&] {
+    int signal_number = 0;
+    sigwait(&stop, &signal_number);
+    if (running == nullptr) {  // nobody is served yet: nothing is left to do
+      Log(Level::kInfo, "stopped", {{"signal", signal_number}, {"while", "starting"}});
+      FlushLog();
+      _exit(0);
+    }
+    stopped.Notify();
+    sigwait(&stop, &signal_number);  // a second one does not wait for anybody
+    running.load()->RemoveSegments();
+    Log(Level::kWarning, "killed", {{"signal", signal_number}});
+    FlushLog();
+    _exit(1);
+  }).detach();
+
   auto server = Server::Start(parsed->config);
-  if (!server.ok()) return Fail(server.status());
+  if (!server.ok()) _exit(Fail(server.status()));  // the thread above has what is on this stack
+  running = server->get();
   std::printf("listening on %s\nhttp on %s\n", (*server)->grpc_endpoint().ToString().c_str(),
               (*server)->http_endpoint().ToString().c_str());
   std::fflush(stdout);
 
-  int signal_number = 0;
-  sigwait(&stop, &signal_number);
-  // A second signal does not wait for anybody.
-  std::thread([stop, &server = **server] {
-    int again = 0;
-    sigwait(&stop, &again);
-    server.RemoveSegments();
-    Log(Level::kWarning, "killed", {{"signal", again}});
-    FlushLog();
-    _exit(1);
-  }).detach();
+  stopped.WaitForNotification();
   (*server)->Drain();
   Log(Level::kInfo, "stopped");
   FlushLog();

@@ -2,9 +2,12 @@
 
 #include <netdb.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -29,6 +32,26 @@ int BindTo(const addrinfo& address) {
   return -1;
 }
 
+// A name in the host's abstract sockets (of its network namespace, as ports are), which one process
+// has at a time and which ends with it. -1: see errno.
+int Claim(const Endpoint& endpoint) {
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0 || endpoint.port == 0) return fd;
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::string name = absl::StrCat("prefilld listens on ", endpoint.ToString());
+  const size_t length = std::min(name.size(), sizeof address.sun_path - 1);
+  std::memcpy(address.sun_path + 1, name.data(), length);  // behind a zero: abstract
+  const auto bytes = offsetof(sockaddr_un, sun_path) + 1 + length;
+  if (bind(fd, reinterpret_cast<const sockaddr*>(&address), static_cast<socklen_t>(bytes)) == 0) {
+    return fd;
+  }
+  const int why = errno;
+  close(fd);
+  errno = why;
+  return -1;
+}
+
 }  // namespace
 
 absl::StatusOr<HeldPort> HeldPort::Take(const Endpoint& endpoint) {
@@ -45,15 +68,22 @@ absl::StatusOr<HeldPort> HeldPort::Take(const Endpoint& endpoint) {
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> addresses(found, freeaddrinfo);
   HeldPort held;
   int why = 0;
+  bool bound = false;
+  if (const int fd = Claim(endpoint); fd >= 0) {
+    held.fds_.push_back(fd);
+  } else if (errno == EADDRINUSE) {
+    return refuse("another prefilld, which is still starting, will");
+  }
   for (const addrinfo* address = found; address != nullptr; address = address->ai_next) {
     if (const int fd = BindTo(*address); fd >= 0) {
       held.fds_.push_back(fd);
+      bound = true;
     } else if (why = errno; why == EADDRINUSE) {
       return refuse(std::strerror(why));
     }
   }
   // A host may have names for addresses of a kind that this one lacks.
-  if (held.fds_.empty()) return refuse(std::strerror(why));
+  if (!bound) return refuse(std::strerror(why));
   return held;
 }
 

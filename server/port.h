@@ -1,6 +1,6 @@
 // A TCP port that is kept while there is nothing to serve on it yet: what is wrong with an address
-// is told before minutes of loading, and nobody else gets it meanwhile, but for a process that
-// shares addresses (SO_REUSEADDR, as another prefilld would) and listens first.
+// is told before minutes of loading, and nobody else gets it meanwhile, no other prefilld either,
+// but for a process of another kind that shares addresses (SO_REUSEADDR) and listens first.
 #pragma once
 
 #include <utility>
@@ -25,7 +25,7 @@ class HeldPort {
 
  private:
   HeldPort() = default;
-  std::vector<int> fds_;  // one an address of the host
+  std::vector<int> fds_;  // one an address of the host, and one of the name
 };
 
 }  // namespace prefilld

@@ -18,6 +18,7 @@ constexpr int kMaxSize = 1 << 20;  // of a side of any tensor; the largest vocab
 constexpr int64_t kMaxPositions = int64_t{1} << 24;  // positions are exact in F32 up to here
 constexpr int kMaxLayers = 1024;
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxDepth = 32;          // of objects and lists in each other
 constexpr size_t kMaxShownBytes = 80;  // of a value in an error message
 
 std::string Show(const json& value) {
@@ -278,8 +279,17 @@ void CheckLayerTypes(ObjectReader& reader) {
 
 absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_view source_name) {
   const std::string source(source_name);
-  const json config = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  bool deep = false;  // what is deeper is left out: it would be walked through recursively
+  const auto keep = [&](int depth, json::parse_event_t, json&) {
+    deep |= depth > kMaxDepth;
+    return depth <= kMaxDepth;
+  };
+  const json config = json::parse(text, keep, /*allow_exceptions=*/false);
   if (!config.is_object()) return absl::InvalidArgumentError(source + ": not a JSON object");
+  if (deep) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(source, ": values lie in each other more than ", kMaxDepth, " deep"));
+  }
 
   ModelConfig out;
   ObjectReader reader(config, source + ":");
@@ -334,6 +344,15 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
     return absl::InvalidArgumentError(
         absl::StrCat(source, ": partial_rotary_factor leaves an odd number of the ", out.head_dim,
                      " channels of a head to turn"));
+  }
+  for (const int64_t tokens : {int64_t{1}, out.max_positions}) {
+    if (!CanTurn(out.rope, out.head_dim, tokens)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(source,
+                       ": rope_theta and the scaling give frequencies of which F32 makes no "
+                       "angles, for a prompt of ",
+                       tokens, " tokens"));
+    }
   }
   const absl::Status others = CheckOtherKeys(config, reader, family, source);
   if (!others.ok()) return others;

@@ -97,4 +97,12 @@ std::vector<float> InverseFrequencies(const RopeConfig& rope, int head_dim, int6
   return frequencies;
 }
 
+bool CanTurn(const RopeConfig& rope, int head_dim, int64_t tokens) {
+  constexpr float kWhole = 1 << 24;  // from there on F32 has no fraction of an angle
+  const auto turns = [&](float x) { return x > 0 && x * static_cast<float>(tokens) <= kWhole; };
+  const std::vector<float> frequencies = InverseFrequencies(rope, head_dim, tokens);
+  return std::isfinite(rope.attention_factor) && rope.attention_factor > 0 &&
+         std::all_of(frequencies.begin(), frequencies.end(), turns);
+}
+
 }  // namespace prefilld

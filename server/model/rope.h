@@ -33,5 +33,8 @@ int RotaryDim(const RopeConfig& rope, int head_dim);
 // [RotaryDim / 2]. Those of `dynamic` are of a prompt of so many tokens; up to the original length
 // they are all the same.
 std::vector<float> InverseFrequencies(const RopeConfig& rope, int head_dim, int64_t tokens = 0);
+// Whether those and attention_factor are positive numbers of which F32 can make angles: of others K
+// becomes noise or NaN.
+bool CanTurn(const RopeConfig& rope, int head_dim, int64_t tokens);
 
 }  // namespace prefilld

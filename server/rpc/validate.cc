@@ -29,9 +29,9 @@ int MessageBytesMax(const ModelInfos& models, const RequestLimits& limits) {
   for (const ModelInfo* info : models) {
     const auto last_id = static_cast<uint32_t>(info->vocab_size - 1);
     const auto id_bytes = google::protobuf::io::CodedOutputStream::VarintSize32(last_id);
-    most = std::max(
-        most, PromptTokensMax(*info, limits, /*retain=*/false) * static_cast<int64_t>(id_bytes) +
-                  kBesides);
+    most = std::max(most, PromptTokensMax(*info, limits, /*retain=*/false) *
+                                  static_cast<int64_t>(1 + id_bytes) +
+                              kBesides);
   }
   return static_cast<int>(most);
 }

@@ -40,7 +40,8 @@ inline constexpr int kSequencesMax = 1024;  // of one Attend
 int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits, bool retain = true,
                         Transport transport = Transport::kGrpc);
 
-// The largest message that is taken: a chunk, or the longest prompt, whose token IDs are varints.
+// The largest message that is taken: a chunk, or the longest prompt, whose token IDs are varints,
+// each with a tag where they are not packed.
 int MessageBytesMax(const ModelInfos& models, const RequestLimits& limits);
 
 struct ValidAttend {

@@ -4,6 +4,7 @@ until then; exit status 1, nothing on stdout."""
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -158,7 +159,7 @@ def test_the_longest_prompt_fits_into_a_message(start_server, tmp_path):
         with harness.refused(grpc.StatusCode.INVALID_ARGUMENT, "token_ids"):
             validate([*ids, 0])
         with harness.refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
-            validate(ids + ids[:100_000])
+            validate(ids + ids[:600_000])
 
 
 def test_a_limit_that_fits_is_taken(start_server, tiny):
@@ -196,6 +197,43 @@ def free_port():
 def connects(port):
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def loading(model):
+    """(process, port): it loads until it is told to stop, for its config.json is a pipe that nobody
+    writes to."""
+    (model.directory / "config.json").unlink()
+    os.mkfifo(model.directory / "config.json")
+    port, http = free_port(), free_port()
+    process = subprocess.Popen(
+        [str(harness.PREFILLD), f"--listen=127.0.0.1:{port}", f"--http=127.0.0.1:{http}",
+         "--backend=cpu", f"--model=b={model.directory}"],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    harness.eventually(lambda: connects(http))
+    yield process, port
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_server_that_loads(loading, number):
+    process, _ = loading
+    process.send_signal(number)
+    out, log = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "")
+    assert json.loads(log.splitlines()[-1])["while"] == "starting"
+
+
+def test_a_port_that_a_loading_server_will_have_is_refused_at_once(loading):
+    _, port = loading
+    start_fails(listen=f"127.0.0.1:{port}", words=["--listen", str(port), "another prefilld"])
+
+
+def test_one_port_for_both_is_refused():
+    port = free_port()
+    start_fails(listen=f"127.0.0.1:{port}", http=f"127.0.0.1:{port}",
+                words=["--listen and --http are both", str(port)])
 
 
 def test_until_all_models_are_loaded_http_alone_answers(tiny, model):

@@ -167,6 +167,22 @@ TEST(ModelConfig, OtherRopesAreRefusedByName) {
   EXPECT_THAT(Error(R"("rope_scaling": 3)"), HasSubstr("rope_scaling is 3, not an object"));
 }
 
+TEST(ModelConfig, RopesThatGiveNoNumbersAreRefused) {
+  for (const char* fields : {
+           R"("rope_theta": 1e-30)",
+           R"("rope_scaling": {"rope_type": "linear", "factor": 1e-40})",
+           R"("rope_scaling": {"rope_type": "linear", "factor": 1e300})",
+           R"("rope_scaling": {"rope_type": "dynamic", "factor": 1e17})",
+           R"("rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 4})",
+           R"("rope_scaling": {"rope_type": "yarn", "factor": 4, "attention_factor": 1e300})",
+       }) {
+    const auto config = Parse(fields);
+    EXPECT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument) << fields;
+    EXPECT_NE(config.status().message().find("frequencies"), absl::string_view::npos)
+        << config.status();
+  }
+}
+
 TEST(ModelConfig, KeysThatChangeTheMathematicsAreRefusedByName) {
   const std::pair<const char*, const char*> kKeys[] = {
       {"sliding_window", "4096"},
@@ -300,6 +316,15 @@ TEST(ModelConfig, SizesOutsideTheirBoundsAreRefused) {
   EXPECT_THAT(Error(R"("rope_theta": "x")"), HasSubstr("rope_theta"));
   EXPECT_THAT(Error(R"("tie_word_embeddings": 1)"), HasSubstr("tie_word_embeddings is 1"));
   EXPECT_THAT(Error(R"("torch_dtype": "float8")"), HasSubstr("torch_dtype = \"float8\""));
+}
+
+TEST(ModelConfig, ValuesInEachOtherHaveABound) {
+  const auto nested = [](size_t depth) {
+    return Parse("\"foo\": " + std::string(depth, '[') + std::string(depth, ']')).status();
+  };
+  EXPECT_NE(nested(32).message().find("foo"), absl::string_view::npos) << nested(32);
+  EXPECT_NE(nested(33).message().find("32 deep"), absl::string_view::npos) << nested(33);
+  EXPECT_NE(nested(300'000).message().find("32 deep"), absl::string_view::npos);
 }
 
 TEST(ModelConfig, TextThatIsNotAnObjectIsRefused) {
