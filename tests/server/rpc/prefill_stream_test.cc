@@ -122,6 +122,24 @@ TEST_F(FullQueueTest, NoRegionIsMadeForWhomTheQueueHasNoPlace) {
   EXPECT_EQ(pool_->CountByState()[0], pool_->total());
 }
 
+// Nor for a prompt that what is reserved can never hold.
+TEST_F(PrefillStreamTest, NothingIsTakenForWhatNeverFits) {
+  auto medium = std::make_unique<NoMedium>();
+  const NoMedium& asked = *medium;
+  media_[Transport::kPosixShm] = std::move(medium);
+  MemoryPlan none;
+  none.batches = 1;
+  ASSERT_TRUE(engine_.Reserve(none).ok());
+  ValidPrefill valid = Valid();
+  valid.transport = Transport::kPosixShm;
+  const auto stream = PrefillStream::Start(rpc_, valid, "content", std::make_shared<Caller>());
+  memory_->Stop();
+  EXPECT_EQ(stream.status().code(), absl::StatusCode::kInvalidArgument) << stream.status();
+  EXPECT_EQ(FactsOf(stream.status()).field, "token_ids");
+  EXPECT_EQ(asked.asked, 0);
+  EXPECT_EQ(pool_->CountByState()[0], pool_->total());
+}
+
 // Caches over posix_shm in a pool of segments.
 class SegmentsTest : public PrefillStreamTest {
  protected:
