@@ -213,11 +213,9 @@ void Server::TellLowered(const MemoryPlan& asked) const {
   for (const ModelInfo* info : Infos()) {
     const int64_t wanted = std::min(kPromptTokens, info->max_positions);
     std::vector<std::string> limits, needs;
-    for (const PromptBound& bound : BoundsOf({.asked = wanted,
-                                    .models = {info},
-                                    .kv = limits_.kv,
-                                    .kv_room = kv_room_,
-                                    .plan = asked})) {
+    const PromptLimitInputs inputs{
+        .asked = wanted, .models = {info}, .kv = limits_.kv, .kv_room = kv_room_, .plan = asked};
+    for (const PromptBound& bound : BoundsOf(inputs)) {
       limits.push_back(bound.what);
       needs.push_back(bound.help);
     }
@@ -237,7 +235,7 @@ void Server::TellSmallRegions() const {
     const int64_t sent = PromptTokensMax(*info, limits_);
     for (const auto& [transport, bytes] : limits_.kv_regions) {
       const int64_t most = PromptTokensMax(*info, limits_, /*retain=*/true, transport);
-      if (most == sent) continue;
+      if (most >= sent) continue;
       Log(Level::kWarning, "max_prompt_tokens_lowered",
           {{"model", info->name},
            {"transport", Name(transport)},
@@ -292,7 +290,12 @@ absl::Status Server::TakeKvMemory() {
   for (const auto& [transport, medium] : media_) {
     if (!RowOf(transport).kv_cache) continue;
     const uint64_t largest = kv.segment_bytes.value_or(medium->Largest());
-    if (largest > 0) limits_.kv_regions[transport] = largest;
+    if (largest > 0) {
+      limits_.kv_regions[transport] = largest;
+    } else {
+      Log(Level::kWarning, absl::StrCat(Name(transport), "_not_offered").c_str(),
+          {{"message", "for KV caches: there is no room for a segment"}});
+    }
   }
   if (kv.segment_bytes.value_or(0) > 0) {
     segments_ = SegmentPool::Create(*pooled, backend_->device(), *kv.segment_bytes,

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/record/errors.h"
 #include "server/rpc/context.h"
+#include "server/rpc/negotiate.h"
 #include "server/rpc/validate.h"
 #include "server/transport/shm_segment.h"
 #include "tests/server/fake_device.h"
@@ -138,6 +139,23 @@ TEST_F(PrefillStreamTest, NothingIsTakenForWhatNeverFits) {
   EXPECT_EQ(FactsOf(stream.status()).field, "token_ids");
   EXPECT_EQ(asked.asked, 0);
   EXPECT_EQ(pool_->CountByState()[0], pool_->total());
+}
+
+TEST_F(PrefillStreamTest, WhatHasNoRoomForCachesIsNotAgreedOnForAModel) {
+  media_[Transport::kPosixShm] = std::make_unique<NoMedium>();
+  v1::NegotiateRequest request;
+  v1::NegotiateResponse response;
+  const auto agreed = [&] {
+    EXPECT_TRUE(Negotiate(rpc_, request, &response).ok());
+    return response.transport();
+  };
+  EXPECT_EQ(agreed(), v1::TRANSPORT_POSIX_SHM) << "for an Attend";
+  request.set_model("base");
+  EXPECT_EQ(agreed(), v1::TRANSPORT_GRPC);
+  request.add_transports(v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(Negotiate(rpc_, request, &response).code(), absl::StatusCode::kFailedPrecondition);
+  rpc_.limits.kv_regions[Transport::kPosixShm] = 1 << 20;
+  EXPECT_EQ(agreed(), v1::TRANSPORT_POSIX_SHM);
 }
 
 // Caches over posix_shm in a pool of segments.
