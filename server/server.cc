@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "kernels/faulty_backend.h"
 #include "proto/wire/chunk.h"
@@ -95,9 +96,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   SchedulerOptions options;
   options.waiting_jobs_max = config.waiting_jobs_max;
   options.attend_bytes_max = config.attend_memory;
-  if (absl::Status status = server->PlanMemory(options); !status.ok()) {
-    return Explain("--max_prompt_tokens", status);
-  }
+  if (absl::Status status = server->PlanMemory(options); !status.ok()) return status;
   server->scheduler_ = std::make_unique<Scheduler>(*server->engine_, server->metrics_, options);
 
   server->built_.Notify();
@@ -180,47 +179,75 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
       .batch_jobs = options.waiting_jobs_max,
       .batches = options.active_batches_max,
       .attend_bytes = config_.attend_memory,
-      .kv_bytes = pool_ ? config_.kv_memory : 0};
+      .free = backend_->device().free_bytes()};
+  if (pool_) {
+    inputs.kv_block_bytes = limits_.kv.blocks * limits_.kv.block_bytes;
+    inputs.kv_segment_bytes = limits_.kv.segment_bytes.value_or(0);
+  }
   for (const auto& [name, model] : models_) inputs.models.push_back(model.get());
-  MemoryPlan plan = prefilld::PlanMemory(inputs);
-  const bool fits = plan.fits == plan.prompt_tokens;
-  if (!models_.empty() && (config_.prompt_tokens_max || plan.fits == 0)) {
-    absl::Status status = CheckPromptTokens({.asked = plan.prompt_tokens,
+  const MemoryPlan asked = prefilld::PlanMemory(inputs);
+  if (!models_.empty() && (config_.prompt_tokens_max || asked.fits == 0)) {
+    absl::Status status = CheckPromptTokens({.asked = asked.prompt_tokens,
                                              .models = infos,
                                              .kv = limits_.kv,
                                              .kv_room = kv_room_,
-                                             .plan = plan});
+                                             .plan = asked});
     if (!status.ok()) {
-      TellPlan(plan, metrics_);
-      return status;
+      TellPlan(asked, metrics_);
+      return Explain("--max_prompt_tokens", status);
     }
   }
-  if (!fits) {
-    inputs.prompt_tokens = plan.fits;
-    plan = prefilld::PlanMemory(inputs);
-  }
+  inputs.prompt_tokens = asked.fits;
+  const MemoryPlan plan = prefilld::PlanMemory(inputs);
   TellPlan(plan, metrics_);
+  if (models_.empty() && plan.free && plan.needs() > *plan.free) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("--attend_memory: ", FlagSize(plan.needs()), " of gpu memory are needed, ",
+                     *plan.free >> 20, "MiB are free; what helps: a smaller --attend_memory"));
+  }
   limits_.prompt_tokens_max = plan.prompt_tokens;
-  TellLowered(infos);
-  if (models_.empty() || backend_->device().host_memory()) return absl::OkStatus();
-  return engine_->Reserve(plan);
+  if (!config_.prompt_tokens_max) TellLowered(asked);
+  TellSmallRegions();
+  return backend_->device().host_memory() ? absl::OkStatus() : engine_->Reserve(plan);
 }
 
 // Of the default, and only where the operator can do something about it.
-void Server::TellLowered(const ModelInfos& infos) const {
-  for (const ModelInfo* info : infos) {
-    const int64_t most = PromptTokensMax(*info, limits_);
+void Server::TellLowered(const MemoryPlan& asked) const {
+  for (const ModelInfo* info : Infos()) {
     const int64_t wanted = std::min(kPromptTokens, info->max_positions);
-    if (config_.prompt_tokens_max || most == wanted) continue;
-    const bool by_kv = most < limits_.prompt_tokens_max;
+    std::vector<std::string> limits, needs;
+    const PromptLimitInputs inputs{
+        .asked = wanted, .models = {info}, .kv = limits_.kv, .kv_room = kv_room_, .plan = asked};
+    for (const PromptBound& bound : BoundsOf(inputs)) {
+      limits.push_back(bound.what);
+      needs.push_back(bound.help);
+    }
+    if (limits.empty()) continue;
     Log(Level::kWarning, "max_prompt_tokens_lowered",
         {{"model", info->name},
-         {"max_prompt_tokens", most},
+         {"max_prompt_tokens", PromptTokensMax(*info, limits_)},
          {"default", wanted},
-         {"limit", by_kv ? "kv_memory" : "gpu memory"},
-         {"needs",
-          by_kv ? absl::StrCat("--kv_memory=", FlagSize(KvMemoryFor(infos, wanted, kv_room_)))
-                : "a smaller --attend_memory, fewer --model"}});
+         {"limit", absl::StrJoin(limits, ", ")},
+         {"needs", absl::StrJoin(needs, ", ")}});
+  }
+}
+
+// Where what is served over gRPC does not fit into a region.
+void Server::TellSmallRegions() const {
+  for (const ModelInfo* info : Infos()) {
+    const int64_t sent = PromptTokensMax(*info, limits_);
+    for (const auto& [transport, bytes] : limits_.kv_regions) {
+      const int64_t most = PromptTokensMax(*info, limits_, /*retain=*/true, transport);
+      if (most >= sent) continue;
+      Log(Level::kWarning, "max_prompt_tokens_lowered",
+          {{"model", info->name},
+           {"transport", Name(transport)},
+           {"max_prompt_tokens", most},
+           {"over_grpc", sent},
+           {"limit", "the largest region"},
+           {"bytes", bytes},
+           {"needs_bytes", GeometryOf(*info, sent).region_bytes()}});
+    }
   }
 }
 
@@ -253,18 +280,28 @@ absl::Status Server::TakeKvMemory() {
   for (const auto& [transport, medium] : media_) {
     if (RowOf(transport).pooled && !backend_->device().host_memory()) pooled = medium.get();
   }
-  kv_room_ = pooled != nullptr ? pooled->Room() : 0;
+  if (pooled != nullptr) kv_room_ = pooled->Room();
   const ModelInfos infos = Infos();
   const KvShares kv = limits_.kv = ShareKv(infos, config_.kv_memory, kv_room_);
   for (const ModelInfo* info : infos) {
     if (GeometryOf(*info, 0).TokensInBlocks(kv.blocks, /*retain=*/true) > 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--kv_memory: ", config_.kv_memory, " bytes hold no prompt of model '", info->name,
-        "', not even of one token: --kv_memory=", FlagSize(KvMemoryFor(infos, 1, kv_room_)),
-        " would"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--kv_memory: ", config_.kv_memory, " bytes hold no prompt of model '",
+                     info->name, "', not even of one token: --kv_memory=",
+                     FlagSize(KvMemoryFor(infos, 1, kv.block_bytes, kv_room_)), " would"));
   }
-  if (pooled != nullptr) {
-    segments_ = SegmentPool::Create(*pooled, backend_->device(), kv.segment_bytes,
+  for (const auto& [transport, medium] : media_) {
+    if (!RowOf(transport).kv_cache) continue;
+    const uint64_t largest = kv.segment_bytes.value_or(medium->Largest());
+    if (largest > 0) {
+      limits_.kv_regions[transport] = largest;
+    } else {
+      Log(Level::kWarning, absl::StrCat(Name(transport), "_not_offered").c_str(),
+          {{"message", "for KV caches: there is no room for a segment"}});
+    }
+  }
+  if (kv.segment_bytes.value_or(0) > 0) {
+    segments_ = SegmentPool::Create(*pooled, backend_->device(), *kv.segment_bytes,
                                     [this] { return !scheduler_->WaitIdle(absl::InfinitePast()); });
   }
   auto pool = BlockPool::Create(backend_->device(), kv.blocks * kv.block_bytes, kv.block_bytes);

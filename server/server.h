@@ -47,7 +47,8 @@ class Server {
   absl::Status StartHttp();
   absl::Status LoadModels();
   absl::Status PlanMemory(const SchedulerOptions& options);
-  void TellLowered(const ModelInfos& infos) const;
+  void TellLowered(const MemoryPlan& asked) const;
+  void TellSmallRegions() const;
   absl::Status OpenMedia();
   absl::Status TakeKvMemory();
   ModelInfos Infos() const;
@@ -71,7 +72,7 @@ class Server {
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
   RequestLimits limits_;                   // each is known when what it limits is built
-  uint64_t kv_room_ = 0;                   // ShareKv's
+  std::optional<uint64_t> kv_room_;        // ShareKv's
   std::unique_ptr<BlockPool> pool_;        // null without models
   std::shared_ptr<SegmentPool> segments_;  // null: see RpcContext
   std::unique_ptr<LeaseTable> leases_;

@@ -62,7 +62,8 @@ void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
   }
   if (!plan.free) return;  // nothing is taken
   Log(Level::kInfo, "memory_planned",
-      {{"max_prompt_tokens", plan.prompt_tokens},
+      {{"max_prompt_tokens",
+        plan.batches > 0 ? nlohmann::json(plan.prompt_tokens) : nlohmann::json()},  // of models
        {"device_bytes", plan.needs()},
        {"free_bytes", *plan.free},
        {"spare_bytes", plan.spare}});

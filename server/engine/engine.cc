@@ -38,8 +38,8 @@ absl::Status Engine::Calibrate(bool models) {
 
 absl::Status Engine::Reserve(const MemoryPlan& plan) {
   Device& device = backend_.device();
-  reserved_ = {.held = plan.held, .spare = plan.spare};
-  Of(reserved_.held, Holding::kBatch) = plan.batches;
+  reserved_ = ReservedBy(plan);
+  if (plan.batches == 0) return absl::OkStatus();
   absl::Status status = Grow(device, Of(plan.held, Holding::kActivations), scratch_);
   if (status.ok()) status = ReserveStages();
   if (status.ok()) status = (*backend_.ops())->ReserveWriteKv(Of(plan.held, Holding::kKvOut));
@@ -52,7 +52,7 @@ absl::Status Engine::Reserve(const MemoryPlan& plan) {
 
 // What the stages have of the plan.
 absl::Status Engine::ReserveStages() {
-  const auto of = [&](Holding held) { return Of(reserved_.held, held); };
+  const auto of = [&](Holding held) { return reserved_ ? Of(reserved_->held, held) : 0; };
   absl::Status status =
       stages_.Reserve(of(Holding::kCounts), of(Holding::kIndex), of(Holding::kReports));
   return status.ok() ? backend_.ReserveWorkspace(of(Holding::kWorkspace)) : status;
@@ -66,10 +66,6 @@ absl::Status Engine::Prepare(StagesCall& call) {
   status = stages_.Release();
   if (status.ok()) status = ReserveStages();
   return status.ok() ? stages_.Prepare(call) : status;
-}
-
-absl::Status Engine::CheckFits(const Job& job) const {
-  return batches_ == nullptr ? absl::OkStatus() : prefilld::CheckFits(backend_, reserved_, job);
 }
 
 bool Engine::HasRoom(const Transformer& model, int64_t tokens) const {

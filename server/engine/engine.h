@@ -63,10 +63,13 @@ class Engine {
   absl::Status Calibrate(bool models);
 
   // Takes all that the plan holds, before the first job: prompts that are of it take nothing then.
+  // A plan without models holds nothing, and says what is spare.
   absl::Status Reserve(const MemoryPlan& plan);
   // fit.h's, of what is reserved. What passes may have to wait (HasRoom), and then runs, whatever
   // has run before. Thread: any.
-  absl::Status CheckFits(const Job& job) const;
+  absl::Status CheckFits(const Job& job) const {
+    return reserved_ ? prefilld::CheckFits(backend_, *reserved_, job) : absl::OkStatus();
+  }
   // Whether a batch of so many tokens can Begin now, beside those that run.
   bool HasRoom(const Transformer& model, int64_t tokens) const;
 
@@ -166,8 +169,8 @@ class Engine {
   std::deque<Flight> flights_;  // at most ahead_ + 1
   Buffer scratch_;              // q, k, v, o of one layer; grows to the largest batch seen
   LayerScratch layer_{};
-  Reserved reserved_;
-  std::unique_ptr<Arena> batches_;  // what batches hold; null: nothing is reserved
+  std::optional<Reserved> reserved_;
+  std::unique_ptr<Arena> batches_;  // what batches hold; null: nothing is reserved for them
   bool fault_noted_ = false;
   CompletionQueue completions_;  // goes first: what it runs uses the others
 };

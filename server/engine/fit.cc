@@ -1,7 +1,6 @@
 #include "server/engine/fit.h"
 
 #include <algorithm>
-#include <numeric>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -16,9 +15,12 @@ HeldBytes Needs(Backend& backend, const Job& job, int64_t tokens) {
                     : HeldBy(backend, *job.prefill->model, {tokens}, job.policy);
 }
 
+// Of the device's memory.
 uint64_t Beyond(const HeldBytes& needs, const HeldBytes& held) {
   uint64_t more = 0;
-  for (size_t i = 0; i < kHeldCount; ++i) more += needs[i] - std::min(needs[i], held[i]);
+  for (size_t i = 0; i < kHeldCount; ++i) {
+    if (!OnHost(static_cast<Holding>(i))) more += needs[i] - std::min(needs[i], held[i]);
+  }
   return more;
 }
 
@@ -29,13 +31,19 @@ bool Fits(const HeldBytes& needs, const Reserved& reserved) {
 
 }  // namespace
 
+Reserved ReservedBy(const MemoryPlan& plan) {
+  Reserved reserved{.held = plan.held, .spare = plan.spare};
+  Of(reserved.held, Holding::kBatch) = plan.batches;
+  return reserved;
+}
+
 absl::Status CheckFits(Backend& backend, const Reserved& reserved, const Job& job) {
   const HeldBytes needs = Needs(backend, job, job.tokens());
   if (Fits(needs, reserved)) return absl::OkStatus();
   const std::string why = absl::StrCat(
-      job.tokens(), " tokens in blocks of ", job.policy.block_size, " need ",
-      std::accumulate(needs.begin(), needs.end(), uint64_t{0}), " bytes of the device's memory, ",
-      Beyond(needs, reserved.held), " more than is reserved; ", reserved.spare, " are spare");
+      job.tokens(), " tokens in blocks of ", job.policy.block_size, " need ", Beyond(needs, {}),
+      " bytes of the device's memory, ", Beyond(needs, reserved.held), " more than is reserved; ",
+      reserved.spare, " are spare");
   if (job.attend) return InvalidField("tensors", why);
   int64_t most = 0;  // and what lies beyond `over` does not fit
   for (int64_t over = job.tokens(); over - most > 1;) {

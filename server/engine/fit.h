@@ -15,6 +15,7 @@ struct Reserved {
   HeldBytes held{};    // kBatch: of all batches that run
   uint64_t spare = 0;  // what else may grow beyond that, together; batches may not
 };
+Reserved ReservedBy(const MemoryPlan& plan);
 
 // INVALID_ARGUMENT for what needs more than is reserved and spare (a prompt in blocks of 64, say,
 // of which the index is larger, or an Attend), with its bytes, and of a prompt how many tokens

@@ -1,11 +1,9 @@
 #include "server/engine/memory_plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <string_view>
 #include <utility>
-
-#include "server/engine/prompt_limits.h"
-#include "server/kv/kv_cache.h"
 
 namespace prefilld {
 namespace {
@@ -97,10 +95,10 @@ uint64_t OtherBytes(const PlanInputs& inputs) {
 
 // Of what is not the models'.
 void AddOthers(const PlanInputs& inputs, bool device, MemoryPlan& plan) {
-  if (!inputs.models.empty()) {
-    plan.rows.push_back({"kv_blocks", "", false, device ? When::kLoaded : When::kLater,
-                         inputs.kv_bytes, "--kv_memory"});
-  }
+  plan.rows.push_back({"kv_blocks", "", false, device ? When::kLoaded : When::kLater,
+                       inputs.kv_block_bytes, "--kv_memory"});
+  plan.rows.push_back({"kv_segments", "", false, When::kLater, inputs.kv_segment_bytes,
+                       "--kv_memory, what their transport has room for"});
   plan.rows.push_back(
       {"attend_tensors", "", device, When::kLater, inputs.attend_bytes, "--attend_memory"});
   if (!device) return;
@@ -152,6 +150,12 @@ void Widen(const PlanInputs& inputs, uint64_t left, MemoryPlan& plan) {
 
 }  // namespace
 
+KvGeometry GeometryOf(const ModelInfo& info, int64_t tokens) {
+  return {info.layers, info.kv_heads, info.head_dim, info.dtype, tokens};
+}
+
+bool OnHost(Holding held) { return kHeldRows[static_cast<size_t>(held)].host; }
+
 HeldBytes HeldBy(Backend& backend, const AttentionShape& shape, const SparsityPolicy& policy) {
   if (!backend.Supports(shape, policy).ok()) return {};
   const auto sequences = SplitIntoBlocks(shape, policy.block_size);
@@ -193,8 +197,11 @@ uint64_t MemoryPlan::needs() const {
 MemoryPlan PlanMemory(const PlanInputs& inputs) {
   MemoryPlan plan = PlanFor(inputs, inputs.prompt_tokens);
   plan.fits = inputs.prompt_tokens;
-  plan.free = inputs.backend.device().free_bytes();
-  if (!plan.free.has_value() || inputs.models.empty()) return plan;
+  plan.free = inputs.free;
+  if (!plan.free.has_value()) {
+    plan.spare = std::numeric_limits<uint64_t>::max();
+    return plan;
+  }
   if (plan.needs() <= *plan.free) {
     Widen(inputs, *plan.free - plan.needs(), plan);
     return plan;

@@ -11,9 +11,13 @@
 #include <vector>
 
 #include "kernels/backend.h"
+#include "server/kv/kv_cache.h"
 #include "server/model/transformer.h"
 
 namespace prefilld {
+
+// Of a prompt's cache.
+KvGeometry GeometryOf(const ModelInfo& info, int64_t tokens);
 
 // What one layer of a batch needs beside weights and tiles, and what its batch holds.
 enum class Holding { kActivations, kCounts, kIndex, kWorkspace, kKvOut, kReports, kBatch };
@@ -21,6 +25,7 @@ inline constexpr size_t kHeldCount = 7;
 using HeldBytes = std::array<size_t, kHeldCount>;
 inline size_t& Of(HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
 inline size_t Of(const HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
+bool OnHost(Holding held);  // be the device's memory its own
 
 // Of prompts of these lengths in one batch; and of attention alone, which is counts, index and
 // workspace. Nothing of what the backend does not support. Pure; threads: any.
@@ -35,7 +40,9 @@ struct PlanInputs {
   // The scheduler's: tokens and jobs of a batch of short prompts, and batches that run in turn.
   int64_t batch_tokens = 0;
   int batch_jobs = 0, batches = 0;
-  uint64_t attend_bytes = 0, kv_bytes = 0;
+  uint64_t attend_bytes = 0;
+  uint64_t kv_block_bytes = 0, kv_segment_bytes = 0;  // of all blocks, and of the pool of segments
+  std::optional<uint64_t> free;                       // of the device, where that is known
 };
 
 struct MemoryPlan {
@@ -54,7 +61,7 @@ struct MemoryPlan {
   HeldBytes held{};           // of the largest batch
   size_t batches = 0;         // of all batches that run, instead of held's
   std::optional<uint64_t> free;  // of the device, before it is taken, where that is known
-  uint64_t spare = 0;            // and after it, for shapes that nobody planned
+  uint64_t spare = 0;            // and after it, for shapes that nobody planned; see PlanMemory
   std::vector<Row> rows;
 
   // Of the device, from now on.
@@ -63,9 +70,10 @@ struct MemoryPlan {
 inline constexpr const char* kWhenNames[] = {"mapped", "loaded", "start", "as calls come"};
 constexpr const char* Name(MemoryPlan::When when) { return kWhenNames[static_cast<int>(when)]; }
 
-// Where it does not fit (fits < prompt_tokens), it says what would be needed, and nothing is spare.
-// Where nothing is known of what is free, everything fits. On a CPU nothing is taken: files are
-// mapped, and pages come at first touch.
+// Where it does not fit (needs() > free), it says what would be needed, and nothing is spare. Where
+// nothing is known of what is free, everything fits. Without models it is what Attends need. On a
+// CPU nothing is taken: files are mapped, and pages come at first touch. A plan of `fits` tokens,
+// of the same inputs, fits.
 MemoryPlan PlanMemory(const PlanInputs& inputs);
 
 }  // namespace prefilld

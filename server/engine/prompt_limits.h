@@ -4,18 +4,15 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "server/engine/memory_plan.h"
-#include "server/kv/kv_cache.h"
 #include "server/model/transformer.h"
 
 namespace prefilld {
-
-// Of a prompt's cache.
-KvGeometry GeometryOf(const ModelInfo& info, int64_t tokens);
 
 using ModelInfos = std::vector<const ModelInfo*>;
 
@@ -23,24 +20,34 @@ using ModelInfos = std::vector<const ModelInfo*>;
 struct KvShares {
   uint64_t block_bytes = 0;  // of the model whose blocks are the largest
   int64_t blocks = std::numeric_limits<int64_t>::max();
-  // Of a pool of segments, for caches over posix_shm; 0: there is none, and they take blocks.
-  uint64_t segment_bytes = 0;
+  // Of a pool of segments, for caches over posix_shm; none: there is no pool, and they take blocks.
+  std::optional<uint64_t> segment_bytes;
 };
-// bytes: --kv_memory. room: bytes that segments of a pool may have at most; 0: there is no pool.
-KvShares ShareKv(const ModelInfos& models, uint64_t bytes, uint64_t room);
-// The least --kv_memory of which one cache of every model holds so many tokens, or its positions.
-uint64_t KvMemoryFor(const ModelInfos& models, int64_t tokens, uint64_t room);
+// bytes: --kv_memory. room: bytes that segments of a pool may have at most; none: there is no pool.
+KvShares ShareKv(const ModelInfos& models, uint64_t bytes, std::optional<uint64_t> room);
+// The least --kv_memory of which, in blocks of so many bytes, one cache of each of these models
+// holds so many tokens, or its positions.
+uint64_t KvMemoryFor(const ModelInfos& models, int64_t tokens, uint64_t block_bytes,
+                     std::optional<uint64_t> room);
 
 // Bytes as flags take them, rounded up: "1536KiB", "32GiB".
 std::string FlagSize(uint64_t bytes);
 
 struct PromptLimitInputs {
-  int64_t asked = 0;  // tokens of the longest prompt
-  ModelInfos models;  // one at least
-  KvShares kv;
-  uint64_t kv_room = 0;    // ShareKv's
-  const MemoryPlan& plan;  // of `asked`
+  int64_t asked = 0;                // tokens of the longest prompt
+  ModelInfos models;                // one at least
+  KvShares kv;                      // of all models
+  std::optional<uint64_t> kv_room;  // ShareKv's
+  const MemoryPlan& plan;           // of `asked`, or more
 };
+// What keeps prompts from being longer than `tokens`, and the flags that would help, if any.
+struct PromptBound {
+  int64_t tokens;
+  std::string what;  // model | kv_memory | gpu memory
+  std::string why, help;
+};
+// All that bind.
+std::vector<PromptBound> BoundsOf(const PromptLimitInputs& inputs);
 // RESOURCE_EXHAUSTED where prompts of `asked` tokens cannot be served, of every model that has such
 // positions: in one line what limits them, the largest number that can, and the flags that help.
 absl::Status CheckPromptTokens(const PromptLimitInputs& inputs);

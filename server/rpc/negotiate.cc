@@ -30,12 +30,17 @@ void Introduce(const Media& media, v1::NegotiateResponse* response) {
   for (const std::string& uuid : ours.device_uuids) response->add_device_uuids(uuid);
 }
 
-absl::Status CheckPossible(const Media& media, const TransportRow& row, const PeerFacts& peer) {
+absl::Status CheckPossible(const RpcContext& rpc, const TransportRow& row, const PeerFacts& peer,
+                           bool for_kv) {
   if (row.open == nullptr) return absl::OkStatus();
-  const Medium* medium = FindMedium(media, row.transport);
+  const Medium* medium = FindMedium(rpc.media, row.transport);
   if (medium == nullptr) {
     return absl::FailedPreconditionError(
         absl::StrCat("transports: ", ProtoName(row.transport), " is not offered by this server"));
+  }
+  if (for_kv && row.kv_cache && rpc.limits.kv_regions.count(row.transport) == 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("transports: ", ProtoName(row.transport), kNoRoomForCaches));
   }
   const absl::Status reached = medium->Reaches(peer);
   if (reached.ok()) return reached;
@@ -44,7 +49,8 @@ absl::Status CheckPossible(const Media& media, const TransportRow& row, const Pe
 }
 
 // The first acceptable one that is possible here.
-absl::StatusOr<Transport> PickTransport(const Media& media, const v1::NegotiateRequest& request) {
+absl::StatusOr<Transport> PickTransport(const RpcContext& rpc,
+                                        const v1::NegotiateRequest& request) {
   if (request.transports_size() > kTransportsMax) {
     return InvalidField("transports", absl::StrCat(request.transports_size(),
                                                    " transports, the limit is ", kTransportsMax));
@@ -61,16 +67,17 @@ absl::StatusOr<Transport> PickTransport(const Media& media, const v1::NegotiateR
     }
   }
   const PeerFacts peer = FactsOfPeer(request);
+  const bool for_kv = !request.model().empty();
   Transport best = Transport::kGrpc;
   for (const TransportRow& row : kTransports) {
-    if (CheckPossible(media, row, peer).ok()) best = row.transport;
+    if (CheckPossible(rpc, row, peer, for_kv).ok()) best = row.transport;
   }
   if (request.transports_size() == 0) return best;
   absl::Status refusal;  // of the first that was acceptable
   for (int transport : request.transports()) {
     if (transport == v1::TRANSPORT_UNSPECIFIED) return best;
     const TransportRow& row = *FindTransportOfWire(transport);
-    const absl::Status possible = CheckPossible(media, row, peer);
+    const absl::Status possible = CheckPossible(rpc, row, peer, for_kv);
     if (possible.ok()) return row.transport;
     refusal.Update(possible);
   }
@@ -103,7 +110,7 @@ void FillLimits(const RpcContext& rpc, const ModelInfo* model, Transport transpo
 
 absl::Status Negotiate(const RpcContext& rpc, const v1::NegotiateRequest& request,
                        v1::NegotiateResponse* response) {
-  auto transport = PickTransport(rpc.media, request);
+  auto transport = PickTransport(rpc, request);
   if (!transport.ok()) return transport.status();
   response->set_transport(ProtoOf(*transport));
   response->set_boot_id(rpc.boot_id);

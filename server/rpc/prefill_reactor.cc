@@ -42,10 +42,12 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
                              info.head_dim,    {0, tokens},  {0, tokens}};
   absl::Status status = rpc_.backend.Supports(shape, valid->job->policy);
   if (!status.ok()) return status;
+  valid->job->prefill->model = *model;
+  status = rpc_.scheduler.CheckFits(*valid->job);
+  if (!status.ok()) return status;
   if (request.validate_only()) return std::shared_ptr<PrefillStream>();
 
   valid->job->deadline = deadline_;
-  valid->job->prefill->model = *model;
   const std::string request_id = valid->job->request_id;
   const std::string content = request.SerializeAsString();
   const auto self = shared_from_this();

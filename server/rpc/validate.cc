@@ -17,10 +17,13 @@ namespace prefilld {
 int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits, bool retain,
                         Transport transport) {
   const KvGeometry cache = GeometryOf(info, 0);
-  const bool in_segment = RowOf(transport).pooled && limits.kv.segment_bytes > 0;
-  const int64_t holds = in_segment ? cache.TokensInRegion(limits.kv.segment_bytes)
-                                   : cache.TokensInBlocks(limits.kv.blocks, retain);
-  return std::min({info.max_positions, limits.prompt_tokens_max, holds});
+  int64_t most = std::min(info.max_positions, limits.prompt_tokens_max);
+  const auto region = limits.kv_regions.find(transport);
+  const bool in_region = region != limits.kv_regions.end();
+  if (in_region) most = std::min(most, cache.TokensInRegion(region->second));
+  // Where there is a pool a cache in a region takes no blocks.
+  if (in_region && limits.kv.segment_bytes) return most;
+  return std::min(most, cache.TokensInBlocks(limits.kv.blocks, retain));
 }
 
 int MessageBytesMax(const ModelInfos& models, const RequestLimits& limits) {
@@ -86,6 +89,11 @@ absl::StatusOr<Transport> ValidateTransport(v1::Transport transport, const std::
   if (row->open != nullptr && limits.offered.count(row->transport) == 0) {
     return absl::FailedPreconditionError(
         absl::StrCat(field, ": ", ProtoName(row->transport), " is not offered by this server"));
+  }
+  if (row->open != nullptr && what == Carries::kKvCache &&
+      limits.kv_regions.count(row->transport) == 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(field, ": ", ProtoName(row->transport), kNoRoomForCaches));
   }
   return row->transport;
 }

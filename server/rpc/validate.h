@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -31,7 +32,9 @@ struct RequestLimits {
   absl::Duration lease_ttl = absl::Minutes(1);    // when the request names none
   absl::Duration lease_ttl_max = absl::Minutes(10);
   std::set<Transport> offered;  // beside gRPC, which always is
-  bool device_memory = false;   // the device has memory of its own
+  // Of these, which KV caches may lie in: the bytes that one may ever have there.
+  std::map<Transport, uint64_t> kv_regions;
+  bool device_memory = false;  // the device has memory of its own
 };
 inline constexpr int kSequencesMax = 1024;  // of one Attend
 
@@ -77,8 +80,9 @@ absl::Status ValidatePriority(int32_t priority);
 absl::StatusOr<KvForm> ValidateLayout(const v1::KvLayout& layout, const std::string& field,
                                       const KvGeometry& cache);
 // INVALID_ARGUMENT for one that has no row in kTransports, UNIMPLEMENTED for one that does not
-// carry this, FAILED_PRECONDITION for one that is not offered. Unspecified is gRPC.
+// carry this, FAILED_PRECONDITION for one that is not offered for it. Unspecified is gRPC.
 enum class Carries { kTensors, kKvCache };
+inline constexpr char kNoRoomForCaches[] = " has no room for KV caches on this server";
 absl::StatusOr<Transport> ValidateTransport(v1::Transport transport, const std::string& field,
                                             Carries what, const RequestLimits& limits);
 // `absent` when the message is; else > 0 and at most limits.lease_ttl_max.

@@ -14,22 +14,31 @@ namespace {
 Transport BestForKv(const RequestLimits& limits) {
   Transport best = Transport::kGrpc;
   for (const TransportRow& row : kTransports) {
-    if (row.kv_cache && limits.offered.count(row.transport) > 0) best = row.transport;
+    if (limits.kv_regions.count(row.transport) > 0) best = row.transport;
   }
   return best;
 }
 
 // Why a prompt may have no more than `tokens_max` tokens, where that is not the server's or the
-// model's limit; and that a cache which passes through may, where this one would be retained.
+// model's limit; and of whom more are taken: of a cache over gRPC, or one that passes through.
 std::string WhyNoMore(const ModelInfo& info, const RequestLimits& limits, int64_t tokens_max,
-                      bool retain) {
+                      bool retain, Transport lies_in) {
   if (tokens_max == info.sliding_window) return ", the sliding window";
   if (tokens_max == std::min(info.max_positions, limits.prompt_tokens_max)) return "";
+  const std::string grpc = ProtoName(Transport::kGrpc);
+  const int64_t sent = PromptTokensMax(info, limits);
   const int64_t passing = PromptTokensMax(info, limits, /*retain=*/false);
-  return absl::StrCat(", what the server's kv_memory holds in one cache",
-                      retain && passing > tokens_max
-                          ? absl::StrCat("; with destination.retain = false up to ", passing)
-                          : "");
+  const bool in_region = RowOf(lies_in).open != nullptr;
+  std::string why = in_region && (limits.kv.segment_bytes || sent > tokens_max)
+                        ? absl::StrCat(", what a region of ", ProtoName(lies_in), " holds here")
+                        : ", what the server's kv_memory holds in one cache";
+  if (in_region && sent > tokens_max) {
+    absl::StrAppend(&why, "; over ", grpc, " up to ", sent);
+  } else if (retain && passing > tokens_max) {
+    absl::StrAppend(&why, "; ", in_region ? absl::StrCat("over ", grpc, " ") : "",
+                    "with destination.retain = false up to ", passing);
+  }
+  return why;
 }
 
 absl::Status CheckTokens(const v1::PrefillRequest& request, const ModelInfo& info,
@@ -39,7 +48,7 @@ absl::Status CheckTokens(const v1::PrefillRequest& request, const ModelInfo& inf
   if (request.token_ids_size() < 1 || request.token_ids_size() > tokens_max) {
     return InvalidField(
         "token_ids", absl::StrCat(request.token_ids_size(), " tokens, not from 1 to ", tokens_max,
-                                  WhyNoMore(info, limits, tokens_max, valid.retain)));
+                                  WhyNoMore(info, limits, tokens_max, valid.retain, lies_in)));
   }
   for (int i = 0; i < request.token_ids_size(); ++i) {
     if (request.token_ids(i) >= static_cast<uint32_t>(info.vocab_size)) {

@@ -56,9 +56,11 @@ class Scheduler {
   // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts),
   // INVALID_ARGUMENT when no memory would do (Engine::CheckFits).
   absl::Status Admit(const std::shared_ptr<Job>& job);
-  // Whether Admit would take the job, but for an Attend's bytes: not draining, not late, not
-  // hopeless, the device there, a place in the queue. It reserves none: ask before memory is taken
-  // for the job, and Admit afterwards.
+  // Engine::CheckFits, which Admit and CheckOpen ask too.
+  absl::Status CheckFits(const Job& job) const { return engine_.CheckFits(job); }
+  // Whether Admit would take the job, but for an Attend's bytes: it can ever fit, not draining, not
+  // late, not hopeless, the device there, a place in the queue. It reserves none: ask before memory
+  // is taken for the job, and Admit afterwards.
   absl::Status CheckOpen(const Job& job) const;
   void UploadDone(const std::shared_ptr<Job>& job);
   // Ends the job with `why` before its next step. Harmless when it has ended.

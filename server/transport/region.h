@@ -83,6 +83,8 @@ class Medium {
   virtual absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes) = 0;
   // Bytes that there is room for now, where that is known.
   virtual uint64_t Room() const { return std::numeric_limits<uint64_t>::max(); }
+  // Bytes of the largest region that there can ever be, where that is known.
+  virtual uint64_t Largest() const { return std::numeric_limits<uint64_t>::max(); }
   // Writes what a peer has to compare into *ours.
   virtual void Introduce(PeerFacts* ours) const = 0;
   // FAILED_PRECONDITION says why such a peer cannot open what is made here.

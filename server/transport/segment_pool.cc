@@ -15,13 +15,9 @@ namespace {
 // A large member is worth more than what a small cache would wait.
 constexpr uint64_t kTimesLargerMax = 4;
 
-// Sizes are multiples of this, and so of a page.
-constexpr uint64_t kStep = uint64_t{64} << 10;
-constexpr uint64_t WholeSteps(uint64_t bytes) { return bytes / kStep * kStep; }
-
 // Four sizes an octave, so that prompts of about one length share them.
 uint64_t SizeFor(uint64_t bytes) {
-  uint64_t step = kStep;
+  uint64_t step = SegmentPool::kStepBytes;
   while (step * 8 < bytes) step *= 2;
   return (bytes + step - 1) / step * step;
 }

@@ -39,6 +39,9 @@ inline constexpr std::array<const char*, 3> kSegmentStateNames = {"free", "ready
 
 class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
  public:
+  // Sizes are multiples of this, and so of a page.
+  static constexpr uint64_t kStepBytes = uint64_t{64} << 10;
+  static constexpr uint64_t WholeSteps(uint64_t bytes) { return bytes / kStepBytes * kStepBytes; }
   // A smaller region takes no time worth saving.
   static constexpr uint64_t kSmallestBytes = uint64_t{16} << 20;
 

@@ -160,6 +160,12 @@ uint64_t ShmDomain::Room() const {
   return uint64_t{room.f_bavail} * room.f_frsize;
 }
 
+uint64_t ShmDomain::Largest() const {
+  struct statvfs size;
+  if (statvfs(kDirectory, &size) != 0 || size.f_blocks == 0) return Medium::Largest();
+  return uint64_t{size.f_blocks} * size.f_frsize - 1;  // Create's, where nobody else has anything
+}
+
 absl::Status ShmDomain::Reaches(const PeerFacts& peer) const {
   if (peer.shm_domain == name_) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat("shm_domain '", peer.shm_domain.substr(0, 128),

@@ -38,6 +38,7 @@ class ShmDomain final : public Medium {
   // long as that takes.
   absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes) override;
   uint64_t Room() const override;
+  uint64_t Largest() const override;
   void Introduce(PeerFacts* ours) const override { ours->shm_domain = name_; }
   // A caller that sees the same /dev/shm.
   absl::Status Reaches(const PeerFacts& peer) const override;

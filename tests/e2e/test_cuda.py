@@ -332,3 +332,12 @@ def test_cuda_ipc_needs_a_gpu(tmp_path):
     """Of every build."""
     with pytest.raises(RuntimeError, match="--backend=cuda"):
         harness.Server("--transports=cuda_ipc", log_path=tmp_path / "log.jsonl")
+
+
+def test_what_attends_may_take_is_planned_without_models(cuda, tmp_path):
+    told, = [line for line in cuda.log() if line["event"] == "memory_planned"]
+    assert told["max_prompt_tokens"] is None
+    assert 0 < told["spare_bytes"] == told["free_bytes"] - told["device_bytes"]
+    with pytest.raises(RuntimeError, match="--attend_memory: .* of gpu memory are needed"):
+        harness.Server("--backend=cuda", "--attend_memory=4000GiB",
+                       log_path=tmp_path / "log.jsonl")

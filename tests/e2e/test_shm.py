@@ -380,15 +380,26 @@ def test_a_small_dev_shm_of_another_mount(start_server, tiny, own_shm):
         assert negotiate(server, shm_domain=mapping.domain()).transport == kv.TRANSPORT_GRPC
         with refused(FAILED_PRECONDITION):
             negotiate(server, SHM, shm_domain=mapping.domain())
-        fits, over = tiny.tokens(100), tiny.tokens(300)
-        with refused(RESOURCE_EXHAUSTED) as failure:
+        most = 255  # of 4 KiB each: not quite all of it
+        agreed = server.handoff.Negotiate(kv.NegotiateRequest(model="tiny", shm_domain=domain))
+        assert (agreed.transport, agreed.limits.max_prompt_tokens) == (SHM, most)
+        told, = [line for line in server.log() if line["level"] == "warning"]
+        assert (told["event"], told["model"]) == ("max_prompt_tokens_lowered", "tiny")
+        assert (told["transport"], told["max_prompt_tokens"]) == ("posix_shm", most)
+        assert (told["over_grpc"], told["needs_bytes"]) == (16384, tiny.kv_bytes(16384))
+        fits, over = tiny.tokens(100), tiny.tokens(most + 1)
+        with refused(INVALID, "token_ids") as failure:
             mapping.start(server, over)
-        assert failure[0].retry_after > 0 and str(tiny.kv_bytes(300)) in failure[0].message
+        assert "over TRANSPORT_GRPC up to 16384" in failure[0].message
+        prefilling.release(server, mapping.start(server, tiny.tokens(most)).finish().ready)
         with prefilling.prefilled(server, over) as done:
             assert done.admission.transport == kv.TRANSPORT_GRPC
         calls = [prefilling.start(server, fits).finish() for _ in range(4)]
         lying = [call.admission.transport for call in calls]
         assert lying == [SHM, SHM] + [kv.TRANSPORT_GRPC] * 2, "until it is full"
+        with refused(RESOURCE_EXHAUSTED) as failure:
+            mapping.start(server, tiny.tokens(most))
+        assert failure[0].retry_after > 0 and str(tiny.kv_bytes(most)) in failure[0].message
         expected = prefilling.pull(server, calls[0].ready)
         for call in calls:
             assert prefilling.pull(server, call.ready) == expected

@@ -7,8 +7,10 @@
 #include <list>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "server/engine/engine.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/prompts.h"
@@ -28,7 +30,8 @@ class FitTest : public testing::Test {
                        .prompt_tokens = prompt_tokens,
                        .batch_tokens = 256,
                        .batch_jobs = 8,
-                       .batches = 1});
+                       .batches = 1,
+                       .free = fake_.device().free_bytes()});
   }
   void LeaveFree(uint64_t bytes) {
     fake_.device().Limit(kDevice, fake_.device().live_bytes(kDevice) + bytes);
@@ -43,8 +46,7 @@ class FitTest : public testing::Test {
   }
   // What the plan of the longest prompt has not.
   uint64_t Beyond(const HeldBytes& needs) {
-    HeldBytes held = Plan(longest()).held;
-    Of(held, Holding::kBatch) = Plan(longest()).batches;
+    const HeldBytes held = ReservedBy(Plan(longest())).held;
     uint64_t more = 0;
     for (size_t i = 0; i < kHeldCount; ++i) more += needs[i] - std::min(needs[i], held[i]);
     return more;
@@ -133,6 +135,22 @@ TEST_F(FitTest, APromptInSmallBlocksIsToldHowManyTokensFit) {
   const int64_t most = std::stoll(text.substr(text.find("at most ") + 8));
   EXPECT_TRUE(engine_.CheckFits(*InSmallBlocks(most)).ok()) << text;
   EXPECT_FALSE(engine_.CheckFits(*InSmallBlocks(most + 1)).ok()) << text;
+}
+
+// Reports are the host's: they are neither checked nor told.
+TEST_F(FitTest, OnlyTheDevicesMemoryCounts) {
+  const auto job = prompts_.New(128, 1);
+  Reserved reserved{.held = HeldBy(fake_, *model_, {128}, job->policy)};
+  const size_t reports = std::exchange(Of(reserved.held, Holding::kReports), 0);
+  ASSERT_GT(reports, 0u);
+  EXPECT_TRUE(CheckFits(fake_, reserved, *job).ok());
+  uint64_t device = 0;
+  for (const size_t bytes : reserved.held) device += bytes;
+  Of(reserved.held, Holding::kKvOut) -= 1;
+  const absl::Status refused = CheckFits(fake_, reserved, *job);
+  EXPECT_THAT(std::string(refused.message()),
+              testing::HasSubstr(absl::StrCat(" need ", device, " bytes of the device's memory, 1 ",
+                                              "more than is reserved; 0 are spare")));
 }
 
 TEST_F(FitTest, AnAttendThatNoMemoryHoldsIsRefused) {

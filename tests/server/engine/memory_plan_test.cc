@@ -63,7 +63,9 @@ class MemoryPlanTest : public testing::Test {
             .batch_jobs = 8,
             .batches = 3,
             .attend_bytes = kMiB,
-            .kv_bytes = kMiB};
+            .kv_block_bytes = kMiB,
+            .kv_segment_bytes = 2 * kMiB,
+            .free = fake_.device().free_bytes()};
   }
   void LeaveFree(uint64_t bytes) {
     fake_.device().Limit(kDevice, fake_.device().live_bytes(kDevice) + bytes);
@@ -86,9 +88,10 @@ TEST_F(MemoryPlanTest, SaysWhatEachIsAndIsTheirSum) {
     EXPECT_GT(row.bytes, 0u) << row.what;
     if (row.device && row.when != MemoryPlan::When::kLoaded) device += row.bytes;
   }
-  EXPECT_THAT(names, testing::IsSupersetOf({"weights", "tiles", "activations", "block_counts",
-                                            "block_index", "workspace", "kv_out", "reports",
-                                            "batches", "kv_blocks", "attend_tensors", "margin"}));
+  EXPECT_THAT(names,
+              testing::IsSupersetOf({"weights", "tiles", "activations", "block_counts",
+                                     "block_index", "workspace", "kv_out", "reports", "batches",
+                                     "kv_blocks", "kv_segments", "attend_tensors", "margin"}));
   EXPECT_EQ(plan.needs(), device);
   EXPECT_GT(Of(plan.held, Holding::kWorkspace), 0u) << "of a sparse method";
   const size_t one = model_->BatchBytes(longest()), few = model_->BatchBytes(256);
@@ -121,6 +124,42 @@ TEST_F(MemoryPlanTest, WhatDoesNotFitIsToldWithTheLongestThatDoes) {
   EXPECT_LT(PlanMemory(Inputs(plan.fits + 1)).fits, plan.fits + 1);
 }
 
+// Whatever somebody else takes between the two plans.
+TEST_F(MemoryPlanTest, APlanOfWhatFitsFits) {
+  LeaveFree(PlanMemory(Inputs(longest())).needs() - 1000);
+  PlanInputs inputs = Inputs(longest());
+  inputs.prompt_tokens = PlanMemory(inputs).fits;
+  LeaveFree(1000);
+  EXPECT_EQ(PlanMemory(inputs).fits, inputs.prompt_tokens);
+}
+
+// Attends are checked on a server that has no models too.
+TEST_F(MemoryPlanTest, WithoutModelsItIsWhatAttendsNeedAndTheRestIsSpare) {
+  PlanInputs inputs = Inputs(0);
+  inputs.models.clear();
+  inputs.free = kMargin + kMiB + 1000;
+  const MemoryPlan plan = PlanMemory(inputs);
+  EXPECT_EQ(plan.needs(), kMargin + kMiB);
+  EXPECT_EQ(plan.spare, 1000u);
+  EXPECT_EQ(plan.batches, 0u);
+  Engine engine(fake_, metrics_);
+  const int taken = fake_.device().taken();
+  ASSERT_TRUE(engine.Reserve(plan).ok());
+  EXPECT_EQ(fake_.device().taken(), taken);
+  Job attend;
+  attend.policy.method = Method::kDense;
+  attend.attend = std::make_unique<AttendWork>();
+  attend.attend->shape = {DType::kF32, 1, 1, 64, {0, 256}, {0, 256}};
+  EXPECT_TRUE(engine.CheckFits(attend).ok());
+  attend.attend->shape = {DType::kF32, 1, 1, 64, {0, 25'600}, {0, 25'600}};
+  EXPECT_EQ(engine.CheckFits(attend).code(), absl::StatusCode::kInvalidArgument);
+  inputs.free = kMargin;
+  EXPECT_EQ(PlanMemory(inputs).spare, 0u);
+  inputs.free.reset();
+  ASSERT_TRUE(engine.Reserve(PlanMemory(inputs)).ok());
+  EXPECT_TRUE(engine.CheckFits(attend).ok()) << "nothing is known of what is free";
+}
+
 TEST_F(MemoryPlanTest, WhereNoPromptFitsThatIsSaid) {
   LeaveFree(kMargin);
   EXPECT_EQ(PlanMemory(Inputs(longest())).fits, 0);
@@ -136,7 +175,7 @@ TEST(MemoryPlan, OnACpuNothingIsTakenAndEveryLengthFits) {
                                       .batch_jobs = 8,
                                       .batches = 3,
                                       .attend_bytes = kMiB,
-                                      .kv_bytes = kMiB});
+                                      .kv_block_bytes = kMiB});
   EXPECT_EQ(plan.fits, 1000);
   EXPECT_FALSE(plan.free.has_value());
   for (const MemoryPlan::Row& row : plan.rows) {

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <optional>
 #include <string>
 
 namespace prefilld {
@@ -32,15 +33,18 @@ const ModelInfo kOdd = {.name = "odd",
                         .max_positions = 4096,
                         .dtype = DType::kBF16};
 
-int64_t Holds(const ModelInfo& model, uint64_t bytes, uint64_t room = 0) {
+using Room = std::optional<uint64_t>;
+constexpr Room kNoPool;
+
+int64_t Holds(const ModelInfo& model, uint64_t bytes, Room room = kNoPool) {
   return GeometryOf(model, 0).TokensInBlocks(ShareKv({&kLarge, &kSmall}, bytes, room).blocks, true);
 }
 
 TEST(KvShares, BlocksAreTheLargestModels) {
-  const KvShares shares = ShareKv({&kSmall, &kLarge}, 10 * kMiB, 0);
+  const KvShares shares = ShareKv({&kSmall, &kLarge}, 10 * kMiB, kNoPool);
   EXPECT_EQ(shares.block_bytes, 64u << 10);
   EXPECT_EQ(shares.blocks, 160);
-  EXPECT_EQ(shares.segment_bytes, 0u);
+  EXPECT_FALSE(shares.segment_bytes.has_value());
   EXPECT_EQ(Holds(kLarge, 10 * kMiB), 40 * 128);
   EXPECT_EQ(Holds(kSmall, 10 * kMiB), 80 * 128);
 }
@@ -52,22 +56,32 @@ TEST(KvShares, APoolOfSegmentsHasHalfOrHalfOfItsRoom) {
   EXPECT_EQ(ShareKv({&kLarge}, 10 * kMiB, 4 * kMiB).blocks, 128);
 }
 
+TEST(KvShares, APoolWithoutRoomHasNothingAndTheBlocksHaveAll) {
+  const KvShares shares = ShareKv({&kLarge}, 10 * kMiB, 0);
+  EXPECT_EQ(shares.segment_bytes, 0u);
+  EXPECT_EQ(shares.blocks, 160);
+}
+
 // A cache of what blocks hold goes into the other half too.
 TEST(KvShares, HalvesHoldTheSame) {
   for (uint64_t bytes = kMiB; bytes < 20 * kMiB; bytes += 100'000) {
     for (const ModelInfo* model : {&kLarge, &kOdd}) {
       const KvShares shares = ShareKv({model}, bytes, 100 * kMiB);
       const int64_t tokens = GeometryOf(*model, 0).TokensInBlocks(shares.blocks, true);
-      EXPECT_LE(tokens, GeometryOf(*model, 0).TokensInRegion(shares.segment_bytes)) << bytes;
+      EXPECT_LE(tokens, GeometryOf(*model, 0).TokensInRegion(*shares.segment_bytes)) << bytes;
       EXPECT_LE(GeometryOf(*model, tokens).region_bytes(), shares.segment_bytes) << bytes;
     }
   }
 }
 
+uint64_t KvMemoryOf(const ModelInfos& models, int64_t tokens, Room room) {
+  return KvMemoryFor(models, tokens, ShareKv(models, 0, room).block_bytes, room);
+}
+
 TEST(KvShares, TheMemoryThatIsNamedHoldsThePromptWhateverTheRoom) {
   for (uint64_t room = 0; room < 12 * kMiB; room += 100'000) {
     for (const int64_t tokens : {1, 129, 1000, 4096}) {
-      const uint64_t bytes = KvMemoryFor({&kOdd}, tokens, room);
+      const uint64_t bytes = KvMemoryOf({&kOdd}, tokens, room);
       const int64_t blocks = ShareKv({&kOdd}, bytes, room).blocks;
       EXPECT_GE(GeometryOf(kOdd, 0).TokensInBlocks(blocks, true), tokens) << room;
     }
@@ -75,13 +89,13 @@ TEST(KvShares, TheMemoryThatIsNamedHoldsThePromptWhateverTheRoom) {
 }
 
 TEST(KvShares, TheMemoryThatIsNamedHoldsThePromptAndLessDoesNot) {
-  for (const uint64_t room : {uint64_t{0}, 2 * kMiB, 100 * kMiB}) {
+  for (const Room room : {kNoPool, Room(0), Room(2 * kMiB), Room(100 * kMiB)}) {
     for (const int64_t tokens : {1, 128, 129, 1000, 4096}) {
-      const uint64_t bytes = KvMemoryFor({&kSmall, &kLarge}, tokens, room);
-      EXPECT_GE(Holds(kLarge, bytes, room), tokens) << room;
-      EXPECT_LT(Holds(kLarge, bytes - (128 << 10), room), tokens) << room;
+      const uint64_t bytes = KvMemoryOf({&kSmall, &kLarge}, tokens, room);
+      EXPECT_GE(Holds(kLarge, bytes, room), tokens) << room.value_or(1);
+      EXPECT_LT(Holds(kLarge, bytes - (128 << 10), room), tokens) << room.value_or(1);
     }
-    EXPECT_EQ(KvMemoryFor({&kLarge}, 1 << 20, room), KvMemoryFor({&kLarge}, 4096, room))
+    EXPECT_EQ(KvMemoryOf({&kLarge}, 1 << 20, room), KvMemoryOf({&kLarge}, 4096, room))
         << "no prompt is longer than its model's positions";
   }
 }
@@ -98,7 +112,7 @@ TEST(FlagSize, IsNeverLess) {
 std::string Refusal(int64_t asked, uint64_t kv_bytes, const MemoryPlan& plan) {
   const ModelInfos models = {&kLarge, &kSmall};
   const absl::Status status = CheckPromptTokens(
-      {.asked = asked, .models = models, .kv = ShareKv(models, kv_bytes, 0), .plan = plan});
+      {.asked = asked, .models = models, .kv = ShareKv(models, kv_bytes, kNoPool), .plan = plan});
   return std::string(status.message());
 }
 
@@ -130,6 +144,28 @@ TEST(PromptTokens, EveryLimitIsNamedWithTheLargestNumberThatAllAllow) {
   for (const char* what : {"4096 positions", "may hold 2048", "at most 3000 fit"}) {
     EXPECT_THAT(all, HasSubstr(what));
   }
+}
+
+// Of one of several models: what it needs, in blocks as large as the others'.
+TEST(PromptTokens, AllThatBindOneModelIsTold) {
+  const MemoryPlan plan = Fitting(4096, 300);
+  const auto bounds = BoundsOf({.asked = kSmall.max_positions,
+                                .models = {&kSmall},
+                                .kv = ShareKv({&kLarge, &kSmall}, 256 << 10, kNoPool),
+                                .plan = plan});
+  ASSERT_EQ(bounds.size(), 2u);
+  EXPECT_EQ(bounds[0].what, "kv_memory");
+  EXPECT_EQ(bounds[0].tokens, 256);
+  EXPECT_EQ(bounds[0].help, "--kv_memory=512KiB");
+  EXPECT_EQ(bounds[1].what, "gpu memory");
+  EXPECT_EQ(bounds[1].tokens, 300);
+  const MemoryPlan enough = Fitting(4096, 600);
+  EXPECT_TRUE(BoundsOf({.asked = kSmall.max_positions,
+                        .models = {&kSmall},
+                        .kv = ShareKv({&kLarge, &kSmall}, kMiB, kNoPool),
+                        .plan = enough})
+                  .empty())
+      << "of more than this model takes";
 }
 
 TEST(PromptTokens, WhereNoPromptFitsNoNumberHelps) {

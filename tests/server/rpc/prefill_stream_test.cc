@@ -2,6 +2,9 @@
 // themselves, on a device whose work ends when the test says so.
 #include "server/rpc/prefill_stream.h"
 
+#include <grpcpp/create_channel.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -12,6 +15,8 @@
 #include "absl/strings/str_cat.h"
 #include "server/record/errors.h"
 #include "server/rpc/context.h"
+#include "server/rpc/negotiate.h"
+#include "server/rpc/services.h"
 #include "server/rpc/validate.h"
 #include "server/transport/shm_segment.h"
 #include "tests/server/fake_device.h"
@@ -122,6 +127,70 @@ TEST_F(FullQueueTest, NoRegionIsMadeForWhomTheQueueHasNoPlace) {
   EXPECT_EQ(FactsOf(stream.status()).reason, "queue_full") << stream.status();
   EXPECT_EQ(asked.asked, 0);
   EXPECT_EQ(pool_->CountByState()[0], pool_->total());
+}
+
+// Nor for a prompt that what is reserved can never hold.
+TEST_F(PrefillStreamTest, NothingIsTakenForWhatNeverFits) {
+  auto medium = std::make_unique<NoMedium>();
+  const NoMedium& asked = *medium;
+  media_[Transport::kPosixShm] = std::move(medium);
+  MemoryPlan none;
+  none.batches = 1;
+  ASSERT_TRUE(engine_.Reserve(none).ok());
+  ValidPrefill valid = Valid();
+  valid.transport = Transport::kPosixShm;
+  const auto stream = PrefillStream::Start(rpc_, valid, "content", std::make_shared<Caller>());
+  memory_->Stop();
+  EXPECT_EQ(stream.status().code(), absl::StatusCode::kInvalidArgument) << stream.status();
+  EXPECT_EQ(FactsOf(stream.status()).field, "token_ids");
+  EXPECT_EQ(asked.asked, 0);
+  EXPECT_EQ(pool_->CountByState()[0], pool_->total());
+}
+
+// Over the wire, as nothing of it becomes a stream.
+TEST_F(PrefillStreamTest, ValidateOnlyTellsWhatNeverFits) {
+  PrefillServiceImpl service(rpc_);
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+  builder.RegisterService(&service);
+  const auto server = builder.BuildAndStart();
+  const auto stub = v1::PrefillService::NewStub(
+      grpc::CreateChannel("127.0.0.1:" + std::to_string(port), grpc::InsecureChannelCredentials()));
+  v1::PrefillRequest request;
+  request.set_model("base");
+  request.mutable_token_ids()->Resize(3, 1);
+  request.set_validate_only(true);
+  const auto validate = [&] {
+    grpc::ClientContext context;
+    v1::PrefillEvent event;
+    const auto reader = stub->Prefill(&context, request);
+    EXPECT_FALSE(reader->Read(&event));
+    return reader->Finish().error_code();
+  };
+  EXPECT_EQ(validate(), grpc::StatusCode::OK);
+  MemoryPlan none;
+  none.batches = 1;
+  ASSERT_TRUE(engine_.Reserve(none).ok());
+  EXPECT_EQ(validate(), grpc::StatusCode::INVALID_ARGUMENT);
+  server->Shutdown();
+}
+
+TEST_F(PrefillStreamTest, WhatHasNoRoomForCachesIsNotAgreedOnForAModel) {
+  media_[Transport::kPosixShm] = std::make_unique<NoMedium>();
+  v1::NegotiateRequest request;
+  v1::NegotiateResponse response;
+  const auto agreed = [&] {
+    EXPECT_TRUE(Negotiate(rpc_, request, &response).ok());
+    return response.transport();
+  };
+  EXPECT_EQ(agreed(), v1::TRANSPORT_POSIX_SHM) << "for an Attend";
+  request.set_model("base");
+  EXPECT_EQ(agreed(), v1::TRANSPORT_GRPC);
+  request.add_transports(v1::TRANSPORT_POSIX_SHM);
+  EXPECT_EQ(Negotiate(rpc_, request, &response).code(), absl::StatusCode::kFailedPrecondition);
+  rpc_.limits.kv_regions[Transport::kPosixShm] = 1 << 20;
+  EXPECT_EQ(agreed(), v1::TRANSPORT_POSIX_SHM);
 }
 
 // Caches over posix_shm in a pool of segments.

@@ -1,5 +1,6 @@
 #include "server/rpc/validate.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -16,7 +17,9 @@
 namespace prefilld {
 namespace {
 
-const RequestLimits kShm{.offered = {Transport::kPosixShm}};
+constexpr uint64_t kGiB = uint64_t{1} << 30;
+const RequestLimits kShm{.offered = {Transport::kPosixShm},
+                         .kv_regions = {{Transport::kPosixShm, kGiB}}};
 const RequestLimits kIpc{.offered = {Transport::kCudaIpc}};
 constexpr int64_t kHuge = int64_t{1} << 62;
 
@@ -372,27 +375,63 @@ TEST(ValidatePrefill, NoPromptIsLongerThanOneCacheMayBe) {
   EXPECT_EQ(PromptTokensMax(deep, limits, /*retain=*/false), 8 * 128) << "two layers at a time";
   limits.prompt_tokens_max = 500;
   EXPECT_EQ(PromptTokensMax(deep, limits, /*retain=*/false), 500);
-  limits.kv.segment_bytes = GeometryOf(deep, 100).region_bytes();
-  EXPECT_EQ(PromptTokensMax(deep, limits), 2 * 128) << "blocks will do";
-  EXPECT_EQ(PromptTokensMax(deep, limits, true, Transport::kPosixShm), 100);
 
   limits.prompt_tokens_max = 4096;
-  for (int i = 0; i < 256; ++i) request.add_token_ids(1);
-  EXPECT_TRUE(ValidatePrefill(request, deep, limits).ok());
-  request.mutable_destination()->set_transport(v1::TRANSPORT_POSIX_SHM);
-  EXPECT_EQ(FactsOf(ValidatePrefill(request, deep, limits).status()).field, "token_ids")
-      << "it must lie in a segment";
-  request.clear_destination();
-  request.add_token_ids(1);
+  for (int i = 0; i < 257; ++i) request.add_token_ids(1);
   const absl::Status refused = ValidatePrefill(request, deep, limits).status();
   EXPECT_EQ(FactsOf(refused).field, "token_ids");
-  EXPECT_NE(refused.message().find("257 tokens, not from 1 to 256, what the server's kv_memory "
-                                   "holds in one cache; with destination.retain = false up to "
-                                   "1024"),
-            absl::string_view::npos)
-      << refused;
+  EXPECT_THAT(
+      std::string(refused.message()),
+      testing::EndsWith("257 tokens, not from 1 to 256, what the server's kv_memory holds in "
+                        "one cache; with destination.retain = false up to 1024"));
   request.mutable_destination()->set_retain(false);
   EXPECT_TRUE(ValidatePrefill(request, deep, limits).ok());
+}
+
+// A cache that must lie in a region, beside blocks that it takes or without.
+TEST(ValidatePrefill, NoPromptIsLongerThanItsRegionMayBe) {
+  v1::PrefillRequest request = GoodRequest();
+  request.mutable_token_ids()->Resize(101, 1);
+  ModelInfo deep = SmallModel();
+  deep.layers = 8;
+  deep.max_positions = 4096;
+  RequestLimits limits = kShm;
+  limits.kv.blocks = 17;
+  const auto longest = [&] {
+    return PromptTokensMax(deep, limits, /*retain=*/true, Transport::kPosixShm);
+  };
+  const auto refusal = [&] {
+    return std::string(ValidatePrefill(request, deep, limits).status().message());
+  };
+  EXPECT_EQ(longest(), 2 * 128) << "blocks";
+  limits.kv_regions[Transport::kPosixShm] = GeometryOf(deep, 100).region_bytes();
+  EXPECT_EQ(longest(), 100);
+  EXPECT_EQ(PromptTokensMax(deep, limits), 2 * 128) << "blocks will do";
+  EXPECT_TRUE(ValidatePrefill(request, deep, limits).ok());
+
+  request.mutable_destination()->set_transport(v1::TRANSPORT_POSIX_SHM);
+  EXPECT_THAT(refusal(), testing::EndsWith("101 tokens, not from 1 to 100, what a region of "
+                                           "TRANSPORT_POSIX_SHM holds here; over TRANSPORT_GRPC up "
+                                           "to 256"));
+  limits.kv_regions[Transport::kPosixShm] = kGiB;
+  request.mutable_token_ids()->Resize(257, 1);
+  EXPECT_THAT(refusal(), testing::EndsWith("257 tokens, not from 1 to 256, what the server's "
+                                           "kv_memory holds in one cache; over TRANSPORT_GRPC with "
+                                           "destination.retain = false up to 1024"));
+  limits.kv.segment_bytes = limits.kv_regions[Transport::kPosixShm];
+  EXPECT_EQ(longest(), 4096) << "a pool's takes no blocks";
+  limits.kv_regions[Transport::kPosixShm] = GeometryOf(deep, 300).region_bytes();
+  EXPECT_TRUE(ValidatePrefill(request, deep, limits).ok());
+}
+
+TEST(ValidatePrefill, ATransportWithoutRoomForCachesCarriesNone) {
+  const RequestLimits limits{.offered = {Transport::kPosixShm}};
+  v1::PrefillRequest request = GoodRequest();
+  EXPECT_FALSE(MayMap(request, limits));
+  request.mutable_destination()->set_transport(v1::TRANSPORT_POSIX_SHM);
+  const absl::Status refused = ValidatePrefill(request, SmallModel(), limits).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(refused.message()), testing::HasSubstr("has no room for KV caches"));
 }
 
 // --- PullKv
@@ -521,7 +560,10 @@ TEST(Transports, ARowIsAValueOfTheProtoAndNothingElseIsServed) {
     EXPECT_EQ(FindTransportOfWire(row.wire), &row);
   }
   RequestLimits everything;
-  for (const TransportRow& row : kTransports) everything.offered.insert(row.transport);
+  for (const TransportRow& row : kTransports) {
+    everything.offered.insert(row.transport);
+    if (row.open && row.kv_cache) everything.kv_regions[row.transport] = kGiB;
+  }
   for (int value : {-1, 1, 2, 3, 4, 5, 50}) {
     v1::AttendHeader header = GoodHeader();
     header.set_transport(static_cast<v1::Transport>(value));

@@ -5,6 +5,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -104,6 +105,15 @@ TEST(ShmSegment, TooLargeIsRefusedAndLeavesNothing) {
   for (int i = 0; i < 10; ++i) {
     EXPECT_FALSE(Exists(absl::StrCat("/dev/shm/prefilld-", owner.substr(0, 12), "-", i)));
   }
+}
+
+TEST(ShmDomain, TheLargestIsAllThatIsNeverTooLarge) {
+  const auto domain = *ShmDomain::Open(Owner());
+  struct statvfs size;
+  ASSERT_EQ(statvfs("/dev/shm", &size), 0);
+  if (size.f_blocks == 0) GTEST_SKIP() << "it has no size";
+  EXPECT_EQ(domain->Largest(), uint64_t{size.f_blocks} * size.f_frsize - 1);
+  EXPECT_GE(domain->Largest() + 1, domain->Room());
 }
 
 TEST(ShmDomain, TakesAwayWhatDeadServersLeftAndNothingElse) {
