@@ -1,14 +1,20 @@
 #include "client/cli/token_ids.h"
 
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <system_error>
 
 #include "absl/strings/str_cat.h"
 
 namespace prefilld::cli {
 
 absl::StatusOr<std::vector<uint32_t>> ReadTokenIds(const std::string& path) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": is a directory, not a file"));
+  }
   std::ifstream stream(path, std::ios::binary);
   if (!stream) return absl::NotFoundError(absl::StrCat(path, ": cannot open"));
   const auto list = nlohmann::json::parse(stream, nullptr, /*allow_exceptions=*/false);

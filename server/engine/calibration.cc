@@ -20,7 +20,7 @@ struct Trial {
   std::vector<int64_t> lengths;
   int rounds;  // the first warms caches, threads and plans
 };
-const Trial kHostTrial = {DType::kF32, 4, 4, 64, {1024}, 3};
+const Trial kHostTrial = {DType::kF32, 4, 4, 64, {1024}, 6};
 const Trial kDeviceTrial = {DType::kBF16, 32, 8, 128, {256, 1024, 4096, 16384}, 7};
 const Trial kDeviceF32Trial = {DType::kF32, 32, 8, 128, {2048}, 2};
 

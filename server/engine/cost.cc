@@ -105,15 +105,17 @@ double CostModel::AttentionSeconds(const Work& work, Choice choice) const {
 }
 
 bool CostModel::SparseIsFaster(const Work& work) const {
-  return AttentionSeconds(work, Choice::kSparse) < kMargin * DenseSeconds(work);
+  return SelectingIsFaster(work, PredictedDensity(work.k_blocks));
 }
 
+// Where all blocks are kept nothing is saved, whatever the curves say: one call that was disturbed
+// while they were measured may have bent them.
 bool CostModel::SparseIsFaster(const Work& work, double density) const {
-  return SparseSeconds(work, density) < kMargin * DenseSeconds(work);
+  return density < 1 && SparseSeconds(work, density) < kMargin * DenseSeconds(work);
 }
 
 bool CostModel::SelectingIsFaster(const Work& work, double density) const {
-  return SelectedSeconds(work, density) < kMargin * DenseSeconds(work);
+  return density < 1 && SelectedSeconds(work, density) < kMargin * DenseSeconds(work);
 }
 
 bool CostModel::WorthATry(const Work& work) {

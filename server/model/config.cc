@@ -275,21 +275,43 @@ void CheckLayerTypes(ObjectReader& reader) {
   if (!all_full) reader.Fail("layer_types", "has other values than full_attention");
 }
 
-}  // namespace
-
-absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_view source_name) {
-  const std::string source(source_name);
+absl::StatusOr<json> ParseObject(std::string_view text, const std::string& source) {
   bool deep = false;  // what is deeper is left out: it would be walked through recursively
   const auto keep = [&](int depth, json::parse_event_t, json&) {
     deep |= depth > kMaxDepth;
     return depth <= kMaxDepth;
   };
-  const json config = json::parse(text, keep, /*allow_exceptions=*/false);
+  json config = json::parse(text, keep, /*allow_exceptions=*/false);
   if (!config.is_object()) return absl::InvalidArgumentError(source + ": not a JSON object");
   if (deep) {
     return absl::InvalidArgumentError(
         absl::StrCat(source, ": values lie in each other more than ", kMaxDepth, " deep"));
   }
+  return config;
+}
+
+absl::Status CheckTurns(const ModelConfig& config, const std::string& source) {
+  if (RotaryDim(config.rope, config.head_dim) % 2 != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(source, ": partial_rotary_factor leaves an odd number of the ",
+                     config.head_dim, " channels of a head to turn"));
+  }
+  for (const int64_t tokens : {int64_t{1}, config.max_positions}) {
+    if (CanTurn(config.rope, config.head_dim, tokens)) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat(source, ": rope_theta and the scaling give frequencies of which F32 makes no ",
+                     "angles, for a prompt of ", tokens, " tokens"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_view source_name) {
+  const std::string source(source_name);
+  absl::StatusOr<json> parsed = ParseObject(text, source);
+  if (!parsed.ok()) return parsed.status();
+  const json& config = *parsed;
 
   ModelConfig out;
   ObjectReader reader(config, source + ":");
@@ -340,20 +362,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
   if (out.sliding_window > 0) out.max_positions = std::min(out.max_positions, out.sliding_window);
   if (!reader.status().ok()) return reader.status();
   if (!rope.ok()) return rope;
-  if (RotaryDim(out.rope, out.head_dim) % 2 != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(source, ": partial_rotary_factor leaves an odd number of the ", out.head_dim,
-                     " channels of a head to turn"));
-  }
-  for (const int64_t tokens : {int64_t{1}, out.max_positions}) {
-    if (!CanTurn(out.rope, out.head_dim, tokens)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(source,
-                       ": rope_theta and the scaling give frequencies of which F32 makes no "
-                       "angles, for a prompt of ",
-                       tokens, " tokens"));
-    }
-  }
+  if (absl::Status turns = CheckTurns(out, source); !turns.ok()) return turns;
   const absl::Status others = CheckOtherKeys(config, reader, family, source);
   if (!others.ok()) return others;
   return out;

@@ -4,8 +4,13 @@
 #include <openssl/pem.h>
 #include <openssl/x509.h>
 
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,11 +19,17 @@ namespace prefilld {
 namespace {
 
 absl::StatusOr<std::string> ReadFile(const std::string& path, const char* flag) {
+  const auto refuse = [&](std::string_view why) {
+    return absl::NotFoundError(absl::StrCat(flag, ": cannot read '", path,
+                                            "': ", absl::string_view(why.data(), why.size())));
+  };
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) return refuse("it is a directory");
+  errno = 0;
   std::ifstream file(path, std::ios::binary);
+  if (!file) return refuse(std::strerror(errno));
   std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file || text.empty()) {
-    return absl::NotFoundError(absl::StrCat(flag, ": cannot read '", path, "'"));
-  }
+  if (text.empty()) return refuse("it is empty");
   return text;
 }
 

@@ -610,6 +610,8 @@ TEST(ServerStart, TlsFilesAndTheAddressComeBeforeTheModels) {
   const std::string tls = kFixtures + "/tls/", wrong = kFixtures + "/models/base/config.json";
   const std::tuple<std::string, std::string, std::string, std::string> cases[] = {
       {wrong, tls + "server.key", "", "--tls_cert: '" + wrong + "' holds no PEM certificate"},
+      {tls, tls + "server.key", "", "--tls_cert: cannot read '" + tls + "': it is a directory"},
+      {tls + "server.pem", tls, "", "--tls_key: cannot read '" + tls + "': it is a directory"},
       {tls + "server.pem", wrong, "", "--tls_key: '" + wrong + "' holds no PEM private key"},
       {tls + "server.pem", tls + "client.key", "",
        "--tls_key: '" + tls + "client.key' is not the key of '" + tls + "server.pem'"},

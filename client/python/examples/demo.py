@@ -221,6 +221,8 @@ def print_table(runs: dict[str, Run], prompt_tokens: int) -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                         for i, (cell, width) in enumerate(zip(row, widths))))
+    print("as dense: decoded tokens that are dense's at the same place; behind the first other one "
+          "texts go apart")
 
 
 def print_density(runs: dict[str, Run]) -> None:

@@ -240,6 +240,11 @@ TEST_F(AppTest, LetsTheServerJudgePolicyValues) {
   EXPECT_EQ(script_.attends.size(), 1u);
 }
 
+TEST_F(AppTest, ADirectoryHoldsNoTokens) {
+  EXPECT_NE(Run({"prefill", "--model=tiny", "--tokens=/"}), 0);
+  EXPECT_THAT(err_, HasSubstr("/: is a directory"));
+}
+
 TEST_F(AppTest, PrefillPullsTheCacheAndTheLogits) {
   EXPECT_EQ(Run({"prefill", "--model=tiny", "--tokens=" + dir_.Write("ids", "[1, 2, 99]"),
                  "--kv_out=" + dir_ / "kv", "--logits_out=" + dir_ / "logits", "--json"}),

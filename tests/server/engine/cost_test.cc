@@ -103,6 +103,15 @@ TEST(CostModel, AfterSelectingOnlyTheAttentionCounts) {
   EXPECT_FALSE(cost.SparseIsFaster(Prompt(4096), 0.79));
 }
 
+TEST(CostModel, WhereEveryBlockIsKeptNothingIsSaved) {
+  CostModel cost;
+  cost.SetCurves({{1e6, 10}}, {{1e6, 0.1}}, {{1e6, 0.1}});  // dense was disturbed
+  EXPECT_FALSE(cost.SparseIsFaster(Prompt(1024)));
+  EXPECT_FALSE(cost.SparseIsFaster(Prompt(1024), 1.0));
+  EXPECT_FALSE(cost.SelectingIsFaster(Prompt(1024), 1.0));
+  EXPECT_TRUE(cost.SelectingIsFaster(Prompt(1024), 0.9));
+}
+
 // Measured on one H200, 32/8/128: selecting costs tens of microseconds whatever the length.
 TEST(CostModel, AFixedCostOfSelectionKeepsShortPromptsDense) {
   CostModel cost;
