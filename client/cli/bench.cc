@@ -34,6 +34,7 @@ struct Row {
   std::vector<double> ttft;  // seconds, ascending
   double density_sum = 0;
   std::map<std::string, int> errors;  // by code
+  absl::Status last_error;
 
   size_t requests() const { return ttft.size(); }
   double requests_per_second() const { return static_cast<double>(requests()) / seconds; }
@@ -68,6 +69,7 @@ Row RunLoop(client::PrefillClient& client, const Session& session, Load& load, u
           row.density_sum += sample->density;
         } else {
           ++row.errors[absl::StatusCodeToString(sample.status().code())];
+          row.last_error = sample.status();
         }
       }
       progress.Update(absl::StrCat(tokens, " x ", concurrency),
@@ -146,8 +148,10 @@ absl::Status RunBench(client::PrefillClient& client, const Session& session,
       const Row row = RunLoop(client, session, *load, tokens, concurrency, flags.duration_s);
       if (session.io.cancellation.cancelled()) return absl::CancelledError("bench was stopped");
       if (row.requests() == 0) {
-        status.Update(absl::UnavailableError(absl::StrCat("no request of ", tokens, " tokens, ",
-                                                          concurrency, " at a time, succeeded")));
+        status.Update(absl::Status(
+            row.last_error.code(),
+            absl::StrCat("no request of ", tokens, " tokens, ", concurrency,
+                         " at a time, succeeded; the last: ", row.last_error.message())));
       }
       rows.push_back(ToJson(row));
       if (!session.json) PrintRow(row, session.io.out);

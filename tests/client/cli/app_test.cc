@@ -374,9 +374,10 @@ TEST_F(AppTest, BenchMeasuresBothLoads) {
 }
 
 TEST_F(AppTest, BenchFailsWhereNothingSucceeds) {
-  script_.refusals.assign(1000, grpc::Status(grpc::StatusCode::INTERNAL, "x"));
+  script_.refusals.assign(1000, grpc::Status(grpc::StatusCode::INTERNAL, "a reason"));
   EXPECT_EQ(Run({"bench", "--shape=4/2/64", "--tokens=100", "--duration=0.05"}), 1);
   EXPECT_THAT(out_, HasSubstr("INTERNAL="));
+  EXPECT_THAT(err_, AllOf(HasSubstr("INTERNAL: "), HasSubstr("a reason")));
   EXPECT_EQ(Run({"bench", "--shape=4/2", "--tokens=100"}), 1);
   EXPECT_EQ(Run({"bench", "--model=tiny", "--tokens=1", "--transport=pigeon"}), 1);
   EXPECT_THAT(err_, StartsWith("prefillctl: INVALID_ARGUMENT: "));
