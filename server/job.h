@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -84,12 +85,39 @@ struct PrefillWork {
   absl::Status committed;     // by the completion thread: why the layers end where they do
 };
 
+// Until when callers wait, on the wall's clock; it only moves on, as one who attaches may wait for
+// longer. Threads: any.
+class Deadline {
+ public:
+  Deadline(absl::Time at = absl::InfiniteFuture()) : nanos_(NanosOf(at)) {}  // NOLINT: it is one
+  Deadline& operator=(absl::Time at) {
+    nanos_ = NanosOf(at);
+    return *this;
+  }
+  absl::Time at() const {
+    const int64_t nanos = nanos_;
+    return nanos == kNever ? absl::InfiniteFuture() : absl::FromUnixNanos(nanos);
+  }
+  void MoveTo(absl::Time at) {
+    const int64_t later = NanosOf(at);
+    for (int64_t now = nanos_; now < later && !nanos_.compare_exchange_weak(now, later);) {
+    }
+  }
+
+ private:
+  static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+  static int64_t NanosOf(absl::Time at) { return absl::ToUnixNanos(at); }  // kNever: infinite
+
+  std::atomic<int64_t> nanos_;
+};
+
 struct Job {
+  Deadline deadline;  // the latest of its callers
+
   // Set before admission, constant afterwards.
   std::string request_id;
   int priority = 0;  // higher first
   SteadyTime arrival = SteadyNow();
-  absl::Time deadline = absl::InfiniteFuture();
   SparsityPolicy policy;
   bool method_unspecified = false;  // dense may be chosen where it is faster
   uint64_t held_bytes = 0;          // host memory of an Attend: tensors, outputs, block index

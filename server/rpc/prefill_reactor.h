@@ -27,6 +27,7 @@ class PrefillReactor final : public grpc::ServerWriteReactor<v1::PrefillEvent>,
   void OnCancel() override;
   void OnDone() override;
   void OnEvents() override;
+  absl::Time deadline() const override { return deadline_; }
 
  private:
   PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context);

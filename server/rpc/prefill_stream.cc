@@ -176,6 +176,7 @@ bool PrefillStream::Attach(const std::shared_ptr<Reader>& reader) {
   absl::MutexLock lock(&mutex_);
   if (given_up_ || (ended_ && lease_.generation == 0)) return false;
   readers_.push_back(reader);
+  if (job_) job_->deadline.MoveTo(reader->deadline());
   return true;
 }
 

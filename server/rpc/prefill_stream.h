@@ -28,7 +28,8 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   class Reader {
    public:
     virtual ~Reader() = default;
-    virtual void OnEvents() = 0;  // more can be read; any thread
+    virtual void OnEvents() = 0;              // more can be read; any thread
+    virtual absl::Time deadline() const = 0;  // it waits until then
   };
 
   // Takes blocks, a place in the queue and a lease, all or none, for `reader`. `content` is
@@ -44,6 +45,7 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   const std::string& request_id() const { return request_id_; }
   uint64_t generation() const;
 
+  // The work's deadline is the latest of its readers'.
   // False: it ended before it began, or its last reader has given it up; it is of use to nobody.
   bool Attach(const std::shared_ptr<Reader>& reader);
   void Detach(const Reader* reader);

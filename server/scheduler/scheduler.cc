@@ -66,13 +66,13 @@ absl::Status Scheduler::CheckOpenLocked(const Job& job, double seconds) const {
   if (draining_ || stop_) return Draining();
   if (absl::Status lost = engine_.CheckDevice(); !lost.ok()) return lost;
   // gRPC rounds a deadline up: less than a millisecond left is none.
-  if (job.deadline <= now + absl::Milliseconds(1)) {
+  if (job.deadline.at() <= now + absl::Milliseconds(1)) {
     return absl::DeadlineExceededError("the deadline has passed already");
   }
-  if (now + absl::Seconds(seconds / kInfeasibleFactor) > job.deadline) {
+  if (now + absl::Seconds(seconds / kInfeasibleFactor) > job.deadline.at()) {
     return DeadlineInfeasible(
         absl::StrCat("the work takes about ", absl::FormatDuration(absl::Seconds(seconds)),
-                     ", the deadline is in ", absl::FormatDuration(job.deadline - now)));
+                     ", the deadline is in ", absl::FormatDuration(job.deadline.at() - now)));
   }
   if (waiting_jobs_ >= options_.waiting_jobs_max) {
     return RetryLater(
@@ -206,11 +206,11 @@ void Scheduler::Receive(std::vector<Message> inbox) {
 void Scheduler::DropLate(absl::Time now) {
   std::vector<std::shared_ptr<Job>> late;
   for (const Waiting& waiting : waiting_) {
-    if (waiting.job->deadline <= now) late.push_back(waiting.job);
+    if (waiting.job->deadline.at() <= now) late.push_back(waiting.job);
   }
   for (const Active& active : active_) {
     for (const auto& job : active.batch->jobs) {
-      if (job->deadline <= now) late.push_back(job);
+      if (job->deadline.at() <= now) late.push_back(job);
     }
   }
   for (const auto& job : late) {
@@ -221,9 +221,9 @@ void Scheduler::DropLate(absl::Time now) {
 // Only an idle loop waits for it: while steps run, deadlines are looked at between them.
 absl::Time Scheduler::NextDeadline() const {
   absl::Time next = absl::InfiniteFuture();
-  for (const Waiting& waiting : waiting_) next = std::min(next, waiting.job->deadline);
+  for (const Waiting& waiting : waiting_) next = std::min(next, waiting.job->deadline.at());
   for (const Active& active : active_) {
-    for (const auto& job : active.batch->jobs) next = std::min(next, job->deadline);
+    for (const auto& job : active.batch->jobs) next = std::min(next, job->deadline.at());
   }
   return next;
 }
@@ -240,7 +240,7 @@ std::vector<StepView> Scheduler::Views() const {
     view.priority = batch.jobs[0]->priority;
     for (const auto& job : batch.jobs) {
       view.arrival = std::min(view.arrival, job->arrival);
-      view.deadline = std::min(view.deadline, job->deadline);
+      view.deadline = std::min(view.deadline, job->deadline.at());
       view.priority = std::max(view.priority, job->priority);
       view.remaining += absl::Seconds(engine_.PredictSeconds(*job, batch.next_layer));
       view.runnable &= job->prefill->cache->CanCompute(batch.next_layer);
@@ -259,7 +259,7 @@ std::vector<StepView> Scheduler::Views() const {
     const bool may_start = job.attend || (may_start_batch && HasRoom(job));
     views.push_back({.arrival = job.arrival,
                      .waited = Since(job.arrival),
-                     .deadline = job.deadline,
+                     .deadline = job.deadline.at(),
                      .remaining = absl::Seconds(engine_.PredictSeconds(job)),
                      .priority = job.priority,
                      .runnable = waiting.ready && may_start});

@@ -27,7 +27,12 @@ namespace {
 
 class Caller : public PrefillStream::Reader {
  public:
+  explicit Caller(absl::Time deadline = absl::InfiniteFuture()) : deadline_(deadline) {}
   void OnEvents() override {}
+  absl::Time deadline() const override { return deadline_; }
+
+ private:
+  const absl::Time deadline_;
 };
 
 // Has no memory, and counts who asks.
@@ -109,6 +114,30 @@ TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {
   for (size_t index = 0; (*again)->Get(index, &end, &ended) != nullptr;) ++index;
   EXPECT_TRUE(ended);
   EXPECT_TRUE(end.ok()) << end;
+}
+
+TEST_F(PrefillStreamTest, WhoAttachesMayWaitForLonger) {
+  const absl::Time soon = absl::Now() + absl::Seconds(10), late = soon + absl::Seconds(10);
+  ValidPrefill valid = Valid();
+  const std::shared_ptr<Job> job = valid.job;
+  job->deadline = soon;
+  backend_.device().HoldMarks();
+  const auto start = [&] {
+    return PrefillStream::Start(rpc_, valid, "content", std::make_shared<Caller>(soon));
+  };
+  const auto attach = [&](absl::Time deadline) {
+    return prefills_.FindOrStart("id", "content", std::make_shared<Caller>(deadline), start);
+  };
+  ASSERT_TRUE(attach(soon).ok());
+  EXPECT_EQ(job->deadline.at(), soon);
+  ASSERT_TRUE(attach(late).ok());
+  EXPECT_EQ(job->deadline.at(), late);
+  ASSERT_TRUE(attach(soon).ok());
+  EXPECT_EQ(job->deadline.at(), late) << "the first of them may still wait";
+  ASSERT_TRUE(attach(absl::InfiniteFuture()).ok());
+  EXPECT_EQ(job->deadline.at(), absl::InfiniteFuture());
+  backend_.device().ReleaseMarks();
+  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
 }
 
 class FullQueueTest : public PrefillStreamTest {
