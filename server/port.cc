@@ -17,13 +17,13 @@
 namespace prefilld {
 namespace {
 
-// -1: see errno.
-int BindTo(const addrinfo& address) {
-  const int fd = socket(address.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+// A socket with this address. -1: see errno.
+int Bind(const sockaddr* address, socklen_t bytes) {
+  const int fd = socket(address->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -1;
   const int on = 1;
   if (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) == 0 &&
-      bind(fd, address.ai_addr, address.ai_addrlen) == 0) {
+      bind(fd, address, bytes) == 0) {
     return fd;
   }
   const int why = errno;
@@ -35,21 +35,13 @@ int BindTo(const addrinfo& address) {
 // A name in the host's abstract sockets (of its network namespace, as ports are), which one process
 // has at a time and which ends with it. -1: see errno.
 int Claim(const Endpoint& endpoint) {
-  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd < 0 || endpoint.port == 0) return fd;
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   const std::string name = absl::StrCat("prefilld listens on ", endpoint.ToString());
   const size_t length = std::min(name.size(), sizeof address.sun_path - 1);
   std::memcpy(address.sun_path + 1, name.data(), length);  // behind a zero: abstract
   const auto bytes = offsetof(sockaddr_un, sun_path) + 1 + length;
-  if (bind(fd, reinterpret_cast<const sockaddr*>(&address), static_cast<socklen_t>(bytes)) == 0) {
-    return fd;
-  }
-  const int why = errno;
-  close(fd);
-  errno = why;
-  return -1;
+  return Bind(reinterpret_cast<const sockaddr*>(&address), static_cast<socklen_t>(bytes));
 }
 
 }  // namespace
@@ -69,13 +61,15 @@ absl::StatusOr<HeldPort> HeldPort::Take(const Endpoint& endpoint) {
   HeldPort held;
   int why = 0;
   bool bound = false;
-  if (const int fd = Claim(endpoint); fd >= 0) {
-    held.fds_.push_back(fd);
-  } else if (errno == EADDRINUSE) {
-    return refuse("another prefilld, which is still starting, will");
+  if (endpoint.port > 0) {
+    if (const int fd = Claim(endpoint); fd >= 0) {
+      held.fds_.push_back(fd);
+    } else if (errno == EADDRINUSE) {
+      return refuse("another prefilld, which is still starting, will");
+    }
   }
   for (const addrinfo* address = found; address != nullptr; address = address->ai_next) {
-    if (const int fd = BindTo(*address); fd >= 0) {
+    if (const int fd = Bind(address->ai_addr, address->ai_addrlen); fd >= 0) {
       held.fds_.push_back(fd);
       bound = true;
     } else if (why = errno; why == EADDRINUSE) {

@@ -36,10 +36,8 @@ def arguments() -> argparse.Namespace:
     def listed(kind):
         return lambda text: [kind(word) for word in text.split(",")]
 
-    parser = needs.parser(__doc__)
+    parser = needs.model_parser(__doc__)
     add = parser.add_argument
-    add("--model", type=needs.model_directory, required=True, metavar="DIR",
-        help="a Hugging Face directory")
     add("--backend", choices=("cuda", "cpu"), default="cuda", help="of both (%(default)s)")
     add("--lengths", type=listed(int), default=[512, 2048, 8192, 32768], metavar="N,...",
         help="of prompts, tokens (512,2048,8192,32768)")

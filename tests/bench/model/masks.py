@@ -22,10 +22,8 @@ import needs
 
 
 def arguments() -> argparse.Namespace:
-    parser = needs.parser(__doc__)
+    parser = needs.model_parser(__doc__)
     add = parser.add_argument
-    add("--model", type=needs.model_directory, required=True, metavar="DIR",
-        help="a Hugging Face directory")
     add("--ids", type=pathlib.Path, metavar="FILE", help="JSON array of token IDs; else random")
     add("--tokens", type=int, default=8192, help="of the prompt (%(default)s)")
     add("--layers", type=lambda text: [int(word) for word in text.split(",")], default=[0, 7, 14],

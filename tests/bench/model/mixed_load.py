@@ -29,10 +29,8 @@ import needs
 
 
 def arguments() -> argparse.Namespace:
-    parser = needs.parser(__doc__)
+    parser = needs.model_parser(__doc__)
     add = parser.add_argument
-    add("--model", type=needs.model_directory, required=True, metavar="DIR",
-        help="a Hugging Face directory")
     add("--backend", choices=("cuda", "cpu"), default="cuda", help="%(default)s")
     add("--seconds", type=float, default=180, help="of load (%(default)s)")
     add("--clients", type=int, default=6, help="at a time (%(default)s)")

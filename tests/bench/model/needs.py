@@ -21,6 +21,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def model_parser(doc: str) -> argparse.ArgumentParser:
+    """The same, with --model."""
+    with_model = parser(doc)
+    with_model.add_argument("--model", type=model_directory, required=True, metavar="DIR",
+                            help="a Hugging Face directory")
+    return with_model
+
+
 def model_directory(text: str) -> pathlib.Path:
     """A type for --model."""
     path = pathlib.Path(text)

@@ -31,10 +31,8 @@ import needs
 
 
 def arguments() -> argparse.Namespace:
-    parser = needs.parser(__doc__)
+    parser = needs.model_parser(__doc__)
     add = parser.add_argument
-    add("--model", type=needs.model_directory, required=True, metavar="DIR",
-        help="a Hugging Face directory")
     add("--ids", type=pathlib.Path, metavar="FILE", help="JSON array of token IDs; else random")
     add("--tokens", type=int, help="of the prompt; default: all of --ids")
     add("--backend", choices=("cuda", "cpu"), default="cuda", help="of both (%(default)s)")

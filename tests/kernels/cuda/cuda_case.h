@@ -157,6 +157,17 @@ Difference Compare(const CudaCase& input, const Selected& got, const Selected& w
 void ExpectSelects(const CaseOptions& options, const SparsityPolicy& policy, Difference* sum);
 void ExpectClose(const Difference& sum);  // IoU >= 0.999
 
+// A test of selection: skipped without a GPU; what its cases differ in counts together.
+class SelectionOnGpu : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!HasDevice()) GTEST_SKIP() << "no GPU";
+  }
+  void TearDown() override { ExpectClose(sum_); }
+
+  Difference sum_;
+};
+
 // Rows ascending and unique, holding 0 and the diagonal.
 void ExpectWellFormed(const CudaCase& input, const Selected& selected);
 // Densities follow from the rows.

@@ -17,17 +17,11 @@ SparsityPolicy FlexPrefill(double gamma = 0.9, double tau = 0.1) {
   return {.method = Method::kFlexPrefill, .gamma = gamma, .flexprefill = {.tau = tau}};
 }
 
-class FlexPrefillOnGpu : public testing::Test {
+class FlexPrefillOnGpu : public SelectionOnGpu {
  protected:
-  void SetUp() override {
-    if (!HasDevice()) GTEST_SKIP() << "no GPU";
-  }
   void ExpectSame(const CaseOptions& options, const SparsityPolicy& policy = FlexPrefill()) {
     ExpectSelects(options, policy, &sum_);
   }
-  void TearDown() override { ExpectClose(sum_); }
-
-  Difference sum_;
 };
 
 // In every row of dtypes.

@@ -15,17 +15,11 @@ namespace {
 
 SparsityPolicy Joint(double gamma = 0.9) { return {.method = Method::kJoint, .gamma = gamma}; }
 
-class JointOnGpu : public testing::Test {
+class JointOnGpu : public SelectionOnGpu {
  protected:
-  void SetUp() override {
-    if (!HasDevice()) GTEST_SKIP() << "no GPU";
-  }
   void ExpectSame(const CaseOptions& options, const SparsityPolicy& policy = Joint()) {
     ExpectSelects(options, policy, &sum_);
   }
-  void TearDown() override { ExpectClose(sum_); }
-
-  Difference sum_;
 };
 
 // In every row of dtypes.
