@@ -1,9 +1,9 @@
 // The engine: owns the device and runs one step after the other on it, a layer of a batch of
-// prompts or one Attend; measures phases, density and captured mass while it does. The scheduler's
-// thread alone calls it, but for what says otherwise. On a device with memory of its own a layer is
-// enqueued before the engine waits for the one before it, so that the device is never without work;
-// what was learned of a layer comes one step later. What follows a layer, its commit and the sinks,
-// runs on the completion queue's thread.
+// prompts, a part of one where that is long, or one Attend; measures phases, density and captured
+// mass while it does. The scheduler's thread alone calls it, but for what says otherwise. On a
+// device with memory of its own a step is enqueued before the engine waits for the one before it,
+// so that the device is never without work; what was learned of a step comes one step later. What
+// follows a layer, its commit and the sinks, runs on the completion queue's thread.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,7 @@
 #include "server/engine/completion_queue.h"
 #include "server/engine/cost.h"
 #include "server/engine/fit.h"
+#include "server/engine/layer_parts.h"
 #include "server/engine/memory_plan.h"
 #include "server/engine/stages.h"
 #include "server/engine/step_clock.h"
@@ -30,6 +31,22 @@
 
 namespace prefilld {
 
+// What a step should take at most: who arrives meanwhile waits for two. More parts than it takes
+// cost a long prompt a few percent.
+inline constexpr double kStepSeconds = 0.1;
+
+// q, k, v and o of the layer that a batch is in the middle of.
+struct ActiveScratch {
+  Buffer memory;  // grows to the largest batch seen
+  LayerScratch rows{};
+  bool in_use = false;
+
+  struct Leave {
+    void operator()(ActiveScratch* scratch) const { scratch->in_use = false; }
+  };
+  using Use = std::unique_ptr<ActiveScratch, Leave>;
+};
+
 // Prompts of one model and one policy that go through the layers together, ragged.
 struct Batch {
   std::vector<std::shared_ptr<Job>> jobs;  // sequence s of `prompts` is jobs[s]
@@ -37,11 +54,19 @@ struct Batch {
   Transformer* model = nullptr;
   SparsityPolicy policy;
   DenseReason dense_reason = DenseReason::kNone;  // set when dense replaced an unspecified method
-  bool open = false;      // the method was left open and is sparse: dense may take its place
-  double density = 0;     // the sum over the layers done
-  int next_layer = 0;     // to be enqueued
-  int layers_done = 0;    // and collected
-  absl::Status status;    // the first failure; no layer runs after it
+  bool open = false;    // the method was left open and is sparse: dense may take its place
+  double density = 0;   // the sum over the layers done
+  int next_layer = 0;   // to be enqueued, all of it or what is left
+  int layers_done = 0;  // and collected
+  // Of next_layer, once it has begun; the engine's.
+  std::vector<LayerPart> parts;
+  size_t next_part = 0;
+  ActiveScratch::Use scratch;
+  // Of the layer that is being collected, part by part.
+  PhaseSeconds part_phases{};
+  std::vector<HeadReport> part_report;   // [prompts, heads]
+  std::unique_ptr<Device::Mark> stored;  // its K and V are in their caches
+  absl::Status status;                   // the first failure; no layer runs after it
   PhaseSeconds phases{};  // of the layers done; every job of the batch waited for all of it
   // Of the last layer done whose phases were measured one by one, under this policy.
   std::optional<PhaseSeconds> layer_phases;
@@ -57,7 +82,9 @@ void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& h
 
 class Engine {
  public:
-  Engine(Backend& backend, Metrics& metrics) : backend_(backend), metrics_(metrics) {}
+  // step_seconds: what a step should take at most, where a layer can be divided.
+  Engine(Backend& backend, Metrics& metrics, double step_seconds = kStepSeconds)
+      : backend_(backend), metrics_(metrics), step_seconds_(step_seconds) {}
   // Times calls of a few lengths to learn this device's rates, of linear layers too where it serves
   // models; less than two seconds.
   absl::Status Calibrate(bool models);
@@ -72,6 +99,12 @@ class Engine {
   }
   // Whether a batch of so many tokens can Begin now, beside those that run.
   bool HasRoom(const Transformer& model, int64_t tokens) const;
+  // Whether a batch can take a step, or one of so many tokens its first: not where another of its
+  // size is in the middle of a layer.
+  bool CanStep(const Batch& batch) const {
+    return batch.scratch != nullptr || CanStep(batch.prompts.tokens());
+  }
+  bool CanStep(int64_t tokens) const { return !scratch_[SlotOf(tokens)].in_use; }
 
   // Seconds the rest of a job will take, by the cost model, when `layers_done` are behind it.
   // Thread: any.
@@ -80,11 +113,11 @@ class Engine {
 
   // Enqueues the embedding of the prompts; the batch owns its residual stream from now on.
   absl::StatusOr<std::unique_ptr<Batch>> Begin(std::vector<std::shared_ptr<Job>> jobs);
-  // Enqueues next_layer and collects the layers before it, of whichever batch. K and V of a layer
-  // that is collected are committed to each job's cache, and the sinks told, by a completion. Every
-  // cache CanCompute it. A failure is the batch's first, perhaps of an earlier layer; then nothing
-  // of it is on its way.
-  absl::Status RunLayer(Batch& batch);
+  // Enqueues next_layer, or the next part of it, and collects the steps before, of whichever batch.
+  // K and V of a layer that is collected are committed to each job's cache, and the sinks told, by
+  // a completion. Every cache CanCompute it, and the batch CanStep. A failure is the batch's first,
+  // perhaps of an earlier step; then nothing of it is on its way.
+  absl::Status RunStep(Batch& batch);
   // After the last layer: collects them all, and the logits of the jobs that asked for them.
   absl::Status Finish(Batch& batch);
   // Takes a job out of a batch, so that the others go on without its rows.
@@ -95,7 +128,8 @@ class Engine {
 
   absl::Status RunAttend(Job& job);
 
-  // Layers that were enqueued and are not collected, in that order: what a step may wait for.
+  // Layers of which something was enqueued and is not collected, in that order: what a step may
+  // wait for.
   std::vector<std::pair<const Batch*, int>> OnTheirWay() const;
 
   // Where a job's end goes: behind the commits of its layers.
@@ -124,13 +158,15 @@ class Engine {
     bool open = false;  // was left open and is sparse: dense may still take its place
   };
 
-  // A layer that was enqueued and is not collected.
+  // A step of a batch that was enqueued and is not collected.
   struct Flight {
     Batch* batch = nullptr;
     int layer = 0;
-    StagesCall call;
+    LayerPart part;
+    bool ends_layer = true;
+    StagesCall call;                       // of the part's heads
     bool measured = true;                  // phase by phase
-    std::unique_ptr<Device::Mark> stored;  // K and V are in their caches
+    std::unique_ptr<Device::Mark> stored;  // of a part that stores
   };
 
   Decision Decide(const Job& job, const AttentionShape& shape);
@@ -141,34 +177,37 @@ class Engine {
   absl::Status ReserveStages();
   absl::Status Prepare(StagesCall& call);
   bool MeasuresPhases(const Batch& batch) const;
-  absl::Status EnsureScratch(const ModelInfo& info, int64_t tokens);
+  static size_t SlotOf(int64_t tokens) { return tokens > kShortBatchTokens ? 1 : 0; }
+  absl::Status BeginLayer(Batch& batch);
+  std::vector<LayerPart> PartsOf(const Batch& batch) const;
   absl::Status StoreKv(Batch& batch, int layer);
-  StagesCall LayerCall(const Batch& batch);
+  AttentionShape ShapeOf(const Batch& batch) const;
+  StagesCall PartCall(const Batch& batch, const HeadRange& heads);
   absl::Status Launch(Batch& batch);
-  absl::Status EnqueueLayer(Flight& flight);
-  void Observe(const Flight& flight, const PhaseSeconds& phases);
+  absl::Status EnqueuePart(Flight& flight);
+  void Observe(const Flight& flight);
   absl::Status EnqueueAttend(StagesCall& call);
   void CollectUntil(size_t left);
   absl::Status Collect(Flight& flight);
-  absl::Status FinishLayer(Batch& batch, int layer);
+  absl::Status FinishLayer(Batch& batch, const Flight& flight);
   absl::Status MarkStored(Flight& flight);
   void PostCommit(Flight& flight);
   void Commit(const LayerTicket& ticket, const absl::Status& work);
 
   Backend& backend_;
   Metrics& metrics_;
+  const double step_seconds_;
   CostModel cost_;
-  // Layers that may be on their way when the engine waits for one.
+  // Steps that may be on their way when the engine waits for one.
   const size_t ahead_ = backend_.device().host_memory() ? 0 : 1;
   StepClock clock_{backend_.device(), Stream{}};
-  // Of the layer that is enqueued, the one on its way, and the one whose end is that one's begin.
+  // Of the step that is enqueued, the one on its way, and the one whose end is that one's begin.
   StepClock layer_clocks_[3] = {
       {backend_.device(), Stream{}}, {backend_.device(), Stream{}}, {backend_.device(), Stream{}}};
   size_t next_clock_ = 0;
   Stages stages_{backend_, cost_};
   std::deque<Flight> flights_;  // at most ahead_ + 1
-  Buffer scratch_;              // q, k, v, o of one layer; grows to the largest batch seen
-  LayerScratch layer_{};
+  ActiveScratch scratch_[2];    // of batches of up to kShortBatchTokens, and of longer ones
   std::optional<Reserved> reserved_;
   std::unique_ptr<Arena> batches_;  // what batches hold; null: nothing is reserved for them
   bool fault_noted_ = false;

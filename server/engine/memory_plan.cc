@@ -5,6 +5,8 @@
 #include <string_view>
 #include <utility>
 
+#include "server/engine/layer_parts.h"
+
 namespace prefilld {
 namespace {
 
@@ -22,6 +24,7 @@ struct HeldRow {
 };
 constexpr HeldRow kHeldRows[kHeldCount] = {
     {"activations", false, "q, k, v and o of a layer, longest prompt"},
+    {"short_activations", false, "the same of up to 4096 tokens, which pass a long prompt"},
     {"block_counts", false, "rows of blocks of the longest prompt"},
     {"block_index", false, "square of the longest prompt's blocks"},
     {"workspace", false, "longest prompt, the method that needs most"},
@@ -181,7 +184,9 @@ HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<i
                                 info.head_dim,    ends,         ends};
   if (!backend.Supports(shape, policy).ok()) return {};
   HeldBytes held = HeldBy(backend, shape, policy);
-  Of(held, Holding::kActivations) = static_cast<size_t>(LayerScratchBytes(info, ends.back()));
+  const bool passes = ends.back() <= kShortBatchTokens;
+  Of(held, passes ? Holding::kShortActivations : Holding::kActivations) =
+      static_cast<size_t>(LayerScratchBytes(info, ends.back()));
   Of(held, Holding::kKvOut) = (*backend.ops())->WriteKvBytes(kv_bytes);
   Of(held, Holding::kReports) = lengths.size() * info.q_heads * sizeof(HeadReport);
   Of(held, Holding::kBatch) = model.BatchBytes(ends.back());

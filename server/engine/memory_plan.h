@@ -20,8 +20,17 @@ namespace prefilld {
 KvGeometry GeometryOf(const ModelInfo& info, int64_t tokens);
 
 // What one layer of a batch needs beside weights and tiles, and what its batch holds.
-enum class Holding { kActivations, kCounts, kIndex, kWorkspace, kKvOut, kReports, kBatch };
-inline constexpr size_t kHeldCount = 7;
+enum class Holding {
+  kActivations,
+  kShortActivations,
+  kCounts,
+  kIndex,
+  kWorkspace,
+  kKvOut,
+  kReports,
+  kBatch
+};
+inline constexpr size_t kHeldCount = 8;
 using HeldBytes = std::array<size_t, kHeldCount>;
 inline size_t& Of(HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }
 inline size_t Of(const HeldBytes& bytes, Holding held) { return bytes[static_cast<size_t>(held)]; }

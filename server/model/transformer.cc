@@ -125,7 +125,7 @@ absl::Status Transformer::RunOnce(int64_t tokens) {
   batch.cu_seqlens = {0, tokens};
   std::vector<float> logits(static_cast<size_t>(info_.vocab_size));
   absl::Status status = Begin(batch, Stream{});
-  if (status.ok()) status = ProjectQkv(0, batch, scratch, Stream{});
+  if (status.ok()) status = ProjectQkv(0, batch, scratch, {0, tokens}, Stream{});
   if (status.ok()) status = FinishLayer(0, batch, scratch, {0, tokens}, Stream{});
   if (status.ok()) status = Logits(batch, {.row = 0, .rows = 1, .out = logits.data()}, Stream{});
   const absl::Status done = device.Synchronize(Stream{});
@@ -195,10 +195,11 @@ absl::Status Transformer::Begin(PrefillBatch& batch, Stream stream) {
 }
 
 absl::Status Transformer::ProjectQkv(int layer, const PrefillBatch& batch,
-                                     const LayerScratch& scratch, Stream stream) {
+                                     const LayerScratch& scratch, RowRange rows, Stream stream) {
   const LayerWeights& weights = weights_.layers[layer];
-  for (int64_t begin = 0; begin < batch.tokens(); begin += tile_tokens_) {
-    const int64_t tokens = std::min(tile_tokens_, batch.tokens() - begin);
+  const int64_t end = rows.first + rows.count;
+  for (int64_t begin = rows.first; begin < end; begin += tile_tokens_) {
+    const int64_t tokens = std::min(tile_tokens_, end - begin);
     absl::Status status = ops_.Normalize({.norm = weights.input_norm.get(),
                                           .x = batch.residual.From(begin),
                                           .out = normed_,

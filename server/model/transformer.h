@@ -84,15 +84,18 @@ class Transformer {
   // Held from Load on.
   uint64_t weight_bytes() const { return weights_.bytes; }
   uint64_t tile_bytes() const { return tiles_.bytes(); }
+  // Rows are walked in tiles of so many. Results are the same bits where a layer's rows come in
+  // several ranges, if each begins at a tile.
+  int64_t tile_tokens() const { return tile_tokens_; }
 
   // Device memory of a batch of so many tokens, from Begin to its end.
   size_t BatchBytes(int64_t tokens) const;
   // Checks the prompts' lengths and embeds. batch.memory has BatchBytes, or is empty and allocated.
   // The token IDs were checked where they came in.
   absl::Status Begin(PrefillBatch& batch, Stream stream);
-  // Writes q, k and v of `layer` from the residual.
+  // Writes q, k and v of these rows, in `layer`, from the residual.
   absl::Status ProjectQkv(int layer, const PrefillBatch& batch, const LayerScratch& scratch,
-                          Stream stream);
+                          RowRange rows, Stream stream);
   // Adds the output projection of scratch.o and then the MLP to these rows of the residual.
   absl::Status FinishLayer(int layer, PrefillBatch& batch, const LayerScratch& scratch,
                            RowRange rows, Stream stream);

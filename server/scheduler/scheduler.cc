@@ -231,12 +231,14 @@ absl::Time Scheduler::NextDeadline() const {
 // First the batches in progress, then the waiting jobs.
 std::vector<StepView> Scheduler::Views() const {
   std::vector<StepView> views;
+  int running = 0;
   for (const Active& active : active_) {
     const Batch& batch = *active.batch;
     StepView view;
     view.arrival = SteadyTime::max();
     view.deadline = absl::InfiniteFuture();
-    view.waited = Since(active.last_run);
+    // A layer of many parts has as much of the device as one of one.
+    view.waited = Since(active.last_run) * std::max<size_t>(1, batch.parts.size());
     view.priority = batch.jobs[0]->priority;
     for (const auto& job : batch.jobs) {
       view.arrival = std::min(view.arrival, job->arrival);
@@ -245,18 +247,19 @@ std::vector<StepView> Scheduler::Views() const {
       view.remaining += absl::Seconds(engine_.PredictSeconds(*job, batch.next_layer));
       view.runnable &= job->prefill->cache->CanCompute(batch.next_layer);
     }
+    // Batches that wait for their consumer do not keep others from starting, up to a point: each
+    // holds its residual stream.
+    running += view.runnable ? 1 : 0;
+    view.runnable &= engine_.CanStep(batch);
     views.push_back(view);
   }
-  // Batches that wait for their consumer do not keep others from starting, up to a point: each
-  // holds its residual stream.
-  const auto running =
-      std::count_if(views.begin(), views.end(), [](const StepView& view) { return view.runnable; });
   const bool may_start_batch = running < options_.active_batches_max &&
                                static_cast<int>(active_.size()) < options_.waiting_jobs_max &&
                                (running == 0 || !RoomIsAwaited());
   for (const Waiting& waiting : waiting_) {
     const Job& job = *waiting.job;
-    const bool may_start = job.attend || (may_start_batch && HasRoom(job));
+    const bool may_start =
+        job.attend || (may_start_batch && HasRoom(job) && engine_.CanStep(job.tokens()));
     views.push_back({.arrival = job.arrival,
                      .waited = Since(job.arrival),
                      .deadline = job.deadline.at(),
@@ -378,7 +381,7 @@ void Scheduler::StartBatch(size_t first) {
 
 void Scheduler::Advance(size_t index) {
   Batch& batch = *active_[index].batch;
-  absl::Status status = engine_.RunLayer(batch);
+  absl::Status status = engine_.RunStep(batch);
   active_[index].last_run = SteadyNow();
   if (status.ok() && !batch.done()) return;
   if (status.ok()) status = engine_.Finish(batch);

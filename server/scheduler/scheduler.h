@@ -1,8 +1,9 @@
 // The scheduler: a bounded queue in front of one thread that owns the engine. The thread takes
 // ready jobs, groups short prompts into ragged batches, and runs one step at a time: a layer of one
-// batch, or one Attend. Which step is next is policy.h's decision. Cancellation and deadlines are
-// honoured between steps. RPC threads call Admit, UploadDone and Cancel; none of them waits for a
-// step. Jobs end, and their sinks hear of it, on the engine's completion thread.
+// batch, or a part of it where it is long, or one Attend. Which step is next is policy.h's
+// decision. Cancellation and deadlines are honoured between steps. RPC threads call Admit,
+// UploadDone and Cancel; none of them waits for a step. Jobs end, and their sinks hear of it, on
+// the engine's completion thread.
 #pragma once
 
 #include <atomic>
@@ -29,7 +30,8 @@ struct SchedulerOptions {
   int waiting_jobs_max = 256;                     // more means a longer worst wait before a refusal
   int64_t waiting_tokens_max = 4 << 20;           // tokens over all waiting jobs
   uint64_t attend_bytes_max = uint64_t{4} << 30;  // tensors of all Attend jobs in the server
-  int64_t batch_tokens_max = 4096;                // tokens of short prompts that share a batch
+  // Tokens of short prompts that share a batch; at most as many pass a long one.
+  int64_t batch_tokens_max = kShortBatchTokens;
   int active_batches_max = 4;  // batches in progress; each holds its residual stream
   // A step that waited for this long goes first, whatever the others' slack or priority.
   absl::Duration passed_over_max = absl::Seconds(10);

@@ -87,8 +87,9 @@ class Prompts {
  public:
   static constexpr int kLayers = 5;
 
-  explicit Prompts(Backend& backend)
-      : model_(Load(backend)),
+  // Of up to so many tokens.
+  explicit Prompts(Backend& backend, int64_t positions = 1024)
+      : model_(Load(backend, positions)),
         pool_(*BlockPool::Create(backend.device(), size_t{64} << 20, 128 * 1024)) {}
 
   // Whoever finishes a job on another thread lets go of its cache last.
@@ -114,8 +115,10 @@ class Prompts {
   }
 
  private:
-  static std::unique_ptr<Transformer> Load(Backend& backend) {
+  static std::unique_ptr<Transformer> Load(Backend& backend, int64_t positions) {
     const ModelDirectory directory("base");  // mapped when it goes
+    directory.Replace("config.json", "\"max_position_embeddings\": 1024",
+                      "\"max_position_embeddings\": " + std::to_string(positions));
     Deepen(directory, kLayers);
     return *Transformer::Load("m", directory.path(), backend);
   }

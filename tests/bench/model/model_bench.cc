@@ -236,7 +236,7 @@ class ModelBench {
     auto batch = engine_->Begin(jobs);
     if (!batch.ok()) return batch.status();
     while (!(*batch)->done()) {
-      if (absl::Status status = engine_->RunLayer(**batch); !status.ok()) return status;
+      if (absl::Status status = engine_->RunStep(**batch); !status.ok()) return status;
     }
     return engine_->Finish(**batch);
   }

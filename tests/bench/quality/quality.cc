@@ -110,9 +110,9 @@ class Laboratory {
     if (!batch.ok()) return batch.status();
     while (!(*batch)->done()) {
       const int layer = (*batch)->next_layer;
-      if (absl::Status status = engine_.RunLayer(**batch); !status.ok()) return status;
+      if (absl::Status status = engine_.RunStep(**batch); !status.ok()) return status;
       engine_.completions().Flush();
-      (*cache)->Delivered(layer);
+      if ((*batch)->next_layer > layer) (*cache)->Delivered(layer);
     }
     job->prefill->cache = nullptr;  // its blocks are the next run's
     run.batch = *std::move(batch);

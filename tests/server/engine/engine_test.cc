@@ -171,9 +171,9 @@ TEST_F(EngineTest, ALostDeviceFailsBatches) {
   Prompts prompts(fake);
   auto job = prompts.New(200, 5), next = prompts.New(200, 9);
   auto batch = *engine.Begin({job});
-  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.RunStep(*batch).ok());
   fake.device().Lose();
-  EXPECT_EQ(FactsOf(engine.RunLayer(*batch)).reason, "device_lost");
+  EXPECT_EQ(FactsOf(engine.RunStep(*batch)).reason, "device_lost");
   EXPECT_EQ(FactsOf(engine.Begin({next}).status()).reason, "device_lost");
   EXPECT_EQ(Faults(metrics_), 1);
 }
@@ -194,7 +194,7 @@ TEST_F(EngineTest, ALayerIsOneWaitAndItsPhasesComeFromMarks) {
   Engine engine(fake, metrics_);
   Prompts prompts(fake);
   auto batch = *engine.Begin({prompts.New(200, 5)});
-  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.RunStep(*batch).ok());
   for (int layer = 0; layer < prompts.info().layers; ++layer) {
     const PhaseSeconds before = batch->phases;
     const int waits = fake.device().waits();
@@ -202,7 +202,7 @@ TEST_F(EngineTest, ALayerIsOneWaitAndItsPhasesComeFromMarks) {
     if (batch->done()) {
       EXPECT_TRUE(engine.Settle());
     } else {
-      ASSERT_TRUE(engine.RunLayer(*batch).ok());
+      ASSERT_TRUE(engine.RunStep(*batch).ok());
     }
     EXPECT_EQ(batch->layers_done, layer + 1);
     EXPECT_EQ(fake.device().waits() - waits, 1);
@@ -228,9 +228,9 @@ TEST_F(EngineTest, TheNextLayerIsEnqueuedBeforeTheLastOneIsWaitedFor) {
   Engine engine(fake, metrics_);
   Prompts prompts(fake);
   auto batch = *engine.Begin({prompts.New(200, 5)});
-  ASSERT_TRUE(engine.RunLayer(*batch).ok()) << "and nothing was waited for";
+  ASSERT_TRUE(engine.RunStep(*batch).ok()) << "and nothing was waited for";
   fake.device().HoldSteps();
-  std::thread stepping([&] { EXPECT_TRUE(engine.RunLayer(*batch).ok()); });
+  std::thread stepping([&] { EXPECT_TRUE(engine.RunStep(*batch).ok()); });
   fake.device().AwaitHeldStep();
   EXPECT_EQ(batch->next_layer, 2);
   EXPECT_EQ(batch->layers_done, 0);
@@ -248,7 +248,7 @@ TEST_F(EngineTest, AnAttendMayComeBetweenLayersOnTheirWay) {
   for (const auto& job : {alone, between}) {
     auto batch = *engine.Begin({job});
     while (!batch->done()) {
-      ASSERT_TRUE(engine.RunLayer(*batch).ok());
+      ASSERT_TRUE(engine.RunStep(*batch).ok());
       if (job == between) {
         ASSERT_TRUE(engine.RunAttend(*NewAttend(700, {.method = Method::kDense})).ok());
       }
@@ -294,7 +294,7 @@ TEST_F(EngineTest, ALayerIsCommittedWhenItsCopiesAreDone) {
   auto job = prompts.New(150, 5), plain = plain_prompts.New(150, 5);
   fake.device().HoldMarks();
   auto batch = *engine.Begin({job});
-  while (!batch->done()) ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  while (!batch->done()) ASSERT_TRUE(engine.RunStep(*batch).ok());
   ASSERT_TRUE(engine.Finish(*batch).ok());
   EXPECT_GT(fake.device().pending(), 0u) << "computed, and not copied";
   fake.device().AwaitHeldMark();
@@ -302,7 +302,7 @@ TEST_F(EngineTest, ALayerIsCommittedWhenItsCopiesAreDone) {
   fake.device().ReleaseMarks();
   engine.completions().Flush();
   auto on_host = *engine_.Begin({plain});
-  while (!on_host->done()) ASSERT_TRUE(engine_.RunLayer(*on_host).ok());
+  while (!on_host->done()) ASSERT_TRUE(engine_.RunStep(*on_host).ok());
   engine_.completions().Flush();
   const std::string bytes = BytesOf(job->prefill->cache);
   EXPECT_EQ(bytes.size(), job->prefill->cache->geometry().total_bytes());
@@ -316,8 +316,8 @@ TEST_F(EngineTest, ALayerIsCommittedBeforeTheCopiesOfTheNext) {
   Prompts prompts(fake);
   auto job = prompts.New(150, 5);
   auto batch = *engine.Begin({job});
-  ASSERT_TRUE(engine.RunLayer(*batch).ok());
-  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.RunStep(*batch).ok());
+  ASSERT_TRUE(engine.RunStep(*batch).ok());
   engine.completions().Flush();
   EXPECT_EQ(Prompts::SinkOf(job).layers, std::vector<int>{0});
   EXPECT_EQ(fake.device().pending(), 1u) << "those of layer 1";
@@ -332,9 +332,9 @@ TEST_F(EngineTest, AfterAFailureNothingIsOnItsWay) {
   Prompts prompts(fake);
   Engine engine(faulty, metrics_);
   auto batch = *engine.Begin({prompts.New(150, 5)});
-  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.RunStep(*batch).ok());
   faulty.Arm(1);
-  EXPECT_EQ(engine.RunLayer(*batch).message(), "no attention");
+  EXPECT_EQ(engine.RunStep(*batch).message(), "no attention");
   EXPECT_FALSE(engine.Settle());
   engine.completions().Flush();
   EXPECT_EQ(fake.device().pending(), 0u);
@@ -365,15 +365,15 @@ TEST_F(EngineTest, ABatchGivesEachPromptWhatItGetsAlone) {
   const auto prompt = [&](int64_t tokens, int salt) { return prompts.New(tokens, salt); };
   auto alone = prompt(200, 5), together = prompt(200, 5), leaving = prompt(150, 9);
   auto single = *engine_.Begin({alone});
-  while (!single->done()) ASSERT_TRUE(engine_.RunLayer(*single).ok());
+  while (!single->done()) ASSERT_TRUE(engine_.RunStep(*single).ok());
   ASSERT_TRUE(engine_.Finish(*single).ok());
 
   auto batch = *engine_.Begin({leaving, together});
-  ASSERT_TRUE(engine_.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine_.RunStep(*batch).ok());
   engine_.Remove(*batch, 0);
   engine_.completions().Flush();
   leaving->prefill->cache->Fail(absl::CancelledError("test"));
-  while (!batch->done()) ASSERT_TRUE(engine_.RunLayer(*batch).ok());
+  while (!batch->done()) ASSERT_TRUE(engine_.RunStep(*batch).ok());
   ASSERT_TRUE(engine_.Finish(*batch).ok());
   engine_.completions().Flush();
 
@@ -405,7 +405,7 @@ TEST_F(EngineTest, ASlowReaderDelaysNoLayer) {
     read_on.WaitForNotification();
   });
   auto batch = *engine_.Begin({slow, other});
-  while (!batch->done()) ASSERT_TRUE(engine_.RunLayer(*batch).ok());
+  while (!batch->done()) ASSERT_TRUE(engine_.RunStep(*batch).ok());
   ASSERT_TRUE(engine_.Finish(*batch).ok());
   read_on.Notify();
   engine_.completions().Flush();
@@ -429,7 +429,7 @@ TEST_F(EngineTest, ALayerIsCommittedByItsTicket) {
   auto sink = std::static_pointer_cast<LayerSink>(job->sink);
   fake.device().HoldMarks();
   auto batch = *engine.Begin({std::move(job)});
-  while (!batch->done()) ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  while (!batch->done()) ASSERT_TRUE(engine.RunStep(*batch).ok());
   ASSERT_TRUE(engine.Finish(*batch).ok());
   batch.reset();
   ASSERT_FALSE(cache.expired()) << "its tickets own it";
@@ -452,12 +452,12 @@ TEST_F(EngineTest, ATicketThatFailsFailsItsJobsOnce) {
   batch->on_failed = [&](const std::shared_ptr<Job>&, const absl::Status& why) {
     failed.push_back(why);
   };
-  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.RunStep(*batch).ok());
   EXPECT_TRUE(engine.Settle());
   engine.completions().Flush();
   EXPECT_TRUE(failed.empty());
   fake.device().HoldMarks();
-  ASSERT_TRUE(engine.RunLayer(*batch).ok());
+  ASSERT_TRUE(engine.RunStep(*batch).ok());
   EXPECT_TRUE(engine.Settle());
   fake.device().AwaitHeldMark();
   fake.device().Lose();
@@ -469,7 +469,7 @@ TEST_F(EngineTest, ATicketThatFailsFailsItsJobsOnce) {
     EXPECT_EQ(Prompts::SinkOf(job).layers, FirstLayers(1));
     EXPECT_FALSE(job->prefill->cache->complete());
   }
-  EXPECT_FALSE(engine.RunLayer(*batch).ok());
+  EXPECT_FALSE(engine.RunStep(*batch).ok());
 }
 
 }  // namespace

@@ -97,7 +97,7 @@ TEST_F(FitTest, ShapesThatNobodyPlannedRunInTurn) {
     auto batch = Begin(each);
     ASSERT_TRUE(batch.ok()) << batch.status();
     while (!(*batch)->done()) {
-      const absl::Status layer = engine_.RunLayer(**batch);
+      const absl::Status layer = engine_.RunStep(**batch);
       ASSERT_TRUE(layer.ok()) << layer;
       if (each == alone) continue;
       const absl::Status attended = engine_.RunAttend(*attend);

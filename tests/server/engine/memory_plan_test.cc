@@ -89,7 +89,7 @@ TEST_F(MemoryPlanTest, SaysWhatEachIsAndIsTheirSum) {
     if (row.device && row.when != MemoryPlan::When::kLoaded) device += row.bytes;
   }
   EXPECT_THAT(names,
-              testing::IsSupersetOf({"weights", "tiles", "activations", "block_counts",
+              testing::IsSupersetOf({"weights", "tiles", "short_activations", "block_counts",
                                      "block_index", "workspace", "kv_out", "reports", "batches",
                                      "kv_blocks", "kv_segments", "attend_tensors", "margin"}));
   EXPECT_EQ(plan.needs(), device);
@@ -198,7 +198,7 @@ TEST_F(MemoryPlanTest, ReservedMemoryIsAllThatPromptsNeed) {
     for (const auto& job : jobs) EXPECT_TRUE(engine.CheckFits(*job).ok());
     auto batch = engine.Begin(jobs);
     ASSERT_TRUE(batch.ok()) << batch.status();
-    while (!(*batch)->done()) ASSERT_TRUE(engine.RunLayer(**batch).ok());
+    while (!(*batch)->done()) ASSERT_TRUE(engine.RunStep(**batch).ok());
     ASSERT_TRUE(engine.Finish(**batch).ok());
     engine.completions().Flush();
   };
@@ -231,7 +231,7 @@ TEST_F(MemoryPlanTest, WhoFindsNoRoomIsToldAndOthersGoOn) {
   EXPECT_EQ(engine.Begin({prompts_.New(longest(), 2)}).status().code(),
             absl::StatusCode::kResourceExhausted);
   ASSERT_TRUE(engine.Begin({prompts_.New(200, 3)}).ok());
-  while (!(*first)->done()) ASSERT_TRUE(engine.RunLayer(**first).ok());
+  while (!(*first)->done()) ASSERT_TRUE(engine.RunStep(**first).ok());
   ASSERT_TRUE(engine.Finish(**first).ok());
   first->reset();
   engine.completions().Flush();
@@ -252,7 +252,7 @@ TEST_F(MemoryPlanTest, AnAttendBeyondThePlanFailsAlone) {
   EXPECT_EQ(engine.RunAttend(attend).code(), absl::StatusCode::kResourceExhausted);
   auto batch = engine.Begin({prompts_.New(longest(), 3)});
   ASSERT_TRUE(batch.ok()) << batch.status();
-  while (!(*batch)->done()) ASSERT_TRUE(engine.RunLayer(**batch).ok());
+  while (!(*batch)->done()) ASSERT_TRUE(engine.RunStep(**batch).ok());
   EXPECT_TRUE(engine.Finish(**batch).ok());
 }
 

@@ -93,7 +93,9 @@ absl::Status RunDense(Transformer& model, Backend& backend,
 
   const int64_t kv_values = batch.tokens() * info.kv_heads * info.head_dim;
   for (int layer = 0; layer < info.layers; ++layer) {
-    if (absl::Status s = model.ProjectQkv(layer, batch, scratch, Stream{}); !s.ok()) return s;
+    if (absl::Status s = model.ProjectQkv(layer, batch, scratch, {0, batch.tokens()}, Stream{});
+        !s.ok())
+      return s;
     const float* k = static_cast<const float*>(scratch.k.data);
     const float* v = static_cast<const float*>(scratch.v.data);
     out->k.insert(out->k.end(), k, k + kv_values);
@@ -250,8 +252,8 @@ TEST_F(TransformerTest, APromptBesideARemovedOneKeepsItsFrequencies) {
   Buffer memory = *backend_->device().Allocate(2 * bytes);
   const LayerScratch got = SplitLayerScratch(model->info(), 150, memory.data());
   const LayerScratch expected = SplitLayerScratch(model->info(), 150, memory.as<char>() + bytes);
-  ASSERT_TRUE(model->ProjectQkv(0, batch, got, Stream{}).ok());
-  ASSERT_TRUE(model->ProjectQkv(0, want, expected, Stream{}).ok());
+  ASSERT_TRUE(model->ProjectQkv(0, batch, got, {0, batch.tokens()}, Stream{}).ok());
+  ASSERT_TRUE(model->ProjectQkv(0, want, expected, {0, want.tokens()}, Stream{}).ok());
   EXPECT_EQ(std::memcmp(got.k.data, expected.k.data, 150 * got.k.stride * sizeof(float)), 0);
 }
 
@@ -284,8 +286,8 @@ TEST_F(TransformerTest, APromptThatIsRemovedLeavesTheOthersAsTheyWere) {
   const LayerScratch got = SplitLayerScratch(model->info(), 3, memory.data());
   const LayerScratch expected =
       SplitLayerScratch(model->info(), 3, memory.as<char>() + LayerScratchBytes(model->info(), 3));
-  ASSERT_TRUE(model->ProjectQkv(0, batch, got, Stream{}).ok());
-  ASSERT_TRUE(model->ProjectQkv(0, want, expected, Stream{}).ok());
+  ASSERT_TRUE(model->ProjectQkv(0, batch, got, {0, batch.tokens()}, Stream{}).ok());
+  ASSERT_TRUE(model->ProjectQkv(0, want, expected, {0, want.tokens()}, Stream{}).ok());
   EXPECT_EQ(std::memcmp(got.k.data, expected.k.data, 3 * got.k.stride * sizeof(float)), 0);
 }
 

@@ -1,0 +1,68 @@
+#include "server/engine/layer_parts.h"
+
+#include <algorithm>
+
+namespace prefilld {
+namespace {
+
+// Fills parts with pieces, in order.
+class Filling {
+ public:
+  explicit Filling(double most) : most_(most) {}
+
+  // The part that a piece of so many seconds goes into: apart, not the last.
+  LayerPart& For(double seconds, bool apart = false) {
+    if (parts_.empty() || apart || (filled_ > 0 && filled_ + seconds > most_)) {
+      parts_.emplace_back();
+      filled_ = 0;
+    }
+    filled_ += seconds;
+    return parts_.back();
+  }
+  // Rows in tiles, to a range of each part.
+  void Add(RowRange LayerPart::*range, int64_t tokens, int64_t tile_tokens, double seconds) {
+    for (int64_t first = 0; first < tokens; first += tile_tokens) {
+      const int64_t count = std::min(tile_tokens, tokens - first);
+      const double share = static_cast<double>(count) / static_cast<double>(tokens);
+      RowRange& rows = For(seconds * share).*range;
+      if (rows.count == 0) rows.first = first;
+      rows.count += count;
+    }
+  }
+  // A part has heads of whole groups, or of one.
+  void AddHeads(int heads, int group, double seconds) {
+    const int piece = seconds * group / heads <= most_ ? group : 1;
+    for (int first = 0; first < heads; first += piece) {
+      const bool other_group = piece < group && first > 0 && first % group == 0;
+      HeadRange& range = For(seconds * piece / heads, other_group).attend;
+      if (range.count == 0) range.first = first;
+      range.count += piece;
+    }
+  }
+  std::vector<LayerPart> Take() { return std::move(parts_); }
+
+ private:
+  const double most_;
+  std::vector<LayerPart> parts_;
+  double filled_ = 0;  // of the last
+};
+
+}  // namespace
+
+LayerPart WholeLayer(const ModelInfo& info, int64_t tokens) {
+  return {
+      .project = {0, tokens}, .store = true, .attend = {0, info.q_heads}, .finish = {0, tokens}};
+}
+
+std::vector<LayerPart> DivideLayer(const ModelInfo& info, int64_t tokens, int64_t tile_tokens,
+                                   const LayerSeconds& seconds, double most) {
+  if (seconds.project + seconds.attend + seconds.finish <= most) return {WholeLayer(info, tokens)};
+  Filling filling(most);
+  filling.Add(&LayerPart::project, tokens, tile_tokens, seconds.project);
+  filling.For(0).store = true;
+  filling.AddHeads(info.q_heads, info.q_heads / info.kv_heads, seconds.attend);
+  filling.Add(&LayerPart::finish, tokens, tile_tokens, seconds.finish);
+  return filling.Take();
+}
+
+}  // namespace prefilld

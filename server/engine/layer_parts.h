@@ -1,0 +1,42 @@
+// A layer in parts, one a step, so that nobody waits for a long one: q, k and v of some rows,
+// attention of some heads, the rest of the layer for some rows. Pure.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "server/model/transformer.h"
+
+namespace prefilld {
+
+// Batches of up to so many tokens pass longer ones in the middle of a layer: both have their q, k,
+// v and o at the same time.
+inline constexpr int64_t kShortBatchTokens = 4096;
+
+// Query heads: of whole groups that share a kv head, or some of one group.
+struct HeadRange {
+  int first = 0, count = 0;
+};
+
+// What one step enqueues of a layer, in this order; a range may be empty.
+struct LayerPart {
+  RowRange project;    // q, k and v of these rows
+  bool store = false;  // then K and V of all rows go to their cache
+  HeadRange attend;
+  RowRange finish;  // output projection and MLP of these rows
+};
+
+// What a layer takes, by prediction.
+struct LayerSeconds {
+  double project = 0, attend = 0, finish = 0;
+};
+
+// A layer of one prompt of so many tokens, rows in pieces of `tile_tokens`: parts of at most
+// `most` seconds each, where no piece takes longer. A piece of attention is a group of heads, or
+// one head where a group would take longer than that.
+std::vector<LayerPart> DivideLayer(const ModelInfo& info, int64_t tokens, int64_t tile_tokens,
+                                   const LayerSeconds& seconds, double most);
+// All of it in one.
+LayerPart WholeLayer(const ModelInfo& info, int64_t tokens);
+
+}  // namespace prefilld

@@ -1,0 +1,113 @@
+#include "server/engine/layer_parts.h"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+namespace prefilld {
+namespace {
+
+constexpr int64_t kTile = 4096;
+
+ModelInfo Info(int q_heads, int kv_heads) {
+  ModelInfo info;
+  info.q_heads = q_heads;
+  info.kv_heads = kv_heads;
+  return info;
+}
+
+// What a part takes, by the shares that its ranges are of the layer.
+double SecondsOf(const LayerPart& part, const ModelInfo& info, int64_t tokens,
+                 const LayerSeconds& all) {
+  const auto rows = [&](const RowRange& range) {
+    return static_cast<double>(range.count) / static_cast<double>(tokens);
+  };
+  return all.project * rows(part.project) + all.finish * rows(part.finish) +
+         all.attend * part.attend.count / info.q_heads;
+}
+
+// Rows and heads follow each other without gaps, in the order in which they depend on each other.
+void ExpectWhole(const std::vector<LayerPart>& parts, const ModelInfo& info, int64_t tokens) {
+  int64_t projected = 0, finished = 0;
+  int attended = 0;
+  bool stored = false;
+  for (const LayerPart& part : parts) {
+    if (part.project.count > 0) {
+      EXPECT_EQ(part.project.first, projected);
+      EXPECT_EQ(projected % kTile, 0);
+      EXPECT_FALSE(stored);
+      projected += part.project.count;
+    }
+    if (part.store) {
+      EXPECT_FALSE(std::exchange(stored, true));
+      EXPECT_EQ(projected, tokens);
+    }
+    if (part.attend.count > 0) {
+      EXPECT_EQ(part.attend.first, attended);
+      EXPECT_TRUE(stored);
+      EXPECT_EQ(finished, 0);
+      const int group = info.q_heads / info.kv_heads;
+      const bool groups = part.attend.first % group == 0 && part.attend.count % group == 0;
+      const int last = part.attend.first + part.attend.count - 1;
+      EXPECT_TRUE(groups || part.attend.first / group == last / group);
+      attended += part.attend.count;
+    }
+    if (part.finish.count > 0) {
+      EXPECT_EQ(part.finish.first, finished);
+      EXPECT_EQ(finished % kTile, 0);
+      EXPECT_EQ(attended, info.q_heads);
+      finished += part.finish.count;
+    }
+  }
+  EXPECT_EQ(projected, tokens);
+  EXPECT_EQ(attended, info.q_heads);
+  EXPECT_EQ(finished, tokens);
+  EXPECT_TRUE(stored);
+}
+
+TEST(LayerPartsTest, AShortLayerIsOneStep) {
+  const ModelInfo info = Info(32, 8);
+  const auto parts = DivideLayer(info, 32768, kTile, {.003, .014, .018}, .1);
+  ASSERT_EQ(parts.size(), 1u);
+  ExpectWhole(parts, info, 32768);
+}
+
+TEST(LayerPartsTest, NoPartIsLongerThanItMayBe) {
+  struct Case {
+    int q_heads, kv_heads;
+    int64_t tokens;
+    LayerSeconds seconds;
+    size_t parts_max;
+  };
+  const Case cases[] = {
+      {32, 8, 131072, {.011, .21, .074}, 4},  // dense
+      {32, 8, 131072, {.011, .03, .074}, 2},  // sparse
+      {32, 8, 524288, {.044, 3.2, .3}, 40},   // a group takes .4 s
+      {28, 4, 1000000, {.05, 2.2, .5}, 35},   // seven heads a group
+      {8, 8, 100000, {.2, .7, .2}, 14},       // no groups
+      {6, 1, 200001, {.0, .55, .05}, 8},      // one kv head
+      {4, 2, 5000, {.05, .01, .07}, 3},       // rows alone
+  };
+  for (const Case& each : cases) {
+    SCOPED_TRACE(each.tokens);
+    const ModelInfo info = Info(each.q_heads, each.kv_heads);
+    const auto parts = DivideLayer(info, each.tokens, kTile, each.seconds, .1);
+    ExpectWhole(parts, info, each.tokens);
+    EXPECT_GT(parts.size(), 1u);
+    EXPECT_LE(parts.size(), each.parts_max);
+    for (const LayerPart& part : parts) {
+      EXPECT_LE(SecondsOf(part, info, each.tokens, each.seconds), .1 + 1e-9);
+    }
+  }
+}
+
+// What cannot be divided further is a part of its own.
+TEST(LayerPartsTest, APieceMayBeTooLong) {
+  const ModelInfo info = Info(4, 2);
+  const auto parts = DivideLayer(info, 3 * kTile, kTile, {3, 8, 3}, .1);
+  ExpectWhole(parts, info, 3 * kTile);
+  EXPECT_EQ(parts.size(), 3u + 4 + 3);
+}
+
+}  // namespace
+}  // namespace prefilld
