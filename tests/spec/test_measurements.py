@@ -12,6 +12,7 @@ ARGUMENTS = {
     "beside_transformers.py": ["--model={}"],
     "masks.py": ["--model={}"],
     "mixed_load.py": ["--model={}"],
+    "overtaking.py": ["--model={}"],
     "parity.py": ["--model={}", "--tokens=9"],
     "qwen_from_gguf.py": ["--wheels={}", "--dir={}/out"],
     "random_model.py": ["--shape=qwen3-8b", "--dir={}/out"],

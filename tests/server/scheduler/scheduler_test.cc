@@ -236,6 +236,48 @@ TEST_F(SchedulerTest, StoppingEndsWhatIsLeft) {
   EXPECT_EQ(SinkOf(job).Wait().code(), absl::StatusCode::kUnavailable);
 }
 
+// Tells whose layers and ends came, in their order.
+class OrderSink : public JobSink {
+ public:
+  OrderSink(std::string name, std::vector<std::string>& order)
+      : name_(std::move(name)), order_(order) {}
+  void OnLayerReady(int layer, double, double) override {
+    order_.push_back(name_ + " " + std::to_string(layer));
+  }
+  void OnFinished(const absl::Status&) override {
+    order_.push_back(name_ + " ends");
+    finished.Notify();
+  }
+  absl::Notification finished;
+
+ private:
+  const std::string name_;
+  std::vector<std::string>& order_;  // the completion thread's
+};
+
+// It need not wait for the end of the layer.
+TEST_F(SchedulerTest, AShortPromptPassesALongOneInTheMiddleOfALayer) {
+  constexpr int64_t kLong = kShortBatchTokens + 100;
+  Prompts prompts(backend_, kLong);
+  std::vector<std::string> order;
+  const auto longer = prompts.New(kLong, 5), shorter = prompts.New(100, 9);
+  const auto long_sink = std::make_shared<OrderSink>("long", order);
+  const auto short_sink = std::make_shared<OrderSink>("short", order);
+  longer->sink = long_sink;
+  shorter->sink = short_sink;
+  Engine engine(backend_, metrics_, /*step_seconds=*/0);
+  Scheduler scheduler(engine, metrics_, {});
+  ASSERT_TRUE(scheduler.Admit(longer).ok());
+  backend_.AwaitEntered();  // its first head
+  ASSERT_TRUE(scheduler.Admit(shorter).ok());
+  backend_.Open();
+  short_sink->finished.WaitForNotification();
+  long_sink->finished.WaitForNotification();
+  ASSERT_EQ(order.size(), 2u * (Prompts::kLayers + 1));
+  EXPECT_EQ(order[Prompts::kLayers], "short ends");
+  EXPECT_EQ(order[Prompts::kLayers + 1], "long 0");
+}
+
 // Prompts on a device whose work ends when the test says so.
 class PrefillTest : public testing::Test {
  protected:
