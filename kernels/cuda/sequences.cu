@@ -1,6 +1,7 @@
 // Sequences travel to the device as kernel arguments: a copy would need host memory that stays.
 #include <algorithm>
 
+#include "kernels/cuda/instructions/overlap.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace prefilld::cuda {
@@ -13,6 +14,7 @@ struct Batch {
 };
 
 __global__ void WriteKernel(const __grid_constant__ Batch batch, int count, Sequence* device) {
+  AwaitBefore();
   if (threadIdx.x < count) device[threadIdx.x] = batch.sequence[threadIdx.x];
 }
 
@@ -23,7 +25,7 @@ cudaError_t WriteSequences(const Sequence* host, int count, Sequence* device, cu
     Batch batch = {};
     const int part = std::min(kSequencesPerLaunch, count - begin);
     std::copy(host + begin, host + begin + part, batch.sequence);
-    WriteKernel<<<1, kSequencesPerLaunch, 0, stream>>>(batch, part, device + begin);
+    LaunchOverlapped(WriteKernel, 1, kSequencesPerLaunch, stream, batch, part, device + begin);
   }
   return cudaGetLastError();
 }

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/instructions/arithmetic.cuh"
+#include "kernels/cuda/instructions/overlap.cuh"
 #include "kernels/cuda/model/elementwise.h"
 #include "kernels/cuda/workspace.h"
 
@@ -100,6 +101,7 @@ constexpr int kNormThreadsMax = 1024, kHeld = 4;
 template <typename T>
 __global__ void __launch_bounds__(kNormThreadsMax)
     NormKernel(const __grid_constant__ NormCall call) {
+  AwaitBefore();
   const int units = static_cast<int>(call.width / kUnit);
   const auto* from = reinterpret_cast<const Unit<T>*>(RowOf<T>(call.x, blockIdx.x));
   Unit<T> held[kHeld];
@@ -213,6 +215,7 @@ __device__ void TurnHead(const TurnedHead& head, const T* from, T* to) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     SplitQkvKernel(const __grid_constant__ SplitQkvCall call) {
+  AwaitBefore();
   const int64_t t = blockIdx.x;
   const int d = call.head_dim, turned = call.q_heads + call.kv_heads;
   const T* y = RowOf<T>(call.y, t);
@@ -234,6 +237,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) GateKernel(const __grid_constant__ GateCall call) {
+  AwaitBefore();
   const int64_t units = call.width / kUnit;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= call.tokens * units) return;
@@ -251,6 +255,7 @@ __global__ void __launch_bounds__(kThreads) GateKernel(const __grid_constant__ G
 // to a cache of Cache.
 template <typename T, typename Cache>
 __global__ void __launch_bounds__(kThreads) PackKvKernel(const __grid_constant__ PackKvCall call) {
+  AwaitBefore();
   const int units = call.head_dim / kUnit;
   const int64_t per_token = 2ll * call.kv_heads * units;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -288,7 +293,8 @@ cudaError_t NormalizeRows(const NormCall& call, cudaStream_t stream) {
   const int64_t wanted = CeilDiv(CeilDiv(call.width, kUnit * kHeld), 32) * 32;
   const int threads = static_cast<int>(std::clamp<int64_t>(wanted, 32, kNormThreadsMax));
   return ByType(call.x.dtype, [&](auto type) {
-    NormKernel<decltype(type)><<<static_cast<unsigned>(call.tokens), threads, 0, stream>>>(call);
+    LaunchOverlapped(NormKernel<decltype(type)>, static_cast<unsigned>(call.tokens), threads,
+                     stream, call);
   });
 }
 
@@ -299,15 +305,15 @@ cudaError_t FillTurns(const TurnsCall& call, cudaStream_t stream) {
 
 cudaError_t SplitQkv(const SplitQkvCall& call, cudaStream_t stream) {
   return ByType(call.y.dtype, [&](auto type) {
-    SplitQkvKernel<decltype(type)>
-        <<<static_cast<unsigned>(call.tokens), kThreads, 0, stream>>>(call);
+    LaunchOverlapped(SplitQkvKernel<decltype(type)>, static_cast<unsigned>(call.tokens), kThreads,
+                     stream, call);
   });
 }
 
 cudaError_t GateRows(const GateCall& call, cudaStream_t stream) {
   return ByType(call.y.dtype, [&](auto type) {
-    GateKernel<decltype(type)>
-        <<<Blocks(call.tokens * call.width / kUnit), kThreads, 0, stream>>>(call);
+    LaunchOverlapped(GateKernel<decltype(type)>, Blocks(call.tokens * call.width / kUnit), kThreads,
+                     stream, call);
   });
 }
 
@@ -316,7 +322,8 @@ cudaError_t PackKv(const PackKvCall& call, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;  // the inner one's, which takes it
   ByType(call.k.dtype, [&](auto type) {
     error = ByType(call.dtype, [&](auto cache) {
-      PackKvKernel<decltype(type), decltype(cache)><<<Blocks(units), kThreads, 0, stream>>>(call);
+      LaunchOverlapped(PackKvKernel<decltype(type), decltype(cache)>, Blocks(units), kThreads,
+                       stream, call);
     });
   });
   return error;

@@ -1,6 +1,7 @@
 // From bitmaps of kept blocks to the block index, and the index that keeps everything.
 #include <algorithm>
 
+#include "kernels/cuda/instructions/overlap.cuh"
 #include "kernels/cuda/select/block_index.cuh"
 
 namespace prefilld::cuda {
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kThreads)
 // A warp a row; two bytes a block, 34 MB at 128K tokens and 32 heads.
 __global__ void __launch_bounds__(kThreads)
     CausalKernel(const __grid_constant__ Problem p, HeadReport* report) {
+  AwaitBefore();
   const int64_t task = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int64_t reports = static_cast<int64_t>(p.sequences) * p.q_heads;
   for (int64_t x = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; x < reports;
@@ -85,7 +87,7 @@ cudaError_t WriteIndex(const Selection& selection, const uint32_t* bitmap, cudaS
 
 cudaError_t SelectCausal(const Selection& selection, cudaStream_t stream) {
   const Problem& p = selection.problem;
-  CausalKernel<<<RowGrid(p), kThreads, 0, stream>>>(p, selection.report);
+  LaunchOverlapped(CausalKernel, RowGrid(p), kThreads, stream, p, selection.report);
   return cudaGetLastError();
 }
 
