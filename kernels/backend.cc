@@ -27,6 +27,11 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCuda([[maybe_unused]] const CudaO
 #endif
 }
 
+absl::Status NotShared(const Device& device) {
+  return absl::UnimplementedError(absl::StrCat("memory of ", std::string(device.name()),
+                                               " is not shared with other processes"));
+}
+
 // From what allocates: device or host memory.
 template <typename Allocate>
 absl::Status GrowBy(Device& device, Allocate&& allocate, size_t bytes, Buffer& buffer) {
@@ -74,10 +79,9 @@ absl::Status Backend::SupportsPerHead(const AttentionShape&, const HeadPolicies&
       absl::StrCat("policies that differ per head not supported by ", std::string(name())));
 }
 
-absl::StatusOr<std::string> Device::Export(const Buffer&) {
-  return absl::UnimplementedError(
-      absl::StrCat("memory of ", std::string(name()), " is not shared with other processes"));
-}
+absl::StatusOr<Buffer> Device::AllocateShared(size_t) { return NotShared(*this); }
+absl::StatusOr<int> Device::ExportShared(const Buffer&) { return NotShared(*this); }
+absl::Status Device::Zero(void*, size_t) { return NotShared(*this); }
 
 std::function<absl::Status()> FaultOf([[maybe_unused]] Device& device) {
 #ifdef PREFILLD_CUDA

@@ -111,12 +111,19 @@ class Device {
   };
   virtual std::vector<Memory> memory() const { return {}; }
 
-  // Device memory shared with other processes of this host. The uuid names the device to them
-  // ("GPU-..."), Export gives a handle (CUDA: the bytes of a cudaIpcMemHandle_t) under which they
-  // map a whole buffer of Allocate's, from its first byte, and nothing else; they see zeroes there.
-  // May wait for a step. Empty and UNIMPLEMENTED where there is no such thing.
+  // Device memory shared with other processes of this host; empty and UNIMPLEMENTED where there is
+  // no such thing. The uuid names the device to them ("GPU-...").
   virtual std::string_view uuid() const { return {}; }
-  virtual absl::StatusOr<std::string> Export(const Buffer& buffer);
+  // As Allocate, but that other processes can map it, all of it and nothing else: rounded up to
+  // what the driver has as its least, which bytes() says. Zero when it returns. Waits for the
+  // driver, and to free it waits for what is enqueued now, a step it may be.
+  virtual absl::StatusOr<Buffer> AllocateShared(size_t bytes);
+  // A new descriptor of such a buffer, which the caller closes; with it, and with whoever has
+  // mapped it, the memory lives on when the buffer is gone.
+  virtual absl::StatusOr<int> ExportShared(const Buffer& buffer);
+  // Device memory that no enqueued work uses is zero when it returns. Waits for that, and for no
+  // work on the streams above.
+  virtual absl::Status Zero(void* data, size_t bytes);
 };
 
 // At least `bytes` of the device's, or of AllocateHost's: the buffer, or a new one in its place,

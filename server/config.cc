@@ -8,6 +8,8 @@
 #include <cstring>
 #include <iostream>
 #include <map>
+#include <optional>
+#include <type_traits>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -55,14 +57,18 @@ bool ParseSize(const std::string& text, uint64_t* bytes) {
 }
 
 // standard: what it is without the flag.
-void AddSize(CLI::App& app, const char* flag, uint64_t* value, const char* standard,
+template <typename Bytes>
+void AddSize(CLI::App& app, const char* flag, Bytes* value, const char* standard,
              const char* help) {
   app.add_option_function<std::string>(
          flag,
          [flag, value](const std::string& text) {
-           if (!ParseSize(text, value)) {
+           uint64_t bytes = 0;
+           const bool none = std::is_same_v<Bytes, std::optional<uint64_t>> && text == "0";
+           if (!none && !ParseSize(text, &bytes)) {
              throw CLI::ValidationError(flag, "'" + text + "' is no size such as 512MiB or 8GiB");
            }
+           *value = bytes;
          },
          help)
       ->type_name("SIZE")
@@ -129,6 +135,12 @@ void AddTransports(CLI::App& app, Config* config) {
       ->delimiter(',')
       ->type_name("NAMES")
       ->default_str(TransportNames(","));
+  app.add_option(
+         "--cuda_ipc_socket", config->cuda_ipc_socket,
+         "Where cuda_ipc hands out descriptors of device memory: the path of a Unix socket, "
+         "which containers share with its directory, or @NAME, an abstract one")
+      ->type_name("PATH")
+      ->default_str("@prefilld- and an id of the process");
 }
 
 void AddBackend(CLI::App& app, Config* config) {
@@ -161,6 +173,11 @@ void AddMemory(CLI::App& app, Config* config) {
       "Memory of all KV caches, in bytes or as 512MiB, 8GiB. One cache may have all of it; on a "
       "GPU, where it is pinned, half: one half is for grpc, one for posix_shm. Bounds "
       "--max_prompt_tokens");
+  AddSize(
+      app, "--kv_device_memory", &config->kv_device_memory,
+      "a quarter of what the memory plan leaves spare, at most 8GiB",
+      "Device memory of the KV caches that decoders map (cuda_ipc), taken at start; 0: cuda_ipc "
+      "carries no caches");
   AddSize(app, "--attend_memory", &config->attend_memory,
           "a quarter of the machine's, at most 4GiB",
           "Memory of the tensors of all Attend calls, in bytes or as 512MiB, 4GiB");
@@ -266,10 +283,8 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
       ->capture_default_str();
   AddDuration(app, "--lease_ttl", &config.lease_ttl, "Default life of an unused lease");
   AddDuration(app, "--max_lease_ttl", &config.lease_ttl_max, "The longest a caller may ask for");
-  AddDuration(
-      app, "--upload_timeout", &config.upload_timeout,
-      "An Attend whose peer moves no chunk, or says nothing over cuda_ipc, for this long is "
-      "given up");
+  AddDuration(app, "--upload_timeout", &config.upload_timeout,
+              "An Attend whose peer moves no chunk for this long is given up");
   AddDuration(app, "--drain_timeout", &config.drain_timeout,
               "How long SIGTERM waits for work and leases");
   AddDuration(app, "--stall_timeout", &config.stall_timeout,

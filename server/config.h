@@ -42,11 +42,15 @@ struct Config {
   std::vector<ModelSource> models;
   // Offered beside gRPC; absent: every one that is possible here.
   std::optional<std::set<Transport>> transports;
+  std::string cuda_ipc_socket;  // MediumSite's
 
   // Bytes. Touched as they are used (kv on a GPU: pinned from the start); 0: what half (kv) or a
   // quarter (attend) of the machine's memory allows, at most 8 and 4 GiB.
   uint64_t kv_memory = 0;
   uint64_t attend_memory = 0;
+  // Of the device, for caches that are mapped there; absent: a quarter of what its plan leaves
+  // spare, at most 8 GiB; 0: none.
+  std::optional<uint64_t> kv_device_memory;
 
   // No flags. Threads that take memory from the system and give it back, and that do what calls do
   // beside the engine: checksums, conversion, copies.

@@ -69,8 +69,9 @@ struct AttendWork {
   Buffer host_o, host_lse;
   // Where it copies the block index, as BlockIndexView has it. Empty where nobody asked for it.
   Buffer host_count, host_index;
-  // The Region that the caller reads and writes, and that the buffers above may point into; and the
-  // Staging that copies into them, which goes before them.
+  // The Region that the caller reads and writes, and that the buffers above may point into (it
+  // keeps the job's budget too, as it may outlive the job); and the Staging that copies into them,
+  // which goes before them.
   std::shared_ptr<void> region, staging;
   // The index as callers read it, [q_heads, rows, longest row], -1 padding; by whoever answers.
   std::vector<int32_t> block_index;

@@ -113,8 +113,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
        {"models", server->models_.size()},
        {"kv_blocks", server->pool_ ? server->pool_->total() : 0},
        {"shm_domain", ours.shm_domain},
-       {"cuda_ipc_domain", ours.cuda_ipc_domain}});
-  if (server->segments_) server->segments_->Fill();
+       {"cuda_ipc_domain", ours.cuda_ipc_domain},
+       {"cuda_ipc_socket", ours.cuda_ipc_socket}});
+  for (const auto& [transport, segments] : server->segments_) segments->Fill();
   return server;
 }
 
@@ -135,9 +136,12 @@ absl::Status Server::StartHttp() {
     for (size_t i = 0; i < counts.size(); ++i) {
       metrics.SetKvBlocks(static_cast<BlockState>(i), counts[i]);
     }
-    if (!segments_) return;
-    const auto bytes = segments_->CountByState();
-    for (size_t i = 0; i < bytes.size(); ++i) metrics.SetSegments(kSegmentStateNames[i], bytes[i]);
+    for (const auto& [transport, segments] : segments_) {
+      const auto bytes = segments->CountByState();
+      for (size_t i = 0; i < bytes.size(); ++i) {
+        metrics.SetSegments(Name(transport), kSegmentStateNames[i], bytes[i]);
+      }
+    }
   };
   auto http = HttpServer::Start(config_.http, metrics_, reports_);
   if (!http.ok()) return Explain("--http", http.status());
@@ -185,6 +189,8 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
     inputs.kv_segment_bytes = limits_.kv.segment_bytes.value_or(0);
   }
   for (const auto& [name, model] : models_) inputs.models.push_back(model.get());
+  const TransportRow* on_device = PooledRow(/*on_device=*/true);
+  if (on_device) inputs.kv_device_bytes = config_.kv_device_memory.value_or(0);
   const MemoryPlan asked = prefilld::PlanMemory(inputs);
   if (!models_.empty() && (config_.prompt_tokens_max || asked.fits == 0)) {
     absl::Status status = CheckPromptTokens({.asked = asked.prompt_tokens,
@@ -198,7 +204,11 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
     }
   }
   inputs.prompt_tokens = asked.fits;
-  const MemoryPlan plan = prefilld::PlanMemory(inputs);
+  MemoryPlan plan = prefilld::PlanMemory(inputs);
+  if (on_device && !config_.kv_device_memory) {
+    inputs.kv_device_bytes = KvDeviceBytes(plan);
+    plan = prefilld::PlanMemory(inputs);
+  }
   TellPlan(plan, metrics_);
   if (models_.empty() && plan.free && plan.needs() > *plan.free) {
     return absl::ResourceExhaustedError(
@@ -206,59 +216,23 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
                      *plan.free >> 20, "MiB are free; what helps: a smaller --attend_memory"));
   }
   limits_.prompt_tokens_max = plan.prompt_tokens;
-  if (!config_.prompt_tokens_max) TellLowered(asked);
-  TellSmallRegions();
+  if (on_device) MakePool(on_device->transport, inputs.kv_device_bytes);
+  if (!config_.prompt_tokens_max) TellLowered(infos, limits_, kv_room_, asked);
+  TellSmallRegions(infos, limits_);
   return backend_->device().host_memory() ? absl::OkStatus() : engine_->Reserve(plan);
-}
-
-// Of the default, and only where the operator can do something about it.
-void Server::TellLowered(const MemoryPlan& asked) const {
-  for (const ModelInfo* info : Infos()) {
-    const int64_t wanted = std::min(kPromptTokens, info->max_positions);
-    std::vector<std::string> limits, needs;
-    const PromptLimitInputs inputs{
-        .asked = wanted, .models = {info}, .kv = limits_.kv, .kv_room = kv_room_, .plan = asked};
-    for (const PromptBound& bound : BoundsOf(inputs)) {
-      limits.push_back(bound.what);
-      needs.push_back(bound.help);
-    }
-    if (limits.empty()) continue;
-    Log(Level::kWarning, "max_prompt_tokens_lowered",
-        {{"model", info->name},
-         {"max_prompt_tokens", PromptTokensMax(*info, limits_)},
-         {"default", wanted},
-         {"limit", absl::StrJoin(limits, ", ")},
-         {"needs", absl::StrJoin(needs, ", ")}});
-  }
-}
-
-// Where what is served over gRPC does not fit into a region.
-void Server::TellSmallRegions() const {
-  for (const ModelInfo* info : Infos()) {
-    const int64_t sent = PromptTokensMax(*info, limits_);
-    for (const auto& [transport, bytes] : limits_.kv_regions) {
-      const int64_t most = PromptTokensMax(*info, limits_, /*retain=*/true, transport);
-      if (most >= sent) continue;
-      Log(Level::kWarning, "max_prompt_tokens_lowered",
-          {{"model", info->name},
-           {"transport", Name(transport)},
-           {"max_prompt_tokens", most},
-           {"over_grpc", sent},
-           {"limit", "the largest region"},
-           {"bytes", bytes},
-           {"needs_bytes", GeometryOf(*info, sent).region_bytes()}});
-    }
-  }
 }
 
 // Callers are served without what is not possible here, unless it was asked for by name.
 absl::Status Server::OpenMedia() {
-  const MediumSite site{backend_->device(), boot_id_};
+  const MediumSite site{backend_->device(), metrics_, boot_id_, config_.cuda_ipc_socket};
   for (const TransportRow& row : kTransports) {
     const bool named = config_.transports && config_.transports->count(row.transport) > 0;
     if (row.open != nullptr && (named || !config_.transports)) {
       if (auto medium = row.open(site); medium.ok()) {
         media_[row.transport] = *std::move(medium);
+      } else if (absl::IsInvalidArgument(medium.status()) ||
+                 absl::IsFailedPrecondition(medium.status())) {
+        return medium.status();
       } else if (named && row.required) {
         return Explain(absl::StrCat("--transports=", row.name).c_str(), medium.status());
       } else if (named || !absl::IsUnimplemented(medium.status())) {
@@ -272,15 +246,29 @@ absl::Status Server::OpenMedia() {
   return absl::OkStatus();
 }
 
+const TransportRow* Server::PooledRow(bool on_device) const {
+  if (models_.empty() || backend_->device().host_memory()) return nullptr;
+  for (const TransportRow& row : kTransports) {
+    const bool fits = row.pooled && row.kv_cache && row.on_device == on_device;
+    if (fits && FindMedium(media_, row.transport) != nullptr) return &row;
+  }
+  return nullptr;
+}
+
+void Server::MakePool(Transport transport, uint64_t bytes) {
+  auto pool = SegmentPool::Create(*FindMedium(media_, transport), backend_->device(), bytes,
+                                  [this] { return !scheduler_->WaitIdle(absl::InfinitePast()); });
+  if (pool->bytes() == 0) return;
+  limits_.kv_regions[transport] = pool->bytes();
+  segments_[transport] = std::move(pool);
+}
+
 // Where host memory is pinned for the device, blocks and segments are memory of their own each:
 // half of it is one's. Elsewhere segments have the pages of the blocks that they take.
 absl::Status Server::TakeKvMemory() {
   if (models_.empty()) return absl::OkStatus();
-  Medium* pooled = nullptr;
-  for (const auto& [transport, medium] : media_) {
-    if (RowOf(transport).pooled && !backend_->device().host_memory()) pooled = medium.get();
-  }
-  if (pooled != nullptr) kv_room_ = pooled->Room();
+  const TransportRow* pooled = PooledRow(/*on_device=*/false);
+  if (pooled != nullptr) kv_room_ = FindMedium(media_, pooled->transport)->Room();
   const ModelInfos infos = Infos();
   const KvShares kv = limits_.kv = ShareKv(infos, config_.kv_memory, kv_room_);
   for (const ModelInfo* info : infos) {
@@ -291,7 +279,7 @@ absl::Status Server::TakeKvMemory() {
                      FlagSize(KvMemoryFor(infos, 1, kv.block_bytes, kv_room_)), " would"));
   }
   for (const auto& [transport, medium] : media_) {
-    if (!RowOf(transport).kv_cache) continue;
+    if (!RowOf(transport).kv_cache || RowOf(transport).on_device) continue;  // see PlanMemory
     const uint64_t largest = kv.segment_bytes.value_or(medium->Largest());
     if (largest > 0) {
       limits_.kv_regions[transport] = largest;
@@ -300,10 +288,7 @@ absl::Status Server::TakeKvMemory() {
           {{"message", "for KV caches: there is no room for a segment"}});
     }
   }
-  if (kv.segment_bytes.value_or(0) > 0) {
-    segments_ = SegmentPool::Create(*pooled, backend_->device(), *kv.segment_bytes,
-                                    [this] { return !scheduler_->WaitIdle(absl::InfinitePast()); });
-  }
+  if (pooled != nullptr) MakePool(pooled->transport, *kv.segment_bytes);
   auto pool = BlockPool::Create(backend_->device(), kv.blocks * kv.block_bytes, kv.block_bytes);
   if (!pool.ok()) return Explain("--kv_memory", pool.status());
   pool_ = *std::move(pool);
@@ -337,7 +322,7 @@ absl::Status Server::StartGrpc() {
                             .models = models_,
                             .media = media_,
                             .pool = pool_.get(),
-                            .segments = segments_.get(),
+                            .segments = segments_,
                             .leases = *leases_,
                             .scheduler = *scheduler_,
                             .prefills = prefills_,
@@ -440,7 +425,7 @@ void Server::Drain() {
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
   metrics_.ready.Set(0);
   scheduler_->Drain();
-  if (segments_) segments_->Close();
+  for (const auto& [transport, segments] : segments_) segments->Close();
   const bool idle = scheduler_->WaitIdle(deadline);
   const bool leases_ended = leases_->WaitEmpty(deadline);
   const bool calls_ended = calls_.WaitNone(deadline);  // what still sends its last bytes
@@ -452,7 +437,7 @@ void Server::Drain() {
 }
 
 void Server::RemoveSegments() {
-  if (segments_) segments_->Close();
+  for (const auto& [transport, segments] : segments_) segments->Close();
   for (const auto& [transport, medium] : media_) medium->Close();
 }
 
@@ -469,12 +454,14 @@ Server::~Server() {
     leases_->Stop();  // a lease's end reaches into the scheduler
     leases_->ReleaseAll(LeaseEnd::kAbandoned);
   }
-  if (segments_) segments_->Stop();  // it asks the scheduler
-  scheduler_.reset();                // its sinks reach into what is above it
-  RemoveSegments();                  // a slice may hold one, see below
+  for (const auto& [transport, segments] : segments_) segments->Stop();  // they ask the scheduler
+  scheduler_.reset();  // its sinks reach into what is above it
+  RemoveSegments();    // a slice may hold one, see below
+  media_.clear();      // and connections of peers, whose shares are not waited for
   // gRPC lets go of the last slices in its own time. A pool they point into is rather leaked.
   const absl::Time deadline = absl::Now() + absl::Seconds(2);
-  const bool back = !segments_ || segments_->WaitAllBack(deadline);
+  bool back = true;
+  for (const auto& [transport, segments] : segments_) back &= segments->WaitAllBack(deadline);
   if (pool_ && (!pool_->WaitAllFree(deadline) || !back)) (void)pool_.release();
 }
 

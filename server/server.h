@@ -47,9 +47,10 @@ class Server {
   absl::Status StartHttp();
   absl::Status LoadModels();
   absl::Status PlanMemory(const SchedulerOptions& options);
-  void TellLowered(const MemoryPlan& asked) const;
-  void TellSmallRegions() const;
   absl::Status OpenMedia();
+  // The transport whose caches lie in a pool in this memory, if any: the device's, or the host's.
+  const TransportRow* PooledRow(bool on_device) const;
+  void MakePool(Transport transport, uint64_t bytes);
   absl::Status TakeKvMemory();
   ModelInfos Infos() const;
   absl::Status StartGrpc();
@@ -71,10 +72,10 @@ class Server {
   Media media_;
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
-  RequestLimits limits_;                   // each is known when what it limits is built
-  std::optional<uint64_t> kv_room_;        // ShareKv's
-  std::unique_ptr<BlockPool> pool_;        // null without models
-  std::shared_ptr<SegmentPool> segments_;  // null: see RpcContext
+  RequestLimits limits_;             // each is known when what it limits is built
+  std::optional<uint64_t> kv_room_;  // ShareKv's
+  std::unique_ptr<BlockPool> pool_;  // null without models
+  SegmentPools segments_;            // see RpcContext
   std::unique_ptr<LeaseTable> leases_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Scheduler> scheduler_;

@@ -2,8 +2,12 @@
 
 #include <cmath>
 #include <utility>
+#include <vector>
 
+#include "absl/strings/str_join.h"
+#include "server/config.h"
 #include "server/record/log.h"
+#include "server/transport/transports.h"
 
 namespace prefilld {
 namespace {
@@ -67,6 +71,45 @@ void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
        {"device_bytes", plan.needs()},
        {"free_bytes", *plan.free},
        {"spare_bytes", plan.spare}});
+}
+
+void TellLowered(const ModelInfos& models, const RequestLimits& limits,
+                 std::optional<uint64_t> kv_room, const MemoryPlan& asked) {
+  for (const ModelInfo* info : models) {
+    const int64_t wanted = std::min(kPromptTokens, info->max_positions);
+    std::vector<std::string> bounds, needs;
+    const PromptLimitInputs inputs{
+        .asked = wanted, .models = {info}, .kv = limits.kv, .kv_room = kv_room, .plan = asked};
+    for (const PromptBound& bound : BoundsOf(inputs)) {
+      bounds.push_back(bound.what);
+      needs.push_back(bound.help);
+    }
+    if (bounds.empty()) continue;
+    Log(Level::kWarning, "max_prompt_tokens_lowered",
+        {{"model", info->name},
+         {"max_prompt_tokens", PromptTokensMax(*info, limits)},
+         {"default", wanted},
+         {"limit", absl::StrJoin(bounds, ", ")},
+         {"needs", absl::StrJoin(needs, ", ")}});
+  }
+}
+
+void TellSmallRegions(const ModelInfos& models, const RequestLimits& limits) {
+  for (const ModelInfo* info : models) {
+    const int64_t sent = PromptTokensMax(*info, limits);
+    for (const auto& [transport, bytes] : limits.kv_regions) {
+      const int64_t most = PromptTokensMax(*info, limits, /*retain=*/true, transport);
+      if (most >= sent) continue;
+      Log(Level::kWarning, "max_prompt_tokens_lowered",
+          {{"model", info->name},
+           {"transport", Name(transport)},
+           {"max_prompt_tokens", most},
+           {"over_grpc", sent},
+           {"limit", "the largest region"},
+           {"bytes", bytes},
+           {"needs_bytes", GeometryOf(*info, sent).region_bytes()}});
+    }
+  }
 }
 
 }  // namespace prefilld

@@ -2,12 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/time/time.h"
 #include "server/engine/memory_plan.h"
+#include "server/engine/prompt_limits.h"
 #include "server/job.h"
 #include "server/record/metrics.h"
+#include "server/rpc/validate.h"
 
 namespace prefilld {
 
@@ -33,5 +36,12 @@ class LoadingModel {
 
 // The plan's table, a line a row.
 void TellPlan(const MemoryPlan& plan, Metrics& metrics);
+
+// Of the default of --max_prompt_tokens, and only where the operator can do something about it.
+// kv_room: ShareKv's; asked: the plan of the default.
+void TellLowered(const ModelInfos& models, const RequestLimits& limits,
+                 std::optional<uint64_t> kv_room, const MemoryPlan& asked);
+// Where what is served over gRPC does not fit into a region.
+void TellSmallRegions(const ModelInfos& models, const RequestLimits& limits);
 
 }  // namespace prefilld

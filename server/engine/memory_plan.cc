@@ -106,6 +106,8 @@ void AddOthers(const PlanInputs& inputs, bool device, MemoryPlan& plan) {
       {"attend_tensors", "", device, When::kLater, inputs.attend_bytes, "--attend_memory"});
   if (!device) return;
   plan.rows.push_back(
+      {"kv_device_segments", "", true, When::kStart, inputs.kv_device_bytes, "--kv_device_memory"});
+  plan.rows.push_back(
       {"other", "", true, When::kLoaded, OtherBytes(inputs), "products, calibration"});
   plan.rows.push_back(
       {"attend_tensors", "", false, When::kLater, inputs.attend_bytes, "--attend_memory, pinned"});
@@ -197,6 +199,10 @@ uint64_t MemoryPlan::needs() const {
   uint64_t bytes = 0;
   for (const Row& row : rows) bytes += row.device && row.when != When::kLoaded ? row.bytes : 0;
   return bytes;
+}
+
+uint64_t KvDeviceBytes(const MemoryPlan& plan) {
+  return std::min(plan.spare / 4, uint64_t{8} << 30);
 }
 
 MemoryPlan PlanMemory(const PlanInputs& inputs) {

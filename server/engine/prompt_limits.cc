@@ -49,7 +49,7 @@ void BoundByDevice(const PromptLimitInputs& inputs, std::vector<PromptBound>* bo
                                   GiB(plan.free.value_or(0)), " are free, ",
                                   plan.fits == 0 ? "no prompt fits"
                                                  : absl::StrCat("at most ", plan.fits, " fit")),
-                     "a smaller --attend_memory, fewer --model"});
+                     "a smaller --attend_memory or --kv_device_memory, fewer --model"});
 }
 
 }  // namespace

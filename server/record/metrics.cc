@@ -132,13 +132,19 @@ Metrics::Metrics()
                              "expired")),
       kv_blocks_(Gauges(*registry_, "prefilld_kv_blocks", "Blocks of the KV pool")),
       segments_(Gauges(*registry_, "prefilld_kv_segment_bytes",
-                       "Of the pool of segments that KV caches over posix_shm lie in")),
+                       "Of the pools of segments that KV caches over posix_shm and cuda_ipc lie "
+                       "in")),
       handoff_bytes_(Counters(*registry_, "prefilld_handoff_bytes_total",
                               "KV payload bytes sent, or named to be mapped")),
       handoff_duration_(
           Histograms(*registry_, "prefilld_handoff_duration_seconds", "Length of a complete pull")),
       handoff_failures_(
           Counters(*registry_, "prefilld_handoff_failures_total", "Pulls that did not complete")),
+      transport_refused_(Counters(*registry_, "prefilld_transport_refused_total",
+                                  "Transports that callers were offered and could not use, as "
+                                  "they say")),
+      descriptors_(Counters(*registry_, "prefilld_descriptor_connections_total",
+                            "Connections to the socket of cuda_ipc, by what became of them")),
       handoff_transport_info_(
           Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")),
       model_bytes_(Gauges(*registry_, "prefilld_model_bytes",
@@ -166,6 +172,7 @@ void Metrics::AddKnown() {
   }
   for (const char* reason : kLeaseEnds) leases_ended_.Add({{"reason", reason}});
   for (const char* state : kBlockStateNames) kv_blocks_.Add({{"state", state}});
+  for (const char* outcome : kDescriptorOutcomes) descriptors_.Add({{"outcome", outcome}});
   for (const char* kind : Device::kFaultKinds) gpu_faults_.Add({{"kind", kind}});
   AddModel(kAttendModel);
   Gauges(*registry_, "prefilld_build_info", "The version that runs")
@@ -205,6 +212,9 @@ void Metrics::AddTransport(const std::string& transport, bool offered) {
   handoff_duration_.Add({{"transport", transport}}, Seconds());
   for (const char* reason : kHandoffFailures) {
     handoff_failures_.Add({{"transport", transport}, {"reason", reason}});
+  }
+  for (const char* reason : kTransportRefusals) {
+    transport_refused_.Add({{"transport", transport}, {"reason", reason}});
   }
   if (offered) handoff_transport_info_.Add({{"transport", transport}}).Set(1);
 }
@@ -252,8 +262,16 @@ void Metrics::SetKvBlocks(BlockState state, int64_t blocks) {
       .Set(static_cast<double>(blocks));
 }
 
-void Metrics::SetSegments(const char* state, uint64_t bytes) {
-  segments_.Add({{"state", state}}).Set(static_cast<double>(bytes));
+void Metrics::SetSegments(const std::string& transport, const char* state, uint64_t bytes) {
+  segments_.Add({{"transport", transport}, {"state", state}}).Set(static_cast<double>(bytes));
+}
+
+void Metrics::TransportRefused(const std::string& transport, const std::string& reason) {
+  transport_refused_.Add({{"transport", transport}, {"reason", reason}}).Increment();
+}
+
+void Metrics::DescriptorAsked(const std::string& outcome) {
+  descriptors_.Add({{"outcome", outcome}}).Increment();
 }
 
 void Metrics::GpuFault(std::string_view kind) {

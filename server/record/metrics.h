@@ -79,7 +79,11 @@ struct Metrics {
   void SetKvBlocks(BlockState state, int64_t blocks);  // by on_scrape
 
   // state: ready, lent or free. No series where caches in segments take blocks.
-  void SetSegments(const char* state, uint64_t bytes);  // by on_scrape
+  void SetSegments(const std::string& transport, const char* state,
+                   uint64_t bytes);  // by on_scrape
+  // What a caller that was offered a transport has against it: one of kTransportRefusals.
+  void TransportRefused(const std::string& transport, const std::string& reason);
+  void DescriptorAsked(const std::string& outcome);  // a connection; one of kDescriptorOutcomes
 
   // --- device; no series where there is no GPU but the faults' ---
   void GpuFault(std::string_view kind);                 // one of Device::kFaultKinds; by the engine
@@ -97,6 +101,18 @@ struct Metrics {
       "consumed",   // released by who has all he wants
       "abandoned",  // released without that, or the callers left
       "expired",    // its time ran out
+  };
+  static constexpr const char* kTransportRefusals[] = {
+      // in the order of v1::TransportRefusal::Reason
+      "unspecified", "socket", "peer", "descriptor", "driver"};
+  static constexpr const char* kDescriptorOutcomes[] = {
+      // in the order of DescriptorSocket::Outcome
+      "given",    // the descriptor
+      "unknown",  // no memory has the name
+      "peer",     // of another user
+      "silent",   // no name in time
+      "full",     // too many connections
+      "failed",   // there was no descriptor to be had
   };
   static constexpr const char* kHandoffFailures[] = {
       "cancelled",    // the caller went away
@@ -125,6 +141,8 @@ struct Metrics {
   Family<prometheus::Counter>& handoff_bytes_;
   Family<prometheus::Histogram>& handoff_duration_;
   Family<prometheus::Counter>& handoff_failures_;
+  Family<prometheus::Counter>& transport_refused_;
+  Family<prometheus::Counter>& descriptors_;
   Family<prometheus::Gauge>& handoff_transport_info_;
   Family<prometheus::Gauge>& model_bytes_;
   Family<prometheus::Gauge>& planned_memory_;

@@ -123,7 +123,9 @@ absl::StatusOr<AttendMemory> TakeRegion(const ValidAttend& valid, Device& device
   auto region = medium.Create(end);
   if (!region.ok()) return NoMemory(region.status());
   memory.region = region->get();
-  valid.job->attend->region = *std::move(region);
+  // A peer may have it for longer than the job lives: it counts until then.
+  memory.region->Keep(valid.job->budget);
+  valid.job->attend->region = memory.region->Link(*std::move(region));
   for (size_t i = 0; i < bytes.size(); ++i) {
     memory.upload.push_back({memory.region->data() + memory.inputs[i], bytes[i]});
   }

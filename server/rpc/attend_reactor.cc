@@ -36,7 +36,10 @@ void AttendReactor::OnReadDone(bool ok) {
     if (!ok) {
       if (context_->IsCancelled()) return End(WhyCancelled(deadline_));
       if (header) return Refuse(InvalidField("header", "no header was sent"));
-      return OnPeerClosed();
+      if (upload_->complete()) return;  // it has closed its side, and has nothing more to say
+      return End(
+          absl::DataLossError(absl::StrCat("the upload ended after ", upload_->received_bytes(),
+                                           " of ", upload_->total_bytes(), " bytes")));
     }
   }
   // Not under the lock: neither a cancel nor the job's end need wait for what a message takes.
@@ -48,17 +51,6 @@ void AttendReactor::OnReadDone(bool ok) {
   busy_ = true;
   // The job keeps its memory until then, also when the call has ended.
   rpc_.transfers.Post([self = shared_from_this(), job = job_] { self->CopyRegion(); });
-}
-
-// The caller has closed its side.
-void AttendReactor::OnPeerClosed() {
-  if (upload_->complete()) {
-    peer_closed_ = true;
-    if (summary_written_) WriteNext();  // it may be what was waited for
-    return;
-  }
-  End(absl::DataLossError(absl::StrCat("the upload ended after ", upload_->received_bytes(), " of ",
-                                       upload_->total_bytes(), " bytes")));
 }
 
 // A thread that may wait takes the memory, once its bytes are in the budget; nothing of a tensor is
@@ -283,10 +275,8 @@ void AttendReactor::WriteNext() {
   if (writing_ || busy_ || !outputs_) return;  // or they are not in their place yet
   if (next_) {
     Write(*std::exchange(next_, std::nullopt));
-  } else if (!peer_closes() || peer_closed_) {
-    return End(absl::OkStatus());
   } else {
-    return;  // the peer may have our memory open: its end of the stream tells that it has not
+    return End(absl::OkStatus());
   }
   if (!outputs_->done()) {
     next_ = outputs_->NextChunk();

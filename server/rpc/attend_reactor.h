@@ -49,7 +49,6 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
  private:
   AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
 
-  void OnPeerClosed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnHeader();
   absl::StatusOr<ValidAttend> Admit();
   absl::Status OnTensors();
@@ -69,10 +68,6 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   void Watch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnAlarm();
   bool copies_region() const { return memory_.region != nullptr && memory_.staging != nullptr; }
-  // The peer's end of the stream tells that it has closed what it had opened.
-  bool peer_closes() const {
-    return memory_.region != nullptr && RowOf(memory_.region->transport()).peer_closes;
-  }
 
   RpcContext& rpc_;
   grpc::CallbackServerContext* const context_;
@@ -91,8 +86,7 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   bool admitted_ ABSL_GUARDED_BY(mutex_) = false;     // and there is memory
   bool busy_ ABSL_GUARDED_BY(mutex_) = false;         // it is our turn, the peer has nothing to do
   bool job_ended_ ABSL_GUARDED_BY(mutex_) = false;
-  bool peer_closed_ ABSL_GUARDED_BY(mutex_) = false;  // its side of the stream, after the upload
-  bool ended_ ABSL_GUARDED_BY(mutex_) = false;        // Finish was called
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;  // Finish was called
   uint64_t bytes_to_come_ ABSL_GUARDED_BY(mutex_) = 0;
   std::shared_ptr<AttendOutputs> outputs_ ABSL_GUARDED_BY(mutex_);
   absl::Duration placing_ ABSL_GUARDED_BY(mutex_);  // outputs, after the job

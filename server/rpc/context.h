@@ -34,8 +34,8 @@ struct RpcContext {
   Backend& backend;
   const Models& models;
   const Media& media;
-  BlockPool* pool;        // null when there is no model
-  SegmentPool* segments;  // that caches over posix_shm lie in; null: they take blocks
+  BlockPool* pool;               // null when there is no model
+  const SegmentPools& segments;  // of a transport whose caches have none they take blocks
   LeaseTable& leases;
   Scheduler& scheduler;
   PrefillRegistry& prefills;

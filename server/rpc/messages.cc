@@ -57,8 +57,7 @@ std::string TransportName(int transport) {
 v1::BufferRef BufferIn(const Region& region, uint64_t offset, uint64_t bytes) {
   const RegionAddress& address = region.address();
   v1::BufferRef buffer;
-  buffer.set_name(address.shm_name);
-  buffer.set_cuda_ipc_handle(address.cuda_ipc_handle);
+  buffer.set_name(address.name);
   buffer.set_device_uuid(address.device_uuid);
   buffer.set_byte_offset(offset);
   buffer.set_byte_length(bytes);

@@ -1,6 +1,8 @@
 #include "server/rpc/negotiate.h"
 
 #include <algorithm>
+#include <iterator>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/chunk.h"
@@ -13,6 +15,7 @@ namespace prefilld {
 namespace {
 
 constexpr int kTransportsMax = 8;
+constexpr int kRefusedMax = 8;
 constexpr int kDeviceUuidsMax = 64;
 
 PeerFacts FactsOfPeer(const v1::NegotiateRequest& request) {
@@ -27,11 +30,22 @@ void Introduce(const Media& media, v1::NegotiateResponse* response) {
   for (const auto& [transport, medium] : media) medium->Introduce(&ours);
   response->set_shm_domain(ours.shm_domain);
   response->set_cuda_ipc_domain(ours.cuda_ipc_domain);
+  response->set_cuda_ipc_socket(ours.cuda_ipc_socket);
   for (const std::string& uuid : ours.device_uuids) response->add_device_uuids(uuid);
 }
 
-absl::Status CheckPossible(const RpcContext& rpc, const TransportRow& row, const PeerFacts& peer,
-                           bool for_kv) {
+bool Refuses(const v1::NegotiateRequest& request, const TransportRow& row) {
+  return std::any_of(request.refused().begin(), request.refused().end(),
+                     [&](const auto& refusal) { return refusal.transport() == row.wire; });
+}
+
+absl::Status CheckPossible(const RpcContext& rpc, const TransportRow& row,
+                           const v1::NegotiateRequest& request, const PeerFacts& peer) {
+  const bool for_kv = !request.model().empty();
+  if (Refuses(request, row)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("transports: ", ProtoName(row.transport), " is refused by the caller"));
+  }
   if (row.open == nullptr) return absl::OkStatus();
   const Medium* medium = FindMedium(rpc.media, row.transport);
   if (medium == nullptr) {
@@ -48,9 +62,12 @@ absl::Status CheckPossible(const RpcContext& rpc, const TransportRow& row, const
                                                     " is not possible: ", reached.message()));
 }
 
-// The first acceptable one that is possible here.
-absl::StatusOr<Transport> PickTransport(const RpcContext& rpc,
-                                        const v1::NegotiateRequest& request) {
+absl::Status CheckTransport(int transport, const std::string& field) {
+  if (FindTransportOfWire(transport) != nullptr) return absl::OkStatus();
+  return InvalidField(field, absl::StrCat("unknown transport ", TransportName(transport)));
+}
+
+absl::Status CheckLists(const v1::NegotiateRequest& request) {
   if (request.transports_size() > kTransportsMax) {
     return InvalidField("transports", absl::StrCat(request.transports_size(),
                                                    " transports, the limit is ", kTransportsMax));
@@ -61,23 +78,57 @@ absl::StatusOr<Transport> PickTransport(const RpcContext& rpc,
   }
   for (int i = 0; i < request.transports_size(); ++i) {
     const int transport = request.transports(i);
-    if (transport != v1::TRANSPORT_UNSPECIFIED && FindTransportOfWire(transport) == nullptr) {
-      return InvalidField(absl::StrCat("transports[", i, "]"),
-                          absl::StrCat("unknown transport ", TransportName(transport)));
-    }
+    if (transport == v1::TRANSPORT_UNSPECIFIED) continue;
+    absl::Status known = CheckTransport(transport, absl::StrCat("transports[", i, "]"));
+    if (!known.ok()) return known;
   }
+  if (request.refused_size() > kRefusedMax) {
+    return InvalidField(
+        "refused", absl::StrCat(request.refused_size(), " transports, the limit is ", kRefusedMax));
+  }
+  for (int i = 0; i < request.refused_size(); ++i) {
+    absl::Status known =
+        CheckTransport(request.refused(i).transport(), absl::StrCat("refused[", i, "].transport"));
+    if (!known.ok()) return known;
+  }
+  return absl::OkStatus();
+}
+
+// A reason that we do not know is none.
+void CountRefused(const v1::NegotiateRequest& request, Metrics& metrics) {
+  constexpr int kReasons = std::size(Metrics::kTransportRefusals);
+  for (const v1::TransportRefusal& refusal : request.refused()) {
+    const int reason = refusal.reason() < kReasons ? std::max<int>(refusal.reason(), 0) : 0;
+    metrics.TransportRefused(FindTransportOfWire(refusal.transport())->name,
+                             Metrics::kTransportRefusals[reason]);
+  }
+}
+
+// The first acceptable one that is possible here.
+absl::StatusOr<Transport> PickTransport(const RpcContext& rpc,
+                                        const v1::NegotiateRequest& request) {
+  if (absl::Status status = CheckLists(request); !status.ok()) return status;
+  CountRefused(request, rpc.metrics);
   const PeerFacts peer = FactsOfPeer(request);
-  const bool for_kv = !request.model().empty();
-  Transport best = Transport::kGrpc;
+  absl::StatusOr<Transport> best = absl::InternalError("no transport");
   for (const TransportRow& row : kTransports) {
-    if (CheckPossible(rpc, row, peer, for_kv).ok()) best = row.transport;
+    absl::Status possible = CheckPossible(rpc, row, request, peer);
+    if (possible.ok()) {
+      best = row.transport;
+    } else if (row.open == nullptr) {  // there is always this one, unless it is refused
+      best = std::move(possible);
+    }
   }
   if (request.transports_size() == 0) return best;
   absl::Status refusal;  // of the first that was acceptable
   for (int transport : request.transports()) {
-    if (transport == v1::TRANSPORT_UNSPECIFIED) return best;
+    if (transport == v1::TRANSPORT_UNSPECIFIED) {
+      if (best.ok()) return best;
+      refusal.Update(best.status());
+      continue;
+    }
     const TransportRow& row = *FindTransportOfWire(transport);
-    const absl::Status possible = CheckPossible(rpc, row, peer, for_kv);
+    const absl::Status possible = CheckPossible(rpc, row, request, peer);
     if (possible.ok()) return row.transport;
     refusal.Update(possible);
   }

@@ -33,9 +33,9 @@ KvCache::Later LaterOf(const RpcContext& rpc, uint64_t bytes) {
 }
 
 // False: nothing of the pool is ready.
-bool LieInReady(RpcContext& rpc, const ValidPrefill& valid) {
+bool LieInReady(RpcContext& rpc, SegmentPool& pool, const ValidPrefill& valid) {
   const KvGeometry geometry = GeometryFor(*valid.job);
-  auto region = rpc.segments->Take(geometry.region_bytes());
+  auto region = pool.Take(geometry.region_bytes());
   if (region == nullptr) return false;
   valid.job->prefill->cache = KvCache::CreateIn(
       std::move(region), LaterOf(rpc, geometry.region_bytes()), *rpc.pool, geometry);
@@ -50,10 +50,10 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(
   const std::shared_ptr<Job> job = valid.job;
   absl::Status status = rpc.scheduler.CheckOpen(*job);
   Medium* medium = FindMedium(rpc.media, valid.transport);
-  const bool pooled = medium != nullptr && rpc.segments != nullptr;
-  if (status.ok() && !pooled) status = TakeBlocks(rpc, valid);
+  SegmentPool* const pool = medium == nullptr ? nullptr : FindPool(rpc.segments, valid.transport);
+  if (status.ok() && pool == nullptr) status = TakeBlocks(rpc, valid);
   if (!status.ok()) return status;
-  const bool ready = medium == nullptr || (pooled && LieInReady(rpc, valid));
+  const bool ready = medium == nullptr || (pool != nullptr && LieInReady(rpc, *pool, valid));
   std::shared_ptr<PrefillStream> stream(new PrefillStream(rpc, job, std::move(content)));
   job->sink = stream;
   stream->Attach(reader);
@@ -72,7 +72,8 @@ absl::Status PrefillStream::Place(Medium& medium, const ValidPrefill& valid) {
   std::shared_ptr<KvCache>& cache = valid.job->prefill->cache;  // null: it is the pool's to make
   const KvGeometry geometry = GeometryFor(*valid.job);
   const uint64_t bytes = geometry.region_bytes();
-  auto region = cache ? medium.Create(bytes) : rpc_.segments->Make(bytes);
+  auto region =
+      cache ? medium.Create(bytes) : FindPool(rpc_.segments, valid.transport)->Make(bytes);
   if (!region.ok()) {
     if (valid.pinned) return region.status();
     return cache ? absl::OkStatus() : TakeBlocks(rpc_, valid);  // the caller can do without

@@ -14,15 +14,20 @@
 
 namespace prefilld {
 
+bool TakesBlocks(Transport transport, const RequestLimits& limits) {
+  const TransportRow& row = RowOf(transport);
+  return row.open == nullptr || (!limits.kv.segment_bytes && !row.on_device);
+}
+
 int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits, bool retain,
                         Transport transport) {
   const KvGeometry cache = GeometryOf(info, 0);
   int64_t most = std::min(info.max_positions, limits.prompt_tokens_max);
   const auto region = limits.kv_regions.find(transport);
-  const bool in_region = region != limits.kv_regions.end();
-  if (in_region) most = std::min(most, cache.TokensInRegion(region->second));
-  // Where there is a pool a cache in a region takes no blocks.
-  if (in_region && limits.kv.segment_bytes) return most;
+  if (region != limits.kv_regions.end()) {
+    most = std::min(most, cache.TokensInRegion(region->second));
+    if (!TakesBlocks(transport, limits)) return most;
+  }
   return std::min(most, cache.TokensInBlocks(limits.kv.blocks, retain));
 }
 
@@ -32,9 +37,11 @@ int MessageBytesMax(const ModelInfos& models, const RequestLimits& limits) {
   for (const ModelInfo* info : models) {
     const auto last_id = static_cast<uint32_t>(info->vocab_size - 1);
     const auto id_bytes = google::protobuf::io::CodedOutputStream::VarintSize32(last_id);
-    most = std::max(most, PromptTokensMax(*info, limits, /*retain=*/false) *
-                                  static_cast<int64_t>(1 + id_bytes) +
-                              kBesides);
+    int64_t tokens = PromptTokensMax(*info, limits, /*retain=*/false);
+    for (const auto& [transport, bytes] : limits.kv_regions) {
+      tokens = std::max(tokens, PromptTokensMax(*info, limits, /*retain=*/true, transport));
+    }
+    most = std::max(most, tokens * static_cast<int64_t>(1 + id_bytes) + kBesides);
   }
   return static_cast<int>(most);
 }

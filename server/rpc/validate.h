@@ -38,6 +38,10 @@ struct RequestLimits {
 };
 inline constexpr int kSequencesMax = 1024;  // of one Attend
 
+// Whether a cache over this transport takes blocks: where it lies in them, or where they stand for
+// the memory of its region. Else a pool counts it.
+bool TakesBlocks(Transport transport, const RequestLimits& limits);
+
 // The longest prompt of a model whose cache is retained, which is what the server says of it; or
 // passes through; or has to lie in what this transport has.
 int64_t PromptTokensMax(const ModelInfo& info, const RequestLimits& limits, bool retain = true,

@@ -10,11 +10,12 @@
 namespace prefilld {
 namespace {
 
-// Where a cache can be pulled from in the most ways: what lies in a region is sent as well.
+// Where a cache can be pulled from in the most ways: what lies in a region of the host's memory is
+// sent as well.
 Transport BestForKv(const RequestLimits& limits) {
   Transport best = Transport::kGrpc;
   for (const TransportRow& row : kTransports) {
-    if (limits.kv_regions.count(row.transport) > 0) best = row.transport;
+    if (!row.on_device && limits.kv_regions.count(row.transport) > 0) best = row.transport;
   }
   return best;
 }
@@ -29,7 +30,7 @@ std::string WhyNoMore(const ModelInfo& info, const RequestLimits& limits, int64_
   const int64_t sent = PromptTokensMax(info, limits);
   const int64_t passing = PromptTokensMax(info, limits, /*retain=*/false);
   const bool in_region = RowOf(lies_in).open != nullptr;
-  std::string why = in_region && (limits.kv.segment_bytes || sent > tokens_max)
+  std::string why = in_region && (!TakesBlocks(lies_in, limits) || sent > tokens_max)
                         ? absl::StrCat(", what a region of ", ProtoName(lies_in), " holds here")
                         : ", what the server's kv_memory holds in one cache";
   if (in_region && sent > tokens_max) {

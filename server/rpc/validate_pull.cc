@@ -145,10 +145,13 @@ absl::StatusOr<ValidPull> ValidatePull(const v1::PullKvRequest& request, const K
   auto transport = ValidateTransport(request.transport(), "transport", Carries::kKvCache, limits);
   if (!transport.ok()) return transport.status();
   const bool mapped = RowOf(*transport).open != nullptr;
-  if (mapped && cache.transport() != *transport) {
+  const Transport lies_in = cache.transport();
+  const bool sendable = !RowOf(lies_in).on_device;
+  if (mapped ? lies_in != *transport : !sendable) {
     return absl::FailedPreconditionError(
-        absl::StrCat("transport: the cache lies in no segment that ", ProtoName(*transport),
-                     " could map (see Admission.transport); TRANSPORT_GRPC has it"));
+        absl::StrCat("transport: ", ProtoName(*transport), " has no cache that is of ",
+                     ProtoName(lies_in), ", as this one (see Admission.transport)",
+                     sendable ? absl::StrCat("; ", ProtoName(Transport::kGrpc), " has it") : ""));
   }
   auto form = ValidateLayout(request.layout(), "layout", geometry);
   if (!form.ok()) return form.status();

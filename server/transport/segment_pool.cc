@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/record/errors.h"
 #include "server/record/log.h"
+#include "server/transport/transports.h"
 
 namespace prefilld {
 namespace {
@@ -16,8 +17,7 @@ namespace {
 constexpr uint64_t kTimesLargerMax = 4;
 
 // Four sizes an octave, so that prompts of about one length share them.
-uint64_t SizeFor(uint64_t bytes) {
-  uint64_t step = SegmentPool::kStepBytes;
+uint64_t SizeFor(uint64_t bytes, uint64_t step) {
   while (step * 8 < bytes) step *= 2;
   return (bytes + step - 1) / step * step;
 }
@@ -32,6 +32,8 @@ auto Smallest(Members& members, Enough enough) {
   return smallest;
 }
 
+bool OnDevice(const Region& region) { return RowOf(region.transport()).on_device; }
+
 bool Fits(uint64_t member, uint64_t bytes) {
   return member >= bytes &&
          member / kTimesLargerMax <= std::max(bytes, SegmentPool::kSmallestBytes);
@@ -43,14 +45,14 @@ std::shared_ptr<SegmentPool> SegmentPool::Create(Medium& medium, Device& device,
                                                  std::function<bool()> busy,
                                                  absl::Duration patience) {
   return std::shared_ptr<SegmentPool>(
-      new SegmentPool(medium, device, WholeSteps(bytes), std::move(busy), patience));
+      new SegmentPool(medium, device, bytes, std::move(busy), patience));
 }
 
 void SegmentPool::Fill() {
   absl::MutexLock lock(&mutex_);
   begin_ = SteadyNow();
   for (uint64_t bytes = bytes_ / 2; bytes >= kSmallestBytes; bytes /= 2) {
-    idle_.push_front({WholeSteps(bytes), nullptr});
+    idle_.push_front({WholeSteps(bytes, step_), nullptr});
     filler_.Post([this] { FillOne(); });
   }
 }
@@ -67,6 +69,7 @@ void SegmentPool::Stop() {
 }
 
 std::shared_ptr<Region> SegmentPool::Register(std::shared_ptr<Region> region) {
+  if (OnDevice(*region)) return region;
   // Where that is not to be had the device copies all the same.
   auto registered = device_.Register(region->data(), region->bytes());
   if (!registered.ok() || registered->data() == nullptr) return region;
@@ -106,7 +109,7 @@ absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
         absl::StrCat("the KV cache needs ", bytes, " bytes, the server has ", bytes_,
                      " of segments; ask for grpc or shorten the prompt"));
   }
-  const uint64_t size = std::min(SizeFor(bytes), bytes_);
+  const uint64_t size = std::min(SizeFor(bytes, step_), bytes_);
   std::vector<Member> out;
   std::shared_ptr<Region> ready;
   const auto decided = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
@@ -162,11 +165,11 @@ bool SegmentPool::MakeRoom(uint64_t bytes, std::vector<Member>* out) {
 }
 
 std::shared_ptr<Region> SegmentPool::Lend(std::shared_ptr<Region> region) {
-  Region* raw = region.get();
-  return {raw, [pool = weak_from_this(), region = std::move(region)](Region*) mutable {
-            if (auto self = pool.lock()) self->Renew(std::move(region));
-            region.reset();
-          }};
+  Region* const raw = region.get();
+  return raw->Link({raw, [pool = weak_from_this(), region = std::move(region)](Region*) mutable {
+                      if (auto self = pool.lock()) self->Renew(std::move(region));
+                      region.reset();
+                    }});
 }
 
 void SegmentPool::Renew(std::shared_ptr<Region> region) {
@@ -191,22 +194,26 @@ void SegmentPool::Renew(std::shared_ptr<Region> region) {
 void SegmentPool::Zero(std::shared_ptr<Region> region) {
   constexpr uint64_t kPieceBytes = uint64_t{64} << 20;
   const uint64_t bytes = region->bytes();
+  if (OnDevice(*region)) {
+    return zeroers_.Post(
+        [this, region] { Zeroed(region, device_.Zero(region->data(), region->bytes()).ok()); });
+  }
   const auto left = std::make_shared<std::atomic<uint64_t>>((bytes - 1) / kPieceBytes + 1);
   for (uint64_t begin = 0; begin < bytes; begin += kPieceBytes) {
     zeroers_.Post([this, region, left, begin, size = std::min(kPieceBytes, bytes - begin)] {
       std::memset(region->data() + begin, 0, size);
-      if (left->fetch_sub(1) == 1) Zeroed(region);
+      if (left->fetch_sub(1) == 1) Zeroed(region, true);
     });
   }
 }
 
-void SegmentPool::Zeroed(std::shared_ptr<Region> region) {
+void SegmentPool::Zeroed(std::shared_ptr<Region> region, bool zero) {
   const uint64_t bytes = region->bytes();
   region->SetUnmapped(false);
   absl::MutexLock lock(&mutex_);
   changing_ -= bytes;
   zeroing_.erase(zeroing_.find(bytes));
-  if (!closed_) idle_.push_back({bytes, std::move(region)});
+  if (!closed_ && zero) idle_.push_back({bytes, std::move(region)});
 }
 
 bool SegmentPool::AwaitQuiet() {
@@ -233,7 +240,7 @@ void SegmentPool::FillOne() {
     idle_.erase(missing);
   }
   auto region = medium_.Create(bytes);
-  if (region.ok() && AwaitQuiet()) region = Register(*std::move(region));
+  if (region.ok() && !OnDevice(**region) && AwaitQuiet()) region = Register(*std::move(region));
   absl::MutexLock lock(&mutex_);
   changing_ -= bytes;
   if (closed_) return;

@@ -1,20 +1,23 @@
-// Regions for KV caches that are ready before anybody asks: taken from the system, and registered
-// with a device that copies to them. Both take long (a GPU's driver needs half a second a GiB), and
-// a prompt that waits for them starts late.
+// Regions for KV caches that are ready before anybody asks: taken from the system, or from a
+// device, and, in the host's memory, registered with the device that copies to them. That takes
+// long (a GPU's driver needs half a second a GiB), and a prompt that waits for it starts late. One
+// pool a transport.
 //
 // The pool holds members of different sizes, as many as fit into its bytes, and no cache lies
-// elsewhere. A member is made in the background, lent to one cache, and, when the cache lets go of
-// it, zeroed and lent again where nobody has it mapped any more (Region::unmapped). Otherwise it is
-// destroyed and made anew: whoever has mapped a region keeps what it saw, and sees nobody else's.
-// At the start each is half the next one's size; from then on the pool follows what is asked for:
-// who finds nothing ready gets a new member, in the place of others that nobody uses.
-// Threads: any.
+// elsewhere. A member is made in the background, lent to one cache, and, when the last share of it
+// is gone (the cache's, and those of peers where they have some), zeroed and lent again where
+// nobody has it mapped any more (Region::unmapped). Otherwise it is destroyed and made anew:
+// whoever has mapped a region keeps what it saw, and sees nobody else's. At the start each is half
+// the next one's size; from then on the pool follows what is asked for: who finds nothing ready
+// gets a new member, in the place of others that nobody uses. Threads: any.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <set>
 #include <utility>
@@ -39,9 +42,11 @@ inline constexpr std::array<const char*, 3> kSegmentStateNames = {"free", "ready
 
 class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
  public:
-  // Sizes are multiples of this, and so of a page.
+  // Sizes are multiples of this, and so of a page; and of the medium's unit, if that is more.
   static constexpr uint64_t kStepBytes = uint64_t{64} << 10;
-  static constexpr uint64_t WholeSteps(uint64_t bytes) { return bytes / kStepBytes * kStepBytes; }
+  static constexpr uint64_t WholeSteps(uint64_t bytes, uint64_t step = kStepBytes) {
+    return bytes / step * step;
+  }
   // A smaller region takes no time worth saving.
   static constexpr uint64_t kSmallestBytes = uint64_t{16} << 20;
 
@@ -70,6 +75,7 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   // Medium::Create.
   absl::StatusOr<std::shared_ptr<Region>> Make(uint64_t bytes);
 
+  uint64_t bytes() const { return bytes_; }
   std::array<uint64_t, 3> CountByState() const;  // bytes, by SegmentState
   // Blocks until all that was lent is destroyed, or the deadline: false.
   bool WaitAllBack(absl::Time deadline) const;
@@ -86,7 +92,8 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
               absl::Duration patience)
       : medium_(medium),
         device_(device),
-        bytes_(bytes),
+        step_(std::max(kStepBytes, medium.Unit())),
+        bytes_(WholeSteps(bytes, step_)),
         busy_(std::move(busy)),
         patience_(patience) {}
   std::shared_ptr<Region> Register(std::shared_ptr<Region> region);
@@ -100,13 +107,13 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   uint64_t Free() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   void Renew(std::shared_ptr<Region> region);
   void Zero(std::shared_ptr<Region> region) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Zeroed(std::shared_ptr<Region> region);
+  void Zeroed(std::shared_ptr<Region> region, bool zero);
   void FillOne();
   bool AwaitQuiet();  // false: closed
 
   Medium& medium_;
   Device& device_;
-  const uint64_t bytes_;
+  const uint64_t step_, bytes_;
   const std::function<bool()> busy_;
   const absl::Duration patience_;
   mutable absl::Mutex mutex_;
@@ -122,5 +129,11 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   // Its own, as the filler may wait. One thread writes some 10 GB/s, and the next prompt waits.
   WorkPool zeroers_{4};
 };
+
+using SegmentPools = std::map<Transport, std::shared_ptr<SegmentPool>>;
+inline SegmentPool* FindPool(const SegmentPools& pools, Transport transport) {  // null: none
+  const auto found = pools.find(transport);
+  return found == pools.end() ? nullptr : found->second.get();
+}
 
 }  // namespace prefilld

@@ -83,7 +83,7 @@ int Reserve(int fd, uint64_t bytes) {
 class ShmSegment final : public Region {
  public:
   ShmSegment(std::string name, int fd) : Region(Transport::kPosixShm), fd_(fd) {
-    address_.shm_name = std::move(name);
+    address_.name = std::move(name);
   }
   ~ShmSegment() override {
     Unlink();
@@ -92,7 +92,7 @@ class ShmSegment final : public Region {
   }
 
   void Unlink() override {
-    if (linked_.exchange(false)) shm_unlink(address_.shm_name.c_str());
+    if (linked_.exchange(false)) shm_unlink(address_.name.c_str());
   }
   // 0, or errno. Takes the memory first: what there is not shows here, not at first touch.
   int Map(uint64_t bytes) {

@@ -15,10 +15,15 @@
 
 namespace prefilld {
 
+struct Metrics;
+
 // What a medium is opened on.
 struct MediumSite {
   Device& device;     // that the server computes on; outlives the medium
+  Metrics& metrics;   // likewise
   std::string owner;  // names this process, never used before
+  // An absolute path, or "@" and an abstract name; empty: one of the latter, after the owner.
+  std::string cuda_ipc_socket;
 };
 
 struct TransportRow {
@@ -31,14 +36,14 @@ struct TransportRow {
   // Its regions lie in the device's memory, and are computed in. A region in the host's is copied
   // to and from a device that has memory of its own (Staging).
   bool on_device;
-  // Its regions take long to make, more so where the device has them pinned: some are kept ready.
+  // Its regions take long to make, more so where the device has them pinned: where it has memory of
+  // its own, a pool of them is kept ready for caches, which lie nowhere else.
   bool pooled;
-  // The peer must have closed a region before it is freed, so the call ends after it has.
-  bool peer_closes;
   // Asked for by name and not possible is no start. What is not is served without, with a warning.
   bool required;
   // At start. UNIMPLEMENTED: not on this device, which nobody need be told; UNAVAILABLE and others
-  // say why not. Null: bytes are sent, there are no regions, and it is always there.
+  // say why not, INVALID_ARGUMENT and FAILED_PRECONDITION about a flag, by name: no start. Null:
+  // bytes are sent, there are no regions, and it is always there.
   absl::StatusOr<std::unique_ptr<Medium>> (*open)(const MediumSite& site);
 };
 
@@ -54,7 +59,6 @@ inline constexpr std::array<TransportRow, 3> kTransports = {{
      .kv_cache = true,
      .on_device = false,
      .pooled = false,
-     .peer_closes = false,
      .required = true,
      .open = nullptr},
     {.transport = Transport::kPosixShm,
@@ -64,17 +68,15 @@ inline constexpr std::array<TransportRow, 3> kTransports = {{
      .kv_cache = true,
      .on_device = false,
      .pooled = true,
-     .peer_closes = false,
      .required = false,
      .open = OpenPosixShm},
     {.transport = Transport::kCudaIpc,
      .name = "cuda_ipc",
      .wire = 3,
      .tensors = true,
-     .kv_cache = false,
+     .kv_cache = true,
      .on_device = true,
-     .pooled = false,
-     .peer_closes = true,
+     .pooled = true,
      .required = true,
      .open = OpenCudaIpc},
 }};

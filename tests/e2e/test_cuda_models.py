@@ -130,7 +130,7 @@ def segmented(checkpoint, tmp_path):
 
 def await_segments(server, ready=48 << 20):
     harness.eventually(
-        lambda: server.metric("prefilld_kv_segment_bytes", state="ready") == ready)
+        lambda: server.metric("prefilld_kv_segment_bytes", transport="posix_shm", state="ready") == ready)
 
 
 def test_a_segment_is_ready_before_the_prompt_and_nobody_elses_after_it(segmented, checkpoint):
@@ -141,7 +141,7 @@ def test_a_segment_is_ready_before_the_prompt_and_nobody_elses_after_it(segmente
     call = mapping.start(segmented, checkpoint.tokens(900)).finish()
     assert mapping.segments(boot) == ready
     assert segmented.metric("prefilld_kv_blocks", state="free") == blocks
-    assert segmented.metric("prefilld_kv_segment_bytes", state="lent") == 16 << 20
+    assert segmented.metric("prefilld_kv_segment_bytes", transport="posix_shm", state="lent") == 16 << 20
     chunks = list(prefilling.open_pull(segmented, call.ready, transport=mapping.SHM))
     name = chunks[0].buffer.name
     assert {chunk.buffer.name for chunk in chunks} == {name} and name[1:] in ready
@@ -167,7 +167,7 @@ def test_prompts_in_segments_go_together_beyond_what_is_ready(segmented, checkpo
             prefilling.pull(segmented, call.ready)
         prefilling.release(segmented, call.ready)
     harness.eventually(
-        lambda: segmented.metric("prefilld_kv_segment_bytes", state="lent") == 0)
+        lambda: segmented.metric("prefilld_kv_segment_bytes", transport="posix_shm", state="lent") == 0)
 
 
 def test_a_killed_server_leaves_its_segments_to_the_next(checkpoint, tmp_path):
@@ -190,7 +190,7 @@ def test_nothing_is_made_where_posix_shm_is_not_offered(checkpoint, tmp_path):
     with start(tmp_path / "log.jsonl", "--kv_memory=128MiB", "--transports=grpc",
                f"--model=tiny={checkpoint.directory}") as server:
         assert mapping.segments(mapping.boot_id(server)) == []
-        assert server.metric("prefilld_kv_segment_bytes") == 0
+        assert server.metric("prefilld_kv_segment_bytes", transport="posix_shm") == 0
 
 
 @pytest.mark.parametrize("name", ["base", "biases", "head_dim96", "head_dim128", "tied"])

@@ -114,7 +114,7 @@ BAD_PULLS = {
     "tiny chunks": (dict(chunk_bytes=100), INVALID, "chunk_bytes"),
     "huge chunks": (dict(chunk_bytes=2**31), INVALID, "chunk_bytes"),
     "long lease name": (dict(lease="x" * 100_000), {INVALID, NOT_FOUND}, None),
-    "transport cuda": (dict(transport=kv.TRANSPORT_CUDA_IPC), grpc.StatusCode.UNIMPLEMENTED, None),
+    "transport cuda": (dict(transport=kv.TRANSPORT_CUDA_IPC), FAILED_PRECONDITION, None),
     "unknown transport": (dict(transport=42), INVALID, "transport"),
     "layout of another model": (dict(layout=kv.KvLayout(num_kv_heads=8)), FAILED_PRECONDITION,
                                 None),

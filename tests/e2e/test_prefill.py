@@ -241,16 +241,21 @@ def test_unknown_model(server):
     assert failure[0].resource == ("model", "gpt-5")
 
 
-@pytest.mark.parametrize("change", ["cuda_ipc", "exact reuse", "approximate reuse"])
+@pytest.mark.parametrize("change", ["exact reuse", "approximate reuse"])
 def test_legal_but_unserved(server, change):
     message = prefilling.request([1])
-    if change == "cuda_ipc":
-        message.destination.transport = kv.TRANSPORT_CUDA_IPC
-    elif change == "exact reuse":
+    if change == "exact reuse":
         message.prefix_reuse.mode = pb.PrefixReuse.MODE_EXACT
     else:
         message.prefix_reuse.mode = pb.PrefixReuse.MODE_APPROXIMATE
     with refused(grpc.StatusCode.UNIMPLEMENTED):
+        prefilling.Prefill(server.prefill, message).admit()
+
+
+def test_a_cache_on_a_gpu_needs_one(server):
+    message = prefilling.request([1])
+    message.destination.transport = kv.TRANSPORT_CUDA_IPC
+    with refused(grpc.StatusCode.FAILED_PRECONDITION):
         prefilling.Prefill(server.prefill, message).admit()
 
 

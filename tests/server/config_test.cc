@@ -1,5 +1,6 @@
 #include "server/config.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <fstream>
@@ -34,6 +35,16 @@ TEST(Config, DefaultsAreLoopbackOnly) {
   EXPECT_GT(config.kv_memory, 0u);
   EXPECT_LE(config.kv_memory, uint64_t{8} << 30);
   EXPECT_GT(config.attend_memory, 0u);
+  EXPECT_FALSE(config.kv_device_memory) << "what the plan leaves";
+  EXPECT_TRUE(config.cuda_ipc_socket.empty());
+}
+
+TEST(Config, TheDevicesKvMemoryMayBeNone) {
+  EXPECT_EQ(Parse({"--kv_device_memory=0"})->config.kv_device_memory, 0u);
+  EXPECT_EQ(Parse({"--kv_device_memory=3GiB"})->config.kv_device_memory, uint64_t{3} << 30);
+  EXPECT_THAT(Refusal({"--kv_device_memory=some"}), testing::HasSubstr("--kv_device_memory"));
+  EXPECT_THAT(Refusal({"--kv_memory=0"}), testing::HasSubstr("--kv_memory"));
+  EXPECT_EQ(Parse({"--cuda_ipc_socket=/run/p/s"})->config.cuda_ipc_socket, "/run/p/s");
 }
 
 TEST(Config, ReadsEveryKindOfValue) {

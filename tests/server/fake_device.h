@@ -3,8 +3,13 @@
 // a real one, and memory that is freed under such a copy is told. Threads: any.
 #pragma once
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -114,18 +119,46 @@ class FakeDevice : public Device {
   }
   std::string_view fault() const override { return lost_ ? "illegal_address" : ""; }
   std::string_view uuid() const override { return "GPU-fake"; }
-  // The address, with which this process can do what others do with a real one.
-  absl::StatusOr<std::string> Export(const Buffer& buffer) override {
-    const void* data = buffer.data();
-    return std::string(reinterpret_cast<const char*>(&data), sizeof data).append(56, '\0');
+  // A file in memory, which other processes map as they would a real one's.
+  absl::StatusOr<Buffer> AllocateShared(size_t bytes) override {
+    bytes = (bytes + kSharedUnit - 1) / kSharedUnit * kSharedUnit;
+    absl::MutexLock lock(&mutex_);
+    if (!HasRoom(Kind::kDevice, bytes)) {
+      return absl::ResourceExhaustedError(absl::StrCat("no ", bytes, " bytes"));
+    }
+    const int fd = memfd_create("fake", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, static_cast<off_t>(bytes)) != 0) std::abort();
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    live_[data] = {Kind::kDevice, bytes, fd};
+    ++taken_;
+    return Buffer(data, bytes, [this, fd](void* taken, size_t size) {
+      frees_.Pass();
+      Give(taken);
+      munmap(taken, size);
+      close(fd);
+    });
   }
-  static std::byte* Open(const std::string& handle) {
-    void* data;
-    std::memcpy(&data, handle.data(), sizeof data);
-    return static_cast<std::byte*>(data);
+  absl::StatusOr<int> ExportShared(const Buffer& buffer) override {
+    absl::MutexLock lock(&mutex_);
+    const auto live = live_.find(buffer.data());
+    if (live == live_.end() || live->second.fd < 0) return absl::InvalidArgumentError("not shared");
+    const int fd = fcntl(live->second.fd, F_DUPFD_CLOEXEC, 0);
+    if (fd < 0) return absl::InternalError(std::strerror(errno));
+    return fd;
   }
+  absl::Status Zero(void* data, size_t bytes) override {
+    if (lost_) return absl::InternalError("an illegal memory access");
+    std::memset(data, 0, bytes);
+    ++zeroed_;
+    return absl::OkStatus();
+  }
+  static constexpr size_t kSharedUnit = size_t{128} << 10;  // more than a page, and than a step
 
   void Lose() { lost_ = true; }
+  // Who frees shared memory waits until ReleaseFrees.
+  void HoldFrees() { frees_.Hold(); }
+  void ReleaseFrees() { frees_.Release(); }
+  void AwaitHeldFree() const { frees_.AwaitWaiter(); }
   // Who waits for a mark of another stream than the stages' waits until ReleaseMarks.
   void HoldMarks() { marks_.Hold(); }
   void ReleaseMarks() { marks_.Release(); }
@@ -149,6 +182,7 @@ class FakeDevice : public Device {
   }
   int registrations() const { return registrations_; }  // that there were
   int registered() const { return registered_; }        // that there are
+  int zeroed() const { return zeroed_; }                // pieces
   int taken() const { return taken_; }  // pieces of memory of any kind, given back or not
   std::vector<Copied> copied() const {
     absl::MutexLock lock(&mutex_);
@@ -233,14 +267,17 @@ class FakeDevice : public Device {
   struct Live {
     Kind kind;
     size_t bytes;
+    int fd = -1;
   };
+  bool HasRoom(Kind kind, size_t bytes) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto limit = limits_.find(kind);
+    return limit == limits_.end() || LiveBytes(kind) + bytes <= limit->second;
+  }
 
   absl::StatusOr<Buffer> Take(Kind kind, size_t bytes, int fill) {
     absl::MutexLock lock(&mutex_);
-    const auto limit = limits_.find(kind);
-    if (limit != limits_.end() && LiveBytes(kind) + bytes > limit->second) {
+    if (!HasRoom(kind, bytes))
       return absl::ResourceExhaustedError(absl::StrCat("no ", bytes, " bytes"));
-    }
     void* data = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
     std::memset(data, fill, bytes);
     live_[data] = {kind, bytes};
@@ -272,7 +309,8 @@ class FakeDevice : public Device {
 
   std::atomic<bool> lost_{false}, marks_fail_{false};
   std::atomic<int> waits_{0}, marks_recorded_{0}, taken_{0}, registrations_{0}, registered_{0};
-  Gate marks_, steps_;
+  std::atomic<int> zeroed_{0};
+  Gate marks_, steps_, frees_;
   char upload_ = 0, download_ = 0;  // their addresses name the streams
   mutable absl::Mutex mutex_;
   std::map<const void*, Live> live_ ABSL_GUARDED_BY(mutex_);

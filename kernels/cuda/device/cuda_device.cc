@@ -99,6 +99,7 @@ absl::Status CudaDevice::Init() {
       MemoryPool::Kind::kDevice, properties_.totalGlobalMem / kDeviceKeptShare, streams_);
   pinned_pool_ =
       std::make_shared<MemoryPool>(MemoryPool::Kind::kPinned, kPinnedKeptBytes, streams_);
+  shared_ = std::make_shared<SharedMemory>(0, streams_);
   return absl::OkStatus();
 }
 
@@ -182,22 +183,25 @@ std::vector<Device::Memory> CudaDevice::memory() const {
   return {{"device", device_pool_->used_bytes()},
           {"device_kept", device_pool_->kept_bytes()},
           {"pinned", pinned_pool_->used_bytes()},
-          {"pinned_kept", pinned_pool_->kept_bytes()}};
+          {"pinned_kept", pinned_pool_->kept_bytes()},
+          {"shared", shared_->bytes()}};
 }
 
-absl::StatusOr<std::string> CudaDevice::Export(const Buffer& buffer) {
-  cudaIpcMemHandle_t handle;
-  absl::Status status = Check(cudaIpcGetMemHandle(&handle, buffer.data()), "export");
+absl::StatusOr<Buffer> CudaDevice::AllocateShared(size_t bytes) {
+  auto buffer = shared_->Allocate(bytes);
+  // What is kept for others may be in the way.
+  if (absl::IsResourceExhausted(buffer.status()) && device_pool_->Drop()) {
+    buffer = shared_->Allocate(bytes);
+  }
+  if (!buffer.ok()) return buffer;
+  absl::Status status = Zero(buffer->data(), buffer->bytes());
   if (!status.ok()) return status;
-  const size_t mapped = device_pool_->Part(buffer.data());
-  if (mapped < buffer.bytes()) return absl::InvalidArgumentError("export: not a device buffer");
-  // Peers see all of the allocation, and no stream of ours makes them wait for the zeroes.
-  status =
-      Check(cudaMemsetAsync(buffer.as<char>() + buffer.bytes(), 0, mapped - buffer.bytes(), zero_),
-            "export");
-  if (status.ok()) status = Check(cudaStreamSynchronize(zero_), "export");
-  if (!status.ok()) return status;
-  return std::string(reinterpret_cast<const char*>(&handle), sizeof handle);
+  return buffer;
+}
+
+absl::Status CudaDevice::Zero(void* data, size_t bytes) {
+  absl::Status status = Check(cudaMemsetAsync(data, 0, bytes, zero_), "memset");
+  return status.ok() ? Check(cudaStreamSynchronize(zero_), "memset") : status;
 }
 
 }  // namespace prefilld::cuda

@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/device/memory_pool.h"
+#include "kernels/cuda/device/shared_memory.h"
 
 namespace prefilld::cuda {
 
@@ -42,7 +43,11 @@ class CudaDevice : public Device {
   std::string_view fault() const override { return fault_.load(); }
   std::vector<Memory> memory() const override;
   std::string_view uuid() const override { return uuid_; }
-  absl::StatusOr<std::string> Export(const Buffer& buffer) override;
+  absl::StatusOr<Buffer> AllocateShared(size_t bytes) override;
+  absl::StatusOr<int> ExportShared(const Buffer& buffer) override {
+    return shared_->Export(buffer);
+  }
+  absl::Status Zero(void* data, size_t bytes) override;
 
   int capability() const { return properties_.major * 10 + properties_.minor; }  // 90
   int multiprocessors() const { return properties_.multiProcessorCount; }
@@ -62,6 +67,7 @@ class CudaDevice : public Device {
   std::shared_ptr<Streams> streams_ = std::make_shared<Streams>();
   cudaStream_t zero_ = nullptr;  // where new memory is zeroed: behind no upload and no stage
   std::shared_ptr<MemoryPool> device_pool_, pinned_pool_;
+  std::shared_ptr<SharedMemory> shared_;
   std::atomic<const char*> fault_{""};
 };
 

@@ -6,8 +6,7 @@
 namespace prefilld::cuda {
 namespace {
 
-// What an allocation is rounded up to. The driver carves smaller ones of device memory out of one
-// 2 MiB page: an exported handle would map its neighbours too.
+// What an allocation is rounded up to. The driver has pages of 2 MiB of device memory.
 constexpr size_t kDeviceUnit = size_t{2} << 20;
 constexpr size_t kPinnedUnit = size_t{64} << 10;
 
@@ -78,8 +77,8 @@ cudaError_t MemoryPool::Take(size_t bytes, Buffer* buffer) {
   {
     absl::MutexLock lock(&mutex_);
     const auto fits = [&](const Block& kept) {  // not a quarter too large: it may be missing then
-      return !kept.parted && kept.bytes >= block.bytes &&
-             kept.bytes - block.bytes <= kept.bytes / 4 && Idle(kept.last_use);
+      return kept.bytes >= block.bytes && kept.bytes - block.bytes <= kept.bytes / 4 &&
+             Idle(kept.last_use);
     };
     const auto found = std::find_if(kept_.begin(), kept_.end(), fits);
     if (found != kept_.end()) {
@@ -89,15 +88,8 @@ cudaError_t MemoryPool::Take(size_t bytes, Buffer* buffer) {
   }
   if (block.data == nullptr) {
     cudaError_t error = Allocate(&block);
-    if (error == cudaErrorMemoryAllocation) {  // what is kept may be in the way
-      std::deque<Block> all;
-      {
-        absl::MutexLock lock(&mutex_);
-        all = Surplus(0);
-      }
-      for (const Block& kept : all) Free(kept);
-      if (!all.empty()) error = Allocate(&block);
-    }
+    // What is kept may be in the way.
+    if (error == cudaErrorMemoryAllocation && Drop()) error = Allocate(&block);
     if (error != cudaSuccess) return error;
   }
   absl::MutexLock lock(&mutex_);
@@ -115,30 +107,26 @@ void MemoryPool::Give(void* data) {
   used_.erase(at);
   const std::array<cudaStream_t, Streams::kCount> streams = streams_->all();
   for (size_t i = 0; i < streams.size(); ++i) cudaEventRecord(block.last_use[i], streams[i]);
-  // What is not kept is the first that Trim finds.
-  block.parted ? kept_.push_front(block) : kept_.push_back(block);
-}
-
-size_t MemoryPool::Part(const void* data) {
-  absl::MutexLock lock(&mutex_);
-  const auto at = std::find_if(used_.begin(), used_.end(),
-                               [data](const Block& block) { return block.data == data; });
-  if (at == used_.end()) return 0;
-  at->parted = true;
-  return at->bytes;
+  kept_.push_back(block);
 }
 
 void MemoryPool::Trim() {
   std::deque<Block> surplus;
   {
     absl::MutexLock lock(&mutex_);
-    while (!kept_.empty() && kept_.front().parted) {
-      surplus.push_back(kept_.front());
-      kept_.pop_front();
-    }
-    for (const Block& block : Surplus(keep_bytes_)) surplus.push_back(block);
+    surplus = Surplus(keep_bytes_);
   }
   for (const Block& block : surplus) Free(block);
+}
+
+bool MemoryPool::Drop() {
+  std::deque<Block> all;
+  {
+    absl::MutexLock lock(&mutex_);
+    all = Surplus(0);
+  }
+  for (const Block& kept : all) Free(kept);
+  return !all.empty();
 }
 
 uint64_t MemoryPool::used_bytes() const {

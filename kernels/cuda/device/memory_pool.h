@@ -40,12 +40,10 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   // A buffer of `bytes`, at the begin of an allocation of its own; contents unspecified. It goes
   // back to the pool, and is handed out again when the work that was enqueued until then is done.
   cudaError_t Take(size_t bytes, Buffer* buffer);
-  // This buffer is not kept: other processes may go on mapping it. The bytes of its allocation, all
-  // of which they map.
-  size_t Part(const void* data);
   // Frees what is kept beyond the bound. May wait for the device: for whom has just waited for it;
   // what is copied out meanwhile delays it.
   void Trim();
+  bool Drop();  // the same of all that is kept; whether that was anything
 
   uint64_t used_bytes() const;  // in buffers
   uint64_t kept_bytes() const;
@@ -55,7 +53,6 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
     void* data = nullptr;
     size_t bytes = 0;
     std::array<cudaEvent_t, Streams::kCount> last_use{};  // on each stream, of who gave it back
-    bool parted = false;
   };
   void Give(void* data);
   void Free(const Block& block) const;

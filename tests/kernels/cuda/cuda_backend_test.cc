@@ -1,8 +1,11 @@
 // The backend and its device through their interfaces: the whole of a call.
 #include "kernels/cuda/cuda_backend.h"
 
+#include <cuda.h>
+#include <cuda_runtime_api.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -290,13 +293,93 @@ TEST_F(CudaBackendOnGpu, MemoryComesZeroedAlsoTheSecondTime) {
   }
 }
 
-TEST_F(CudaBackendOnGpu, ExportsABufferUnderItsOwnHandle) {
-  Buffer one = Take(1000), other = Take(1000);
-  auto first = backend_->device().Export(one), second = backend_->device().Export(other);
-  ASSERT_TRUE(first.ok() && second.ok()) << first.status() << second.status();
-  EXPECT_EQ(first->size(), 64u);
-  EXPECT_NE(*first, *second);
-  EXPECT_THAT(std::string(backend_->device().uuid()), testing::StartsWith("GPU-"));
+uint64_t SharedBytes(const Device& device) {
+  for (const Device::Memory& memory : device.memory()) {
+    if (memory.kind == std::string_view("shared")) return memory.bytes;
+  }
+  ADD_FAILURE() << "it tells nothing of shared memory";
+  return 0;
+}
+
+// Another mapping of what a descriptor names, as another process makes it.
+class Imported {
+ public:
+  Imported(int descriptor, size_t bytes) : bytes_(bytes) {
+    const auto handle = reinterpret_cast<void*>(static_cast<uintptr_t>(descriptor));
+    Call<decltype(&cuMemImportFromShareableHandle)>("cuMemImportFromShareableHandle", &handle_,
+                                                    handle,
+                                                    CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    Call<decltype(&cuMemAddressReserve)>("cuMemAddressReserve", &at_, bytes, size_t{0},
+                                         CUdeviceptr{0}, 0ull);
+    Call<decltype(&cuMemMap)>("cuMemMap", at_, bytes, size_t{0}, handle_, 0ull);
+    CUmemAccessDesc access{};
+    access.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = 0};
+    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    Call<decltype(&cuMemSetAccess)>("cuMemSetAccess", at_, bytes, &access, size_t{1});
+  }
+  ~Imported() {
+    Call<decltype(&cuMemUnmap)>("cuMemUnmap", at_, bytes_);
+    Call<decltype(&cuMemAddressFree)>("cuMemAddressFree", at_, bytes_);
+    Call<decltype(&cuMemRelease)>("cuMemRelease", handle_);
+  }
+  void* data() const { return reinterpret_cast<void*>(at_); }
+
+ private:
+  template <typename Function, typename... Arguments>
+  static void Call(const char* name, Arguments... arguments) {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    ASSERT_EQ(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result),
+              cudaSuccess);
+    ASSERT_NE(found, nullptr) << name;
+    ASSERT_EQ(reinterpret_cast<Function>(found)(arguments...), CUDA_SUCCESS) << name;
+  }
+
+  const size_t bytes_;
+  CUmemGenericAllocationHandle handle_ = 0;
+  CUdeviceptr at_ = 0;
+};
+
+TEST_F(CudaBackendOnGpu, SharedMemoryIsTheSameInBothMappings) {
+  Device& device = backend_->device();
+  EXPECT_THAT(std::string(device.uuid()), testing::StartsWith("GPU-"));
+  auto buffer = device.AllocateShared(1000);
+  ASSERT_TRUE(buffer.ok()) << buffer.status();
+  EXPECT_GT(buffer->bytes(), 1000u) << "whole pages";
+  EXPECT_EQ(SharedBytes(device), buffer->bytes());
+  const size_t bytes = buffer->bytes();
+  const auto descriptor = device.ExportShared(*buffer);
+  ASSERT_TRUE(descriptor.ok()) << descriptor.status();
+  Imported imported(*descriptor, bytes);
+  close(*descriptor);
+  std::vector<char> host(bytes, 1);
+  const auto read = [&](const void* from) {
+    EXPECT_TRUE(device.Copy(host.data(), from, bytes, {}).ok());
+    EXPECT_TRUE(device.Synchronize({}).ok());
+  };
+  read(imported.data());
+  EXPECT_EQ(std::count(host.begin(), host.end(), 0), static_cast<int64_t>(bytes)) << "zeroed";
+  const std::vector<char> sevens(bytes, 7);
+  ASSERT_TRUE(device.Copy(imported.data(), sevens.data(), bytes, {}).ok());
+  read(buffer->data());
+  EXPECT_EQ(host, sevens);
+  ASSERT_TRUE(device.Zero(buffer->data(), bytes).ok());
+  read(imported.data());
+  EXPECT_EQ(std::count(host.begin(), host.end(), 0), static_cast<int64_t>(bytes));
+  ASSERT_TRUE(device.Copy(buffer->data(), sevens.data(), bytes, {}).ok());
+  { const Buffer gone = std::exchange(*buffer, Buffer()); }
+  EXPECT_EQ(SharedBytes(device), 0u);
+  read(imported.data());
+  EXPECT_EQ(host, sevens) << "who has mapped it keeps it, and what was enqueued was waited for";
+}
+
+TEST_F(CudaBackendOnGpu, NoRoomForSharedMemoryIsToldAndTheNextWorks) {
+  Device& device = backend_->device();
+  EXPECT_EQ(device.AllocateShared(size_t{1} << 45).status().code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(device.fault().empty());
+  EXPECT_TRUE(device.AllocateShared(1 << 20).ok());
+  EXPECT_FALSE(device.ExportShared(Take(1000)).ok()) << "of another kind";
 }
 
 }  // namespace

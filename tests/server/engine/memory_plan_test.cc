@@ -98,6 +98,32 @@ TEST_F(MemoryPlanTest, SaysWhatEachIsAndIsTheirSum) {
   EXPECT_EQ(plan.batches, one + 2 * few);
 }
 
+TEST_F(MemoryPlanTest, CachesOnTheDeviceAreARowOfIt) {
+  PlanInputs inputs = Inputs(longest());
+  const uint64_t without = PlanMemory(inputs).needs();
+  inputs.kv_device_bytes = 3 * kMiB;
+  const MemoryPlan plan = PlanMemory(inputs);
+  EXPECT_EQ(plan.needs(), without + 3 * kMiB);
+  const auto row = std::find_if(plan.rows.begin(), plan.rows.end(),
+                                [](const auto& r) { return r.what == "kv_device_segments"; });
+  ASSERT_NE(row, plan.rows.end());
+  EXPECT_TRUE(row->device);
+  EXPECT_EQ(row->bytes, 3 * kMiB);
+}
+
+TEST_F(MemoryPlanTest, CachesOnTheDeviceHaveAQuarterOfWhatIsSpareWhereNobodySays) {
+  LeaveFree(PlanMemory(Inputs(longest())).needs() + 1000 * kMiB);
+  PlanInputs inputs = Inputs(longest());
+  const uint64_t spare = PlanMemory(inputs).spare;
+  EXPECT_EQ(KvDeviceBytes(PlanMemory(inputs)), spare / 4);
+  inputs.kv_device_bytes = spare / 4;
+  EXPECT_EQ(PlanMemory(inputs).fits, longest()) << "no prompt is shorter for it";
+  MemoryPlan much;
+  much.spare = uint64_t{100} << 30;
+  EXPECT_EQ(KvDeviceBytes(much), uint64_t{8} << 30);
+  EXPECT_EQ(KvDeviceBytes({}), 0u);
+}
+
 TEST_F(MemoryPlanTest, WhatIsFreeBeyondItIsForMoreLongPromptsAndSpare) {
   const uint64_t needs = PlanMemory(Inputs(longest())).needs();
   LeaveFree(needs + 100'000);

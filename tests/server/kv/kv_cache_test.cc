@@ -264,7 +264,7 @@ TEST_F(SegmentCacheTest, TheSegmentGoesWithTheBlocks) {
   auto cache = *CreateIn(*pool_, geometry_);
   Fill(*cache);
   auto pin = *Wait(*cache, 0);
-  const std::string name = pin->region()->address().shm_name;
+  const std::string name = pin->region()->address().name;
   cache->Close(absl::FailedPreconditionError("released"));
   EXPECT_TRUE(Exists(name)) << "a slice points into it";
   pin.reset();
@@ -285,7 +285,7 @@ TEST_F(SegmentCacheTest, WithoutBlocksItLiesThereFromTheStart) {
   const auto* dense =
       reinterpret_cast<const float*>(pin->region()->data() + geometry_.region_offset(1, true));
   EXPECT_EQ(dense[geometry_.head_dim], Number(1, true, 0, 1, 0));
-  const std::string name = pin->region()->address().shm_name;
+  const std::string name = pin->region()->address().name;
   cache->Close(absl::FailedPreconditionError("released"));
   EXPECT_TRUE(Exists(name)) << "a slice points into it";
   pin.reset();
@@ -317,7 +317,7 @@ TEST_F(SegmentCacheTest, BlocksAreFreeOnceTheRegionWasLetGoOfLater) {
   auto cache = *CreateIn(*pool_, geometry_,
                          [&](std::function<void()> work) { later.push_back(std::move(work)); });
   Fill(*cache);
-  const std::string name = (*Wait(*cache, 0))->region()->address().shm_name;
+  const std::string name = (*Wait(*cache, 0))->region()->address().name;
   cache->Close(absl::FailedPreconditionError("released"));
   cache.reset();
   EXPECT_TRUE(Exists(name));

@@ -51,11 +51,19 @@ TEST_F(MetricsTest, ZerosAreThereFromTheStart) {
         Counter("prefilld_handoff_bytes_total", {{"transport", transport}, {"direction", "out"}}),
         0);
     EXPECT_TRUE(Find("prefilld_handoff_duration_seconds", {{"transport", transport}}));
+    for (const char* reason : Metrics::kTransportRefusals) {
+      EXPECT_EQ(Counter("prefilld_transport_refused_total",
+                        {{"transport", transport}, {"reason", reason}}),
+                0);
+    }
     for (const char* reason : Metrics::kHandoffFailures) {
       EXPECT_EQ(Counter("prefilld_handoff_failures_total",
                         {{"transport", transport}, {"reason", reason}}),
                 0);
     }
+  }
+  for (const char* outcome : Metrics::kDescriptorOutcomes) {
+    EXPECT_EQ(Counter("prefilld_descriptor_connections_total", {{"outcome", outcome}}), 0);
   }
   EXPECT_EQ(Counter("prefilld_leases_granted_total"), 0);
   for (const char* reason : Metrics::kLeaseEnds) {
@@ -95,6 +103,10 @@ TEST_F(MetricsTest, ObservationsAddNoSeries) {
   metrics_.CapturedMass("m", 0.9);
   metrics_.DenseFallback(DenseReason::kMinCapturedMass);
   metrics_.SetKvBlocks(BlockState::kLeased, 3);
+  for (const char* reason : Metrics::kTransportRefusals) {
+    metrics_.TransportRefused("cuda_ipc", reason);
+  }
+  for (const char* outcome : Metrics::kDescriptorOutcomes) metrics_.DescriptorAsked(outcome);
   for (const char* reason : Metrics::kLeaseEnds) metrics_.LeaseEnded(reason);
   for (const char* kind : Device::kFaultKinds) metrics_.GpuFault(kind);
   EXPECT_EQ(series(), before);

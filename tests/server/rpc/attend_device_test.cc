@@ -21,6 +21,7 @@
 #include "server/transport/shm_segment.h"
 #include "server/transport/staging.h"
 #include "tests/server/fake_device.h"
+#include "tests/server/importer.h"
 #include "tests/server/waits.h"
 
 namespace prefilld {
@@ -30,7 +31,6 @@ using Kind = FakeDevice::Kind;
 using Tensors = std::map<std::string, std::string>;  // bytes by name
 
 constexpr int kQHeads = 2, kDim = 64;
-constexpr char kDomain[] = "here";
 
 class AttendOnDeviceTest : public testing::Test {
  protected:
@@ -45,14 +45,7 @@ class AttendOnDeviceTest : public testing::Test {
     auto channel = Connect({});
     prefill_ = v1::PrefillService::NewStub(channel);
     handoff_ = v1::KvHandoffService::NewStub(channel);
-    // The engine's own memory, some of it for every other step, is there from now on, and no other.
-    for (int step = 0; step < 2; ++step) {
-      Attend(v1::TRANSPORT_GRPC, 700);
-      WaitUntilGivenBack();
-    }
-    at_rest_ = device_.live_bytes(Kind::kDevice);
-    host_at_rest_ = device_.live_bytes(Kind::kHost);
-    device_.ForgetCopied();
+    Warm(700);
   }
 
   ~AttendOnDeviceTest() override {
@@ -67,6 +60,17 @@ class AttendOnDeviceTest : public testing::Test {
   std::shared_ptr<grpc::Channel> Connect(const grpc::ChannelArguments& arguments) const {
     return grpc::CreateCustomChannel("127.0.0.1:" + std::to_string(port_),
                                      grpc::InsecureChannelCredentials(), arguments);
+  }
+
+  // The engine's own memory, some of it for every other step, is there from now on, and no other.
+  void Warm(int tokens) {
+    for (int step = 0; step < 2; ++step) {
+      Attend(v1::TRANSPORT_GRPC, tokens);
+      WaitUntilGivenBack();
+    }
+    at_rest_ = device_.live_bytes(Kind::kDevice);
+    host_at_rest_ = device_.live_bytes(Kind::kHost);
+    device_.ForgetCopied();
   }
 
   // Jobs are gone, which have a share of the pool that their memory is given back on, and so is
@@ -142,12 +146,22 @@ class AttendOnDeviceTest : public testing::Test {
     }
   }
 
+  PeerFacts Ours() const {
+    PeerFacts ours;
+    for (const auto& [transport, medium] : media_) medium->Introduce(&ours);
+    return ours;
+  }
+
   // Where the caller finds memory that it was given.
   struct Opened {
+    explicit Opened(const AttendOnDeviceTest& test) : importer(test.Ours().cuda_ipc_socket) {}
+    Importer importer;
     int fd = -1;
     std::byte* at(const v1::BufferRef& buffer) {
-      if (!buffer.cuda_ipc_handle().empty()) {
-        return FakeDevice::Open(buffer.cuda_ipc_handle()) + buffer.byte_offset();
+      if (!buffer.device_uuid().empty()) {
+        if (importer.mapped() == nullptr) importer.Map(buffer.name());
+        EXPECT_NE(importer.mapped(), nullptr);
+        return importer.mapped() + buffer.byte_offset();
       }
       if (mapped == nullptr) {
         fd = shm_open(buffer.name().c_str(), O_RDWR, 0);
@@ -177,7 +191,7 @@ class AttendOnDeviceTest : public testing::Test {
     const v1::AttendRequest header = Header(tokens, transport);
     const v1::Admission admission = Admit(*stream, header);
     const std::vector<std::string> inputs = Inputs(header);
-    Opened opened;
+    Opened opened(*this);
     if (transport == v1::TRANSPORT_GRPC) {
       Send(*stream, inputs, 100'000);
     } else {
@@ -189,8 +203,7 @@ class AttendOnDeviceTest : public testing::Test {
       }
       EXPECT_TRUE(stream->Write(Written()));
     }
-    // Only device memory makes the end of the caller's side mean anything.
-    if (transport != v1::TRANSPORT_CUDA_IPC) stream->WritesDone();
+    stream->WritesDone();
     Tensors outputs;
     std::vector<std::string> names;
     for (v1::AttendResponse response; stream->Read(&response);) {
@@ -204,9 +217,7 @@ class AttendOnDeviceTest : public testing::Test {
         outputs[names.back()].assign(reinterpret_cast<const char*>(opened.at(buffer)),
                                      buffer.byte_length());
       }
-      if (!response.has_summary()) continue;
-      if (summary != nullptr) *summary = response.summary();
-      if (transport == v1::TRANSPORT_CUDA_IPC) stream->WritesDone();  // nothing is open any more
+      if (response.has_summary() && summary != nullptr) *summary = response.summary();
     }
     const grpc::Status status = stream->Finish();
     EXPECT_TRUE(status.ok()) << status.error_message();
@@ -238,6 +249,21 @@ class AttendOnDeviceTest : public testing::Test {
     grpc::ClientContext context;
     std::unique_ptr<Stream> stream;
   };
+
+  // Whether there is room for it; it goes away then.
+  bool Admits(const v1::AttendRequest& header) {
+    v1::AttendResponse response;
+    {
+      grpc::ClientContext context;
+      auto stream = prefill_->Attend(&context);
+      stream->Write(header);
+      stream->Read(&response);
+      context.TryCancel();
+      stream->Finish();
+    }
+    WaitUntilGivenBack();
+    return response.has_admission();
+  }
 
   // A call that is refused.
   grpc::Status Refused(const v1::AttendRequest& header) {
@@ -272,20 +298,22 @@ class AttendOnDeviceTest : public testing::Test {
   LiveCalls calls_;
   PrefillRegistry prefills_;
   Models models_;
-  static Media OpenMedia(Device& device) {
+  static Media OpenMedia(Device& device, Metrics& metrics) {
     Media media;
     media[Transport::kPosixShm] = *ShmDomain::Open(NewId());
-    media[Transport::kCudaIpc] = std::make_unique<CudaIpc>(device, kDomain);
+    media[Transport::kCudaIpc] = *CudaIpc::Open({device, metrics, NewId(), ""});
     return media;
   }
-  Media media_ = OpenMedia(device_);
+  Media media_ = OpenMedia(device_, metrics_);
+  SegmentPools segments_;
   std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(2);
   WorkPool transfers_{2};
   LeaseTable leases_{{}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {.attend_bytes_max = 32 << 20}};
-  RpcContext rpc_{backend_, models_, media_,   nullptr,  nullptr, leases_,    scheduler_, prefills_,
-                  attends_, calls_,  reports_, metrics_, memory_, transfers_, {}};
+  RpcContext rpc_{backend_, models_,    media_,    nullptr,    segments_,
+                  leases_,  scheduler_, prefills_, attends_,   calls_,
+                  reports_, metrics_,   memory_,   transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   int port_ = 0;
@@ -356,24 +384,40 @@ TEST_F(AttendOnDeviceTest, NoDeviceMemoryIsToldAtAdmissionAndTheNextRequestWorks
   }
 }
 
-TEST_F(AttendOnDeviceTest, DeviceMemoryIsTheCallersUntilItClosesItsSide) {
-  const v1::AttendRequest header = Header(700, v1::TRANSPORT_CUDA_IPC);
-  for (const bool closes : {true, false}) {
-    rpc_.upload_timeout = closes ? absl::Seconds(30) : absl::Seconds(1);
-    grpc::ClientContext context;
-    auto stream = prefill_->Attend(&context);
-    Admit(*stream, header);
-    ASSERT_TRUE(stream->Write(Written()));
-    v1::AttendResponse response;
-    while (!response.has_summary()) ASSERT_TRUE(stream->Read(&response));
-    absl::SleepFor(absl::Milliseconds(100));
+// The call ends when it has been answered, whatever the caller does with its side of the stream.
+TEST_F(AttendOnDeviceTest, DeviceMemoryIsTakenUntilItsPeersHaveHungUp) {
+  const v1::AttendRequest header = Header(12'000, v1::TRANSPORT_CUDA_IPC);  // two are too many
+  Warm(12'000);
+  for (const bool answered : {true, false}) {
+    Opened opened(*this);
+    {
+      grpc::ClientContext context;
+      auto stream = prefill_->Attend(&context);
+      const v1::Admission admission = Admit(*stream, header);
+      opened.at(admission.buffers(0))[0] = std::byte{1};
+      v1::AttendResponse response;
+      if (answered) {
+        ASSERT_TRUE(stream->Write(Written()));
+        while (!response.has_summary()) ASSERT_TRUE(stream->Read(&response));
+        EXPECT_FALSE(stream->Read(&response));
+      } else {
+        context.TryCancel();
+      }
+      EXPECT_EQ(stream->Finish().error_code(),
+                answered ? grpc::StatusCode::OK : grpc::StatusCode::CANCELLED);
+      EXPECT_EQ(Importer(Ours().cuda_ipc_socket).Ask(admission.buffers(0).name()).bytes, 0u)
+          << "its name has ended";
+    }
+    WaitUntilGivenBack();
     EXPECT_GT(device_.live_bytes(Kind::kDevice), at_rest_);
-    if (closes) stream->WritesDone();
-    EXPECT_FALSE(stream->Read(&response));
-    // A caller that keeps it without a word loses it.
-    EXPECT_EQ(stream->Finish().error_code(),
-              closes ? grpc::StatusCode::OK : grpc::StatusCode::DEADLINE_EXCEEDED);
+    for (v1::Transport transport : {v1::TRANSPORT_CUDA_IPC, v1::TRANSPORT_GRPC}) {
+      const grpc::Status status = Refused(Header(12'000, transport));
+      EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED)
+          << status.error_message();
+    }
+    opened.importer.HangUp();
     WaitUntilFree();
+    EXPECT_TRUE(Becomes([&] { return Admits(header); })) << "its bytes are free after its memory";
   }
 }
 
@@ -540,23 +584,34 @@ TEST_F(AttendOnDeviceTest, NegotiatedByHostAndDevice) {
     std::string domain, uuid;
     grpc::StatusCode code;
     v1::Transport agreed;
+    std::vector<v1::Transport> refused = {};
   };
+  const std::string here = Ours().cuda_ipc_domain;
   const auto ok = grpc::StatusCode::OK, no = grpc::StatusCode::FAILED_PRECONDITION;
   const auto ipc = v1::TRANSPORT_CUDA_IPC, shm = v1::TRANSPORT_POSIX_SHM, rpc = v1::TRANSPORT_GRPC;
-  for (const Case& each : std::vector<Case>{{{}, kDomain, "GPU-fake", ok, ipc},
-                                            {{}, "", "GPU-fake", ok, shm},
-                                            {{}, kDomain, "GPU-other", ok, shm},
-                                            {{}, kDomain, "", ok, shm},
-                                            {{ipc}, kDomain, "GPU-fake", ok, ipc},
-                                            {{ipc}, kDomain, "GPU-other", no, rpc},
-                                            {{ipc}, "there", "GPU-fake", no, rpc},
-                                            {{ipc, rpc}, "there", "GPU-fake", ok, rpc},
-                                            {{rpc, ipc}, kDomain, "GPU-fake", ok, rpc},
-                                            {{ipc, v1::TRANSPORT_UNSPECIFIED}, "", "", ok, shm}}) {
+  for (const Case& each :
+       std::vector<Case>{{{}, here, "GPU-fake", ok, ipc},
+                         {{}, "", "GPU-fake", ok, shm},
+                         {{}, here, "GPU-other", ok, shm},
+                         {{}, here, "", ok, shm},
+                         {{ipc}, here, "GPU-fake", ok, ipc},
+                         {{ipc}, here, "GPU-other", no, rpc},
+                         {{ipc}, "there", "GPU-fake", no, rpc},
+                         {{ipc, rpc}, "there", "GPU-fake", ok, rpc},
+                         {{rpc, ipc}, here, "GPU-fake", ok, rpc},
+                         {{ipc, v1::TRANSPORT_UNSPECIFIED}, "", "", ok, shm},
+                         {{}, here, "GPU-fake", ok, shm, {ipc}},
+                         {{}, here, "GPU-fake", ok, rpc, {ipc, shm, ipc}},
+                         {{}, here, "GPU-fake", no, rpc, {ipc, shm, rpc}},
+                         {{v1::TRANSPORT_UNSPECIFIED}, here, "GPU-fake", no, rpc, {ipc, shm, rpc}},
+                         {{}, here, "GPU-fake", ok, ipc, {rpc}},
+                         {{ipc, rpc}, here, "GPU-fake", ok, rpc, {ipc}},
+                         {{ipc}, here, "GPU-fake", no, rpc, {ipc}}}) {
     v1::NegotiateRequest request;
     for (v1::Transport transport : each.transports) request.add_transports(transport);
     request.set_shm_domain(static_cast<ShmDomain&>(*media_[Transport::kPosixShm]).name());
     request.set_cuda_ipc_domain(each.domain);
+    for (v1::Transport refused : each.refused) request.add_refused()->set_transport(refused);
     if (!each.uuid.empty()) request.add_device_uuids(each.uuid);
     v1::NegotiateResponse response;
     grpc::ClientContext context;
@@ -564,16 +619,55 @@ TEST_F(AttendOnDeviceTest, NegotiatedByHostAndDevice) {
     EXPECT_EQ(status.error_code(), each.code) << request.ShortDebugString();
     if (!status.ok()) continue;
     EXPECT_EQ(response.transport(), each.agreed) << request.ShortDebugString();
-    EXPECT_EQ(response.cuda_ipc_domain(), kDomain);
+    EXPECT_EQ(response.cuda_ipc_domain(), here);
+    EXPECT_EQ(response.cuda_ipc_socket(), Ours().cuda_ipc_socket);
     ASSERT_EQ(response.device_uuids_size(), 1);
     EXPECT_EQ(response.device_uuids(0), "GPU-fake");
   }
+  const auto invalid = [&](const v1::NegotiateRequest& request) {
+    v1::NegotiateResponse response;
+    grpc::ClientContext context;
+    return handoff_->Negotiate(&context, request, &response).error_code() ==
+           grpc::StatusCode::INVALID_ARGUMENT;
+  };
+  v1::NegotiateRequest uuids, refusals, unknown;
+  for (int i = 0; i < 65; ++i) uuids.add_device_uuids("x");
+  EXPECT_TRUE(invalid(uuids));
+  for (int i = 0; i < 8; ++i) refusals.add_refused()->set_transport(shm);
+  EXPECT_FALSE(invalid(refusals));
+  refusals.add_refused()->set_transport(shm);
+  EXPECT_TRUE(invalid(refusals));
+  unknown.add_refused();
+  EXPECT_TRUE(invalid(unknown)) << "of no transport";
+}
+
+TEST_F(AttendOnDeviceTest, RefusalsAreCountedByTheirReason) {
+  metrics_.AddTransport("cuda_ipc", true);
+  const auto count = [&](const std::string& reason) -> double {
+    for (const auto& family : metrics_.Collect()) {
+      if (family.name != "prefilld_transport_refused_total") continue;
+      for (const auto& metric : family.metric) {
+        std::map<std::string, std::string> labels;
+        for (const auto& label : metric.label) labels[label.name] = label.value;
+        if (labels["transport"] == "cuda_ipc" && labels["reason"] == reason) {
+          return metric.counter.value;
+        }
+      }
+    }
+    return -1;
+  };
   v1::NegotiateRequest request;
-  for (int i = 0; i < 65; ++i) request.add_device_uuids("x");
+  for (const int reason : {1, 2, 3, 4, 4, 0, -7, 99}) {
+    v1::TransportRefusal& refusal = *request.add_refused();
+    refusal.set_transport(v1::TRANSPORT_CUDA_IPC);
+    refusal.set_reason(static_cast<v1::TransportRefusal::Reason>(reason));
+  }
   v1::NegotiateResponse response;
   grpc::ClientContext context;
-  EXPECT_EQ(handoff_->Negotiate(&context, request, &response).error_code(),
-            grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_TRUE(handoff_->Negotiate(&context, request, &response).ok());
+  for (const char* reason : {"socket", "peer", "descriptor"}) EXPECT_EQ(count(reason), 1) << reason;
+  EXPECT_EQ(count("driver"), 2);
+  EXPECT_EQ(count("unspecified"), 3) << "what is not known is none";
 }
 
 }  // namespace

@@ -79,6 +79,7 @@ class PrefillStreamTest : public testing::Test {
   PrefillRegistry prefills_;
   Models models_;
   Media media_;
+  SegmentPools pools_;
   std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(1);
   WorkPool transfers_{1};
   std::function<void()> on_ended_;
@@ -88,7 +89,7 @@ class PrefillStreamTest : public testing::Test {
   }}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_;
-  RpcContext rpc_{backend_, models_,    media_,    pool_.get(), nullptr,
+  RpcContext rpc_{backend_, models_,    media_,    pool_.get(), pools_,
                   leases_,  scheduler_, prefills_, attends_,    calls_,
                   reports_, metrics_,   memory_,   transfers_,  {}};
 };
@@ -228,7 +229,7 @@ class SegmentsTest : public PrefillStreamTest {
   explicit SegmentsTest(uint64_t bytes = 64 << 20)
       : segments_(SegmentPool::Create(*domain_, backend_.device(), bytes, [] { return false; })) {
     media_[Transport::kPosixShm] = std::move(domain_);
-    rpc_.segments = segments_.get();
+    pools_[Transport::kPosixShm] = segments_;
   }
   ~SegmentsTest() override {
     leases_.ReleaseAll(LeaseEnd::kConsumed);

@@ -11,8 +11,11 @@
 
 #include "absl/strings/ascii.h"
 #include "server/record/errors.h"
+#include "server/record/metrics.h"
 #include "server/rpc/messages.h"
+#include "server/transport/ipc_memory.h"
 #include "server/transport/shm_segment.h"
+#include "tests/server/fake_device.h"
 
 namespace prefilld {
 namespace {
@@ -300,7 +303,7 @@ TEST(ValidatePrefill, RefusesBadRequestsByFieldOrState) {
        [](auto& r) { r.mutable_prefix_reuse()->set_mode(v1::PrefixReuse::MODE_EXACT); }},
       {kInvalid, "destination.transport",
        [](auto& r) { r.mutable_destination()->set_transport(v1::Transport(50)); }},
-      {kUnimplemented, "",
+      {kPrecondition, "",
        [](auto& r) { r.mutable_destination()->set_transport(v1::TRANSPORT_CUDA_IPC); }},
       {kInvalid, "destination.lease_ttl", ttl(0, 0)},
       {kInvalid, "destination.lease_ttl", ttl(-1, 0)},
@@ -434,6 +437,37 @@ TEST(ValidatePrefill, ATransportWithoutRoomForCachesCarriesNone) {
   EXPECT_THAT(std::string(refused.message()), testing::HasSubstr("has no room for KV caches"));
 }
 
+TEST(ValidatePrefill, ACacheLiesOnTheDeviceOnlyWhereThatIsAskedFor) {
+  RequestLimits limits{.offered = {Transport::kCudaIpc},
+                       .kv_regions = {{Transport::kCudaIpc, kGiB}}};
+  limits.kv.blocks = 0;
+  v1::PrefillRequest request = GoodRequest();
+  request.mutable_destination()->set_transport(v1::TRANSPORT_CUDA_IPC);
+  const auto valid = ValidatePrefill(request, SmallModel(), limits);
+  ASSERT_TRUE(valid.ok()) << valid.status() << ": it takes no blocks";
+  EXPECT_EQ(valid->transport, Transport::kCudaIpc);
+  EXPECT_TRUE(valid->pinned);
+  request.mutable_destination()->set_retain(false);
+  EXPECT_EQ(FactsOf(ValidatePrefill(request, SmallModel(), limits).status()).field,
+            "destination.retain");
+  request.clear_destination();
+  limits.kv.blocks = 1000;
+  EXPECT_EQ(ValidatePrefill(request, SmallModel(), limits)->transport, Transport::kGrpc);
+  limits.offered.insert(Transport::kPosixShm);
+  limits.kv_regions[Transport::kPosixShm] = kGiB;
+  EXPECT_EQ(ValidatePrefill(request, SmallModel(), limits)->transport, Transport::kPosixShm);
+}
+
+TEST(ValidatePrefill, TheLargestMessageHoldsTheLongestPromptOfAnyTransport) {
+  ModelInfo info = SmallModel();
+  info.max_positions = 10 << 20;
+  RequestLimits limits{.prompt_tokens_max = 10 << 20};
+  limits.kv.blocks = 2;
+  const int least = MessageBytesMax({&info}, limits);
+  limits.kv_regions[Transport::kCudaIpc] = GeometryOf(info, 10 << 20).region_bytes();
+  EXPECT_GT(MessageBytesMax({&info}, limits), least);
+}
+
 // --- PullKv
 // ----------------------------------------------------------------------------------------
 
@@ -542,9 +576,41 @@ TEST_F(ValidatePullTest, OnlyWhatLiesInASegmentIsMapped) {
   EXPECT_EQ(Validate(request).status().code(), kPrecondition) << "in blocks";
   EXPECT_EQ(ValidatePull(request, *cache_, {}).status().code(), kPrecondition) << "not offered";
   request.set_transport(v1::TRANSPORT_CUDA_IPC);
-  EXPECT_EQ(Validate(request).status().code(), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(Validate(request).status().code(), kPrecondition) << "not offered";
   request.set_transport(v1::TRANSPORT_GRPC);
   EXPECT_TRUE(ValidatePull(request, *mapped_, kShm).ok()) << "sent as any other";
+}
+
+// Nothing on the host reads the device's memory.
+TEST_F(ValidatePullTest, WhatLiesOnTheDeviceIsMappedThereAndNowhereElse) {
+  RequestLimits limits = kShm;
+  limits.offered.insert(Transport::kCudaIpc);
+  limits.kv_regions[Transport::kCudaIpc] = kGiB;
+  FakeDevice device;
+  Metrics metrics;
+  const auto medium = *CudaIpc::Open({device, metrics, NewId(), ""});
+  const std::shared_ptr<KvCache> on_device =
+      KvCache::CreateIn(*medium->Create(kGeometry.region_bytes()), nullptr, *pool_, kGeometry);
+  v1::PullKvRequest request;
+  request.set_transport(v1::TRANSPORT_CUDA_IPC);
+  EXPECT_TRUE(ValidatePull(request, *on_device, limits).ok());
+  using Case = std::pair<v1::Transport, std::shared_ptr<KvCache>>;
+  for (const auto& [transport, cache] :
+       {Case(v1::TRANSPORT_UNSPECIFIED, on_device), Case(v1::TRANSPORT_GRPC, on_device),
+        Case(v1::TRANSPORT_POSIX_SHM, on_device), Case(v1::TRANSPORT_CUDA_IPC, mapped_),
+        Case(v1::TRANSPORT_CUDA_IPC, cache_)}) {
+    request.set_transport(transport);
+    const absl::Status status = ValidatePull(request, *cache, limits).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_THAT(std::string(status.message()), testing::HasSubstr(ProtoName(cache->transport())));
+    const auto asked = transport == 0 ? v1::TRANSPORT_GRPC : transport;
+    EXPECT_THAT(std::string(status.message()), testing::HasSubstr(v1::Transport_Name(asked)));
+  }
+  request.set_transport(v1::TRANSPORT_CUDA_IPC);
+  request.mutable_layout()->set_data_type(v1::DATA_TYPE_F32);
+  EXPECT_EQ(ValidatePull(request, *on_device, limits).status().code(),
+            absl::StatusCode::kFailedPrecondition)
+      << "another dtype";
 }
 
 // --- transports and layouts, against the proto

@@ -22,7 +22,7 @@ namespace {
 
 constexpr uint64_t kMiB = uint64_t{1} << 20;
 
-std::string PathOf(const Region& region) { return "/dev/shm" + region.address().shm_name; }
+std::string PathOf(const Region& region) { return "/dev/shm" + region.address().name; }
 bool Exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
 bool Zeroed(const Region& region) {
   return std::all_of(region.data(), region.data() + region.bytes(),
@@ -101,7 +101,7 @@ TEST_F(SegmentPoolTest, WhatWasLentIsDestroyedAndMadeAnew) {
   pool_->Fill();
   AwaitReady(48 * kMiB);
   auto region = pool_->Take(20 * kMiB);
-  const std::string name = region->address().shm_name, path = PathOf(*region);
+  const std::string name = region->address().name, path = PathOf(*region);
   const int fd = shm_open(name.c_str(), O_RDONLY, 0);
   const void* mapped = mmap(nullptr, region->bytes(), PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
@@ -112,7 +112,7 @@ TEST_F(SegmentPoolTest, WhatWasLentIsDestroyedAndMadeAnew) {
   for (int i = 0; i < 3; ++i) {
     auto next = pool_->Take(20 * kMiB);
     ASSERT_NE(next, nullptr);
-    EXPECT_NE(next->address().shm_name, name);
+    EXPECT_NE(next->address().name, name);
     EXPECT_TRUE(Zeroed(*next));
     std::memset(next->data(), 8 + i, next->bytes());
     EXPECT_EQ(static_cast<const char*>(mapped)[20 * kMiB], 7) << "who has mapped it keeps it";
@@ -130,8 +130,8 @@ TEST_F(SegmentPoolTest, WhatNobodyHasMappedIsZeroedAndReadyAgain) {
   for (int i = 0; i < 3; ++i) {
     auto region = pool_->Take(20 * kMiB);
     ASSERT_NE(region, nullptr);
-    EXPECT_TRUE(i == 0 || region->address().shm_name == name);
-    name = region->address().shm_name;
+    EXPECT_TRUE(i == 0 || region->address().name == name);
+    name = region->address().name;
     EXPECT_TRUE(Zeroed(*region));
     EXPECT_FALSE(region->unmapped()) << "to be said each time";
     std::memset(region->data(), 7, region->bytes());

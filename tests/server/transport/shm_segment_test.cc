@@ -26,7 +26,7 @@ std::string Owner() {
   return absl::StrCat("t", next++, "x", getpid(), "-------------");
 }
 
-std::string PathOf(const Region& segment) { return "/dev/shm" + segment.address().shm_name; }
+std::string PathOf(const Region& segment) { return "/dev/shm" + segment.address().name; }
 bool Exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
 
 // A segment as a server leaves it that was killed.
@@ -53,8 +53,8 @@ TEST(ShmSegment, IsZeroedPrivateToTheUserAndSharedByName) {
   auto domain = *ShmDomain::Open(Owner());
   auto segment = *domain->Create(10'000);
   ASSERT_EQ(segment->bytes(), 10'000u);
-  EXPECT_EQ(segment->address().shm_name.substr(0, 10), "/prefilld-");
-  EXPECT_EQ(segment->address().shm_name.find('/', 1), std::string::npos);
+  EXPECT_EQ(segment->address().name.substr(0, 10), "/prefilld-");
+  EXPECT_EQ(segment->address().name.find('/', 1), std::string::npos);
   for (uint64_t i = 0; i < segment->bytes(); ++i) ASSERT_EQ(segment->data()[i], std::byte{0});
   struct stat info;
   ASSERT_EQ(stat(PathOf(*segment).c_str(), &info), 0);
@@ -62,7 +62,7 @@ TEST(ShmSegment, IsZeroedPrivateToTheUserAndSharedByName) {
   EXPECT_EQ(info.st_size, 10'000);
   EXPECT_GE(info.st_blocks * 512, 10'000) << "the memory is taken, not promised";
 
-  const int fd = shm_open(segment->address().shm_name.c_str(), O_RDONLY, 0);
+  const int fd = shm_open(segment->address().name.c_str(), O_RDONLY, 0);
   ASSERT_GE(fd, 0);
   void* mapped = mmap(nullptr, 10'000, PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
@@ -89,7 +89,7 @@ TEST(ShmSegment, NamesAreNeverUsedAgain) {
   auto domain = *ShmDomain::Open(Owner());
   std::set<std::string> names;
   for (int i = 0; i < 10; ++i)
-    EXPECT_TRUE(names.insert((*domain->Create(1))->address().shm_name).second);
+    EXPECT_TRUE(names.insert((*domain->Create(1))->address().name).second);
 }
 
 TEST(ShmSegment, TooLargeIsRefusedAndLeavesNothing) {

@@ -48,6 +48,26 @@ RELEASE_REASON_UNSPECIFIED: ReleaseReason
 RELEASE_REASON_CONSUMED: ReleaseReason
 RELEASE_REASON_ABANDONED: ReleaseReason
 
+class TransportRefusal(_message.Message):
+    __slots__ = ("transport", "reason")
+    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        REASON_UNSPECIFIED: _ClassVar[TransportRefusal.Reason]
+        REASON_SOCKET: _ClassVar[TransportRefusal.Reason]
+        REASON_PEER: _ClassVar[TransportRefusal.Reason]
+        REASON_DESCRIPTOR: _ClassVar[TransportRefusal.Reason]
+        REASON_DRIVER: _ClassVar[TransportRefusal.Reason]
+    REASON_UNSPECIFIED: TransportRefusal.Reason
+    REASON_SOCKET: TransportRefusal.Reason
+    REASON_PEER: TransportRefusal.Reason
+    REASON_DESCRIPTOR: TransportRefusal.Reason
+    REASON_DRIVER: TransportRefusal.Reason
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    transport: Transport
+    reason: TransportRefusal.Reason
+    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., reason: _Optional[_Union[TransportRefusal.Reason, str]] = ...) -> None: ...
+
 class RopeState(_message.Message):
     __slots__ = ("applied", "position_base", "theta", "scaling")
     APPLIED_FIELD_NUMBER: _ClassVar[int]
@@ -115,7 +135,7 @@ class Limits(_message.Message):
     def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_attend_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., default_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_waiting_jobs: _Optional[int] = ...) -> None: ...
 
 class NegotiateRequest(_message.Message):
-    __slots__ = ("model", "transports", "layout", "fingerprint", "shm_domain", "cuda_ipc_domain", "device_uuids")
+    __slots__ = ("model", "transports", "layout", "fingerprint", "shm_domain", "cuda_ipc_domain", "device_uuids", "refused")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +143,7 @@ class NegotiateRequest(_message.Message):
     SHM_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     CUDA_IPC_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUIDS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     model: str
     transports: _containers.RepeatedScalarFieldContainer[Transport]
     layout: KvLayout
@@ -130,10 +151,11 @@ class NegotiateRequest(_message.Message):
     shm_domain: str
     cuda_ipc_domain: str
     device_uuids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
+    refused: _containers.RepeatedCompositeFieldContainer[TransportRefusal]
+    def __init__(self, model: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ..., refused: _Optional[_Iterable[_Union[TransportRefusal, _Mapping]]] = ...) -> None: ...
 
 class NegotiateResponse(_message.Message):
-    __slots__ = ("transport", "layout", "fingerprint", "limits", "boot_id", "server_version", "shm_domain", "cuda_ipc_domain", "device_uuids")
+    __slots__ = ("transport", "layout", "fingerprint", "limits", "boot_id", "server_version", "shm_domain", "cuda_ipc_domain", "device_uuids", "cuda_ipc_socket")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +165,7 @@ class NegotiateResponse(_message.Message):
     SHM_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     CUDA_IPC_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUIDS_FIELD_NUMBER: _ClassVar[int]
+    CUDA_IPC_SOCKET_FIELD_NUMBER: _ClassVar[int]
     transport: Transport
     layout: KvLayout
     fingerprint: str
@@ -152,7 +175,8 @@ class NegotiateResponse(_message.Message):
     shm_domain: str
     cuda_ipc_domain: str
     device_uuids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., boot_id: _Optional[str] = ..., server_version: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
+    cuda_ipc_socket: str
+    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., boot_id: _Optional[str] = ..., server_version: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ..., cuda_ipc_socket: _Optional[str] = ...) -> None: ...
 
 class PullKvRequest(_message.Message):
     __slots__ = ("lease", "generation", "boot_id", "layout", "transport", "first_layer", "layer_count", "resume_tensor_index", "resume_byte_offset", "chunk_bytes")

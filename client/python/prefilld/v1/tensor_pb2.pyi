@@ -51,15 +51,13 @@ class TensorChunk(_message.Message):
     def __init__(self, tensor_index: _Optional[int] = ..., layer: _Optional[int] = ..., byte_offset: _Optional[int] = ..., crc32c: _Optional[int] = ..., last: bool = ..., buffer: _Optional[_Union[BufferRef, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class BufferRef(_message.Message):
-    __slots__ = ("name", "byte_offset", "byte_length", "cuda_ipc_handle", "device_uuid")
+    __slots__ = ("name", "byte_offset", "byte_length", "device_uuid")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BYTE_OFFSET_FIELD_NUMBER: _ClassVar[int]
     BYTE_LENGTH_FIELD_NUMBER: _ClassVar[int]
-    CUDA_IPC_HANDLE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     name: str
     byte_offset: int
     byte_length: int
-    cuda_ipc_handle: bytes
     device_uuid: str
-    def __init__(self, name: _Optional[str] = ..., byte_offset: _Optional[int] = ..., byte_length: _Optional[int] = ..., cuda_ipc_handle: _Optional[bytes] = ..., device_uuid: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., byte_offset: _Optional[int] = ..., byte_length: _Optional[int] = ..., device_uuid: _Optional[str] = ...) -> None: ...
