@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -173,6 +174,8 @@ class Backend {
 struct CudaOptions {
   std::string kernels = "auto";  // which set runs: "sm80", "sm90", or the best that the device has
   std::string cache_dir;  // where what was measured is kept for the next start; empty: nowhere
+  // Bytes of the device's memory that are taken at most, beside what the driver needs for itself.
+  uint64_t memory_bytes = std::numeric_limits<uint64_t>::max();
 };
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name, int threads,
                                                        const CudaOptions& cuda = {});

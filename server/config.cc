@@ -168,6 +168,9 @@ void AddBackend(CLI::App& app, Config* config) {
 }
 
 void AddMemory(CLI::App& app, Config* config) {
+  AddSize(app, "--gpu_memory", &config->gpu_memory, "all that is free",
+          "What is taken of the GPU's memory at most (weights, the memory plan, --attend_memory, "
+          "--kv_device_memory), beside half a GiB for the driver's own");
   AddSize(
       app, "--kv_memory", &config->kv_memory, "half of the machine's, at most 8GiB",
       "Memory of all KV caches, in bytes or as 512MiB, 8GiB. One cache may have all of it; on a "
@@ -184,7 +187,8 @@ void AddMemory(CLI::App& app, Config* config) {
   app.add_option("--max_prompt_tokens", config->prompt_tokens_max,
                  "Tokens of the longest prompt. What cannot be served, for the models' positions, "
                  "--kv_memory or the GPU's memory, ends the start; the default is lowered instead, "
-                 "with a warning")
+                 "with a warning. A cache that is not retained needs room for two layers only, so "
+                 "it may be longer than one that is")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->type_name("TOKENS")
       ->default_str(std::to_string(kPromptTokens));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <set>
 #include <string>
@@ -37,6 +38,7 @@ struct Config {
   int threads = 0;                    // of the CPU backend; 0: all processors
   std::string cuda_kernels = "auto";  // of the cuda backend: sm80, sm90, or the best for the device
   std::string cache_dir;  // what was measured at start, for the next start; empty: not kept
+  uint64_t gpu_memory = std::numeric_limits<uint64_t>::max();  // CudaOptions::memory_bytes
   // For tests: the n-th attention breaks the device, or does not end; 0: none does. Not both.
   int inject_fault = 0, inject_hang = 0;
   std::vector<ModelSource> models;

@@ -47,7 +47,9 @@ absl::Status Explain(const char* what, const absl::Status& status) {
 // Left open, models run on the CPU where the GPU lacks what they need.
 absl::StatusOr<std::unique_ptr<Backend>> ChooseBackend(const Config& config) {
   auto backend = CreateBackend(config.backend, config.threads,
-                               {.kernels = config.cuda_kernels, .cache_dir = config.cache_dir});
+                               {.kernels = config.cuda_kernels,
+                                .cache_dir = config.cache_dir,
+                                .memory_bytes = config.gpu_memory});
   if (!backend.ok() || config.backend != "auto" || config.models.empty()) return backend;
   const absl::Status serves = (*backend)->ops().status();
   if (serves.ok()) return backend;
@@ -197,6 +199,7 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
                                              .models = infos,
                                              .kv = limits_.kv,
                                              .kv_room = kv_room_,
+                                             .retain = false,
                                              .plan = asked});
     if (!status.ok()) {
       TellPlan(asked, metrics_);
@@ -217,7 +220,7 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
   }
   limits_.prompt_tokens_max = plan.prompt_tokens;
   if (on_device) MakePool(on_device->transport, inputs.kv_device_bytes);
-  if (!config_.prompt_tokens_max) TellLowered(infos, limits_, kv_room_, asked);
+  TellLowered(infos, limits_, kv_room_, asked);
   TellSmallRegions(infos, limits_);
   return backend_->device().host_memory() ? absl::OkStatus() : engine_->Reserve(plan);
 }

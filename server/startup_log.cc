@@ -76,7 +76,7 @@ void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
 void TellLowered(const ModelInfos& models, const RequestLimits& limits,
                  std::optional<uint64_t> kv_room, const MemoryPlan& asked) {
   for (const ModelInfo* info : models) {
-    const int64_t wanted = std::min(kPromptTokens, info->max_positions);
+    const int64_t wanted = std::min(asked.prompt_tokens, info->max_positions);
     std::vector<std::string> bounds, needs;
     const PromptLimitInputs inputs{
         .asked = wanted, .models = {info}, .kv = limits.kv, .kv_room = kv_room, .plan = asked};
@@ -88,7 +88,8 @@ void TellLowered(const ModelInfos& models, const RequestLimits& limits,
     Log(Level::kWarning, "max_prompt_tokens_lowered",
         {{"model", info->name},
          {"max_prompt_tokens", PromptTokensMax(*info, limits)},
-         {"default", wanted},
+         {"wanted", wanted},
+         {"not_retained", PromptTokensMax(*info, limits, /*retain=*/false)},
          {"limit", absl::StrJoin(bounds, ", ")},
          {"needs", absl::StrJoin(needs, ", ")}});
   }

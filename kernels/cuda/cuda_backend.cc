@@ -19,7 +19,7 @@ constexpr int64_t kSm90TokensMin = 2048;
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const CudaOptions& options) {
-  auto device = CudaDevice::Open();
+  auto device = CudaDevice::Open(options.memory_bytes);
   if (!device.ok()) return device.status();
   auto set = ChooseKernelSet(options.kernels, (*device)->capability());
   if (!set.ok()) return set.status();

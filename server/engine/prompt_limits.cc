@@ -28,7 +28,7 @@ void BoundByKv(const PromptLimitInputs& inputs, std::vector<PromptBound>* bounds
   const ModelInfo* tightest = nullptr;
   int64_t least = inputs.asked;
   for (const ModelInfo* model : inputs.models) {
-    const int64_t holds = GeometryOf(*model, 0).TokensInBlocks(inputs.kv.blocks, /*retain=*/true);
+    const int64_t holds = GeometryOf(*model, 0).TokensInBlocks(inputs.kv.blocks, inputs.retain);
     if (holds >= std::min(least, model->max_positions)) continue;
     tightest = model;
     least = holds;
@@ -36,9 +36,11 @@ void BoundByKv(const PromptLimitInputs& inputs, std::vector<PromptBound>* bounds
   if (tightest == nullptr) return;
   bounds->push_back(
       {least, "kv_memory",
-       absl::StrCat("one cache of model '", tightest->name, "' may hold ", least),
-       absl::StrCat("--kv_memory=", FlagSize(KvMemoryFor(inputs.models, inputs.asked,
-                                                         inputs.kv.block_bytes, inputs.kv_room)))});
+       absl::StrCat("one cache of model '", tightest->name, "' may hold ", least,
+                    inputs.retain ? "" : ", if it passes through (retain = false)"),
+       absl::StrCat("--kv_memory=",
+                    FlagSize(KvMemoryFor(inputs.models, inputs.asked, inputs.kv.block_bytes,
+                                         inputs.kv_room, inputs.retain)))});
 }
 
 void BoundByDevice(const PromptLimitInputs& inputs, std::vector<PromptBound>* bounds) {
@@ -69,11 +71,11 @@ KvShares ShareKv(const ModelInfos& models, uint64_t bytes, std::optional<uint64_
 }
 
 uint64_t KvMemoryFor(const ModelInfos& models, int64_t tokens, uint64_t block_bytes,
-                     std::optional<uint64_t> room) {
+                     std::optional<uint64_t> room, bool retain) {
   uint64_t bytes = 0;
   for (const ModelInfo* model : models) {
     const KvGeometry cache = GeometryOf(*model, std::min(tokens, model->max_positions));
-    bytes = std::max(bytes, block_bytes * cache.layers * cache.blocks_per_layer());
+    bytes = std::max(bytes, block_bytes * cache.layers_held(retain) * cache.blocks_per_layer());
   }
   if (!room) return bytes;
   const uint64_t half = SegmentPool::WholeSteps(bytes + SegmentPool::kStepBytes - 1);

@@ -136,19 +136,23 @@ absl::StatusOr<Transport> PickTransport(const RpcContext& rpc,
 }
 
 // Of the model, or, where none is named, the longest of any.
-int64_t LongestPrompt(const RpcContext& rpc, const ModelInfo* named, Transport transport) {
+int64_t LongestPrompt(const RpcContext& rpc, const ModelInfo* named, bool retain,
+                      Transport transport) {
   int64_t longest = 0;
   for (const auto& [name, model] : rpc.models) {
     const ModelInfo& info = model->info();
     if (named != nullptr && named != &info) continue;
-    longest = std::max(longest, PromptTokensMax(info, rpc.limits, /*retain=*/true, transport));
+    longest = std::max(longest, PromptTokensMax(info, rpc.limits, retain, transport));
   }
   return longest;
 }
 
 void FillLimits(const RpcContext& rpc, const ModelInfo* model, Transport transport,
                 v1::Limits* limits) {
-  limits->set_max_prompt_tokens(static_cast<uint32_t>(LongestPrompt(rpc, model, transport)));
+  limits->set_max_prompt_tokens(
+      static_cast<uint32_t>(LongestPrompt(rpc, model, /*retain=*/true, transport)));
+  limits->set_max_unretained_prompt_tokens(
+      static_cast<uint32_t>(LongestPrompt(rpc, model, /*retain=*/false, Transport::kGrpc)));
   limits->set_max_attend_bytes(rpc.limits.attend_bytes_max);
   limits->set_max_chunk_bytes(kMaxChunkBytes);
   limits->set_max_sequences(kSequencesMax);

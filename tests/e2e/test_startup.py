@@ -101,8 +101,9 @@ def longest(server, model="tiny"):
 
 
 @pytest.mark.parametrize("flags,limit,helps", [
-    (["--max_prompt_tokens=3000", "--kv_memory=8MiB"], "kv_memory: one cache of model 'tiny' may "
-     "hold 2048", "what helps: --max_prompt_tokens=2048, --kv_memory=12MiB"),
+    (["--max_prompt_tokens=3000", "--kv_memory=4MiB"], "kv_memory: one cache of model 'tiny' may "
+     "hold 2048, if it passes through (retain = false)",
+     "what helps: --max_prompt_tokens=2048, --kv_memory=6MiB"),
     (["--max_prompt_tokens=20000"], "model: none has more than 16384 positions",
      "what helps: --max_prompt_tokens=16384"),
 ])
@@ -137,7 +138,7 @@ def test_what_is_advertised_is_served_and_no_more(start_server, tiny):
         with harness.refused(grpc.StatusCode.INVALID_ARGUMENT, "token_ids"):
             prefilling.start(server, tiny.tokens(1025))
         told, = [line for line in server.log() if line["event"] == "max_prompt_tokens_lowered"]
-        assert (told["level"], told["model"], told["max_prompt_tokens"], told["default"]) == (
+        assert (told["level"], told["model"], told["max_prompt_tokens"], told["wanted"]) == (
             "warning", "tiny", 1024, 16384)
         assert (told["limit"], told["needs"]) == ("kv_memory", "--kv_memory=64MiB")
 

@@ -58,7 +58,7 @@ class EventMark : public Device::Mark {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open() {
+absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open(uint64_t memory_bytes) {
   int driver = 0, count = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
     return absl::UnavailableError("no CUDA driver on this machine");
@@ -69,7 +69,7 @@ absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open() {
     const cudaError_t why = error != cudaSuccess ? error : cudaErrorNoDevice;
     return absl::UnavailableError(absl::StrCat("no CUDA device: ", cudaGetErrorString(why)));
   }
-  std::unique_ptr<CudaDevice> device(new CudaDevice());
+  std::unique_ptr<CudaDevice> device(new CudaDevice(memory_bytes));
   if (absl::Status status = device->Init(); !status.ok()) {
     return absl::UnavailableError(status.message());
   }
@@ -96,10 +96,10 @@ absl::Status CudaDevice::Init() {
                           multiprocessors(), properties_.totalGlobalMem >> 30);
   uuid_ = Uuid(properties_.uuid);
   device_pool_ = std::make_shared<MemoryPool>(
-      MemoryPool::Kind::kDevice, properties_.totalGlobalMem / kDeviceKeptShare, streams_);
-  pinned_pool_ =
-      std::make_shared<MemoryPool>(MemoryPool::Kind::kPinned, kPinnedKeptBytes, streams_);
-  shared_ = std::make_shared<SharedMemory>(0, streams_);
+      MemoryPool::Kind::kDevice, properties_.totalGlobalMem / kDeviceKeptShare, streams_, budget_);
+  pinned_pool_ = std::make_shared<MemoryPool>(MemoryPool::Kind::kPinned, kPinnedKeptBytes, streams_,
+                                              std::make_shared<MemoryBudget>());
+  shared_ = std::make_shared<SharedMemory>(0, streams_, budget_);
   return absl::OkStatus();
 }
 
@@ -138,7 +138,8 @@ absl::StatusOr<Buffer> CudaDevice::Allocate(size_t bytes) {
 std::optional<uint64_t> CudaDevice::free_bytes() const {
   size_t free = 0, total = 0;
   if (cudaMemGetInfo(&free, &total) != cudaSuccess) return std::nullopt;
-  return free + device_pool_->kept_bytes();  // which goes where it is in the way
+  return std::min<uint64_t>(free, budget_->left()) +
+         device_pool_->kept_bytes();  // which goes where it is in the way
 }
 
 absl::StatusOr<Buffer> CudaDevice::AllocateHost(size_t bytes) {

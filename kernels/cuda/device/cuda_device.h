@@ -24,7 +24,9 @@ namespace prefilld::cuda {
 class CudaDevice : public Device {
  public:
   // UNAVAILABLE, in one line for the operator, without a driver or a device that can be used.
-  static absl::StatusOr<std::unique_ptr<CudaDevice>> Open();
+  // memory_bytes: what is taken of its memory at most, beside the context.
+  static absl::StatusOr<std::unique_ptr<CudaDevice>> Open(
+      uint64_t memory_bytes = MemoryBudget::kAll);
   ~CudaDevice() override;
 
   std::string_view name() const override { return name_; }
@@ -58,7 +60,8 @@ class CudaDevice : public Device {
   absl::Status Check(cudaError_t error, std::string_view what);
 
  private:
-  CudaDevice() = default;
+  explicit CudaDevice(uint64_t memory_bytes)
+      : budget_(std::make_shared<MemoryBudget>(memory_bytes)) {}
   absl::Status Init();
   absl::Status Take(MemoryPool& pool, size_t bytes, const char* what, Buffer* buffer);
 
@@ -66,6 +69,7 @@ class CudaDevice : public Device {
   std::string name_, uuid_;
   std::shared_ptr<Streams> streams_ = std::make_shared<Streams>();
   cudaStream_t zero_ = nullptr;  // where new memory is zeroed: behind no upload and no stage
+  const std::shared_ptr<MemoryBudget> budget_;  // of its memory
   std::shared_ptr<MemoryPool> device_pool_, pinned_pool_;
   std::shared_ptr<SharedMemory> shared_;
   std::atomic<const char*> fault_{""};

@@ -30,14 +30,19 @@ Streams::~Streams() {
   }
 }
 
-MemoryPool::MemoryPool(Kind kind, size_t keep_bytes, std::shared_ptr<const Streams> streams)
-    : kind_(kind), keep_bytes_(keep_bytes), streams_(std::move(streams)) {}
+MemoryPool::MemoryPool(Kind kind, size_t keep_bytes, std::shared_ptr<const Streams> streams,
+                       std::shared_ptr<MemoryBudget> budget)
+    : kind_(kind),
+      keep_bytes_(keep_bytes),
+      streams_(std::move(streams)),
+      budget_(std::move(budget)) {}
 
 MemoryPool::~MemoryPool() {
   for (const Block& block : kept_) Free(block);
 }
 
 cudaError_t MemoryPool::Allocate(Block* block) const {
+  if (!budget_->Take(block->bytes)) return cudaErrorMemoryAllocation;
   cudaError_t error = kind_ == Kind::kDevice
                           ? cudaMalloc(&block->data, block->bytes)
                           : cudaHostAlloc(&block->data, block->bytes, cudaHostAllocPortable);
@@ -56,6 +61,7 @@ void MemoryPool::Free(const Block& block) const {
   for (cudaEvent_t event : block.last_use) {
     if (event != nullptr) cudaEventDestroy(event);
   }
+  budget_->Give(block.bytes);
   if (block.data == nullptr) return;
   kind_ == Kind::kDevice ? cudaFree(block.data) : cudaFreeHost(block.data);
 }

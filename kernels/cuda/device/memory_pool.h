@@ -15,6 +15,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "kernels/backend.h"
+#include "kernels/cuda/device/memory_budget.h"
 
 namespace prefilld::cuda {
 
@@ -33,8 +34,10 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
  public:
   enum class Kind { kDevice, kPinned };
 
-  // Keeps at most keep_bytes of what has been given back.
-  MemoryPool(Kind kind, size_t keep_bytes, std::shared_ptr<const Streams> streams);
+  // Keeps at most keep_bytes of what has been given back; what it has, kept or not, is the
+  // budget's.
+  MemoryPool(Kind kind, size_t keep_bytes, std::shared_ptr<const Streams> streams,
+             std::shared_ptr<MemoryBudget> budget);
   ~MemoryPool();  // when the last buffer is gone
 
   // A buffer of `bytes`, at the begin of an allocation of its own; contents unspecified. It goes
@@ -62,6 +65,7 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   const Kind kind_;
   const size_t keep_bytes_;
   const std::shared_ptr<const Streams> streams_;
+  const std::shared_ptr<MemoryBudget> budget_;
   mutable absl::Mutex mutex_;
   std::deque<Block> used_ ABSL_GUARDED_BY(mutex_);
   std::deque<Block> kept_ ABSL_GUARDED_BY(mutex_);  // oldest first

@@ -97,8 +97,9 @@ CUresult Map(CUmemGenericAllocationHandle handle, size_t bytes, int device, CUde
 
 }  // namespace
 
-SharedMemory::SharedMemory(int device, std::shared_ptr<const Streams> streams)
-    : device_(device), streams_(std::move(streams)) {}
+SharedMemory::SharedMemory(int device, std::shared_ptr<const Streams> streams,
+                           std::shared_ptr<MemoryBudget> budget)
+    : device_(device), streams_(std::move(streams)), budget_(std::move(budget)) {}
 
 absl::StatusOr<Buffer> SharedMemory::Allocate(size_t bytes) {
   const Driver& driver = TheDriver();
@@ -118,13 +119,19 @@ absl::StatusOr<Buffer> SharedMemory::Allocate(size_t bytes) {
   if (result != CUDA_SUCCESS) return ToStatus(result, "granularity");
   if (bytes > SIZE_MAX - page) return absl::ResourceExhaustedError("not a size of memory");
   Block block{.bytes = (bytes + page - 1) / page * page};
-  result = driver.create(&block.handle, block.bytes, &properties, 0);
-  if (result != CUDA_SUCCESS) return ToStatus(result, "shared device memory");
+  if (!budget_->Take(block.bytes)) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("shared device memory: ", block.bytes, " bytes, ", budget_->left(), " left"));
+  }
   CUdeviceptr at = 0;
-  result = Map(block.handle, block.bytes, device_, &at);
+  result = driver.create(&block.handle, block.bytes, &properties, 0);
+  if (result == CUDA_SUCCESS) {
+    result = Map(block.handle, block.bytes, device_, &at);
+    if (result != CUDA_SUCCESS) driver.release(block.handle);
+  }
   if (result != CUDA_SUCCESS) {
-    driver.release(block.handle);
-    return ToStatus(result, "map");
+    budget_->Give(block.bytes);
+    return ToStatus(result, "shared device memory");
   }
   void* data = reinterpret_cast<void*>(at);
   absl::MutexLock lock(&mutex_);
@@ -171,6 +178,7 @@ void SharedMemory::Free(void* data) {
   driver.unmap(at, block.bytes);
   driver.unreserve(at, block.bytes);
   driver.release(block.handle);
+  budget_->Give(block.bytes);
 }
 
 uint64_t SharedMemory::bytes() const {

@@ -22,7 +22,9 @@ namespace prefilld::cuda {
 class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
  public:
   // `device`: the runtime's number of it. streams: that the work runs on which uses such memory.
-  SharedMemory(int device, std::shared_ptr<const Streams> streams);
+  // budget: what the memory is taken from.
+  SharedMemory(int device, std::shared_ptr<const Streams> streams,
+               std::shared_ptr<MemoryBudget> budget);
 
   // Contents unspecified; rounded up to whole pages of the driver's. RESOURCE_EXHAUSTED when there
   // is no room, UNIMPLEMENTED where driver or device have no such memory.
@@ -41,6 +43,7 @@ class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
 
   const int device_;
   const std::shared_ptr<const Streams> streams_;
+  const std::shared_ptr<MemoryBudget> budget_;
   mutable absl::Mutex mutex_;
   std::map<const void*, Block> blocks_ ABSL_GUARDED_BY(mutex_);
 };

@@ -117,7 +117,7 @@ class Lease(_message.Message):
     def __init__(self, name: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., generation: _Optional[int] = ..., boot_id: _Optional[str] = ..., layers: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_prompt_tokens", "max_attend_bytes", "max_chunk_bytes", "max_sequences", "max_lease_ttl", "default_lease_ttl", "max_waiting_jobs")
+    __slots__ = ("max_prompt_tokens", "max_attend_bytes", "max_chunk_bytes", "max_sequences", "max_lease_ttl", "default_lease_ttl", "max_waiting_jobs", "max_unretained_prompt_tokens")
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_ATTEND_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,7 @@ class Limits(_message.Message):
     MAX_LEASE_TTL_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_LEASE_TTL_FIELD_NUMBER: _ClassVar[int]
     MAX_WAITING_JOBS_FIELD_NUMBER: _ClassVar[int]
+    MAX_UNRETAINED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     max_prompt_tokens: int
     max_attend_bytes: int
     max_chunk_bytes: int
@@ -132,7 +133,8 @@ class Limits(_message.Message):
     max_lease_ttl: _duration_pb2.Duration
     default_lease_ttl: _duration_pb2.Duration
     max_waiting_jobs: int
-    def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_attend_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., default_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_waiting_jobs: _Optional[int] = ...) -> None: ...
+    max_unretained_prompt_tokens: int
+    def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_attend_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., default_lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_waiting_jobs: _Optional[int] = ..., max_unretained_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class NegotiateRequest(_message.Message):
     __slots__ = ("model", "transports", "layout", "fingerprint", "shm_domain", "cuda_ipc_domain", "device_uuids", "refused")
