@@ -44,6 +44,11 @@ absl::Status Explain(const char* what, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
 }
 
+void TellNoRoom(Transport transport) {
+  Log(Level::kWarning, absl::StrCat(Name(transport), "_not_offered").c_str(),
+      {{"message", "for KV caches: there is no room for a segment"}});
+}
+
 // Left open, models run on the CPU where the GPU lacks what they need.
 absl::StatusOr<std::unique_ptr<Backend>> ChooseBackend(const Config& config) {
   auto backend = CreateBackend(config.backend, config.threads,
@@ -219,7 +224,9 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
                      *plan.free >> 20, "MiB are free; what helps: a smaller --attend_memory"));
   }
   limits_.prompt_tokens_max = plan.prompt_tokens;
-  if (on_device) MakePool(on_device->transport, inputs.kv_device_bytes);
+  if (on_device && config_.kv_device_memory != 0) {
+    MakePool(on_device->transport, inputs.kv_device_bytes);
+  }
   TellLowered(infos, limits_, kv_room_, asked);
   TellSmallRegions(infos, limits_);
   return backend_->device().host_memory() ? absl::OkStatus() : engine_->Reserve(plan);
@@ -261,7 +268,7 @@ const TransportRow* Server::PooledRow(bool on_device) const {
 void Server::MakePool(Transport transport, uint64_t bytes) {
   auto pool = SegmentPool::Create(*FindMedium(media_, transport), backend_->device(), bytes,
                                   [this] { return !scheduler_->WaitIdle(absl::InfinitePast()); });
-  if (pool->bytes() == 0) return;
+  if (pool->bytes() == 0) return TellNoRoom(transport);
   limits_.kv_regions[transport] = pool->bytes();
   segments_[transport] = std::move(pool);
 }
@@ -282,13 +289,12 @@ absl::Status Server::TakeKvMemory() {
                      FlagSize(KvMemoryFor(infos, 1, kv.block_bytes, kv_room_)), " would"));
   }
   for (const auto& [transport, medium] : media_) {
-    if (!RowOf(transport).kv_cache || RowOf(transport).on_device) continue;  // see PlanMemory
-    const uint64_t largest = kv.segment_bytes.value_or(medium->Largest());
-    if (largest > 0) {
-      limits_.kv_regions[transport] = largest;
+    const TransportRow& row = RowOf(transport);
+    if (!row.kv_cache || row.on_device || &row == pooled) continue;  // pools have what they have
+    if (medium->Largest() == 0) {
+      TellNoRoom(transport);
     } else {
-      Log(Level::kWarning, absl::StrCat(Name(transport), "_not_offered").c_str(),
-          {{"message", "for KV caches: there is no room for a segment"}});
+      limits_.kv_regions[transport] = medium->Largest();
     }
   }
   if (pooled != nullptr) MakePool(pooled->transport, *kv.segment_bytes);

@@ -33,8 +33,8 @@ class Server {
   void Drain();
   // A fault took the device: the process ends by SIGTERM to itself, and must not exit with 0.
   bool device_lost() const { return !backend_->device().fault().empty(); }
-  // Takes our segments out of /dev/shm: for an exit that destroys nothing. Any thread; no call can
-  // have a new segment afterwards.
+  // Takes our segments out of /dev/shm, and the socket of cuda_ipc away: for an exit that destroys
+  // nothing. Any thread; no call can have a new segment afterwards.
   void RemoveSegments();
 
   // For tests of what must not wait for them.

@@ -92,11 +92,15 @@ absl::Status RemoveStale(const std::string& path, const SocketAddress& address) 
   if (lstat(path.c_str(), &info) != 0) return absl::OkStatus();
   const int probe = NewSocket();
   if (probe < 0) return Impossible(path, "socket");
-  const bool refused = connect(probe, address.get(), address.bytes) != 0 && errno == ECONNREFUSED;
+  // A living one that is flooded has no place in its backlog.
+  const int error = connect(probe, address.get(), address.bytes) == 0 ? EAGAIN : errno;
   close(probe);
-  if (!S_ISSOCK(info.st_mode) || !refused) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "'", path, "' is in use", S_ISSOCK(info.st_mode) ? " by a living server" : ", no socket"));
+  if (!S_ISSOCK(info.st_mode) || error != ECONNREFUSED) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("'", path, "' is in use",
+                     !S_ISSOCK(info.st_mode) ? ", and no socket"
+                     : error == EAGAIN       ? " by a living server"
+                                             : absl::StrCat(": ", std::strerror(error))));
   }
   unlink(path.c_str());
   return absl::OkStatus();
@@ -178,7 +182,7 @@ DescriptorSocket::~DescriptorSocket() {
   Close();
   thread_.join();
   while (!connections_.empty()) HangUp(connections_.begin());
-  releaser_.Stop();
+  releasers_.Stop();
   close(bell_);
 }
 
@@ -302,7 +306,7 @@ bool DescriptorSocket::Answer(Connection& connection) {
 void DescriptorSocket::HangUp(Connections::iterator connection) {
   close(connection->fd);
   unnamed_ -= connection->named ? 0 : 1;
-  releaser_.Post([taken = taken_, share = std::move(connection->share)]() mutable {
+  releasers_.Post([taken = taken_, share = std::move(connection->share)]() mutable {
     share.reset();
     --*taken;
   });

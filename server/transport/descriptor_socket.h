@@ -3,7 +3,7 @@
 // a descriptor and a size; from then on its connection says that the memory is in use: a share of
 // it is held until the peer hangs up, by itself when its process ends.
 //
-// Owned by the medium. One thread polls and answers, and never waits for a peer; another lets go of
+// Owned by the medium. One thread polls and answers, and never waits for a peer; others let go of
 // shares, which may take long. Peers are hostile, whoever they are: what they can hold is bounded.
 #pragma once
 
@@ -88,7 +88,8 @@ class DescriptorSocket {
   SteadyTime warned_ = SteadyTime::min();
   int unnamed_ = 0;
   Connections connections_;
-  WorkPool releaser_{1};
+  // Each may wait for a step of the device.
+  WorkPool releasers_{4};
   std::thread thread_;
 };
 

@@ -252,9 +252,11 @@ void SegmentPool::FillOne() {
   }
   const bool filled =
       std::all_of(idle_.begin(), idle_.end(), [](const Member& m) { return m.region != nullptr; });
-  if (filled && !std::exchange(told_filled_, true)) {
+  if (filled && !idle_.empty() && !std::exchange(told_filled_, true)) {
     Log(Level::kInfo, "segments_ready",
-        {{"segments", idle_.size()}, {"seconds", absl::ToDoubleSeconds(Since(begin_))}});
+        {{"transport", Name(idle_.front().region->transport())},
+         {"segments", idle_.size()},
+         {"seconds", absl::ToDoubleSeconds(Since(begin_))}});
   }
 }
 

@@ -359,6 +359,7 @@ TEST_F(PathTest, OneInUseIsNotTakenAndAStaleOneIs) {
     const absl::Status status = TryListen(address);
     EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
     EXPECT_TRUE(absl::StrContains(status.message(), address)) << status;
+    EXPECT_TRUE(absl::StrContains(status.message(), "in use")) << status;
     const auto answer = Importer(address).Ask("memory");
     EXPECT_TRUE(answer.any) << "it is as it was";
     close(answer.descriptor);
