@@ -168,7 +168,9 @@ class PrefillClient:
         timeout: of the computation and of the pull, together.
         device: torch's, or its name. K and V are wanted on this GPU, and come as torch tensors of
             the cache's own type where that is possible without sending them (cuda_ipc; see
-            Prefill.transport and Layer); elsewhere as without it.
+            Prefill.transport and Layer); elsewhere as without it. The server's memory is tried
+            before the prompt is sent; where the cache's own cannot be opened all the same, nobody
+            can have it: FAILED_PRECONDITION, and the next prompt goes another way.
         """
         wanted = data_type(kv_dtype)
         request = prefill_service_pb2.PrefillRequest(
@@ -184,7 +186,8 @@ class PrefillClient:
         info = self.model(model)
         gpu, own_type = cuda_ipc.gpu(device), wanted in (0, info.data_type)
         # Before work: a pinned one may not be possible, a GPU's memory must be asked for.
-        asked = self._negotiator.choose(retry.remaining(), possible=retain and own_type, device=gpu)
+        asked = self._negotiator.choose(retry.remaining(), possible=retain and own_type, device=gpu,
+                                        model=model)
         request.destination.transport = self._negotiator.destination(asked)
 
         def falls_back(failure: PrefilldError) -> bool:
@@ -196,7 +199,7 @@ class PrefillClient:
         def pull(lease: Lease, admitted: str) -> KvPull:
             transport = self._negotiator.choose(
                 retry.remaining(), lease.boot_id, possible=admitted != "grpc" and own_type,
-                device=gpu if TRANSPORTS[admitted].on_device else None)
+                device=gpu if TRANSPORTS[admitted].on_device else None, model=model)
             return KvPull(self._handoff, lease, info, wanted, widen, transport,
                           self._retry(retry.remaining()), report)
 
@@ -212,7 +215,7 @@ class PrefillClient:
         wanted, info, retry = data_type(kv_dtype), self.model(model), self._retry(timeout)
         transport = self._negotiator.choose(retry.remaining(), lease.boot_id,
                                             possible=wanted in (0, info.data_type),
-                                            device=cuda_ipc.gpu(device))
+                                            device=cuda_ipc.gpu(device), model=model)
         return KvPull(self._handoff, lease, info, wanted, widen, transport, retry,
                       progress or _no_progress)
 

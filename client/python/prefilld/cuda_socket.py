@@ -7,6 +7,7 @@ Nothing that comes is believed: not who answers, nor how much, nor what.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import struct
@@ -33,7 +34,8 @@ def receive(path: str, name: str) -> tuple[socket.socket, int, int]:
         connection.connect("\0" + path[1:] if path.startswith("@") else path)
         stranger = _peer(connection, path) != os.geteuid()
         _limit(connection, deadline)
-        connection.send(name.encode())
+        with contextlib.suppress(BrokenPipeError):  # who is refused is told so at once
+            connection.send(name.encode(), socket.MSG_NOSIGNAL)
         _limit(connection, deadline)
         return connection, *_answer(connection, path, name, stranger)
     except BaseException as error:

@@ -24,6 +24,7 @@ from .errors import PrefilldError
 from .fingerprint import fingerprint
 from .sparsity import Policy, Summary
 from .tensors import invalid
+from .transport import cannot_be_opened
 from .v1 import model_service_pb2, tensor_pb2
 
 try:
@@ -125,12 +126,17 @@ def prefill_into_cache(
             return (cache, None) if return_summary else cache
 
         devices = _layer_devices(model)
-        with server.prefill(info.name, ids, widen=False, timeout=timeout, progress=progress,
-                            device=devices[0], **policy) as prompt:
-            for layer in prompt:  # each while the next is computed
-                _fill(cache.layers[layer.index], layer.k, layer.v, devices[layer.index])
-            del layer  # of what was copied the last view, for the memory is released next
-            return (cache, prompt.summary) if return_summary else cache
+        options = {"widen": False, "timeout": timeout, "progress": progress, "device": devices[0]}
+        for last in (False, True):
+            try:
+                with server.prefill(info.name, ids, **options, **policy) as prompt:
+                    for layer in prompt:  # each while the next is computed
+                        _fill(cache.layers[layer.index], layer.k, layer.v, devices[layer.index])
+                    del layer  # of what was copied the last view: the memory is released next
+                    return (cache, prompt.summary) if return_summary else cache
+            except PrefilldError as error:  # a GPU's memory, found out with the first layer
+                if last or not cannot_be_opened(error):
+                    raise
 
 
 def _token_ids(input_ids: TokenIds) -> np.ndarray:

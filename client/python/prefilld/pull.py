@@ -15,7 +15,7 @@ from . import cuda_ipc
 from .errors import PrefilldError, Retry
 from .shm import MappedTensors, Segments, read_ahead
 from .tensors import NUMPY_TYPES, Assembly, data_loss, type_name, widen_bf16
-from .transport import Transport
+from .transport import Transport, cannot_be_opened
 from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_service_pb2,
                  tensor_pb2)
 
@@ -141,6 +141,8 @@ class KvPull:
                     failure = (error if isinstance(error, PrefilldError)
                                else PrefilldError.from_rpc(error))
                     if self._transport.falls_back(failure):
+                        if cannot_be_opened(failure):
+                            raise failure from failure.__cause__  # there it lies, or nowhere
                         assembly = self._next_layer()
                     else:  # of damaged chunks the good ones before are kept
                         self._retry.after(

@@ -27,7 +27,7 @@ class TransportRow:
 TRANSPORTS = {
     "grpc": TransportRow(kv.TRANSPORT_GRPC),
     "posix_shm": TransportRow(kv.TRANSPORT_POSIX_SHM, mapped=True, no_room="shm_memory"),
-    "cuda_ipc": TransportRow(kv.TRANSPORT_CUDA_IPC, on_device=True, no_room="kv_device_memory"),
+    "cuda_ipc": TransportRow(kv.TRANSPORT_CUDA_IPC, on_device=True, no_room="kv_memory"),
 }
 _NAMES = {row.value: name for name, row in TRANSPORTS.items()}
 _REASONS = kv.TransportRefusal.Reason
@@ -38,6 +38,11 @@ _ASKS_MAX = 3     # at a time: with what was refused, without, and after what is
 def transport_name(value: int) -> str:
     """ "grpc" also for what the contract leaves open."""
     return _NAMES.get(value, "grpc")
+
+
+def cannot_be_opened(failure: PrefilldError) -> bool:
+    """Memory that the server offers cannot be opened from here."""
+    return failure.reason in _REASONS.keys()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +105,12 @@ class Negotiator:
         self._negotiate = negotiate
         self._wanted = wanted
         self._lock = threading.Lock()
-        # By the GPU that tensors lie on or are wanted on, None where there is none.
-        self._agreed: dict[Any, _Agreement] = {}
-        # What cannot be used there, and the boot_id of the server that offered it.
-        self._refused: dict[Any, tuple[str, kv.TransportRefusal]] = {}
+        # By the GPU that tensors lie on or are wanted on, None where there is none, and whether for
+        # caches.
+        self._agreed: dict[tuple[Any, bool], _Agreement] = {}
+        # By the GPU: the boot_id of the server whose memory was tried there, and what is against
+        # it, if anything is.
+        self._tried: dict[Any, tuple[str, kv.TransportRefusal | None]] = {}
 
     def destination(self, transport: Transport) -> kv.Transport:
         """For KvDestination.transport: what was pinned, or a GPU's memory, which is had by asking
@@ -128,13 +135,14 @@ class Negotiator:
         return request
 
     def choose(self, timeout: float, boot_id: str = "", *, possible: bool = True,
-               device: Any = None) -> Transport:
+               device: Any = None, model: str = "") -> Transport:
         """For one call. Blocks while it asks, `timeout` seconds at most, and while it tries what
         the server offers (cuda_ipc.probe), once for a server and GPU.
 
         boot_id: of the server, where that is known. possible: False where the call is one that
             shared memory cannot serve; grpc then, unless another is pinned. device: the GPU,
-            torch's, that tensors lie on or are wanted on; only for one cuda_ipc is possible.
+            torch's, that tensors lie on or are wanted on; only for one cuda_ipc is possible. model:
+            whose cache is wanted there.
         FAILED_PRECONDITION, UNIMPLEMENTED: a transport is pinned and not possible.
         """
         pinned = self._wanted is not None
@@ -147,18 +155,21 @@ class Negotiator:
             return Transport(_Agreement("grpc"), None, pinned, self._nothing_else)
         if self._wanted == "posix_shm":
             device = None
+        key = (device, device is not None and model != "")
         with self._lock:
-            agreement = self._agreed.get(device)
+            agreement = self._agreed.get(key)
             if agreement is None or boot_id not in ("", agreement.boot_id):
-                agreement = self._agreed[device] = self._agree(timeout, device)
+                agreement = self._agreed[key] = self._agree(timeout, device, model)
         return Transport(agreement, device, pinned, lambda name, failure: self._instead(
-            device, agreement, name, failure))
+            key, agreement, name, failure))
 
-    def _agree(self, timeout: float, device: Any) -> _Agreement:
+    def _agree(self, timeout: float, device: Any, model: str) -> _Agreement:
         """Asks until there is an answer that can be used, or raises why a pinned one cannot be."""
         for _ in range(_ASKS_MAX):
             request = self.request(device)
-            boot_id, refusal = self._refused.get(device, ("", None))
+            if device is not None:
+                request.model = model
+            boot_id, refusal = self._tried.get(device, ("", None))
             if refusal is not None:
                 request.refused.append(refusal)
             try:
@@ -168,7 +179,7 @@ class Negotiator:
                     return _Agreement("grpc")  # a server that has nothing to negotiate
                 raise
             if refusal is not None and answer.boot_id != boot_id:
-                del self._refused[device]  # another server: what did not go may go now
+                del self._tried[device]  # another server: what did not go may go now
                 continue
             name = self._usable(request, answer)
             if self._wanted not in (None, name):
@@ -177,12 +188,14 @@ class Negotiator:
             if not TRANSPORTS[name].on_device:
                 return _Agreement(name, answer.boot_id)
             try:
-                cuda_ipc.probe(answer.cuda_ipc_socket, device)
+                if answer.boot_id != boot_id:
+                    cuda_ipc.probe(answer.cuda_ipc_socket, device)
+                    self._tried[device] = (answer.boot_id, None)
                 return _Agreement(name, answer.boot_id, answer.cuda_ipc_socket)
             except PrefilldError as failure:
-                if self._wanted is not None or not self._refuse(device, answer.boot_id, name,
-                                                                failure):
+                if self._wanted is not None or not cannot_be_opened(failure):
                     raise
+                self._refuse(device, answer.boot_id, name, failure)
         return _Agreement("grpc")  # a server that is another one each time
 
     def _usable(self, request: kv.NegotiateRequest, answer: kv.NegotiateResponse) -> str:
@@ -196,25 +209,28 @@ class Negotiator:
             return "grpc"  # nor does another host's memory, or that of a GPU out of reach
         return name
 
-    def _refuse(self, device: Any, boot_id: str, name: str, failure: PrefilldError) -> bool:
-        """Whether `failure` is about this process's reach, and so to be told."""
-        if failure.reason not in _REASONS.keys():
-            return False
-        self._refused[device] = (boot_id, kv.TransportRefusal(
+    def _refuse(self, device: Any, boot_id: str, name: str, failure: PrefilldError) -> None:
+        self._tried[device] = (boot_id, kv.TransportRefusal(
             transport=TRANSPORTS[name].value, reason=_REASONS.Value(failure.reason)))
-        return True
 
-    def _instead(self, device: Any, agreement: _Agreement, name: str,
+    def _instead(self, key: tuple[Any, bool], agreement: _Agreement, name: str,
                  failure: PrefilldError) -> str:
         """The name of what a call goes on with after `failure` of `name`."""
-        on_device = TRANSPORTS[name].on_device
-        with self._lock:
-            if on_device:
-                self._refuse(device, agreement.boot_id, name, failure)
-            if not on_device or failure.code is grpc.StatusCode.FAILED_PRECONDITION:
-                self._agreed.pop(device if on_device else None, None)
-        if not on_device:
+        if not TRANSPORTS[name].on_device:
+            with self._lock:
+                self._agreed.pop((None, False), None)
             return "grpc"
+        device, _ = key
+        with self._lock:
+            # No room, or a cache that lies elsewhere, says nothing of the next one. Memory that
+            # cannot be opened, though it could be in the trial: what the driver says it will say
+            # again, the rest is tried again.
+            if failure.code is grpc.StatusCode.FAILED_PRECONDITION:
+                self._agreed.pop(key, None)
+            if failure.reason == "REASON_DRIVER":
+                self._refuse(device, agreement.boot_id, name, failure)
+            elif cannot_be_opened(failure):
+                self._tried.pop(device, None)
         try:
             return self.choose(_ASK_S, agreement.boot_id).name
         except PrefilldError:

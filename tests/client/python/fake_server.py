@@ -141,6 +141,7 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.gpu = "GPU-1"                           # then on this one
         self.cuda_ipc_domain = cuda_ipc.domain()
         self.device_caches = {}                      # by the lease's name
+        self.keeps_on_device = True                  # caches as well
         self.boot_id = "boot"
         self.segments = {}                           # of caches, by the lease's name
         self.change_buffers = None                   # Attend: what to do with Admission.buffers
@@ -301,6 +302,8 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         if places is not None and (request.lease not in places
                                    or request.layout.data_type not in (0, self.data_type)):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the cache lies in no segment")
+        if places is None and request.lease in self.device_caches:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the cache is not sent")
 
         def chunks():
             for layer in range(request.first_layer, LAYERS):
@@ -339,6 +342,7 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         transport = kv.TRANSPORT_GRPC
         on_device = (self.handout is not None and self.gpu in request.device_uuids
                      and request.cuda_ipc_domain == self.cuda_ipc_domain
+                     and (self.keeps_on_device or not request.model)
                      and not any(refusal.transport == kv.TRANSPORT_CUDA_IPC
                                  for refusal in request.refused))
         if kv.TRANSPORT_CUDA_IPC in request.transports and not on_device:

@@ -229,11 +229,10 @@ def test_another_server_is_tried_anew(server, connect, driver):
     client = connect()
     assert client.attend(*tensors()).transport == "grpc"
     server.boot_id = "another"
-    with client.prefill(MODEL, [1, 2], device="cuda:1") as call:  # tells of the other boot
+    with client.prefill(MODEL, [1, 2], device="cuda:1") as call:
+        assert call.transport == "cuda_ipc"
         list(call)
-    client._negotiator._agreed.clear()
-    assert client.attend(*tensors()).transport == "cuda_ipc"
-    assert told(server)[-2:] == [(True, ["REASON_DRIVER"]), (True, [])]
+    assert told(server)[2:] == [(True, ["REASON_DRIVER"]), (True, [])]
 
 
 # --- caches
@@ -306,7 +305,7 @@ def test_another_gpus_memory_within_reach_is_copied(server, connect, driver):
 
 
 def no_room(**delay):
-    info = error_details_pb2.ErrorInfo(reason="kv_device_memory")
+    info = error_details_pb2.ErrorInfo(reason="kv_memory")
     return Abort(grpc.StatusCode.RESOURCE_EXHAUSTED, info, *map(retry_info, delay.values()))
 
 
@@ -353,16 +352,42 @@ def test_a_pull_that_breaks_goes_on_in_the_same_memory(server, connect):
     assert len(server.handout.asked) == 2  # the probe, and one
 
 
-def test_a_mapping_that_fails_in_the_pull(server, connect, driver):
-    driver.refuse = [None, refusal()]
+@pytest.mark.parametrize("reason", ["REASON_DRIVER", "REASON_SOCKET"])
+def test_a_mapping_that_fails_in_the_pull(server, connect, driver, reason):
+    """Then nobody else can have the cache. What the driver refuses is not asked for again; the rest
+    is tried again."""
+    driver.refuse = [None, refusal(reason)]
+    client = connect()
+    with pytest.raises(PrefilldError, match="cannot be mapped here") as caught:
+        with client.prefill(MODEL, [1] * 7, device="cuda:1") as call:
+            list(call)
+    assert caught.value.reason == reason
+    (release,) = server.calls["ReleaseLease"]
+    assert release.reason == kv.RELEASE_REASON_ABANDONED
+    with client.prefill(MODEL, [1] * 7, device="cuda:1") as call:
+        assert len(list(call)) == LAYERS
+        assert call.transport == ("grpc" if reason == "REASON_DRIVER" else "cuda_ipc")
+    refused = ["REASON_DRIVER"] if reason == "REASON_DRIVER" else []
+    assert told(server) == [(True, []), (False, []), (True, refused)]
+
+
+def test_a_server_that_keeps_no_caches_there(server, connect):
+    server.keeps_on_device = False
     client = connect()
     with client.prefill(MODEL, [1] * 7, device="cuda:1") as call:
-        assert all(isinstance(layer.k, np.ndarray) for layer in call)
         assert call.transport == "grpc"
-    assert [r.transport for r in server.calls["PullKv"]] == [IPC, GRPC]
+    assert server.calls["Prefill"][0].destination.transport == kv.TRANSPORT_UNSPECIFIED
+    assert client.attend(*tensors()).transport == "cuda_ipc"
+    assert server.calls["Negotiate"][0].model == MODEL and not server.calls["Negotiate"][1].model
+
+
+def test_what_was_tried_for_attend_is_not_tried_for_caches(server, connect):
+    client = connect()
+    client.attend(*tensors())
     with client.prefill(MODEL, [1] * 7, device="cuda:1") as call:
+        assert call.transport == "cuda_ipc"
         list(call)
-    assert server.calls["Prefill"][1].destination.transport == kv.TRANSPORT_UNSPECIFIED
+    assert server.handout.asked.count("probe") == 1
 
 
 def other_memory(number, chunk):

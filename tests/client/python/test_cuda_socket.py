@@ -186,6 +186,28 @@ def test_root_may_answer_and_may_refuse_this_user(handout, monkeypatch, answer):
     refused(handout, "REASON_PEER")
 
 
+def test_a_refusal_that_comes_before_the_name(handout, monkeypatch, tmp_path):
+    """And is read, though the other end has hung up."""
+    handout.path = str(tmp_path / "busy")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(handout.path)
+        listener.listen()
+
+        def serve():
+            peer, _ = listener.accept()
+            send(peer, 0, text="not you")
+            peer.shutdown(socket.SHUT_RD)
+            peer.close()
+
+        class Late(socket.socket):
+            def connect(self, address):
+                super().connect(address)
+                serve()
+
+        monkeypatch.setattr(cuda_socket.socket, "socket", Late)
+        refused(handout, "REASON_DESCRIPTOR", "not you")
+
+
 def credentials(monkeypatch, user):
     class Connection(socket.socket):
         def getsockopt(self, level, option, *size):
