@@ -136,7 +136,8 @@ def whole_prompt(weights, ids, config):
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
 def test_the_demo_on_a_gpu_says_in_a_line_what_it_lacks(missing, tmp_path):
     script = (f"import runpy, sys; sys.modules[{missing!r}] = None; "
-              f"sys.argv = ['demo_gpu.py', '--build={tmp_path}']; sys.path.insert(0, {EXAMPLES!r}); "
+              f"sys.argv = ['demo_gpu.py', '--build={tmp_path}']; "
+              f"sys.path.insert(0, {EXAMPLES!r}); "
               f"runpy.run_path({EXAMPLES + '/demo_gpu.py'!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           timeout=60)
