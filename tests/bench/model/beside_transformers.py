@@ -9,8 +9,9 @@ same device, in the same run.
 Ours is from the call of PrefillClient until the logits of the last token are here and every layer
 of the cache can be pulled; with --pull until K and V of all layers are here too. The transport says
 where the cache lies; with --pull and cuda_ipc it can be used on the GPU then, as it is. Theirs is
-one forward pass that keeps a cache, until the logits of the last position are on the host. In every round each runs once, in turn; --apart: the server first, and
-transformers once it has ended, for devices that do not hold both.
+one forward pass that keeps a cache, until the logits of the last position are on the host. In every
+round each runs once, in turn; --apart: the server first, and transformers once it has ended, for
+devices that do not hold both.
 
 What fails is said in its line, and the rest goes on. The last column is over transformers' best.
 

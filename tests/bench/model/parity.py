@@ -173,8 +173,8 @@ def main() -> int:
           f"tensors={len(records)} outside={outside}")
     if args.decode:
         print("decode: {alike} of {tokens} tokens alike, the first {first_difference}; to the "
-              "first token: from prefilld's cache {ttft_prefilld_s:.3f} s (over {transport}, all of "
-              "it usable after {usable_s:.3f} s), transformers alone {ttft_transformers_s:.3f} s"
+              "first token: from prefilld's cache {ttft_prefilld_s:.3f} s (over {transport}, "
+              "usable after {usable_s:.3f} s), transformers alone {ttft_transformers_s:.3f} s"
               .format(**result["decode"]))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
