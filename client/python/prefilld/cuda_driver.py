@@ -84,7 +84,7 @@ class Driver:
                 getattr(self._cuda, name).argtypes = arguments
         except (OSError, AttributeError) as error:
             raise refused("REASON_DRIVER", f"there is no CUDA driver here: {error}") from error
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collector of garbage may come to unmap within it
         self._contexts: dict[int, ctypes.c_void_p] = {}  # retained until the process ends
         self._call("cuInit", 0)
 
