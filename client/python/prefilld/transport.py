@@ -218,7 +218,8 @@ class Negotiator:
         """The name of what a call goes on with after `failure` of `name`."""
         if not TRANSPORTS[name].on_device:
             with self._lock:
-                self._agreed.pop((None, False), None)
+                for agreed in (key, (None, False)):  # the call may be here in the place of cuda_ipc
+                    self._agreed.pop(agreed, None)
             return "grpc"
         device, _ = key
         with self._lock:

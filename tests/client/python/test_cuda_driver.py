@@ -1,8 +1,11 @@
-"""The CUDA driver by ctypes. Where there is a GPU: memory of another process is mapped, and stays
-when that process has let go of it. torch is not needed."""
+"""The CUDA driver by ctypes: against a library of the test's own (fake_libcuda.c) what is called,
+in which order and what is left; where there is a GPU, that memory of another process is mapped, and
+stays when that process has let go of it. torch is not needed."""
 
 import ctypes
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -74,6 +77,113 @@ def test_no_driver_is_a_refusal(monkeypatch):
     with pytest.raises(PrefilldError, match="there is no CUDA driver here: libcuda") as caught:
         cuda_driver.Driver()
     assert caught.value.reason == "REASON_DRIVER"
+
+
+# --- the calls
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which("cc") or pytest.skip("there is no C compiler")
+    made = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
+    source = pathlib.Path(__file__).with_name("fake_libcuda.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", made, source],
+                   check=True)
+    return made
+
+
+@pytest.fixture
+def fake(library, tmp_path, monkeypatch):
+    """The library, loaded anew; afterwards nothing is left in it."""
+    copy = shutil.copy(library, tmp_path / "libcuda.so.1")
+    loaded = ctypes.CDLL(str(copy))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: loaded)
+    yield Fake(loaded)
+    assert Fake(loaded).left() == (0, 0, 0, 0)
+
+
+class Fake:
+    def __init__(self, loaded):
+        self._loaded = loaded
+
+    def set(self, name, value):
+        ctypes.c_int.in_dll(self._loaded, f"fake_{name}").value = value
+
+    def fail(self, call, error=999):
+        (ctypes.c_char * 64).in_dll(self._loaded, "fake_fails").value = call.encode()
+        self.set("error", error)
+
+    def left(self):
+        return tuple(ctypes.c_int.in_dll(self._loaded, f"fake_{name}").value
+                     for name in ("depth", "imported", "reserved", "mapped"))
+
+    def calls(self):
+        """Since the last time."""
+        log = (ctypes.c_char * 4096).in_dll(self._loaded, "fake_log")
+        found, log.value = log.value.decode().split(), b""
+        return found
+
+
+@pytest.fixture
+def memory():
+    made = fake_handout.DeviceMemory([3 * fake_handout.PAGE], "GPU-1")
+    made.array[:] = 7
+    return made
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+def test_calls_and_their_order(fake, memory, owner):
+    fake.set("owner", owner)
+    driver = cuda_driver.Driver()
+    mapped = driver.map(memory.file, memory.size, 0)
+    reach = ["access(0)", "access(1)"][:1 + owner]
+    assert fake.calls() == [
+        "retain(0)", "import(1)", "properties(0)", "granularity(0)", f"reserve({memory.size})",
+        f"map({memory.size})", *reach, "release(0)"]
+    assert mapped.gpus == ((0,), (0, 1))[owner] and mapped.size == memory.size
+    assert fake.left() == (0, 0, 1, 1)
+    driver.write(mapped, 64, b"eight")
+    assert driver.read(mapped, 63, 7) == b"\7eight\7"
+    assert memory.array[64:69].tobytes() == b"eight"
+    fake.calls()
+    driver.unmap(mapped)  # not before either GPU has done what it was given to do
+    assert fake.calls() == ["synchronize(0)", *["retain(1)", "synchronize(1)"][:2 * owner],
+                            f"unmap({memory.size})", f"free({memory.size})"]
+
+
+@pytest.mark.parametrize("call", ["retain", "import", "properties", "granularity", "reserve", "map",
+                                  "access"])
+@pytest.mark.parametrize(("error", "reason"), [(999, "REASON_DRIVER"), (1, None)])
+def test_a_call_that_fails_leaves_nothing(fake, memory, call, error, reason):
+    fake.fail(call, error)
+    reason = reason or ("REASON_DESCRIPTOR" if call in ("import", "map") else "REASON_DRIVER")
+    with pytest.raises(PrefilldError, match=f"as the test wants it .CUresult {error}") as caught:
+        cuda_driver.Driver().map(memory.file, memory.size, 0)
+    assert caught.value.reason == reason
+    assert fake.left() == (0, 0, 0, 0)
+
+
+def test_what_is_not_as_was_said(fake, memory):
+    driver = cuda_driver.Driver()
+    for descriptor, size in ((memory.file, memory.size + 4096), (memory.file, memory.size - 1),
+                             (memory.file, 1 << 62), (0, memory.size), (-1, memory.size)):
+        with pytest.raises(PrefilldError) as caught:
+            driver.map(descriptor, size, 0)
+        assert caught.value.reason in ("REASON_DESCRIPTOR", "REASON_DRIVER")
+        assert fake.left() == (0, 0, 0, 0)
+    fake.set("location_type", 2)  # the host's memory
+    with pytest.raises(PrefilldError, match="at a location of type 2"):
+        driver.map(memory.file, memory.size, 0)
+
+
+def test_a_gpu_that_broke_down_is_let_go_of(fake, memory):
+    driver = cuda_driver.Driver()
+    mapped = driver.map(memory.file, memory.size, 0)
+    fake.fail("synchronize", 700)
+    driver.unmap(mapped)
+
+
+# --- a GPU
 
 
 @pytest.fixture

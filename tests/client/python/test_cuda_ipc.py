@@ -193,10 +193,23 @@ def test_what_cannot_be_mapped_is_known_before_a_prompt(server, connect, driver,
     assert server.handout.asked == ["probe"]
 
 
+def test_shared_memory_in_its_place_may_fail_too(server, connect, driver):
+    """Both are forgotten, and asked for again."""
+    server.shm = True
+    client = connect()
+    driver.refuse = [refusal()]
+    server.faults["Attend"] = [Abort(FAILED_PRECONDITION), None] * 2
+    for _ in range(3):
+        q, k, v = tensors()
+        last = client.attend(q, k, v).transport
+    assert transports(server) == [SHM, GRPC, SHM, GRPC, SHM]
+    assert last == "posix_shm" and len(server.calls["Negotiate"]) == 4
+
+
 def test_a_socket_that_is_not_there_is_told(server, connect):
     server.handout.path += "-not"
     assert connect().attend(*tensors()).transport == "grpc"
-    assert told(server) == [(True, []), (True, ["REASON_SOCKET"]), (False, [])][:2]
+    assert told(server) == [(True, []), (True, ["REASON_SOCKET"])]
     with pytest.raises(PrefilldError, match="prefilld-fake.*-not cannot be used") as caught:
         connect("cuda_ipc").attend(*tensors())
     assert caught.value.reason == "REASON_SOCKET"
