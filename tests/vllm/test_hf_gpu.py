@@ -2,8 +2,10 @@
 long as it is used. Skipped where there is no GPU or no CUDA in the build; what needs none is here
 too."""
 
+import contextlib
 import copy
 import pathlib
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -17,7 +19,8 @@ from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 from e2e import harness  # noqa: E402
 from e2e.test_cuda import start  # noqa: E402
-from prefilld import PrefillClient, PrefilldError, hf  # noqa: E402
+from prefilld import Layer, PrefillClient, PrefilldError, hf  # noqa: E402
+from prefilld.errors import refused  # noqa: E402
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
 IDS = [5, 90, 17, 3, 3, 44, 60, 8] * 20
@@ -37,6 +40,45 @@ def test_a_tensor_is_kept_without_a_copy(dtype):
     assert layer.keys.shape == (1, 3, 7, 8)
     assert layer.keys.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
     assert torch.equal(layer.keys[0, :, :6], k[:, :6])
+
+
+class OncePerCall:
+    """A client whose first prompts fail so; then K and V are there, on the CPU."""
+
+    def __init__(self, model, failures):
+        self.failures, self.devices = failures, []
+        self._shape = (model.config.num_key_value_heads, len(IDS), model.config.head_dim)
+        self._layers = model.config.num_hidden_layers
+        self.summary = "what was done"
+
+    def prefill(self, name, ids, *, device, **options):
+        self.devices.append(device)
+        return contextlib.nullcontext(self)
+
+    def __iter__(self):
+        if self.failures:
+            raise self.failures.pop(0)
+        for index in range(self._layers):
+            yield Layer(index, *torch.randn(2, *self._shape))
+
+
+def test_memory_that_cannot_be_opened_is_not_asked_for_twice(monkeypatch):
+    """The second time the client has found another way."""
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / "base")
+    monkeypatch.setattr(hf, "_served_model", lambda client, handle: SimpleNamespace(
+        name="base", vocab_size=96))
+    monkeypatch.setattr(hf, "_check_same_model", lambda model, info: None)
+    failure = refused("REASON_DRIVER", "not here")
+    client = OncePerCall(model, [failure])
+    cache, summary = hf.prefill_into_cache(model, IDS, client=client, check_weights=False,
+                                           return_summary=True)
+    assert cache.get_seq_length() == len(IDS) - 1 and summary == "what was done"
+    assert client.devices == [torch.device("cpu")] * 2
+    for failures in ([failure] * 2, [PrefilldError(grpc.StatusCode.FAILED_PRECONDITION, "no")]):
+        client = OncePerCall(model, failures)
+        with pytest.raises(PrefilldError):
+            hf.prefill_into_cache(model, IDS, client=client, check_weights=False)
+        assert not client.failures
 
 
 @pytest.fixture(scope="module", params=["base", "bf16"])
