@@ -20,6 +20,10 @@ help:  ## list the commands
 demo: programs build/venv/.complete $(MODEL)  ## a real prompt, prefilled, handed over and decoded
 	@$(PYTHON) client/python/examples/demo.py --build=build
 
+.PHONY: demo-gpu
+demo-gpu: programs build/bench-venv/.complete $(MODEL)  ## transformers decodes on the GPU that prefilld computed on, without a copy; installs torch
+	@$(BENCH_PYTHON) client/python/examples/demo_gpu.py --build=build
+
 .PHONY: demo-vllm
 demo-vllm: programs build/vllm-venv/.complete $(MODEL)  ## stock vLLM answers from prefilld's KV; installs 6 GB, asks first (YES=1: does not)
 	@$(VLLM_PYTHON) client/python/examples/demo_vllm.py --build=build

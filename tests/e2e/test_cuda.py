@@ -204,7 +204,12 @@ def test_in_place_nothing_is_copied(cuda, torch):
         with client.attend_in_place(q.shape, k.shape, "bf16", method="dense") as call:
             for place, tensor in zip((call.q, call.k, call.v), (q, k, v)):
                 place.copy_(tensor)
-            assert torch.equal(call.run().o, expected)
+            result = call.run()
+            assert torch.equal(result.o, expected)
+        del place
+        for _ in range(3):  # the memory is not another's while somebody holds a tensor in it
+            client.attend(k.repeat(1, 4, 1), k, v, method="dense")
+        assert torch.equal(result.o, expected)
 
 
 def test_where_the_time_goes(cuda, torch, capsys):

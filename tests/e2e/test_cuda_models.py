@@ -1,16 +1,22 @@
 """Models on a GPU: K, V and logits are those of the CPU's server but for the rounding of the rows,
-over every transport and however many prompts go together. Skipped where there is no GPU, no CUDA
-in the build or no cuBLASLt."""
+over every transport and however many prompts go together; a cache that stays on the GPU (cuda_ipc)
+is the same bytes, as long as somebody has it mapped. Skipped where there is no GPU, no CUDA in the
+build or no cuBLASLt."""
 
 import concurrent.futures
+import os
+import subprocess
+import sys
 
+import grpc
 import numpy as np
 import pytest
 
-from e2e import checkpoints, harness, mapping, prefilling, safetensors_file
+from e2e import checkpoints, device_mapping, harness, mapping, prefilling, safetensors_file
 from e2e.conftest import FIXTURES
 from e2e.test_cuda import start
-from prefilld import PrefillClient
+from prefilld import PrefillClient, PrefilldError
+from prefilld.v1 import kv_handoff_service_pb2 as kv
 
 LENGTHS = (1, 129, 1000, 5000)
 # Of the norm of K, V or logits. Rows are rounded between operations, 2^-9, 2^-12 or 2^-24 of a
@@ -203,3 +209,131 @@ def test_float32_models_of_every_form_are_the_cpus(name, tmp_path):
         want, _ = prefill(cpu, ids, method="dense")
     assert all(difference < BOUNDS["float32"] for difference in differences(got, want).values()), (
         differences(got, want))
+
+
+# --- caches that stay on the GPU ------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_device(servers):
+    """The server; afterwards nothing of its GPU's memory is lent."""
+    server, _ = servers
+    if server.metric("prefilld_handoff_transport_info", transport="cuda_ipc") != 1:
+        pytest.skip("cuda_ipc is not offered here")
+    yield server
+    harness.eventually(lambda: lent(server) == 0, message="device memory back")
+
+
+def lent(server):
+    return server.metric("prefilld_kv_segment_bytes", transport="cuda_ipc", state="lent")
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("method", ["dense", "joint"])
+def test_a_cache_on_the_gpu_is_the_bytes_that_grpc_brings(on_device, checkpoint, tokens, method):
+    ids = checkpoint.tokens(tokens)
+    with prefilling.prefilled(on_device, ids, method=method) as sent:
+        expected = prefilling.pull(on_device, sent.ready)
+    call = device_mapping.start(on_device, ids, method=method).finish()
+    assert device_mapping.pull(on_device, call.ready) == expected
+    prefilling.release(on_device, call.ready)
+
+
+def test_every_tensor_says_whose_memory_it_is_in(on_device, checkpoint):
+    (uuid,) = device_mapping.negotiate(on_device).device_uuids
+    call = device_mapping.start(on_device, checkpoint.tokens(300)).finish()
+    found, name = device_mapping.buffers(on_device, call.ready)
+    assert {buffer.device_uuid for parts in found.values() for buffer in parts} == {uuid}
+    assert name and name != "probe"
+    prefilling.release(on_device, call.ready)
+
+
+def test_memory_is_lent_until_the_last_connection_closes(on_device, checkpoint):
+    call = device_mapping.start(on_device, checkpoint.tokens(700)).finish()
+    found, name = device_mapping.buffers(on_device, call.ready)
+    with device_mapping.opened(on_device, name) as one:
+        with device_mapping.opened(on_device, name) as other:
+            before = [one.read(buffer) for parts in found.values() for buffer in parts]
+            prefilling.release(on_device, call.ready)
+            harness.eventually(lambda: on_device.metric("prefilld_leases_active") == 0)
+            for seed in range(4):  # nobody else's cache comes to lie there
+                again = device_mapping.start(on_device, checkpoint.tokens(700, seed=seed)).finish()
+                prefilling.release(on_device, again.ready)
+            assert [other.read(b) for parts in found.values() for b in parts] == before
+        assert [one.read(b) for parts in found.values() for b in parts] == before
+        assert lent(on_device) > 0
+
+
+def test_a_name_ends_with_its_lease(on_device, checkpoint):
+    call = device_mapping.start(on_device, checkpoint.tokens(300)).finish()
+    _, name = device_mapping.buffers(on_device, call.ready)
+    prefilling.release(on_device, call.ready)
+
+    def gone():
+        try:
+            device_mapping.Opened(device_mapping.negotiate(on_device).cuda_ipc_socket, name).close()
+        except PrefilldError as error:
+            return error.reason == "REASON_DESCRIPTOR"
+        return False
+
+    harness.eventually(gone)
+
+
+def test_who_dies_with_a_cache_gives_it_back(on_device, checkpoint):
+    """kill -9 while it is mapped."""
+    call = device_mapping.start(on_device, checkpoint.tokens(700)).finish()
+    _, name = device_mapping.buffers(on_device, call.ready)
+    socket = device_mapping.negotiate(on_device).cuda_ipc_socket
+    script = ("import time; from e2e import device_mapping; "
+              f"memory = device_mapping.Opened({socket!r}, {name!r}); "
+              "print('open', flush=True); time.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        assert child.stdout.readline() == "open\n"
+        prefilling.release(on_device, call.ready)
+        harness.eventually(lambda: on_device.metric("prefilld_leases_active") == 0)
+        assert lent(on_device) > 0
+    finally:
+        child.kill()
+        child.wait()
+    harness.eventually(lambda: lent(on_device) == 0, message="the dead one's memory back")
+
+
+def test_what_stays_on_the_gpu_is_not_sent(on_device, checkpoint):
+    call = device_mapping.start(on_device, checkpoint.tokens(300)).finish()
+    for transport in (kv.TRANSPORT_GRPC, mapping.SHM):
+        with harness.refused(grpc.StatusCode.FAILED_PRECONDITION):
+            list(prefilling.open_pull(on_device, call.ready, transport=transport))
+    prefilling.release(on_device, call.ready)
+
+
+def test_what_a_caller_cannot_use_is_not_chosen_and_counted(on_device):
+    uuids = device_mapping.negotiate(on_device).device_uuids
+    assert device_mapping.negotiate(on_device, uuids).transport == device_mapping.IPC
+    assert device_mapping.negotiate(on_device).transport != device_mapping.IPC
+    before = on_device.metrics()
+    refusal = kv.TransportRefusal(transport=device_mapping.IPC,
+                                  reason=kv.TransportRefusal.REASON_DRIVER)
+    answer = device_mapping.negotiate(on_device, uuids, refused=[refusal])
+    assert answer.transport != device_mapping.IPC
+    assert harness.moved(before, on_device.metrics(), "prefilld_transport_refused_total",
+                         transport="cuda_ipc", reason="driver") == 1
+
+
+def test_the_client_takes_a_cache_where_it_lies(on_device, checkpoint):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    ids = checkpoint.tokens(900)
+    with PrefillClient(on_device.target) as client:
+        with client.prefill("tiny", ids, method="dense", device="cuda") as call:
+            layers = list(call)
+            assert call.transport == "cuda_ipc"
+        sent, _ = prefill(on_device, ids, transport="grpc", method="dense")
+        for layer in layers:  # the lease is over
+            assert layer.k.is_cuda
+            assert np.array_equal(layer.k.float().cpu().numpy(), sent["k"][layer.index])
+            assert np.array_equal(layer.v.float().cpu().numpy(), sent["v"][layer.index])
+        assert lent(on_device) > 0
+        del layer, layers

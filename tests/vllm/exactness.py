@@ -64,7 +64,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="prompts")
     parser.add_argument("--gamma", type=float, default=0.95)
-    parser.add_argument("--transport", default=None, choices=["grpc", "posix_shm"])
+    parser.add_argument("--transport", default=None, choices=["grpc", "posix_shm", "cuda_ipc"])
     args = parser.parse_args()
     asked = prompts(args.count)
     with tempfile.TemporaryDirectory() as folder:

@@ -197,6 +197,25 @@ def test_every_form_of_cache_gets_its_rows(blocks, block, heads, d):
         assert torch.equal(keys, expected_k) and torch.equal(values, expected_v), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_form_of_cache_on_a_gpu_gets_what_lies_there(dtype):
+    """Tensors of a cache over cuda_ipc: views within one piece of memory, of part of the tokens."""
+    blocks, block, heads, d, first, count = 9, 16, 3, 64, 5, 100
+    for name, cache, _, _ in forms(blocks, block, heads, d):
+        # Strides as they were: the form's own memory is another's order.
+        there, here = (torch.empty_strided(cache.shape, cache.stride(), dtype=dtype, device=where)
+                       for where in ("cuda", "cpu"))
+        there.fill_(-1), here.fill_(-1)
+        memory = torch.randn(2, heads, first + count + 2, d, device="cuda").to(dtype)
+        slot = kv_writer.slots(list(range(blocks - 1, -1, -1)), block, first, count)
+        k, v = (kv_writer.as_tensor(x)[:, first:first + count] for x in memory)
+        assert k.data_ptr() == memory[0, :, first:].data_ptr()
+        kv_writer.strided_writer(there, heads, d)(k, v, slot.cuda())
+        kv_writer.strided_writer(here, heads, d)(k.cpu(), v.cpu(), slot)
+        assert torch.equal(there.cpu(), here), name
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 16, 3, 8), (5, 16, 3, 8), (5, 16, 4, 16), (2, 5, 16, 24),
                                    (5, 2, 16, 3, 9)])
 def test_an_unknown_form_is_refused(shape):
@@ -222,6 +241,11 @@ def test_the_cpu_writer_does_what_vllm_does(dtype):
     cpu_attn.CPUAttentionBackendImpl.do_kv_cache_update(
         impl, layer, k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous(), theirs, slot)
     assert torch.equal(ours, theirs) and ours.abs().sum() > 0
+
+
+def test_tensors_are_taken_as_they_are():
+    tensor = torch.randn(2, 3, 4)
+    assert kv_writer.as_tensor(tensor) is tensor
 
 
 # --- the report

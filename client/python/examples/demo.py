@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prefilld import PrefillClient, PrefilldError, SparsityReport
 from progress import Progress
@@ -60,15 +60,17 @@ class Run:
 
 
 @contextlib.contextmanager
-def server(build: pathlib.Path, model_dir: pathlib.Path, log: pathlib.Path) -> Iterator[str]:
+def server(build: pathlib.Path, model_dir: pathlib.Path, log: pathlib.Path,
+           flags: Sequence[str] = ("--backend=cpu", f"--kv_memory={KV_MEMORY}"),
+           start_s: float = START_TIMEOUT_S) -> Iterator[str]:
     """A prefilld on a free port, for the block; yields HOST:PORT."""
     with open(log, "wb") as stderr:
         process = subprocess.Popen(
             [str(build / "prefilld"), "--listen=127.0.0.1:0", "--http=127.0.0.1:0",
-             "--backend=cpu", f"--model={MODEL}={model_dir}", f"--kv_memory={KV_MEMORY}"],
+             f"--model={MODEL}={model_dir}", *flags],
             stdout=subprocess.PIPE, stderr=stderr)
     try:
-        yield announced_target(process, log)
+        yield announced_target(process, log, start_s)
     except StartError:
         raise
     except (DemoError, PrefilldError) as error:
@@ -89,14 +91,14 @@ def server(build: pathlib.Path, model_dir: pathlib.Path, log: pathlib.Path) -> I
         raise DemoError(f"prefilld ended with status {status}; its log: {log}")
 
 
-def announced_target(process: subprocess.Popen, log: pathlib.Path) -> str:
+def announced_target(process: subprocess.Popen, log: pathlib.Path, start_s: float) -> str:
     """The address in the first line of stdout, which comes when the server is ready."""
-    ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT_S)
+    ready, _, _ = select.select([process.stdout], [], [], start_s)
     line = process.stdout.readline().decode() if ready else ""
     prefix = "listening on "
     if not line.startswith(prefix):
         lines = log.read_text(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else f"no word within {START_TIMEOUT_S} s"
+        reason = lines[-1] if lines else f"no word within {start_s:g} s"
         raise StartError(f"prefilld did not start: {reason}")
     return line[len(prefix):].strip()
 

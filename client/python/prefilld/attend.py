@@ -15,7 +15,7 @@ from . import cuda_ipc, torch_tensors, tensors as numpy_tensors
 from .errors import PrefilldError, Retry
 from .shm import Segments
 from .sparsity import SparsityReport, Summary
-from .tensors import DTYPES, NUMPY_TYPES, Assembly, chunks, data_loss, invalid
+from .tensors import DTYPES, NUMPY_TYPES, Assembly, chunks, data_loss, invalid, type_name
 from .transport import TRANSPORTS, Transport, transport_name
 from .v1 import prefill_service_pb2, prefill_service_pb2_grpc, tensor_pb2
 
@@ -30,7 +30,8 @@ class AttendResult:
 
     Where q was a torch tensor all of them are, on q's device. Over posix_shm the arrays are views
     of one piece of shared memory, which nobody else uses any more: all of it, q, k and v included,
-    is in use until the last of them is gone. Over cuda_ipc they are the caller's own."""
+    is in use until the last of them is gone. Over cuda_ipc they are the caller's own; those of
+    InPlaceAttend are views, as over posix_shm."""
 
     o: np.ndarray                      # [total_q, q_heads, head_dim], of q's type
     lse: np.ndarray | None             # [q_heads, total_q] float32, natural log
@@ -39,7 +40,6 @@ class AttendResult:
     pattern: np.ndarray | None         # uint8, index into PATTERNS
     captured_mass: np.ndarray | None   # float32
     summary: Summary
-    transport: str = "grpc"            # the one that was used: "grpc", "posix_shm" or "cuda_ipc"
 
     @property
     def report(self) -> SparsityReport:
@@ -49,10 +49,15 @@ class AttendResult:
     def request_id(self) -> str:
         return self.summary.request_id
 
-    def clone(self) -> AttendResult:
-        """The same with torch tensors of its own."""
-        tensors = {name: tensor.clone() for name, tensor in vars(self).items()
-                   if torch_tensors.is_tensor(tensor)}
+    @property
+    def transport(self) -> str:
+        """The one that was used: "grpc", "posix_shm" or "cuda_ipc"."""
+        return self.summary.transport
+
+    def clone(self, device: Any = None) -> AttendResult:
+        """The same with torch tensors of its own. device: where; default: where they are."""
+        tensors = {name: tensor.to(device or tensor.device, copy=True)
+                   for name, tensor in vars(self).items() if torch_tensors.is_tensor(tensor)}
         return dataclasses.replace(self, **tensors)
 
 
@@ -82,9 +87,9 @@ class AttendCall:
                           for spec, kind in zip(header.tensors, self._kinds))
 
     @property
-    def gpu(self) -> str:
-        """The uuid of the one that all tensors lie on, or empty."""
-        return "" if self._device is None else cuda_ipc.uuid_of(self._tensors)
+    def gpu(self) -> Any:
+        """The one that all tensors lie on, torch's device, or None."""
+        return None if self._device is None else cuda_ipc.gpu_of(self._tensors)
 
     def run(self, stub: prefill_service_pb2_grpc.PrefillServiceStub, retry: Retry,
             transport: Transport) -> AttendResult:
@@ -93,7 +98,7 @@ class AttendCall:
         while True:
             try:
                 if transport.on_device:
-                    return self._run_on_device(stub, retry.remaining())
+                    return self._run_on_device(stub, retry.remaining(), transport)
                 return self._run(stub, retry.remaining(), transport)
             except (grpc.RpcError, PrefilldError) as error:
                 failure = (error if isinstance(error, PrefilldError)
@@ -107,14 +112,14 @@ class AttendCall:
                             and failure.code is grpc.StatusCode.ALREADY_EXISTS)
 
     def _run_on_device(self, stub: prefill_service_pb2_grpc.PrefillServiceStub,
-                       timeout: float) -> AttendResult:
-        with InPlaceAttend(stub, self._header, self._device, timeout, self._progress) as call:
+                       timeout: float, transport: Transport) -> AttendResult:
+        with InPlaceAttend(stub, self._header, transport, timeout, self._progress) as call:
             written = 0
             for place, tensor in zip((call.q, call.k, call.v), self._tensors):
                 place.copy_(tensor)
                 written += tensor.nbytes
                 self._progress(written / self._total, "upload")
-            return call.run().clone()
+            return call.run().clone(self._device)
 
     def _run(self, stub: prefill_service_pb2_grpc.PrefillServiceStub, timeout: float,
              transport: Transport) -> AttendResult:
@@ -186,7 +191,7 @@ class AttendCall:
                 assembly.accept(response.chunk)
                 self._progress(assembly.fraction, "download")
             elif part == "summary":
-                summary = Summary.from_message(response.summary)
+                summary = Summary.from_message(response.summary, transport.name)
         if summary is None or not arrays or not (transport.mapped or assembly.done):
             raise data_loss("the stream of Attend ended before its last output or its summary")
 
@@ -194,29 +199,31 @@ class AttendCall:
         if self._device is not None:
             outputs = {spec.name: torch_tensors.from_wire(array, _kind(spec), self._device)
                        for spec, array in zip(specs, arrays)}
-        result = _result(outputs, summary, transport.name)
+        result = _result(outputs, summary)
         return (result if self._device is not None
                 else dataclasses.replace(result, o=result.o.view(self._tensors[0].dtype)))
 
 
 class InPlaceAttend:
-    """One Attend in the server's memory on a GPU that is this process's too (cuda_ipc): nothing is
+    """One Attend in the server's memory on a GPU that this process reaches (cuda_ipc): nothing is
     copied. Use it as a context manager: on entry the call is admitted and `q`, `k` and `v` are
-    tensors to fill; `run` computes; on exit the memory goes, so nothing in it may be used after
-    that. The server takes the memory back from a caller that keeps it idle (--upload_timeout).
+    tensors to fill; `run` computes; on exit the call is over. The tensors stay valid as long as
+    somebody holds them, and one of them keeps the call's whole memory, which counts as taken on the
+    server (--attend_memory). A call that is idle for too long is given up (--upload_timeout).
 
     From any thread, one at a time. Not tried again. Raises what `attend` does."""
 
     def __init__(self, stub: prefill_service_pb2_grpc.PrefillServiceStub,
-                 header: prefill_service_pb2.AttendHeader, device: Any, timeout: float,
+                 header: prefill_service_pb2.AttendHeader, transport: Transport, timeout: float,
                  progress: Progress):
-        """header: complete but for the transport. device: torch's."""
-        header.transport = TRANSPORTS["cuda_ipc"].value
+        """header: complete but for the transport. transport: one that is on a device."""
+        header.transport = transport.value
+        self._transport = transport
         self._stub, self._header, self._timeout = stub, header, timeout
         self._progress = progress
         self._requests: queue.SimpleQueue[prefill_service_pb2.AttendRequest | None] = (
             queue.SimpleQueue())
-        self._memory = cuda_ipc.Memory(device)
+        self._memory = cuda_ipc.Memory(transport.socket, transport.device)
         self._complete = False
 
     def __enter__(self) -> InPlaceAttend:
@@ -236,23 +243,23 @@ class InPlaceAttend:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._memory.close()
+        for name in ("q", "k", "v"):
+            vars(self).pop(name, None)
+        self._requests.put(None)
         try:
-            self._memory.close()
+            if self._complete:
+                for _ in self._call:
+                    pass
+        except grpc.RpcError as error:
+            raise PrefilldError.from_rpc(error) from error
         finally:
-            self._requests.put(None)  # tells the server that nobody looks at its memory any more
-            try:
-                if self._complete:
-                    for _ in self._call:
-                        pass
-            except grpc.RpcError as error:
-                raise PrefilldError.from_rpc(error) from error
-            finally:
-                self._call.cancel()  # nothing to do when it ended by itself
+            self._call.cancel()  # nothing to do when it ended by itself
 
     def run(self) -> AttendResult:
         """Computes what q, k and v hold by the order of the current stream. Once. The tensors of
         the result lie in the server's memory."""
-        self._memory.synchronize()
+        cuda_ipc.synchronize(self._transport.device, self.q.device)
         self._requests.put(prefill_service_pb2.AttendRequest(
             written=prefill_service_pb2.TensorsWritten()))
         self._progress(0.0, "compute")
@@ -262,9 +269,9 @@ class InPlaceAttend:
         tensors = {spec.name: self._memory.tensor(buffer, *_kind_and_shape(spec))
                    for spec, buffer in zip(outputs.tensors, outputs.buffers)}
         self._progress(1.0, "download")
-        summary = Summary.from_message(self._receive("summary"))
+        summary = Summary.from_message(self._receive("summary"), self._transport.name)
         self._complete = True
-        return _result(tensors, summary, "cuda_ipc")
+        return _result(tensors, summary)
 
     def _receive(self, expected: str) -> Any:
         try:
@@ -277,19 +284,19 @@ class InPlaceAttend:
         return getattr(response, part)
 
 
-def _result(outputs: dict[str, Any], summary: Summary, transport: str) -> AttendResult:
+def _result(outputs: dict[str, Any], summary: Summary) -> AttendResult:
     if "o" not in outputs:
         raise data_loss(f"Attend returned {', '.join(outputs)}, but no o")
     return AttendResult(
         o=outputs["o"], lse=outputs.get("lse"), block_count=outputs.get("block_count"),
         block_index=outputs.get("block_index"), pattern=outputs.get("pattern"),
-        captured_mass=outputs.get("captured_mass"), summary=summary, transport=transport)
+        captured_mass=outputs.get("captured_mass"), summary=summary)
 
 
 def _kind(spec: tensor_pb2.TensorSpec) -> str:
     """Its name in DTYPES."""
     _shape_and_type(spec)
-    return next(name for name, (kind, _) in DTYPES.items() if kind == spec.data_type)
+    return type_name(spec.data_type)
 
 
 def _kind_and_shape(spec: tensor_pb2.TensorSpec) -> tuple[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from .prefill import Prefill
 from .pull import KvPull, Lease
 from .sparsity import Policy, SparsityReport, policy_message
 from .tensors import data_type
-from .transport import Negotiator
+from .transport import TRANSPORTS, Negotiator
 from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_service_pb2,
                  model_service_pb2_grpc, prefill_service_pb2, prefill_service_pb2_grpc)
 
@@ -67,11 +67,13 @@ class PrefillClient:
 
     `transport` is how K, V and the tensors of attend travel. "grpc": in the calls, with checksums.
     "posix_shm": not at all; they lie in shared memory of the server's host, and arrays are views
-    of it. "cuda_ipc": attend alone, of torch tensors that lie on the server's GPU; they are copied
-    there and back by the GPU. Default: the best that both have, negotiated at the first call that
-    needs it; where a call cannot use shared memory after all, it goes on over grpc. A transport
-    that was named is never left for another: calls raise what the server said,
-    FAILED_PRECONDITION or UNIMPLEMENTED.
+    of it. "cuda_ipc": not at all either; they lie in the memory of the server's GPU, for callers
+    that work on it or on one that reaches it: K and V are torch tensors there, views of that
+    memory, for calls that name the GPU (device=); torch tensors of attend are copied there and
+    back by the GPU. Default: the best that both have for a call, negotiated, and tried, at the
+    first that needs it; where a call cannot use it after all, it goes on over another. A transport
+    that was named is never left: calls raise what the server said, FAILED_PRECONDITION or
+    UNIMPLEMENTED.
     """
 
     def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None,
@@ -123,7 +125,7 @@ class PrefillClient:
             request_id=request_id, **policy)
         call = AttendCall(header, {"q": q, "k": k, "v": v}, dtype, progress or _no_progress)
         retry = self._retry(timeout)
-        transport = self._negotiator.choose(retry.remaining(), gpu=call.gpu)
+        transport = self._negotiator.choose(retry.remaining(), device=call.gpu)
         return call.run(self._prefill, retry, transport)
 
     def attend_in_place(self, q_shape: Sequence[int], kv_shape: Sequence[int], dtype: str, *,
@@ -135,26 +137,22 @@ class PrefillClient:
         dtype: "f32", "f16" or "bf16". device: torch's. options: as attend's, from softmax_scale on.
         FAILED_PRECONDITION: the server computes on another GPU or host, or offers no cuda_ipc.
         """
-        import torch
-
-        device = torch.device(device)
-        if device.index is None:
-            device = torch.device(device.type, torch.cuda.current_device())
         header = _attend_header(**options)
         for name, shape in (("q", q_shape), ("k", kv_shape), ("v", kv_shape)):
             header.tensors.add(name=name, data_type=data_type(dtype), shape=shape)
         retry = self._retry(timeout)
-        transport = self._negotiator.choose(retry.remaining(), gpu=cuda_ipc.uuid(device))
+        device = cuda_ipc.gpu(device)
+        transport = self._negotiator.choose(retry.remaining(), device=device)
         if not transport.on_device:
             raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
                                 f"cuda_ipc is not possible with this server and {device}")
-        return InPlaceAttend(self._prefill, header, device, retry.remaining(),
+        return InPlaceAttend(self._prefill, header, transport, retry.remaining(),
                              progress or _no_progress)
 
     def prefill(self, model: str, token_ids: Sequence[int] | np.ndarray, *, retain: bool = True,
                 kv_dtype: str | None = None, widen: bool = True, lease_ttl: float | None = None,
                 return_logits: bool = False, priority: int = 0, request_id: str | None = None,
-                timeout: float | None = None, progress: Progress | None = None,
+                timeout: float | None = None, progress: Progress | None = None, device: Any = None,
                 **policy: Unpack[Policy]) -> Prefill:
         """Runs a prompt through a model; returns once it is admitted. See Prefill.
 
@@ -168,6 +166,11 @@ class PrefillClient:
             bits, as uint16.
         lease_ttl: seconds; default and limit are the server's.
         timeout: of the computation and of the pull, together.
+        device: torch's, or its name. K and V are wanted on this GPU, and come as torch tensors of
+            the cache's own type where that is possible without sending them (cuda_ipc; see
+            Prefill.transport and Layer); elsewhere as without it. The server's memory is tried
+            before the prompt is sent; where the cache's own cannot be opened all the same, nobody
+            can have it: FAILED_PRECONDITION, and the next prompt goes another way.
         """
         wanted = data_type(kv_dtype)
         request = prefill_service_pb2.PrefillRequest(
@@ -175,31 +178,44 @@ class PrefillClient:
             token_ids=_integers(token_ids), sparsity=policy_message(policy), priority=priority,
             return_logits=return_logits)
         request.destination.retain = retain
-        request.destination.transport = self._negotiator.destination
         request.destination.layout.data_type = wanted
         if lease_ttl is not None:
             request.destination.lease_ttl.FromNanoseconds(int(lease_ttl * 1e9))
         report = progress or _no_progress
         retry = self._retry(timeout)
         info = self.model(model)
-        self._negotiator.choose(retry.remaining())  # a pinned one that is not possible: before work
+        gpu, own_type = cuda_ipc.gpu(device), wanted in (0, info.data_type)
+        # Before work: a pinned one may not be possible, a GPU's memory must be asked for.
+        asked = self._negotiator.choose(retry.remaining(), possible=retain and own_type, device=gpu,
+                                        model=model)
+        request.destination.transport = self._negotiator.destination(asked)
 
-        def pull(lease: Lease, mappable: bool) -> KvPull:
+        def falls_back(failure: PrefilldError) -> bool:
+            if not asked.on_device or not asked.falls_back(failure):
+                return False
+            request.destination.transport = self._negotiator.destination(asked)
+            return True
+
+        def pull(lease: Lease, admitted: str) -> KvPull:
             transport = self._negotiator.choose(
-                retry.remaining(), lease.boot_id,
-                possible=mappable and wanted in (0, info.data_type))
+                retry.remaining(), lease.boot_id, possible=admitted != "grpc" and own_type,
+                device=gpu if TRANSPORTS[admitted].on_device else None, model=model)
             return KvPull(self._handoff, lease, info, wanted, widen, transport,
                           self._retry(retry.remaining()), report)
 
-        return Prefill(self._prefill, request, info, retry, report, pull, self.renew, self.release)
+        return Prefill(self._prefill, request, info, retry, report, pull, falls_back, self.renew,
+                       self.release)
 
     def pull(self, lease: Lease, model: str, *, kv_dtype: str | None = None, widen: bool = True,
-             timeout: float | None = None, progress: Progress | None = None) -> KvPull:
+             timeout: float | None = None, progress: Progress | None = None,
+             device: Any = None) -> KvPull:
         """Pulls a cache that somebody else had computed. Iterate the answer for its Layers, then
-        `release` the lease."""
+        `release` the lease. device: as prefill's; for a cache that was asked for so (see
+        Prefill.transport)."""
         wanted, info, retry = data_type(kv_dtype), self.model(model), self._retry(timeout)
         transport = self._negotiator.choose(retry.remaining(), lease.boot_id,
-                                            possible=wanted in (0, info.data_type))
+                                            possible=wanted in (0, info.data_type),
+                                            device=cuda_ipc.gpu(device), model=model)
         return KvPull(self._handoff, lease, info, wanted, widen, transport, retry,
                       progress or _no_progress)
 
@@ -215,7 +231,7 @@ class PrefillClient:
     def release(self, lease: Lease, consumed: bool = True, unmapped: bool = False) -> None:
         """Ends the lease. consumed=False: abandoned; stops a computation that still runs.
         unmapped: KvPull.unmapped of the pull that consumed it; the server may then use the cache's
-        memory again."""
+        segment again. (A GPU's memory is in use by itself as long as it is mapped.)"""
         self._ask(self._handoff.ReleaseLease, kv_handoff_service_pb2.ReleaseLeaseRequest(
             lease=lease.name, generation=lease.generation, unmapped=unmapped,
             reason=(kv_handoff_service_pb2.RELEASE_REASON_CONSUMED if consumed

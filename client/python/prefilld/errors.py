@@ -18,7 +18,8 @@ class PrefilldError(Exception):
         wire (a chunk with a bad checksum, an argument that cannot be sent) use the same codes.
     violations: (field, description) pairs of an INVALID_ARGUMENT.
     retry_delay: seconds after which the server expects a retry to help, or None.
-    reason: the server's machine-readable reason, e.g. "DEADLINE_INFEASIBLE", or None.
+    reason: the server's machine-readable reason, e.g. "DEADLINE_INFEASIBLE"; of a transport that
+        was tried and cannot be used, the name of a TransportRefusal.Reason; or None.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str, *,
@@ -64,6 +65,11 @@ def _details(error: grpc.RpcError):
         if key == "grpc-status-details-bin":
             return status_pb2.Status.FromString(value).details
     return ()
+
+
+def refused(reason: str, message: str) -> PrefilldError:
+    """A transport cannot be used from here. reason: the name of a TransportRefusal.Reason."""
+    return PrefilldError(grpc.StatusCode.FAILED_PRECONDITION, message, reason=reason)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .errors import PrefilldError
 from .fingerprint import fingerprint
 from .sparsity import Policy, Summary
 from .tensors import invalid
+from .transport import cannot_be_opened
 from .v1 import model_service_pb2, tensor_pb2
 
 try:
@@ -79,6 +80,11 @@ def prefill_into_cache(
     given the same N tokens, computes the last one and goes on. generate appends to the cache; for
     a second run from the same prompt give it copy.deepcopy(cache).
 
+    A model that lies on one GPU, which the server's GPU's memory can be reached from, gets no copy:
+    the cache's tensors are views of that memory (transport cuda_ipc; Summary.transport tells). It
+    is in use until the last of them has gone: generate replaces each, by one of torch's own, at the
+    first token; so does copy.deepcopy, for the copy.
+
     model: on any device, in the checkpoint's own dtype. It is compared with the server's model
         before anything is computed: type, layers, heads, head_dim, vocabulary, dtype, RoPE.
     input_ids: [N] or [1, N], integers, N >= 1, none of them padding. One token: nothing is
@@ -93,8 +99,8 @@ def prefill_into_cache(
         second a GiB. Without it both sides are trusted to have loaded the same checkpoint.
     timeout: seconds, of the computation and of the transfer together; default 3600.
     progress: as PrefillClient.prefill; the phase "pull" counts the layers that are here.
-    return_summary: return (cache, Summary) instead; it says what was computed and how long each
-        phase took. None for a prompt of one token.
+    return_summary: return (cache, Summary) instead; it says what was computed, how long each
+        phase took and how the cache came. None for a prompt of one token.
     policy: what may be skipped, see Policy; method="dense" for the exact result.
 
     Raises PrefilldError: INVALID_ARGUMENT for a prompt that cannot be sent, FAILED_PRECONDITION,
@@ -120,12 +126,17 @@ def prefill_into_cache(
             return (cache, None) if return_summary else cache
 
         devices = _layer_devices(model)
-        with server.prefill(info.name, ids, widen=False, timeout=timeout, progress=progress,
-                            **policy) as prompt:
-            for layer in prompt:  # each while the next is computed
-                _fill(cache.layers[layer.index], layer.k, layer.v, devices[layer.index])
-            del layer  # the last view of the server's memory, which is released next
-            return (cache, prompt.summary) if return_summary else cache
+        options = {"widen": False, "timeout": timeout, "progress": progress, "device": devices[0]}
+        for last in (False, True):
+            try:
+                with server.prefill(info.name, ids, **options, **policy) as prompt:
+                    for layer in prompt:  # each while the next is computed
+                        _fill(cache.layers[layer.index], layer.k, layer.v, devices[layer.index])
+                    del layer  # of what was copied the last view: the memory is released next
+                    return (cache, prompt.summary) if return_summary else cache
+            except PrefilldError as error:  # a GPU's memory, found out with the first layer
+                if last or not cannot_be_opened(error):
+                    raise
 
 
 def _token_ids(input_ids: TokenIds) -> np.ndarray:
@@ -260,7 +271,7 @@ def _layer_devices(model: PreTrainedModel) -> list[torch.device]:
     return devices
 
 
-def _fill(layer: DynamicLayer, k: np.ndarray, v: np.ndarray, device: torch.device) -> None:
+def _fill(layer: DynamicLayer, k: Any, v: Any, device: torch.device) -> None:
     """Makes K and V [kv_heads, N, head_dim] what the layer keeps. Not by DynamicLayer.update,
     which would copy them."""
     keys, values = _tensor(k, device), _tensor(v, device)
@@ -268,14 +279,15 @@ def _fill(layer: DynamicLayer, k: np.ndarray, v: np.ndarray, device: torch.devic
     layer.keys, layer.values = keys, values
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """[kv_heads, N, head_dim] as [1, kv_heads, N - 1, head_dim]. On the CPU it shares the array's
+def _tensor(layer: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """[kv_heads, N, head_dim] as [1, kv_heads, N - 1, head_dim]. On the same device it shares the
     memory. Shared memory of the server's, which is read-only, is copied: torch has no such tensors,
     and would crash when somebody writes to one."""
-    whole = torch.from_numpy(array if array.flags.writeable else array.copy())
-    if whole.dtype is torch.uint16:  # numpy's stand-in for bfloat16
-        whole = whole.view(torch.bfloat16)
-    return whole.to(device)[None, :, :-1]
+    if isinstance(layer, np.ndarray):
+        layer = torch.from_numpy(layer if layer.flags.writeable else layer.copy())
+        if layer.dtype is torch.uint16:  # numpy's stand-in for bfloat16
+            layer = layer.view(torch.bfloat16)
+    return layer.to(device)[None, :, :-1]
 
 
 def _mismatch(message: str) -> PrefilldError:

@@ -14,7 +14,7 @@ from .errors import PrefilldError, Retry
 from .pull import KvPull, Layer, Lease
 from .sparsity import SparsityReport, Summary
 from .tensors import data_loss
-from .transport import TRANSPORTS, transport_name
+from .transport import transport_name
 from .v1 import model_service_pb2, prefill_service_pb2, prefill_service_pb2_grpc
 
 Progress = Callable[[float, str], None]
@@ -31,9 +31,11 @@ class Prefill:
 
     def __init__(self, stub: prefill_service_pb2_grpc.PrefillServiceStub,
                  request: prefill_service_pb2.PrefillRequest, model: model_service_pb2.Model,
-                 retry: Retry, progress: Progress, pull: Callable[[Lease, bool], KvPull],
+                 retry: Retry, progress: Progress, pull: Callable[[Lease, str], KvPull],
+                 falls_back: Callable[[PrefilldError], bool],
                  renew: Callable[[Lease], Lease], release: Callable[[Lease, bool, bool], None]):
-        """pull: of a lease whose cache can be mapped (True) or not."""
+        """pull: of a lease, whose cache can be pulled by this transport and by grpc. falls_back:
+        after a failure before the admission; True: `request` now asks for something else."""
         self.request_id = request.request_id
         self.model = model
         self._stub = stub
@@ -41,12 +43,13 @@ class Prefill:
         self._retry = retry
         self._progress = progress
         self._open_pull = pull
+        self._falls_back = falls_back
         self._renew = renew
         self._release = release
 
         self._changed = threading.Condition()  # guards what follows
         self._lease: Lease | None = None
-        self._mappable = False  # the cache, by posix_shm
+        self._admitted_transport = "grpc"  # of the cache
         self._ready: dict[int, prefill_service_pb2.LayerReady] = {}
         self._logits: np.ndarray | None = None
         self._summary: Summary | None = None
@@ -59,7 +62,7 @@ class Prefill:
         threading.Thread(target=self._follow, name="prefilld-prefill", daemon=True).start()
         try:
             self._wait_for(lambda: self._lease is not None)
-            pull = self._open_pull(self.lease, self._mappable)
+            pull = self._open_pull(self.lease, self._admitted_transport)
             with self._changed:
                 self._pull = pull
         except BaseException:  # KeyboardInterrupt included: nobody else can stop the work
@@ -74,7 +77,7 @@ class Prefill:
 
     @property
     def transport(self) -> str:
-        """How the layers come here, "grpc" or "posix_shm"; see PrefillClient."""
+        """How the layers come here: "grpc", "posix_shm" or "cuda_ipc"; see PrefillClient."""
         assert self._pull is not None  # the constructor made it
         return self._pull.transport
 
@@ -83,7 +86,7 @@ class Prefill:
         """Waits for the end of the computation."""
         self._wait_for(lambda: self._summary is not None)
         assert self._summary is not None
-        return self._summary
+        return dataclasses.replace(self._summary, transport=self.transport)
 
     @property
     def report(self) -> SparsityReport:
@@ -196,6 +199,8 @@ class Prefill:
                 failure = error
             except Exception as error:  # this thread must not end without a word to those who wait
                 failure = PrefilldError(grpc.StatusCode.INTERNAL, repr(error))
+            if self._lease is None and self._falls_back(failure):
+                continue
             try:
                 self._retry.after(failure)
             except PrefilldError:
@@ -212,13 +217,13 @@ class Prefill:
         with self._changed:
             if kind == "admission":
                 self._on_admission(Lease.from_message(event.admission.lease))
-                self._mappable = TRANSPORTS[transport_name(event.admission.transport)].mapped
+                self._admitted_transport = transport_name(event.admission.transport)
             elif kind == "layer_ready":
                 self._ready[event.layer_ready.layer] = event.layer_ready
             elif kind == "logits":
                 self._logits = np.frombuffer(event.logits.f32, "<f4")
             elif kind == "summary":
-                self._summary = Summary.from_message(event.summary)
+                self._summary = Summary.from_message(event.summary, self._admitted_transport)
             self._changed.notify_all()
         if kind == "admission":
             self._progress(0.0, "queue")

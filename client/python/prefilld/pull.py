@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 import numpy as np
 
+from . import cuda_ipc
 from .errors import PrefilldError, Retry
 from .shm import MappedTensors, Segments, read_ahead
-from .tensors import NUMPY_TYPES, Assembly, data_loss, widen_bf16
-from .transport import Transport
+from .tensors import NUMPY_TYPES, Assembly, data_loss, type_name, widen_bf16
+from .transport import Transport, cannot_be_opened
 from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_service_pb2,
                  tensor_pb2)
 
@@ -48,11 +49,17 @@ class Layer:
     copies). They stay as they are after the lease has ended; but the memory of the whole cache,
     all layers of it, is in use until the last view is gone. On a GPU a server uses that memory for
     the next prompt at once, instead of making new, where no view is left as the lease is released.
+
+    Over cuda_ipc they are torch tensors on the GPU that was asked for, of the cache's own type:
+    views of the server's memory, in which nobody writes but who has them. (Where the server
+    computes on another GPU of the host: copies.) They too stay as they are after the lease has
+    ended, and the memory of the whole cache is in use, and counted by the server, until the last
+    view is gone. Then the thread that lets go of it waits for the GPU, which may still read.
     """
 
     index: int
-    k: np.ndarray   # [kv_heads, tokens, head_dim]
-    v: np.ndarray   # [kv_heads, tokens, head_dim]
+    k: Any   # np.ndarray or torch.Tensor, [kv_heads, tokens, head_dim]
+    v: Any   # the same
     density: float | None = None         # of its attention, mean over heads; None: not known here
     captured_mass: float | None = None   # mean over heads; None: not known here, or not measured
 
@@ -66,7 +73,7 @@ class KvPull:
                  model: model_service_pb2.Model, data_type: tensor_pb2.DataType, widen: bool,
                  transport: Transport, retry: Retry, progress: Progress):
         """data_type: what to ask for, 0 for the cache's own. widen: bfloat16 becomes float32,
-        else it stays uint16. transport: this call's own."""
+        else it stays uint16; of numpy arrays. transport: this call's own."""
         self._stub = stub
         self._lease = lease
         self._shape = (model.kv_heads, lease.tokens, model.head_dim)
@@ -77,6 +84,7 @@ class KvPull:
         self._retry = retry
         self._progress = progress
         self._segments = Segments()
+        self._memory: cuda_ipc.Memory | None = None  # on a GPU
         self._call: Any = None  # grpc's own, which has no public type
         self._cancelled = False
         self.layers_done = 0
@@ -88,12 +96,13 @@ class KvPull:
 
     @property
     def unmapped(self) -> bool:
-        """Every layer was mapped, and no view of any is left: what `release` tells the server."""
+        """Every layer was mapped by posix_shm, and no view of any is left: what `release` tells the
+        server."""
         return self.complete and self._segments.unmapped
 
     @property
     def transport(self) -> str:
-        """The one in use, "grpc" or "posix_shm"."""
+        """The one in use, "grpc", "posix_shm" or "cuda_ipc"."""
         return self._transport.name
 
     def cancel(self) -> None:
@@ -104,8 +113,8 @@ class KvPull:
             self._call.cancel()
 
     def __iter__(self) -> Iterator[Layer]:
-        assembly = self._next_layer()
-        with contextlib.closing(self._segments), _renewed(self._stub, self._lease):
+        with contextlib.closing(self), _renewed(self._stub, self._lease):
+            assembly = self._next_layer()
             while not self.complete:
                 try:
                     self._call = self._open(assembly)
@@ -132,6 +141,8 @@ class KvPull:
                     failure = (error if isinstance(error, PrefilldError)
                                else PrefilldError.from_rpc(error))
                     if self._transport.falls_back(failure):
+                        if cannot_be_opened(failure):
+                            raise failure from failure.__cause__  # there it lies, or nowhere
                         assembly = self._next_layer()
                     else:  # of damaged chunks the good ones before are kept
                         self._retry.after(
@@ -139,6 +150,11 @@ class KvPull:
                 finally:
                     if self._call is not None:
                         self._call.cancel()
+
+    def close(self) -> None:
+        """From now on only arrays and tensors keep memory of the server's mapped."""
+        self._segments.close()
+        self._memory = None
 
     def _open(self, at: Assembly | MappedTensors) -> Any:
         return self._stub.PullKv(kv_handoff_service_pb2.PullKvRequest(
@@ -151,13 +167,23 @@ class KvPull:
 
     def _next_layer(self) -> Assembly | MappedTensors:
         kind = NUMPY_TYPES[self._data_type]
+        if self._transport.on_device:
+            return MappedTensors(self._on_device, count=2, layer=self.layers_done)
         if self._transport.mapped:
-            return MappedTensors(self._segments, kind, self._shape, count=2,
-                                 layer=self.layers_done)
+            return MappedTensors(
+                lambda reference: self._segments.array(reference, kind, self._shape),
+                count=2, layer=self.layers_done)
         return Assembly([np.empty(self._shape, kind) for _ in range(2)], layer=self.layers_done)
 
-    def _layer(self, arrays: Sequence[np.ndarray]) -> Layer:
-        k, v = map(widen_bf16, arrays) if self._widen else arrays
+    def _on_device(self, reference: tensor_pb2.BufferRef) -> Any:
+        if self._memory is None:
+            self._memory = cuda_ipc.Memory(self._transport.socket, self._transport.device)
+        tensor = self._memory.tensor(reference, type_name(self._data_type), self._shape)
+        return tensor.to(self._transport.device)  # itself, but for another GPU's memory
+
+    def _layer(self, arrays: Sequence[Any]) -> Layer:
+        widen = self._widen and isinstance(arrays[0], np.ndarray)
+        k, v = map(widen_bf16, arrays) if widen else arrays
         return Layer(index=self.layers_done, k=k, v=v)
 
 

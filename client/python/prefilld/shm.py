@@ -16,7 +16,7 @@ import stat
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -167,15 +167,13 @@ class MappedTensors:
 
     offset = 0  # no tensor is here in part
 
-    def __init__(self, segments: Segments, kind: np.dtype[Any], shape: Sequence[int], count: int,
-                 layer: int):
-        """count: tensors of this type and shape. layer: the one that every chunk must name."""
-        self._segments = segments
-        self._kind = kind
-        self._shape = shape
+    def __init__(self, tensor: Callable[[tensor_pb2.BufferRef], Any], count: int, layer: int):
+        """tensor: the one that lies at a reference. count: of tensors. layer: the one that every
+        chunk must name."""
+        self._tensor = tensor
         self._count = count
         self._layer = layer
-        self.arrays: list[np.ndarray] = []  # those that are here
+        self.arrays: list[Any] = []  # those that are here
 
     @property
     def index(self) -> int:
@@ -201,4 +199,4 @@ class MappedTensors:
         if not chunk.HasField("buffer") or chunk.data or not chunk.last:
             raise data_loss(f"the chunk at (layer, tensor, offset) {got} does not name where a "
                             "whole tensor lies")
-        self.arrays.append(self._segments.array(chunk.buffer, self._kind, self._shape))
+        self.arrays.append(self._tensor(chunk.buffer))

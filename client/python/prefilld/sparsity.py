@@ -99,12 +99,13 @@ class Summary:
     bytes_in: int
     bytes_out: int
     report: SparsityReport
+    transport: str              # how the tensors came here: "grpc", "posix_shm" or "cuda_ipc"
 
     @classmethod
-    def from_message(cls, message: prefill_service_pb2.Summary) -> Summary:
+    def from_message(cls, message: prefill_service_pb2.Summary, transport: str) -> Summary:
         phases = ("queue", "upload", "estimate", "select", "attention", "linear", "handoff")
         return cls(
             request_id=message.request_id, tokens=message.tokens,
             seconds={p: getattr(message, p).ToNanoseconds() / 1e9 for p in phases},
             bytes_in=message.bytes_in, bytes_out=message.bytes_out,
-            report=SparsityReport.from_message(message.sparsity))
+            report=SparsityReport.from_message(message.sparsity), transport=transport)

@@ -34,6 +34,11 @@ def data_type(name: str | None) -> tensor_pb2.DataType:
     return DTYPES[name][0]
 
 
+def type_name(kind: int) -> str:
+    """The name in DTYPES of one of the wire's types that is in NUMPY_TYPES."""
+    return next(name for name, (value, _) in DTYPES.items() if value == kind)
+
+
 def invalid(message: str) -> PrefilldError:
     return PrefilldError(grpc.StatusCode.INVALID_ARGUMENT, message)
 

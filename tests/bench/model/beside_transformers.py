@@ -3,14 +3,15 @@ same device, in the same run.
 
     python tests/bench/model/beside_transformers.py --model=DIR [--backend=cuda]
         [--lengths=512,2048,8192,32768] [--methods=dense,joint,open]
-        [--transports=grpc,posix_shm] [--attention=cudnn,flash] [--rounds=5] [--pull] [--apart]
-        [--ids=FILE] [--flag=--cuda_kernels=sm80 ...] [--json=FILE]
+        [--transports=grpc,posix_shm,cuda_ipc] [--attention=cudnn,flash] [--rounds=5] [--pull]
+        [--apart] [--ids=FILE] [--flag=--cuda_kernels=sm80 ...] [--json=FILE]
 
 Ours is from the call of PrefillClient until the logits of the last token are here and every layer
 of the cache can be pulled; with --pull until K and V of all layers are here too. The transport says
-where the cache lies. Theirs is one forward pass that keeps a cache, until the logits of the last
-position are on the host. In every round each runs once, in turn; --apart: the server first, and
-transformers once it has ended, for devices that do not hold both.
+where the cache lies; with --pull and cuda_ipc it can be used on the GPU then, as it is. Theirs is
+one forward pass that keeps a cache, until the logits of the last position are on the host. In every
+round each runs once, in turn; --apart: the server first, and transformers once it has ended, for
+devices that do not hold both.
 
 What fails is said in its line, and the rest goes on. The last column is over transformers' best.
 
@@ -44,7 +45,7 @@ def arguments() -> argparse.Namespace:
     add("--methods", type=listed(str), default=["dense", "joint", "open"], metavar="NAME,...",
         help="of prefilld; open: it decides (dense,joint,open)")
     add("--transports", type=listed(str), default=["grpc", "posix_shm"], metavar="NAME,...",
-        help="where the cache lies (grpc,posix_shm)")
+        help="where the cache lies: grpc, posix_shm, cuda_ipc (grpc,posix_shm)")
     add("--attention", type=listed(str), default=["cudnn", "flash"], metavar="NAME,...",
         help="of transformers' sdpa: cudnn, flash, efficient, math, any (cudnn,flash)")
     add("--rounds", type=int, default=5, help="after one that warms up (%(default)s)")
@@ -85,11 +86,12 @@ class Measured:
 Run = Callable[[np.ndarray, Measured], None]
 
 
-def ours(client: PrefillClient, method: str, pull: bool) -> Run:
+def ours(client: PrefillClient, method: str, pull: bool, device: str | None) -> Run:
     def run(ids: np.ndarray, measured: Measured) -> None:
         policy = {} if method == "open" else {"method": method}
         begin = time.perf_counter()
-        with client.prefill(MODEL, ids, return_logits=True, widen=False, **policy) as call:
+        with client.prefill(MODEL, ids, return_logits=True, widen=False, device=device,
+                            **policy) as call:
             layers = list(call) if pull else []
             call.logits  # noqa: B018  (waits for the end)
             measured.seconds.append(time.perf_counter() - begin)
@@ -110,12 +112,13 @@ def theirs(model: Transformers, attention: str) -> Run:
 def served_runs(args):
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(
-            server(args.model, args.backend, max(args.lengths), args.flag))
+            server(args.model, args.backend, max(args.lengths), args.flag, args.transports))
         runs = {}
         for transport in args.transports:
             client = stack.enter_context(PrefillClient(running.target, transport=transport))
             for method in args.methods:
-                runs["prefilld", method, transport] = ours(client, method, args.pull)
+                runs["prefilld", method, transport] = ours(
+                    client, method, args.pull, "cuda" if transport == "cuda_ipc" else None)
         yield runs
 
 

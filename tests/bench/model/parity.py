@@ -1,7 +1,7 @@
 """K, V and logits of a served model beside transformers on the same weights.
 
     python tests/bench/model/parity.py --model=DIR --ids=ids.json [--tokens=16384]
-        [--backend=cuda] [--chunk=4096] [--decode=96] [--json=FILE]
+        [--backend=cuda] [--transport=cuda_ipc] [--chunk=4096] [--decode=96] [--json=FILE]
 
 The prompt, the file's first --tokens, goes through prefilld (method dense, started here) and
 through transformers, sdpa, on the same device. The reference is transformers in float32. The bound
@@ -12,7 +12,8 @@ short. --rows prints every tensor, else the worst of each kind.
 
 --decode=N: transformers, in the checkpoint's dtype, goes on greedily for N tokens from the cache
 pulled from prefilld and from its own prefill: how many tokens are alike, and the time to the first
-of both. In half precision two right caches may come to differ; a float32 checkpoint must not.
+of both. Over cuda_ipc that cache is the server's memory on the GPU, without a copy. In half
+precision two right caches may come to differ; a float32 checkpoint must not.
 
 Exits with 1 when anything is outside.
 
@@ -36,6 +37,8 @@ def arguments() -> argparse.Namespace:
     add("--ids", type=pathlib.Path, metavar="FILE", help="JSON array of token IDs; else random")
     add("--tokens", type=int, help="of the prompt; default: all of --ids")
     add("--backend", choices=("cuda", "cpu"), default="cuda", help="of both (%(default)s)")
+    add("--transport", choices=("grpc", "posix_shm", "cuda_ipc"),
+        help="of the cache; default: the best there is")
     add("--threads", type=int, help="of each side, on the CPU; default: all processors")
     add("--chunk", type=int, default=0, metavar="TOKENS",
         help="that transformers reads at a time; default: all")
@@ -54,6 +57,7 @@ if __name__ == "__main__":  # before the imports: --help needs none of them
     needs.modules(*needs.CLIENT, *needs.TRANSFORMERS[ARGUMENTS.backend])
     needs.server()
 
+import numpy as np
 import torch
 from served import MODEL, server, token_ids
 
@@ -69,11 +73,12 @@ HALF_BOUND = 1.5  # times transformers' own error
 Tensors = dict[str, torch.Tensor]  # layers.{i}.k and .v [kv_heads, tokens, head_dim], logits
 
 
-def served(client: PrefillClient, ids) -> Tensors:
-    with client.prefill(MODEL, ids, method="dense", return_logits=True) as call:
-        # Views of shared memory go with the lease: copies stay.
-        tensors = {f"layers.{layer.index}.{name}": torch.from_numpy(array.copy())
-                   for layer in call for name, array in (("k", layer.k), ("v", layer.v))}
+def served(client: PrefillClient, ids, device: str) -> Tensors:
+    with client.prefill(MODEL, ids, method="dense", return_logits=True, device=device) as call:
+        # Views of the server's memory keep all of it: copies are our own, on the host.
+        tensors = {f"layers.{layer.index}.{name}": torch.tensor(part, device="cpu")
+                   if isinstance(part, np.ndarray) else part.cpu()
+                   for layer in call for name, part in (("k", layer.k), ("v", layer.v))}
         return tensors | {"logits": torch.from_numpy(call.logits.copy()).flatten()}
 
 
@@ -119,16 +124,17 @@ def decode(args, client: PrefillClient, ids) -> dict:
 
     def pulled(prompt):
         begin = time.perf_counter()
-        cache = prefill_into_cache(model.model, prompt, client=client, method="dense")
+        cache, summary = prefill_into_cache(model.model, prompt, client=client, method="dense",
+                                            return_summary=True)
         between = time.perf_counter() - begin
         tokens, first = model.generate(prompt, args.decode, cache)
-        return tokens, between + first
+        return tokens, between + first, between, summary.transport
 
     for warm_up in (ids[:128], ids):
         for generate in (pulled, lambda prompt: model.generate(prompt, 2)):
             generate(warm_up)
     progress("parity: decoding from both caches")
-    ours, our_seconds = pulled(ids)
+    ours, our_seconds, usable, transport = pulled(ids)
     alone, their_seconds = model.generate(ids, args.decode)
     alike = [a == b for a, b in zip(ours, alone)]
     exact = model.dtype == torch.float32
@@ -136,7 +142,8 @@ def decode(args, client: PrefillClient, ids) -> dict:
     return {"tokens": len(alone), "alike": sum(alike),
             "first_difference": (alike + [False]).index(False), "exact": exact,
             "ok": all(alike) or not exact,
-            "ttft_prefilld_s": our_seconds, "ttft_transformers_s": their_seconds}
+            "transport": transport, "usable_s": usable, "ttft_prefilld_s": our_seconds,
+            "ttft_transformers_s": their_seconds}
 
 
 def main() -> int:
@@ -146,10 +153,12 @@ def main() -> int:
     ids = token_ids(args.ids, args.tokens, args.model)
     flags = [f"--threads={args.threads}"] if args.threads else []
     result = {"model": args.model.name, "tokens": len(ids), "backend": args.backend}
-    with server(args.model, args.backend, args.tokens, flags) as running:
-        with PrefillClient(running.target) as client:
+    # Of those that nobody names cuda_ipc is one, on a GPU.
+    transports = [args.transport or "cuda_ipc"]
+    with server(args.model, args.backend, args.tokens, flags, transports) as running:
+        with PrefillClient(running.target, transport=args.transport) as client:
             progress("parity: prefilld")
-            got = served(client, ids)
+            got = served(client, ids, args.backend)
             if args.decode:
                 result["decode"] = decode(args, client, ids)
     records = result["tensors"] = compare(args, got, ids)
@@ -164,8 +173,9 @@ def main() -> int:
           f"tensors={len(records)} outside={outside}")
     if args.decode:
         print("decode: {alike} of {tokens} tokens alike, the first {first_difference}; to the "
-              "first token: from prefilld's cache {ttft_prefilld_s:.3f} s, transformers alone "
-              "{ttft_transformers_s:.3f} s".format(**result["decode"]))
+              "first token: from prefilld's cache {ttft_prefilld_s:.3f} s (over {transport}, "
+              "usable after {usable_s:.3f} s), transformers alone {ttft_transformers_s:.3f} s"
+              .format(**result["decode"]))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     return 1 if outside or not result.get("decode", {"ok": True})["ok"] else 0

@@ -3,7 +3,7 @@
 Each RPC takes the next entry of its list in `faults`, if there is one, and does as that says;
 otherwise it answers well. Attend returns q as o. The cache of a prompt is made of the numbers that
 `expected_layer` computes. With `shm` it offers posix_shm, with files of its own in /dev/shm; with
-`gpu` cuda_ipc, with memory of its own that a fake driver opens.
+`handout` cuda_ipc, with memory of `gpu` that a fake driver maps.
 """
 
 import collections
@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+from fake_handout import DeviceMemory
 from prefilld import cuda_ipc
 from prefilld.v1 import (kv_handoff_service_pb2 as kv, kv_handoff_service_pb2_grpc,
                          model_service_pb2, model_service_pb2_grpc, prefill_service_pb2 as pb,
@@ -122,26 +123,6 @@ class Segment:
             self.file.close()
 
 
-class DeviceMemory:
-    """What Segment is for posix_shm. driver: a fake_torch.Driver."""
-
-    def __init__(self, sizes, gpu, driver):
-        self.gpu, self.driver = gpu, driver
-        self.offsets = [256 * sum(-(-size // 256) for size in sizes[:i]) for i in range(len(sizes))]
-        self.sizes = list(sizes)
-        self.array = np.zeros(self.offsets[-1] + sizes[-1], np.uint8)
-        self.address = self.array.ctypes.data
-        driver.sizes[self.address] = self.array.size
-
-    def place(self, index):
-        return self.array[self.offsets[index]:self.offsets[index] + self.sizes[index]]
-
-    def reference(self, index):
-        return tensor_pb2.BufferRef(
-            cuda_ipc_handle=self.address.to_bytes(8, "little") + bytes(56), device_uuid=self.gpu,
-            byte_offset=self.offsets[index], byte_length=self.sizes[index])
-
-
 class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
                  kv_handoff_service_pb2_grpc.KvHandoffServiceServicer,
                  model_service_pb2_grpc.ModelServiceServicer):
@@ -156,9 +137,11 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.renewed = threading.Semaphore(0)        # one permit per renewal
         self.shm = False                             # offer posix_shm
         self.shm_domain = shm_domain()
-        self.gpu = self.driver = None                # offer cuda_ipc on this one
+        self.handout = None                          # a Handout: offer cuda_ipc
+        self.gpu = "GPU-1"                           # then on this one
         self.cuda_ipc_domain = cuda_ipc.domain()
-        self.closed_before_end = []                  # of each Attend over cuda_ipc: what was open
+        self.device_caches = {}                      # by the lease's name
+        self.keeps_on_device = True                  # caches as well
         self.boot_id = "boot"
         self.segments = {}                           # of caches, by the lease's name
         self.change_buffers = None                   # Attend: what to do with Admission.buffers
@@ -246,11 +229,11 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
             segment.close()
 
     def _attend_on_device(self, header, requests, fault, context):
-        if self.gpu is None:
+        if self.handout is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "cuda_ipc is not offered")
         width = 4 if header.tensors[0].data_type == tensor_pb2.DATA_TYPE_F32 else 2
         sizes = [width * int(np.prod(spec.shape)) for spec in header.tensors]
-        memory = DeviceMemory(sizes + sizes[:1] + [12], self.gpu, self.driver)
+        memory = self.handout.share(DeviceMemory(sizes + sizes[:1] + [12], self.gpu))
         buffers = [memory.reference(i) for i in range(3)]
         if self.change_buffers is not None:
             buffers = self.change_buffers(buffers)
@@ -274,22 +257,23 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         yield pb.AttendResponse(
             outputs=fault.change(0, outputs) if isinstance(fault, Tamper) else outputs)
         yield pb.AttendResponse(summary=self._summary(header.request_id, spec.shape[0], 1))
-        assert next(requests, None) is None
-        self.closed_before_end.append(memory.address not in self.driver.open_now)
-        memory.array[:] = 0xCD  # it is somebody else's now
 
     def Prefill(self, request, context):
         self.calls["Prefill"].append(request)
         fault = self._start("Prefill", context)
         tokens = len(request.token_ids)
         lease = self._lease(request.request_id, tokens)
+        transport = request.destination.transport
+        if transport == kv.TRANSPORT_CUDA_IPC:
+            self._fill_device(lease)
         mapped = (self.shm and request.destination.retain
-                  and request.destination.transport != kv.TRANSPORT_GRPC)
+                  and transport not in (kv.TRANSPORT_GRPC, kv.TRANSPORT_CUDA_IPC))
         if mapped and lease.name not in self.segments:
             self._fill_segment(lease)
         yield pb.PrefillEvent(admission=pb.Admission(
             request_id=request.request_id, lease=lease,
-            transport=kv.TRANSPORT_POSIX_SHM if mapped else kv.TRANSPORT_GRPC))
+            transport=transport if transport == kv.TRANSPORT_CUDA_IPC
+            else kv.TRANSPORT_POSIX_SHM if mapped else kv.TRANSPORT_GRPC))
         if isinstance(fault, Hang):
             self._hang(context)
         for layer in range(LAYERS):
@@ -313,10 +297,13 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.calls["PullKv"].append(request)
         fault = self._start("PullKv", context)
         tokens = int(request.lease.split("/")[1])
-        mapped = request.transport == kv.TRANSPORT_POSIX_SHM
-        if mapped and (request.lease not in self.segments
-                       or request.layout.data_type not in (0, self.data_type)):
+        places = {kv.TRANSPORT_POSIX_SHM: self.segments,
+                  kv.TRANSPORT_CUDA_IPC: self.device_caches}.get(request.transport)
+        if places is not None and (request.lease not in places
+                                   or request.layout.data_type not in (0, self.data_type)):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the cache lies in no segment")
+        if places is None and request.lease in self.device_caches:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the cache is not sent")
 
         def chunks():
             for layer in range(request.first_layer, LAYERS):
@@ -326,10 +313,10 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
                 for index, array in enumerate(expected_layer(layer, tokens)):
                     if first and index < request.resume_tensor_index:
                         continue
-                    if mapped:
+                    if places is not None:
                         yield tensor_pb2.TensorChunk(
                             tensor_index=index, layer=layer, last=True,
-                            buffer=self.segments[request.lease].reference(2 * layer + index))
+                            buffer=places[request.lease].reference(2 * layer + index))
                         continue
                     resumed = first and index == request.resume_tensor_index
                     yield from chunks_of(self._as_stored(array, request.layout.data_type),
@@ -353,8 +340,11 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.calls["Negotiate"].append(request)
         self._start("Negotiate", context)
         transport = kv.TRANSPORT_GRPC
-        on_device = (self.gpu is not None and self.gpu in request.device_uuids
-                     and request.cuda_ipc_domain == self.cuda_ipc_domain)
+        on_device = (self.handout is not None and self.gpu in request.device_uuids
+                     and request.cuda_ipc_domain == self.cuda_ipc_domain
+                     and (self.keeps_on_device or not request.model)
+                     and not any(refusal.transport == kv.TRANSPORT_CUDA_IPC
+                                 for refusal in request.refused))
         if kv.TRANSPORT_CUDA_IPC in request.transports and not on_device:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "cuda_ipc is not possible here")
         if on_device and (not request.transports or kv.TRANSPORT_CUDA_IPC in request.transports):
@@ -367,8 +357,9 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         return kv.NegotiateResponse(
             transport=transport, fingerprint="f" * 64, boot_id=self.boot_id,
             shm_domain=self.shm_domain if self.shm else "",
-            cuda_ipc_domain=self.cuda_ipc_domain if self.gpu else "",
-            device_uuids=[self.gpu] if self.gpu else [])
+            **({} if self.handout is None else {
+                "cuda_ipc_domain": self.cuda_ipc_domain, "device_uuids": [self.gpu],
+                "cuda_ipc_socket": self.handout.path}))
 
     # --- ModelService
 
@@ -413,11 +404,22 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         return array.astype("<f2" if kind == tensor_pb2.DATA_TYPE_F16 else "<f4")
 
     def _fill_segment(self, lease):
-        arrays = [self._as_stored(array) for layer in range(LAYERS)
-                  for array in expected_layer(layer, lease.tokens)]
+        arrays = self._stored(lease)
         segment = self.segments[lease.name] = Segment([array.nbytes for array in arrays])
         for index, array in enumerate(arrays):
             segment.put(index, array)
+
+    def _fill_device(self, lease):
+        if lease.name not in self.device_caches:
+            arrays = self._stored(lease)
+            memory = self.handout.share(DeviceMemory([a.nbytes for a in arrays], self.gpu))
+            for index, array in enumerate(arrays):
+                memory.put(index, array)
+            self.device_caches[lease.name] = memory
+
+    def _stored(self, lease):
+        return [self._as_stored(array) for layer in range(LAYERS)
+                for array in expected_layer(layer, lease.tokens)]
 
     def _lease(self, request_id, tokens):
         ttl = duration_pb2.Duration()

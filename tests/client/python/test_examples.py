@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "client/python/examples"))
+EXAMPLES = str(pathlib.Path(__file__).resolve().parents[3] / "client/python/examples")
+sys.path.insert(0, EXAMPLES)
 
 from convert_smollm2 import unpermute  # noqa: E402
 from llama_numpy import LayerCache, Llama  # noqa: E402
@@ -129,3 +131,15 @@ def whole_prompt(weights, ids, config):
         up = y @ w[f"{layer}.mlp.up_proj.weight"].T
         x = x + gate / (1 + np.exp(-gate)) * up @ w[f"{layer}.mlp.down_proj.weight"].T
     return norm(x, "model.norm") @ w["model.embed_tokens.weight"].T
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_the_demo_on_a_gpu_says_in_a_line_what_it_lacks(missing, tmp_path):
+    script = (f"import runpy, sys; sys.modules[{missing!r}] = None; "
+              f"sys.argv = ['demo_gpu.py', '--build={tmp_path}']; "
+              f"sys.path.insert(0, {EXAMPLES!r}); "
+              f"runpy.run_path({EXAMPLES + '/demo_gpu.py'!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("demo-gpu: FAILED: torch and transformers are needed: ")

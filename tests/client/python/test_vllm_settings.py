@@ -21,6 +21,11 @@ def test_a_wrong_setting_is_refused_by_name(extra, message):
         Settings.from_config(extra)
 
 
+def test_every_transport_can_be_named():
+    for name in ("grpc", "posix_shm", "cuda_ipc", None):
+        assert Settings.from_config({"transport": name}).transport == name
+
+
 def test_settings_are_the_policy_of_prompts_unless_they_say_otherwise():
     s = Settings.from_config({"target": "h:1", "model": "m", "method": "joint", "gamma": 0.95})
     plan = plan_request(None, s)

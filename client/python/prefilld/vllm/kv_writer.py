@@ -26,8 +26,11 @@ def slots(block_ids: Sequence[int], block_size: int, first: int, count: int) -> 
     return blocks[tokens // block_size] * block_size + tokens % block_size
 
 
-def as_tensor(array: np.ndarray) -> torch.Tensor:
-    """The array's memory as a tensor, read-only memory included (nobody writes to it here)."""
+def as_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """The array's memory as a tensor, read-only memory included (nobody writes to it here). What
+    lies on a GPU is one already."""
+    if isinstance(array, torch.Tensor):
+        return array
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
@@ -50,7 +53,8 @@ def cpu_writer(cache: torch.Tensor, layer: Any) -> Write:
 
 
 def strided_writer(cache: torch.Tensor, kv_heads: int, head_dim: int) -> Write:
-    """For every form in which a block's rows are plain [.., head_dim] rows, on any device."""
+    """For every form in which a block's rows are plain [.., head_dim] rows, on any device. K and V
+    that lie on the cache's own are copied once, to where they belong, and nothing waits for it."""
     keys, values = block_views(cache, kv_heads, head_dim)
     block_size = keys.shape[1]
 

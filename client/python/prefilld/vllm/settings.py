@@ -12,6 +12,7 @@ import grpc
 from ..errors import PrefilldError
 from ..pull import Lease
 from ..sparsity import METHODS, REPORT_LEVELS, Policy
+from ..transport import TRANSPORTS
 
 POLICY_KEYS = tuple(Policy.__annotations__)
 SPARSE_BY_DEFAULT = "joint"  # what prefilld runs when no method is named
@@ -37,7 +38,8 @@ class Settings:
         prompts that arrive together wait for each other. A server that hangs is noticed within a
         minute.
     max_loads: loads at a time; others wait. 16.
-    transport: "grpc" or "posix_shm"; default: the best that both sides have.
+    transport: "grpc", "posix_shm" or "cuda_ipc" (where vLLM runs on a GPU that reaches prefilld's);
+        default: the best that both sides have.
     """
 
     targets: tuple[str, ...] = ()
@@ -60,8 +62,8 @@ class Settings:
         target = extra.get("target") or ()
         targets = (target,) if isinstance(target, str) else tuple(target)
         transport = extra.get("transport")
-        if transport not in (None, "grpc", "posix_shm"):
-            raise ValueError(f"transport {transport!r} is not grpc or posix_shm")
+        if transport is not None and transport not in TRANSPORTS:
+            raise ValueError(f"transport {transport!r} is not one of {', '.join(TRANSPORTS)}")
         try:
             return cls(
                 targets=tuple(_target(t) for t in targets), model=_name(extra, "model"),

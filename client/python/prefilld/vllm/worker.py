@@ -203,11 +203,12 @@ class WorkerHalf:
             with self._source(client, load, deadline) as source:
                 order = load.order
                 slot = slots(order.block_ids, self._block_size, order.begin,
-                             order.end - order.begin)
+                             order.end - order.begin).to(self._device)
                 layers = self._write(source, load, slot)
                 if layers != len(self._writers):
                     raise data_loss(f"{layers} layers came, this engine has {len(self._writers)}")
                 if self._device is not None and self._device.type == "cuda":
+                    # The blocks are filled, and nothing reads what is released as consumed.
                     torch.cuda.current_stream(self._device).synchronize()
                 return source.transport
         except PrefilldError:
@@ -233,7 +234,8 @@ class WorkerHalf:
         if plan.lease is None:
             model = self._model(client, plan)
             with client.prefill(model.name, order.prompt, kv_dtype=self._check.dtype, widen=False,
-                                timeout=_left(deadline), **plan.policy) as load.source:
+                                timeout=_left(deadline), device=self._device,
+                                **plan.policy) as load.source:
                 load.check()
                 yield load.source
                 with contextlib.suppress(PrefilldError):  # everything is here: then the ttl ends it
@@ -246,7 +248,8 @@ class WorkerHalf:
             if plan.lease.layers != model.layers:
                 raise refused(f"the lease has {plan.lease.layers} layers, the model {model.layers}")
             load.source = pull = client.pull(plan.lease, model.name, kv_dtype=self._check.dtype,
-                                      widen=False, timeout=_left(deadline))
+                                      widen=False, timeout=_left(deadline),
+                                      device=self._device)
             load.check()
             self._let_go(plan.lease)  # the pull renews it from here on
             yield pull
