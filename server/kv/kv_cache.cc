@@ -64,6 +64,11 @@ void KvCache::LieIn(std::shared_ptr<Region> region, Later later) {
   pool_.Discard(std::move(blocks));
 }
 
+RegionAddress KvCache::address() const {
+  absl::MutexLock lock(&mutex_);
+  return region_ != nullptr ? region_->address() : RegionAddress();
+}
+
 Transport KvCache::transport() const {
   absl::MutexLock lock(&mutex_);
   return transport_;

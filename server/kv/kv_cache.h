@@ -129,7 +129,8 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
 
   const KvGeometry& geometry() const { return geometry_; }
   bool retain() const { return retain_; }
-  Transport transport() const;  // of the region that it lies in, or lay in; kGrpc: blocks
+  Transport transport() const;    // of the region that it lies in, or lay in; kGrpc: blocks
+  RegionAddress address() const;  // of that region; empty: blocks, or freed
 
   // --- the engine ---
   // False: the layer's blocks still hold an undelivered one; `on_slot_free` runs when to ask again.

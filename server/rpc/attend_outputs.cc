@@ -121,7 +121,8 @@ v1::OutputSpecs AttendOutputs::specs() const {
   for (size_t i = 0; i < tensors_.size(); ++i) {
     *specs.add_tensors() = tensors_[i].spec;
     if (memory_.region == nullptr) continue;
-    *specs.add_buffers() = BufferIn(*memory_.region, memory_.outputs[i], tensors_[i].bytes);
+    *specs.add_buffers() =
+        BufferAt(memory_.region->address(), memory_.outputs[i], tensors_[i].bytes);
   }
   return specs;
 }

@@ -149,7 +149,7 @@ v1::AttendResponse AttendReactor::Admission(Transport transport) const {
   admission.set_transport(ProtoOf(transport));
   for (size_t i = 0; i < memory_.inputs.size(); ++i) {
     *admission.add_buffers() =
-        BufferIn(*memory_.region, memory_.inputs[i], memory_.upload[i].bytes);
+        BufferAt(memory_.region->address(), memory_.inputs[i], memory_.upload[i].bytes);
   }
   return response;
 }

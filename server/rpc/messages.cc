@@ -54,8 +54,7 @@ std::string TransportName(int transport) {
              : std::to_string(transport);
 }
 
-v1::BufferRef BufferIn(const Region& region, uint64_t offset, uint64_t bytes) {
-  const RegionAddress& address = region.address();
+v1::BufferRef BufferAt(const RegionAddress& address, uint64_t offset, uint64_t bytes) {
   v1::BufferRef buffer;
   buffer.set_name(address.name);
   buffer.set_device_uuid(address.device_uuid);

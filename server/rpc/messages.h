@@ -24,7 +24,7 @@ v1::Transport ProtoOf(Transport transport);
 std::string ProtoName(Transport transport);  // "TRANSPORT_GRPC"
 std::string TransportName(int transport);    // the same, or the number of an unknown one
 // A tensor in memory that the caller opens.
-v1::BufferRef BufferIn(const Region& region, uint64_t offset, uint64_t bytes);
+v1::BufferRef BufferAt(const RegionAddress& address, uint64_t offset, uint64_t bytes);
 std::string DataTypeName(int type);  // "BF16", or the number of an unknown one
 
 google::protobuf::Duration ProtoOf(absl::Duration duration);

@@ -145,6 +145,10 @@ absl::Status PrefillStream::Begin(const ValidPrefill& valid) {
   *admission.mutable_lease() = ProtoOf(lease_, cache->geometry(), rpc_.boot_id);
   admission.set_fingerprint(info.fingerprint);
   admission.set_transport(ProtoOf(cache->transport()));
+  // Of host memory a pull's word is waited for: until then nobody has it, and it is used again.
+  if (RowOf(cache->transport()).on_device) {
+    *admission.add_buffers() = BufferAt(cache->address(), 0, cache->geometry().region_bytes());
+  }
   rpc_.metrics.prompt_tokens.Observe(static_cast<double>(job->tokens()));
   Log(Level::kInfo, "prefill_admitted",
       {{"request_id", job->request_id},

@@ -195,7 +195,7 @@ grpc::ByteBuffer PullReactor::Place(const ChunkHeader& header, const KvCache::Pi
   chunk.set_layer(header.layer);
   chunk.set_last(header.last);
   const uint64_t offset = pin.geometry().region_offset(pin.layer(), header.tensor_index == 1);
-  *chunk.mutable_buffer() = BufferIn(*pin.region(), offset, tensor_bytes_);
+  *chunk.mutable_buffer() = BufferAt(pin.region()->address(), offset, tensor_bytes_);
   return EncodeMessage(chunk);
 }
 

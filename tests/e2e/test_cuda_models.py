@@ -134,9 +134,13 @@ def segmented(checkpoint, tmp_path):
         yield server
 
 
+def segments(server, state):
+    """Bytes."""
+    return server.metric("prefilld_kv_segment_bytes", transport="posix_shm", state=state)
+
+
 def await_segments(server, ready=48 << 20):
-    harness.eventually(
-        lambda: server.metric("prefilld_kv_segment_bytes", transport="posix_shm", state="ready") == ready)
+    harness.eventually(lambda: segments(server, "ready") == ready)
 
 
 def test_a_segment_is_ready_before_the_prompt_and_nobody_elses_after_it(segmented, checkpoint):
@@ -147,7 +151,7 @@ def test_a_segment_is_ready_before_the_prompt_and_nobody_elses_after_it(segmente
     call = mapping.start(segmented, checkpoint.tokens(900)).finish()
     assert mapping.segments(boot) == ready
     assert segmented.metric("prefilld_kv_blocks", state="free") == blocks
-    assert segmented.metric("prefilld_kv_segment_bytes", transport="posix_shm", state="lent") == 16 << 20
+    assert segments(segmented, "lent") == 16 << 20
     chunks = list(prefilling.open_pull(segmented, call.ready, transport=mapping.SHM))
     name = chunks[0].buffer.name
     assert {chunk.buffer.name for chunk in chunks} == {name} and name[1:] in ready
@@ -172,8 +176,7 @@ def test_prompts_in_segments_go_together_beyond_what_is_ready(segmented, checkpo
         assert mapping.plain(mapping.pull(segmented, call.ready)) == \
             prefilling.pull(segmented, call.ready)
         prefilling.release(segmented, call.ready)
-    harness.eventually(
-        lambda: segmented.metric("prefilld_kv_segment_bytes", transport="posix_shm", state="lent") == 0)
+    harness.eventually(lambda: segments(segmented, "lent") == 0)
 
 
 def test_a_killed_server_leaves_its_segments_to_the_next(checkpoint, tmp_path):

@@ -106,7 +106,10 @@ def prefilled(server, model, **options):
 
 @needs_a_gpu
 def test_the_cache_is_the_servers_memory_until_the_first_token(server, model):
-    rest = server.descriptors()
+    def lent():
+        return server.metric("prefilld_kv_segment_bytes", transport="cuda_ipc", state="lent")
+
+    assert lent() == 0
     cache, summary = prefilled(server, model)
     assert summary.transport == "cuda_ipc"
     sent, _ = prefilled(server, model, transport="grpc")
@@ -118,11 +121,11 @@ def test_the_cache_is_the_servers_memory_until_the_first_token(server, model):
     assert len({start // (64 << 20) for start in starts}) <= 2, "one piece of memory"
     again, ids = copy.deepcopy(cache), torch.tensor([IDS], device="cuda")
     harness.eventually(lambda: server.metric("prefilld_leases_active") == 0)
-    assert server.descriptors() > rest  # the connection: the memory is in use
+    assert lent() > 0  # the lease has ended, and the memory is in use
     alone = model.generate(ids, **GREEDY)
     assert model.generate(ids, past_key_values=cache, **GREEDY).tolist() == alone.tolist()
     # Each view was replaced.
-    harness.eventually(lambda: server.descriptors() <= rest)
+    harness.eventually(lambda: lent() == 0)
     assert model.generate(ids, past_key_values=again, **GREEDY).tolist() == alone.tolist()
 
 

@@ -122,6 +122,12 @@ class Memory:
         self._name = ""
         self._mapping: _Mapping | None = None
 
+    def open(self, name: str) -> None:
+        """Maps it before the first tensor is asked for. FAILED_PRECONDITION as `tensor`."""
+        if self._mapping is None:
+            self._mapping = _Mapping(self._path, name, self._device.index)
+            self._name = name
+
     def tensor(self, reference: tensor_pb2.BufferRef, kind: str, shape: Sequence[int]) -> Any:
         """The tensor that lies at `reference`, without a copy. It is on the GPU whose memory it is:
         `device`, or one that `device` reaches.
@@ -143,9 +149,8 @@ class Memory:
         if not reference.name or self._name not in ("", reference.name):
             raise data_loss(f"memory {reference.name!r}: the tensors of a call lie in one piece of "
                             f"memory, {self._name!r}")
-        if self._mapping is None:
-            self._mapping = _Mapping(self._path, reference.name, self._device.index)
-            self._name = reference.name
+        self.open(reference.name)
+        assert self._mapping is not None
         if begin + length > self._mapping.memory.size:
             raise data_loss(f"bytes {begin} to {begin + length} of memory that has "
                             f"{self._mapping.memory.size}")

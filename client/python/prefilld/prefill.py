@@ -15,7 +15,7 @@ from .pull import KvPull, Layer, Lease
 from .sparsity import SparsityReport, Summary
 from .tensors import data_loss
 from .transport import transport_name
-from .v1 import model_service_pb2, prefill_service_pb2, prefill_service_pb2_grpc
+from .v1 import model_service_pb2, prefill_service_pb2, prefill_service_pb2_grpc, tensor_pb2
 
 Progress = Callable[[float, str], None]
 
@@ -50,6 +50,7 @@ class Prefill:
         self._changed = threading.Condition()  # guards what follows
         self._lease: Lease | None = None
         self._admitted_transport = "grpc"  # of the cache
+        self._buffers: list[tensor_pb2.BufferRef] = []  # of its memory, where that may be told now
         self._ready: dict[int, prefill_service_pb2.LayerReady] = {}
         self._logits: np.ndarray | None = None
         self._summary: Summary | None = None
@@ -63,6 +64,8 @@ class Prefill:
         try:
             self._wait_for(lambda: self._lease is not None)
             pull = self._open_pull(self.lease, self._admitted_transport)
+            if self._buffers:
+                pull.open_ahead(self._buffers[0])
             with self._changed:
                 self._pull = pull
         except BaseException:  # KeyboardInterrupt included: nobody else can stop the work
@@ -218,6 +221,7 @@ class Prefill:
             if kind == "admission":
                 self._on_admission(Lease.from_message(event.admission.lease))
                 self._admitted_transport = transport_name(event.admission.transport)
+                self._buffers = list(event.admission.buffers)
             elif kind == "layer_ready":
                 self._ready[event.layer_ready.layer] = event.layer_ready
             elif kind == "logits":

@@ -151,6 +151,13 @@ class KvPull:
                     if self._call is not None:
                         self._call.cancel()
 
+    def open_ahead(self, reference: tensor_pb2.BufferRef) -> None:
+        """Maps the whole cache, where it lies on the GPU, before its first layer is computed. What
+        cannot be done now fails when that layer comes."""
+        if self._transport.on_device:
+            with contextlib.suppress(PrefilldError):
+                self._device_memory().open(reference.name)
+
     def close(self) -> None:
         """From now on only arrays and tensors keep memory of the server's mapped."""
         self._segments.close()
@@ -175,10 +182,13 @@ class KvPull:
                 count=2, layer=self.layers_done)
         return Assembly([np.empty(self._shape, kind) for _ in range(2)], layer=self.layers_done)
 
-    def _on_device(self, reference: tensor_pb2.BufferRef) -> Any:
+    def _device_memory(self) -> cuda_ipc.Memory:
         if self._memory is None:
             self._memory = cuda_ipc.Memory(self._transport.socket, self._transport.device)
-        tensor = self._memory.tensor(reference, type_name(self._data_type), self._shape)
+        return self._memory
+
+    def _on_device(self, reference: tensor_pb2.BufferRef) -> Any:
+        tensor = self._device_memory().tensor(reference, type_name(self._data_type), self._shape)
         return tensor.to(self._transport.device)  # itself, but for another GPU's memory
 
     def _layer(self, arrays: Sequence[Any]) -> Layer:

@@ -13,10 +13,10 @@ prompt in twenty ends with its client, by kill -9, before the cache is pulled or
 its hands, and another client comes. Every ten seconds a line says what the server holds.
 
 In the end, a second after the leases of the killed must have run out, exits with 1 unless blocks,
-segments of each transport, leases and descriptors are as before the first client, device memory and
-threads no more than after the first third of the time (gRPC keeps threads by its connections, cuDNN
-its workspaces, once they were needed), every admitted prompt finished, was cancelled or failed, and
-no layer was another.
+segments of each transport and leases are as before the first client, device memory, threads and
+descriptors no more than after the first third of the time (gRPC keeps threads, and what wakes them,
+by its connections, cuDNN its workspaces, once they were needed), every admitted prompt finished,
+was cancelled or failed, and no layer was another.
 
 GPU memory: the weights, with cuda_ipc two caches of --longest tokens a client, and what prefilld
 plans beside (its log's memory_plan lines). The host keeps as much: of Llama-3.1-8B's shape, as set,
@@ -65,7 +65,7 @@ TTL_S = 15
 CANCELLED_SHARE = 0.10
 KILLED_SHARE = 0.05
 KNOWN_SHARE = 0.10
-KEPT = ("device", "threads")  # by libraries, once needed
+KEPT = ("device", "threads", "descriptors")  # by libraries, once needed
 # (tokens, method) of prompts that are too long to share a batch, where rounding may differ.
 KNOWN = [(tokens, method) for tokens in (4097, 6000) for method in ("dense", "joint")]
 

@@ -7,8 +7,8 @@ In every round each way is gone once, in turn, so that what else the machine doe
 figures are medians of the rounds, after one that warms up. Four tables:
 
 prefill   from the call until the summary, with the cache kept for grpc and not pulled, and until K
-          and V of every layer can be used, over each transport; and the server's own phase
-          `handoff`, in milliseconds and as a share of all its phases
+          and V of every layer can be used, over each transport; and what the server computed for
+          (all its phases but the wait in the queue), of that its phase `handoff`, and its share
 layers    from a layer's event (LayerReady) reaching this process until a kernel here has read its
           last element; the first layer, for which the memory is mapped, apart
 blocks    the whole cache into blocks as vLLM has them, in every form that the connector knows,
@@ -88,13 +88,15 @@ def prefill_rows(clients: Clients, ids: np.ndarray, method: str, rounds: int) ->
         """(seconds, those of the server's phases)"""
         begin = time.perf_counter()
         with clients.prefill(transport, ids, method=method) as call:
-            for layer in call if pull else ():
-                touch(layer)
+            if pull:
+                *_, last = call
+                touch(last)
+                del last, _
             spent = call.summary.seconds  # waits for the end
             return time.perf_counter() - begin, spent
 
     ways = {"kept, not pulled": ("grpc", False)} | {name: (name, True) for name in TRANSPORTS}
-    walls, handoffs, shares = ({name: [] for name in ways} for _ in range(3))
+    walls, computed, handoffs = ({name: [] for name in ways} for _ in range(3))
     for round_number in range(-1, rounds):
         progress(f"prefill, {method}, round {round_number + 1} of {rounds}")
         for name, way in ways.items():
@@ -102,12 +104,16 @@ def prefill_rows(clients: Clients, ids: np.ndarray, method: str, rounds: int) ->
             if round_number < 0:
                 continue
             walls[name].append(wall)
+            computed[name].append(sum(spent.values()) - spent["queue"])
             handoffs[name].append(spent["handoff"])
-            shares[name].append(spent["handoff"] / max(1e-9, sum(spent.values())))
-    base = statistics.median(walls["kept, not pulled"])
-    return [[method, name, 1e3 * statistics.median(walls[name]),
-             statistics.median(walls[name]) / base, 1e3 * statistics.median(handoffs[name]),
-             f"{statistics.median(shares[name]):.2%}"] for name in ways]
+
+    def middle(of: dict[str, list[float]], name: str) -> float:
+        return statistics.median(of[name])
+
+    kept = middle(computed, "kept, not pulled")
+    return [[method, name, 1e3 * middle(walls, name), 1e3 * middle(computed, name),
+             middle(computed, name) / kept, 1e3 * middle(handoffs, name),
+             f"{middle(handoffs, name) / middle(computed, name):.2%}"] for name in ways]
 
 
 def layer_rows(clients: Clients, ids: np.ndarray, method: str, rounds: int) -> list[list]:
@@ -239,7 +245,8 @@ def main() -> int:
                 blocks = block_rows(layers, args.block, args.rounds)
             del layers
     print(f"{args.model.name}, {args.tokens} tokens, {torch.cuda.get_device_name()}\n")
-    print(table(["method", "cache", "wall ms", "over kept", "handoff ms", "share"], prefills))
+    print(table(["method", "cache", "wall ms", "computed ms", "over kept", "handoff ms", "share"],
+                prefills))
     print("\n" + table(["method", "first layer ms", "median ms", "99% ms", "most ms"], waits))
     print("\n" + table(["blocks of vLLM", "GB/s", "ms", "of a bare copy's speed"], blocks))
     for method, layers in wrong.items():

@@ -270,8 +270,10 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
                   and transport not in (kv.TRANSPORT_GRPC, kv.TRANSPORT_CUDA_IPC))
         if mapped and lease.name not in self.segments:
             self._fill_segment(lease)
+        there = self.device_caches.get(lease.name) if transport == kv.TRANSPORT_CUDA_IPC else None
         yield pb.PrefillEvent(admission=pb.Admission(
             request_id=request.request_id, lease=lease,
+            buffers=[] if there is None else [there.reference(0)],
             transport=transport if transport == kv.TRANSPORT_CUDA_IPC
             else kv.TRANSPORT_POSIX_SHM if mapped else kv.TRANSPORT_GRPC))
         if isinstance(fault, Hang):

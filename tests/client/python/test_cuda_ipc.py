@@ -267,6 +267,7 @@ def check(layers, tokens):
 def test_a_cache_lies_on_the_gpu_and_stays(server, connect, driver, pinned, device):
     with connect(pinned).prefill(MODEL, [1] * 9, device=device) as call:
         assert call.transport == "cuda_ipc"
+        assert len(driver.mapped) == 1  # before the first layer is there
         layers = list(call)
         assert call.summary.transport == "cuda_ipc"
     (request,), (pull,) = server.calls["Prefill"], server.calls["PullKv"]

@@ -73,6 +73,8 @@ class KvOnDeviceTest : public testing::Test {
     for (v1::PrefillEvent event; reader->Read(&event);) {
       if (event.has_admission()) {
         EXPECT_EQ(event.admission().transport(), expected);
+        EXPECT_EQ(event.admission().buffers_size(), expected == kIpc ? 1 : 0);
+        if (expected == kIpc) admitted_ = event.admission().buffers(0);
       }
       if (event.has_kv_ready()) lease = event.kv_ready();
     }
@@ -124,6 +126,7 @@ class KvOnDeviceTest : public testing::Test {
   }
 
   FakeBackend backend_;
+  v1::BufferRef admitted_;  // of the last one that lies on the device
   FakeDevice& device_ = backend_.device();
   std::unique_ptr<BlockPool> pool_ = *BlockPool::Create(device_, 16 << 20, 128 << 10);
   Metrics metrics_;
@@ -161,6 +164,10 @@ TEST_F(KvOnDeviceTest, APeerMapsTheSameBytesThatAreSentToOthers) {
     const auto chunks = Pull(lease, kIpc, &status);
     ASSERT_TRUE(status.ok()) << status.error_message();
     ASSERT_EQ(chunks.size(), 4u) << "two layers of K and V";
+    EXPECT_EQ(admitted_.name(), chunks[0].buffer().name()) << "told before the first layer";
+    EXPECT_EQ(admitted_.byte_offset(), 0u);
+    EXPECT_GE(admitted_.byte_length(),
+              chunks[3].buffer().byte_offset() + chunks[3].buffer().byte_length());
     Importer importer(Socket());
     ASSERT_NE(importer.Map(chunks[0].buffer().name()), nullptr);
     std::string mapped;

@@ -3,6 +3,7 @@ packed for the instruction set), on GPUs by index, in whatever form the cache ha
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,16 +56,25 @@ def cpu_writer(cache: torch.Tensor, layer: Any) -> Write:
 def strided_writer(cache: torch.Tensor, kv_heads: int, head_dim: int) -> Write:
     """For every form in which a block's rows are plain [.., head_dim] rows, on any device. K and V
     that lie on the cache's own are copied once, to where they belong, and nothing waits for it."""
-    keys, values = block_views(cache, kv_heads, head_dim)
+    keys, values = map(_widest, block_views(cache, kv_heads, head_dim))
     block_size = keys.shape[1]
 
     def write(k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> None:
         slot = slot.to(cache.device)
         place = (slot // block_size, slot % block_size)
-        keys[place] = k.transpose(0, 1).to(cache.device)
-        values[place] = v.transpose(0, 1).to(cache.device)
+        for blocks, rows in ((keys, k), (values, v)):
+            blocks[place] = rows.to(cache.device, cache.dtype).view(blocks.dtype).transpose(0, 1)
 
     return write
+
+
+def _widest(rows: torch.Tensor) -> torch.Tensor:
+    """The same bytes in the widest elements that rows are made of: to place an element by index
+    takes as long for 16 bytes as for 2."""
+    for wide in (torch.complex128, torch.int64):
+        with contextlib.suppress(RuntimeError):  # of another width, or not at a multiple of it
+            return rows.view(wide)
+    return rows
 
 
 def block_views(cache: torch.Tensor, kv_heads: int,
