@@ -370,7 +370,7 @@ def test_a_pull_that_breaks_goes_on_in_the_same_memory(server, connect):
 def test_a_mapping_that_fails_in_the_pull(server, connect, driver, reason):
     """Then nobody else can have the cache. What the driver refuses is not asked for again; the rest
     is tried again."""
-    driver.refuse = [None, refusal(reason)]
+    driver.refuse = [None, refusal(reason), refusal(reason)]  # ahead, and again
     client = connect()
     with pytest.raises(PrefilldError, match="cannot be mapped here") as caught:
         with client.prefill(MODEL, [1] * 7, device="cuda:1") as call:

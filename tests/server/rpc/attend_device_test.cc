@@ -405,8 +405,9 @@ TEST_F(AttendOnDeviceTest, DeviceMemoryIsTakenUntilItsPeersHaveHungUp) {
       }
       EXPECT_EQ(stream->Finish().error_code(),
                 answered ? grpc::StatusCode::OK : grpc::StatusCode::CANCELLED);
-      EXPECT_EQ(Importer(Ours().cuda_ipc_socket).Ask(admission.buffers(0).name()).bytes, 0u)
-          << "its name has ended";
+      EXPECT_TRUE(Becomes([&] {
+        return Importer(Ours().cuda_ipc_socket).Ask(admission.buffers(0).name()).bytes == 0;
+      })) << "its name has ended";
     }
     WaitUntilGivenBack();
     EXPECT_GT(device_.live_bytes(Kind::kDevice), at_rest_);
