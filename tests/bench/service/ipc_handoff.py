@@ -174,7 +174,7 @@ def block_rows(layers: list[Layer], block: int, rounds: int) -> list[list]:
     dtype, count = layers[0].k.dtype, -(-tokens // block)
     nbytes = sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
     ids = np.random.default_rng(1).permutation(count).tolist()
-    slot = kv_writer.slots(ids, block, 0, tokens).cuda()
+    slot = kv_writer.slots(ids, block, 0, tokens)
     flat = [torch.empty_like(layer.k) for layer in layers for _ in range(2)]
 
     def bare() -> None:
@@ -199,7 +199,8 @@ def block_rows(layers: list[Layer], block: int, rounds: int) -> list[list]:
                 bare_times.append(pair[0])
                 times.append(pair[1])
         keys, _ = kv_writer.block_views(caches[-1], heads, d)
-        if not torch.equal(keys[slot // block, slot % block].transpose(0, 1), layers[-1].k):
+        place = (slot.cuda() // block, slot.cuda() % block)
+        if not torch.equal(keys[place].transpose(0, 1), layers[-1].k):
             sys.exit(f"ipc_handoff: blocks of form {name} are not what was written")
         del caches, writers, write, keys
         rows.append([name, nbytes * 1e-9 / statistics.median(times),
