@@ -117,7 +117,7 @@ def test_a_limit_that_cannot_be_served_is_refused_with_one_that_can(start_server
     assert line.startswith("prefilld: --max_prompt_tokens: ") and limit in line
     assert line.endswith(helps), line
     table = [json.loads(row) for row in done.stderr.splitlines()[:-1]]
-    assert {"weights", "kv_blocks", "activations"} <= {
+    assert {"weights", "kv_blocks", "block_index"} <= {
         row["what"] for row in table if row["event"] == "memory_plan"}
     taken = dict(flag.split("=") for flag in flags)  # each of the flags that help does
     for flag in helps.removeprefix("what helps: ").split(", "):
