@@ -124,7 +124,8 @@ def test_a_limit_that_cannot_be_served_is_refused_with_one_that_can(start_server
         name, value = flag.split("=")
         with start_server(*[f"{n}={v}" for n, v in (taken | {name: value}).items()],
                           models=[("tiny", tiny.directory)]) as server:
-            assert longest(server) >= 2048
+            limits = server.handoff.Negotiate(kv.NegotiateRequest(model="tiny")).limits
+            assert limits.max_unretained_prompt_tokens >= 2048
 
 
 def test_what_is_advertised_is_served_and_no_more(start_server, tiny):
@@ -132,6 +133,7 @@ def test_what_is_advertised_is_served_and_no_more(start_server, tiny):
         assert longest(server) == 1024
         limits = server.handoff.Negotiate(kv.NegotiateRequest(model="tiny")).limits
         assert limits.max_prompt_tokens == 1024
+        assert limits.max_unretained_prompt_tokens == 2048  # in the room of two layers
         assert server.handoff.Negotiate(kv.NegotiateRequest()).limits.max_prompt_tokens == 1024
         with prefilling.prefilled(server, tiny.tokens(1024)) as done:
             assert done.summary
