@@ -138,7 +138,8 @@ void AddTransports(CLI::App& app, Config* config) {
   app.add_option(
          "--cuda_ipc_socket", config->cuda_ipc_socket,
          "Where cuda_ipc hands out descriptors of device memory: the path of a Unix socket, "
-         "which containers share with its directory, or @NAME, an abstract one")
+         "which containers share with its directory (the server's own, nobody else's to write or "
+         "lock), or @NAME, an abstract one")
       ->type_name("PATH")
       ->default_str("@prefilld- and an id of the process");
 }
@@ -292,7 +293,8 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddDuration(app, "--drain_timeout", &config.drain_timeout,
               "How long SIGTERM waits for work and leases");
   AddDuration(app, "--stall_timeout", &config.stall_timeout,
-              "A step (a layer of a batch, or one Attend) that runs for longer than this and than "
+              "A step (a layer of a batch or a part of it, or of an Attend) that runs for longer "
+              "than this and than "
               "twenty times its prediction ends the process: callers see UNAVAILABLE");
   AddTls(app, &config);
 

@@ -17,8 +17,10 @@ class Arena {
  public:
   explicit Arena(Buffer memory) : state_(std::make_shared<State>(std::move(memory))) {}
 
-  // The first hole that is large enough, until it goes. RESOURCE_EXHAUSTED.
-  absl::StatusOr<Buffer> Take(size_t bytes);
+  // The first hole that is large enough, or the end of the last one, until it goes.
+  // RESOURCE_EXHAUSTED.
+  enum class From { kBegin, kEnd };
+  absl::StatusOr<Buffer> Take(size_t bytes, From from = From::kBegin);
   bool Fits(size_t bytes) const;
   size_t bytes() const { return state_->memory.bytes(); }
 
@@ -28,6 +30,7 @@ class Arena {
     explicit State(Buffer all) : memory(std::move(all)) {}
     // Where the first hole begins; memory.bytes() where there is none.
     size_t FindHole(size_t bytes) const ABSL_SHARED_LOCKS_REQUIRED(mutex);
+    size_t FindLast(size_t bytes) const ABSL_SHARED_LOCKS_REQUIRED(mutex);  // likewise
 
     const Buffer memory;
     absl::Mutex mutex;

@@ -138,13 +138,7 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
     batch->prompts.cu_seqlens.push_back(static_cast<int64_t>(batch->prompts.token_ids.size()));
   }
   const ModelInfo& info = batch->model->info();
-  AttentionShape shape{info.activations,
-                       info.q_heads,
-                       info.kv_heads,
-                       info.head_dim,
-                       batch->prompts.cu_seqlens,
-                       batch->prompts.cu_seqlens};
-  const Decision decision = Decide(*batch->jobs[0], shape);
+  const Decision decision = Decide(*batch->jobs[0], ShapeOf(*batch));
   batch->policy = decision.policy;
   batch->dense_reason = decision.dense_reason;
   batch->open = decision.open;
@@ -155,7 +149,10 @@ absl::StatusOr<std::unique_ptr<Batch>> Engine::Begin(std::vector<std::shared_ptr
     job->report.captured_mass_measured = Measures(batch->policy);
   }
   if (batches_ != nullptr) {
-    auto memory = batches_->Take(batch->model->BatchBytes(batch->prompts.tokens()));
+    // Short ones lie together, so that there is a hole for a long one where one was.
+    const int64_t tokens = batch->prompts.tokens();
+    auto memory = batches_->Take(batch->model->BatchBytes(tokens),
+                                 Passes(tokens) ? Arena::From::kEnd : Arena::From::kBegin);
     if (!memory.ok()) return memory.status();
     batch->prompts.memory = *std::move(memory);
   }
@@ -195,54 +192,103 @@ void Engine::Remove(Batch& batch, size_t index) {
   batch.jobs.erase(batch.jobs.begin() + static_cast<std::ptrdiff_t>(index));
 }
 
-absl::Status Engine::EnqueueAttend(StagesCall& call) {
+std::unique_ptr<AttendRun> Engine::BeginAttend(std::shared_ptr<Job> job) {
+  const AttentionShape& shape = job->attend->shape;
+  const Decision decision = Decide(*job, shape);
+  auto run = std::make_unique<AttendRun>();
+  run->policy = decision.policy;
+  run->dense_reason = decision.dense_reason;
+  run->open = decision.open;
+  // Several sequences are short ones, and their reports lie sequence by sequence.
+  const bool whole = shape.sequences() > 1;
+  run->parts =
+      DivideHeads(shape.q_heads, shape.kv_heads, whole ? 0 : PredictSeconds(*job), step_seconds_);
+  run->job = std::move(job);
+  return run;
+}
+
+// Attention of the next part's heads.
+StagesCall Engine::PartCall(const AttendRun& run) {
+  AttendWork& work = *run.job->attend;
+  const AttentionShape& shape = work.shape;
+  const HeadRange& heads = run.parts[run.next_part];
+  const int d = shape.head_dim, group = shape.q_heads / shape.kv_heads;
+  const int kv_heads = std::max(1, heads.count / group), kv_first = heads.first / group;
+  const auto of = [&](const Buffer& all, int head) {
+    return all.as<char>() + static_cast<size_t>(head) * d * SizeOf(shape.dtype);
+  };
+  StagesCall call;
+  call.clock = &clock_;
+  call.open = run.open;
+  call.dense_reason = run.dense_reason;
+  AttentionArgs& args = call.args;
+  args.policy = run.policy;
+  args.shape = shape;
+  args.shape.q_heads = heads.count;
+  args.shape.kv_heads = kv_heads;
+  args.softmax_scale = work.softmax_scale;
+  args.q = {of(work.q, heads.first), int64_t{shape.q_heads} * d, d};
+  args.k = {of(work.k, kv_first), int64_t{shape.kv_heads} * d, d};
+  args.v = {of(work.v, kv_first), int64_t{shape.kv_heads} * d, d};
+  args.o = {of(work.o, heads.first), int64_t{shape.q_heads} * d, d};
+  if (work.lse.data() != nullptr) args.lse = work.lse.as<float>() + heads.first * shape.total_q();
+  args.cancelled = &run.job->cancelled;
+  return call;
+}
+
+absl::Status Engine::EnqueueAttend(const AttendRun& run, StagesCall& call) {
   Device& device = backend_.device();
   absl::Status status = clock_.Start();
-  if (status.ok()) status = device.Wait(kStream, device.upload_stream());
-  if (status.ok()) status = clock_.End(Phase::kUpload);
+  if (status.ok() && run.next_part == 0) {
+    status = device.Wait(kStream, device.upload_stream());
+    if (status.ok()) status = clock_.End(Phase::kUpload);
+  }
   return status.ok() ? stages_.Enqueue(call) : status;
 }
 
-absl::Status Engine::RunAttend(Job& job) {
-  absl::Status status = CheckStep();
-  if (!status.ok()) return status;
-  AttendWork& work = *job.attend;
-  const AttentionShape& shape = work.shape;
-  const int heads = shape.q_heads;
-  StagesCall call;
-  call.clock = &clock_;
-  AttentionArgs& args = call.args;
-  const Decision decision = Decide(job, shape);
-  args.policy = decision.policy;
-  call.open = decision.open;
-  call.dense_reason = decision.dense_reason;
-  args.shape = shape;
-  args.softmax_scale = work.softmax_scale;
-  args.q = {work.q.data(), int64_t{heads} * shape.head_dim, shape.head_dim};
-  args.k = {work.k.data(), int64_t{shape.kv_heads} * shape.head_dim, shape.head_dim};
-  args.v = {work.v.data(), int64_t{shape.kv_heads} * shape.head_dim, shape.head_dim};
-  args.o = {work.o.data(), int64_t{heads} * shape.head_dim, shape.head_dim};
-  args.lse = work.lse.as<float>();
-  args.cancelled = &job.cancelled;
+// Where the part's index goes; with the last part all of o and lse is there.
+void Engine::SetOutputs(const AttendRun& run, StagesCall& call) {
+  const AttendWork& work = *run.job->attend;
+  if (work.host_count.data() != nullptr) {
+    const int64_t rows = run.parts[run.next_part].first * call.args.index.rows;
+    call.host_count = work.host_count.as<int32_t>() + rows;
+    call.host_index = work.host_index.as<uint16_t>() + rows * call.args.index.stride;
+  }
+  if (run.next_part + 1 < run.parts.size()) return;
   call.host_o = work.host_o.data();
+  call.o = work.o.data();
   call.o_bytes = work.o.bytes();
   call.host_lse = work.host_lse.data();
+  call.lse = work.lse.data();
   call.lse_bytes = work.lse.bytes();
-  call.host_count = work.host_count.data();
-  call.host_index = work.host_index.data();
+}
+
+absl::Status Engine::RunStep(AttendRun& run) {
+  absl::Status status = CheckStep();
+  if (!status.ok()) return status;
+  StagesCall call = PartCall(run);
   status = Prepare(call);
   if (!status.ok()) return status;
-  status = EnqueueAttend(call);
+  SetOutputs(run, call);
+  status = EnqueueAttend(run, call);
   CollectUntil(0);
   status = AfterStep(clock_.Await(status));
   if (status.ok()) status = stages_.Collect(call);
   if (!status.ok()) return status;
   stages_.Observe(call, clock_.Read());
+  Job& job = *run.job;
   Add(clock_.Read(), job.phases);
-  job.report = {.layers = shape.sequences(),
-                .heads = heads,
-                .entries = std::move(call.report),
-                .captured_mass_measured = Measures(args.policy)};
+  // What the first heads kept decides for the others.
+  run.policy = call.args.policy;
+  run.dense_reason = call.dense_reason;
+  run.open = false;
+  run.report.insert(run.report.end(), call.report.begin(), call.report.end());
+  ++run.next_part;
+  if (!run.done()) return absl::OkStatus();
+  job.report = {.layers = job.attend->shape.sequences(),
+                .heads = job.attend->shape.q_heads,
+                .entries = std::move(run.report),
+                .captured_mass_measured = Measures(run.policy)};
   return absl::OkStatus();
 }
 

@@ -76,6 +76,19 @@ struct Batch {
   bool done() const { return next_layer == model->info().layers; }
 };
 
+// An Attend, in as many steps as it has parts.
+struct AttendRun {
+  std::shared_ptr<Job> job;
+  SparsityPolicy policy;
+  DenseReason dense_reason = DenseReason::kNone;  // set when dense replaced an unspecified method
+  bool open = false;  // the method was left open and is sparse: dense may take its place
+  std::vector<HeadRange> parts;
+  size_t next_part = 0;
+  std::vector<HeadReport> report;  // [sequences, heads], of the parts done
+
+  bool done() const { return next_part == parts.size(); }
+};
+
 // What one head adds to the metrics: of a layer by the engine's completion, of an Attend by whoever
 // answers it, for they may be many. Thread: any.
 void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& head, bool measured);
@@ -104,10 +117,12 @@ class Engine {
   bool CanStep(const Batch& batch) const {
     return batch.scratch != nullptr || CanStep(batch.prompts.tokens());
   }
+  // Whether a batch of so many tokens passes longer ones in the middle of a layer.
+  static bool Passes(int64_t tokens) { return tokens <= kShortBatchTokens; }
   bool CanStep(int64_t tokens) const { return !scratch_[SlotOf(tokens)].in_use; }
 
-  // Seconds the rest of a job will take, by the cost model, when `layers_done` are behind it.
-  // Thread: any.
+  // Seconds the rest of a job will take, by the cost model, when `layers_done` are behind it; of an
+  // Attend all of it. Thread: any.
   double PredictSeconds(const Job& job, int layers_done = 0) const;
   double PredictLayerSeconds(const Job& prefill) const;
 
@@ -122,11 +137,16 @@ class Engine {
   absl::Status Finish(Batch& batch);
   // Takes a job out of a batch, so that the others go on without its rows.
   void Remove(Batch& batch, size_t job);
+  // A batch goes, wherever it is: what is on its way is collected, and whatever is posted to
+  // completions() from now on runs behind the last of its copies.
+  void Leave(std::unique_ptr<Batch> batch);
   // Collects what is on its way: before a batch goes, and when there is nothing else to do. False:
   // nothing was.
   bool Settle();
 
-  absl::Status RunAttend(Job& job);
+  std::unique_ptr<AttendRun> BeginAttend(std::shared_ptr<Job> job);
+  // The next part of it, and waits for that; after the last the job has its results.
+  absl::Status RunStep(AttendRun& run);
 
   // Layers of which something was enqueued and is not collected, in that order: what a step may
   // wait for.
@@ -177,7 +197,7 @@ class Engine {
   absl::Status ReserveStages();
   absl::Status Prepare(StagesCall& call);
   bool MeasuresPhases(const Batch& batch) const;
-  static size_t SlotOf(int64_t tokens) { return tokens > kShortBatchTokens ? 1 : 0; }
+  static size_t SlotOf(int64_t tokens) { return Passes(tokens) ? 0 : 1; }
   absl::Status BeginLayer(Batch& batch);
   std::vector<LayerPart> PartsOf(const Batch& batch) const;
   absl::Status StoreKv(Batch& batch, int layer);
@@ -186,10 +206,12 @@ class Engine {
   absl::Status Launch(Batch& batch);
   absl::Status EnqueuePart(Flight& flight);
   void Observe(const Flight& flight);
-  absl::Status EnqueueAttend(StagesCall& call);
+  StagesCall PartCall(const AttendRun& run);
+  static void SetOutputs(const AttendRun& run, StagesCall& call);
+  absl::Status EnqueueAttend(const AttendRun& run, StagesCall& call);
   void CollectUntil(size_t left);
   absl::Status Collect(Flight& flight);
-  absl::Status FinishLayer(Batch& batch, const Flight& flight);
+  static std::vector<RowRange> RowsToFinish(const Batch& batch, const Flight& flight);
   absl::Status MarkStored(Flight& flight);
   void PostCommit(Flight& flight);
   void Commit(const LayerTicket& ticket, const absl::Status& work);

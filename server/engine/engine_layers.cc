@@ -49,23 +49,23 @@ absl::Status Engine::BeginLayer(Batch& batch) {
 std::vector<LayerPart> Engine::PartsOf(const Batch& batch) const {
   const ModelInfo& info = batch.model->info();
   const int64_t tokens = batch.prompts.tokens();
-  if (batch.jobs.size() > 1) return {WholeLayer(info, tokens)};  // short ones
   const bool last = batch.next_layer + 1 == info.layers;
-  const CostModel::Work work = CostModel::WorkOf(ShapeOf(batch));
+  if (batch.jobs.size() > 1) return {WholeLayer(info, tokens, last)};  // short ones
   const double slowness = cost_.Slowness(info.activations);
-  const int64_t qkv =
-      int64_t{info.hidden_size} * info.head_dim * (info.q_heads + 2 * info.kv_heads);
   const auto linear = [&](int64_t weights) {
     return slowness * cost_.LinearSeconds(tokens, weights);
   };
-  return DivideLayer(
-      info, tokens, batch.model->tile_tokens(),
-      {.project = linear(qkv),
-       .attend = slowness * cost_.AttentionSeconds(work, batch.policy.method == Method::kDense
-                                                             ? CostModel::Choice::kDense
-                                                             : CostModel::Choice::kSparse),
-       .finish = last ? 0 : linear(info.layer_weights - qkv)},
-      step_seconds_);
+  const auto choice = batch.policy.method == Method::kDense ? CostModel::Choice::kDense
+                                                            : CostModel::Choice::kSparse;
+  const CostModel::Work attention = CostModel::WorkOf(ShapeOf(batch));
+  return DivideLayer({.info = info,
+                      .tokens = tokens,
+                      .tile_tokens = batch.model->tile_tokens(),
+                      .last = last,
+                      .project = linear(info.qkv_weights),
+                      .attend = slowness * cost_.AttentionSeconds(attention, choice),
+                      .finish = last ? 0 : linear(info.layer_weights - info.qkv_weights)},
+                     step_seconds_);
 }
 
 absl::Status Engine::Launch(Batch& batch) {
@@ -104,6 +104,12 @@ absl::Status Engine::MarkStored(Flight& flight) {
   if (!mark.ok()) return mark.status();
   flight.stored = *std::move(mark);
   return flight.stored->Record(backend_.device().download_stream());
+}
+
+void Engine::Leave(std::unique_ptr<Batch> batch) {
+  CollectUntil(0);
+  if (batch->stored == nullptr) return;  // else K and V of a layer that will not be whole
+  completions_.Post(std::move(batch->stored), [](const absl::Status&) {});
 }
 
 bool Engine::Settle() {
@@ -170,8 +176,9 @@ void Engine::Observe(const Flight& flight) {
 // Where a layer is short its marks are a share of it, and it is like the one before: one in a few
 // is measured phase by phase, the others are divided as it was. The last is unlike them.
 bool Engine::MeasuresPhases(const Batch& batch) const {
+  constexpr int64_t kShortTokens = 4096;
   constexpr int kMeasuredEvery = 8;
-  return ahead_ == 0 || batch.prompts.tokens() >= kShortBatchTokens || !batch.layer_phases ||
+  return ahead_ == 0 || batch.prompts.tokens() >= kShortTokens || !batch.layer_phases ||
          batch.parts.size() > 1 || batch.next_layer % kMeasuredEvery == 0 ||
          batch.next_layer + 1 == batch.model->info().layers;
 }
@@ -244,26 +251,27 @@ absl::Status Engine::EnqueuePart(Flight& flight) {
     if (status.ok()) status = clock.End(Phase::kHandoff);
   }
   if (status.ok() && part.attend.count > 0) status = stages_.Enqueue(flight.call);
-  if (status.ok()) status = FinishLayer(batch, flight);
-  return status.ok() ? clock.Finish(Phase::kLinear) : status;
+  const std::vector<RowRange> rows = RowsToFinish(batch, flight);
+  for (size_t i = 0; i < rows.size() && status.ok(); ++i) {
+    status = batch.model->FinishLayer(flight.layer, batch.prompts, batch.scratch->rows, rows[i],
+                                      kStream);
+  }
+  // What the part ends with has its mark, unless only the end has one.
+  const bool marked = flight.measured && rows.empty();
+  return status.ok() && !marked ? clock.Finish(Phase::kLinear) : status;
 }
 
 // Of the last layer nothing follows but the logits that were asked for, each of one row.
-absl::Status Engine::FinishLayer(Batch& batch, const Flight& flight) {
+std::vector<RowRange> Engine::RowsToFinish(const Batch& batch, const Flight& flight) {
+  if (flight.part.finish.count > 0) return {flight.part.finish};
   const bool last = flight.layer + 1 == batch.model->info().layers;
   std::vector<RowRange> rows;
-  if (!last) rows.push_back(flight.part.finish);
   for (size_t s = 0; last && flight.ends_layer && s < batch.jobs.size(); ++s) {
     if (batch.jobs[s]->prefill->return_logits) {
       rows.push_back({batch.prompts.cu_seqlens[s + 1] - 1, 1});
     }
   }
-  absl::Status status;
-  for (size_t i = 0; i < rows.size() && status.ok(); ++i) {
-    status = batch.model->FinishLayer(flight.layer, batch.prompts, batch.scratch->rows, rows[i],
-                                      kStream);
-  }
-  return status;
+  return rows;
 }
 
 void Engine::PostCommit(Flight& flight) {

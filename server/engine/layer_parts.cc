@@ -49,19 +49,32 @@ class Filling {
 
 }  // namespace
 
-LayerPart WholeLayer(const ModelInfo& info, int64_t tokens) {
-  return {
-      .project = {0, tokens}, .store = true, .attend = {0, info.q_heads}, .finish = {0, tokens}};
+LayerPart WholeLayer(const ModelInfo& info, int64_t tokens, bool last) {
+  return {.project = {0, tokens},
+          .store = true,
+          .attend = {0, info.q_heads},
+          .finish = {0, last ? 0 : tokens}};
 }
 
-std::vector<LayerPart> DivideLayer(const ModelInfo& info, int64_t tokens, int64_t tile_tokens,
-                                   const LayerSeconds& seconds, double most) {
-  if (seconds.project + seconds.attend + seconds.finish <= most) return {WholeLayer(info, tokens)};
+std::vector<HeadRange> DivideHeads(int q_heads, int kv_heads, double seconds, double most) {
+  if (seconds <= most) return {{0, q_heads}};
   Filling filling(most);
-  filling.Add(&LayerPart::project, tokens, tile_tokens, seconds.project);
+  filling.AddHeads(q_heads, q_heads / kv_heads, seconds);
+  std::vector<HeadRange> ranges;
+  for (const LayerPart& part : filling.Take()) ranges.push_back(part.attend);
+  return ranges;
+}
+
+std::vector<LayerPart> DivideLayer(const LayerWork& work, double most) {
+  const ModelInfo& info = work.info;
+  if (work.project + work.attend + work.finish <= most) {
+    return {WholeLayer(info, work.tokens, work.last)};
+  }
+  Filling filling(most);
+  filling.Add(&LayerPart::project, work.tokens, work.tile_tokens, work.project);
   filling.For(0).store = true;
-  filling.AddHeads(info.q_heads, info.q_heads / info.kv_heads, seconds.attend);
-  filling.Add(&LayerPart::finish, tokens, tile_tokens, seconds.finish);
+  filling.AddHeads(info.q_heads, info.q_heads / info.kv_heads, work.attend);
+  if (!work.last) filling.Add(&LayerPart::finish, work.tokens, work.tile_tokens, work.finish);
   return filling.Take();
 }
 

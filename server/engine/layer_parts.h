@@ -26,17 +26,20 @@ struct LayerPart {
   RowRange finish;  // output projection and MLP of these rows
 };
 
-// What a layer takes, by prediction.
-struct LayerSeconds {
+// A layer of one prompt, and the seconds that it takes by prediction.
+struct LayerWork {
+  const ModelInfo& info;
+  int64_t tokens = 0, tile_tokens = 0;  // rows come in pieces of a tile
+  bool last = false;                    // of the model: no rows of it are finished
   double project = 0, attend = 0, finish = 0;
 };
 
-// A layer of one prompt of so many tokens, rows in pieces of `tile_tokens`: parts of at most
-// `most` seconds each, where no piece takes longer. A piece of attention is a group of heads, or
-// one head where a group would take longer than that.
-std::vector<LayerPart> DivideLayer(const ModelInfo& info, int64_t tokens, int64_t tile_tokens,
-                                   const LayerSeconds& seconds, double most);
+// Parts of at most `most` seconds each, where no piece takes longer. A piece of attention is a
+// group of heads, or one head where a group would take longer than that.
+std::vector<LayerPart> DivideLayer(const LayerWork& work, double most);
+// Attention alone: all heads, in ranges.
+std::vector<HeadRange> DivideHeads(int q_heads, int kv_heads, double seconds, double most);
 // All of it in one.
-LayerPart WholeLayer(const ModelInfo& info, int64_t tokens);
+LayerPart WholeLayer(const ModelInfo& info, int64_t tokens, bool last);
 
 }  // namespace prefilld

@@ -46,12 +46,14 @@ void BoundByKv(const PromptLimitInputs& inputs, std::vector<PromptBound>* bounds
 void BoundByDevice(const PromptLimitInputs& inputs, std::vector<PromptBound>* bounds) {
   const MemoryPlan& plan = inputs.plan;
   if (plan.fits >= inputs.asked) return;
-  bounds->push_back({plan.fits, "gpu memory",
-                     absl::StrCat(GiB(plan.needs()), " are needed beside the weights, ",
-                                  GiB(plan.free.value_or(0)), " are free, ",
-                                  plan.fits == 0 ? "no prompt fits"
-                                                 : absl::StrCat("at most ", plan.fits, " fit")),
-                     "a smaller --attend_memory or --kv_device_memory, fewer --model"});
+  bounds->push_back(
+      {plan.fits, "gpu memory",
+       absl::StrCat(
+           GiB(plan.needs()), " are needed beside the weights, ", GiB(plan.free.value_or(0)),
+           " are free, ",
+           plan.fits == 0 ? "no prompt fits" : absl::StrCat("at most ", plan.fits, " fit")),
+       "a smaller --attend_memory or --kv_device_memory, a larger --gpu_memory where it is "
+       "set, fewer --model"});
 }
 
 }  // namespace

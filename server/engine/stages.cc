@@ -99,8 +99,8 @@ absl::Status Stages::CopyOut(const StagesCall& call) {
     void* host;
     const void* from;
     size_t bytes;
-  } outputs[] = {{call.host_o, args.o.data, call.o_bytes},
-                 {call.host_lse, args.lse, call.lse_bytes},
+  } outputs[] = {{call.host_o, call.o, call.o_bytes},
+                 {call.host_lse, call.lse, call.lse_bytes},
                  {call.host_count, args.index.count, rows * sizeof(int32_t)},
                  {call.host_index, args.index.index, rows * args.index.stride * sizeof(uint16_t)}};
   bool any = false;

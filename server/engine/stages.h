@@ -18,8 +18,10 @@ struct StagesCall {
   AttentionArgs args;          // all but index and report
   bool open = false;           // the method was left open: dense may still take its place
   DenseReason dense_reason = DenseReason::kNone;
-  // Where o, lse and the index are copied when they are there, or null.
+  // Copied when the call is done: o and lse of all heads that there are, this call's index. Null:
+  // not.
   void *host_o = nullptr, *host_lse = nullptr, *host_count = nullptr, *host_index = nullptr;
+  const void *o = nullptr, *lse = nullptr;
   size_t o_bytes = 0, lse_bytes = 0;
   std::vector<HeadReport> report;  // [sequences, q_heads], out
 };

@@ -20,10 +20,13 @@ int64_t TensorBytes(const ModelInfo& info, int heads, int64_t tokens) {
       Aligned(static_cast<size_t>(tokens) * heads * info.head_dim * SizeOf(info.activations)));
 }
 
-// Elements of one layer's linear maps.
+// Elements of one layer's linear maps; and of those of q, k and v.
+int64_t QkvElements(const ModelConfig& c) {
+  return c.hidden_size * int64_t{c.head_dim} * (int64_t{c.q_heads} + 2 * c.kv_heads);
+}
 int64_t LayerElements(const ModelConfig& c) {
-  const int64_t heads = 2 * (int64_t{c.q_heads} + c.kv_heads);
-  return c.hidden_size * (heads * c.head_dim + int64_t{3} * c.intermediate_size);
+  const int64_t output = int64_t{c.q_heads} * c.head_dim, mlp = int64_t{3} * c.intermediate_size;
+  return QkvElements(c) + c.hidden_size * (output + mlp);
 }
 
 ModelInfo InfoOf(const std::string& name, const Checkpoint& checkpoint, DType activations) {
@@ -40,6 +43,7 @@ ModelInfo InfoOf(const std::string& name, const Checkpoint& checkpoint, DType ac
           .max_positions = c.max_positions,
           .sliding_window = c.sliding_window,
           .layer_weights = LayerElements(c),
+          .qkv_weights = QkvElements(c),
           .dtype = checkpoint.dtype,
           .activations = activations,
           .rope_theta = c.rope.theta,

@@ -34,6 +34,7 @@ struct ModelInfo {
   int64_t max_positions = 0;   // tokens of a prompt
   int64_t sliding_window = 0;  // of decode engines, 0: none; no prompt is longer
   int64_t layer_weights = 0;   // elements of one layer's linear maps, for cost estimates
+  int64_t qkv_weights = 0;     // of those, of q, k and v
   DType dtype = DType::kF32;   // of the checkpoint, and of KV unless another is asked for
   DType activations =
       DType::kF32;  // of rows while it computes, attention's q, k, v and o among them

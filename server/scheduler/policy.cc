@@ -21,8 +21,9 @@ std::optional<size_t> PickNext(const std::vector<StepView>& views, absl::Time no
                                absl::Duration passed_over_max) {
   // Smaller is earlier, member by member.
   const auto key = [&](const StepView& view) {
-    const bool starving = view.waited > passed_over_max;
-    return std::make_tuple(!starving, starving ? -view.waited : absl::ZeroDuration(),
+    const absl::Duration waited = view.waited * view.parts;
+    const bool starving = waited > passed_over_max;
+    return std::make_tuple(!starving, starving ? -waited : absl::ZeroDuration(),
                            SlackClass(view.deadline - now - view.remaining), -view.priority,
                            view.remaining, view.arrival);
   };

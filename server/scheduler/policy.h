@@ -10,18 +10,20 @@
 
 namespace prefilld {
 
-// One thing the engine could do: the next layer of a batch in progress, or the start of a waiting
+// One thing the engine could do: the next step of what is in progress, or the start of a waiting
 // job.
 struct StepView {
   std::chrono::steady_clock::time_point arrival;
   absl::Duration waited;     // since its last step, or arrival
+  int parts = 1;             // of the layer, or the Attend, that it is in the middle of
   absl::Time deadline;       // infinite when there is none
   absl::Duration remaining;  // predicted work until it is done
   int priority = 0;
-  bool runnable = true;  // uploaded, and with room for its next layer
+  bool runnable = true;  // uploaded, and with room for its next step
 };
 
-// Order: what has been passed over for longer than `passed_over_max` first (longest first), then
+// Order: what has been passed over for longer than `passed_over_max` first (longest first; in the
+// middle of a layer, for its share of that: a layer of many parts gets on as one of one does), then
 // least slack (deadline - now - remaining, compared by its power of two; no deadline is the most),
 // then higher priority, then less remaining work, so that a short prompt does not wait for a long
 // one, then arrival. Empty when nothing is runnable.

@@ -181,8 +181,7 @@ void Scheduler::Loop() {
   Receive(std::move(inbox));
   const absl::Status why = absl::UnavailableError("the server has stopped");
   while (!waiting_.empty()) EndWherever(std::shared_ptr<Job>(waiting_.back().job), why);
-  while (!active_.empty())
-    EndWherever(std::shared_ptr<Job>(active_.back().batch->jobs.back()), why);
+  while (!active_.empty()) EndWherever(active_.back().jobs().back(), why);
 }
 
 void Scheduler::Receive(std::vector<Message> inbox) {
@@ -209,7 +208,7 @@ void Scheduler::DropLate(absl::Time now) {
     if (waiting.job->deadline.at() <= now) late.push_back(waiting.job);
   }
   for (const Active& active : active_) {
-    for (const auto& job : active.batch->jobs) {
+    for (const auto& job : active.jobs()) {
       if (job->deadline.at() <= now) late.push_back(job);
     }
   }
@@ -223,43 +222,58 @@ absl::Time Scheduler::NextDeadline() const {
   absl::Time next = absl::InfiniteFuture();
   for (const Waiting& waiting : waiting_) next = std::min(next, waiting.job->deadline.at());
   for (const Active& active : active_) {
-    for (const auto& job : active.batch->jobs) next = std::min(next, job->deadline.at());
+    for (const auto& job : active.jobs()) next = std::min(next, job->deadline.at());
   }
   return next;
 }
 
-// First the batches in progress, then the waiting jobs.
+double Scheduler::RemainingSeconds(const Active& active, const Job& job) const {
+  if (active.batch) return engine_.PredictSeconds(job, active.batch->next_layer);
+  const auto parts = static_cast<double>(active.attend->parts.size());
+  const auto done = static_cast<double>(active.attend->next_part);
+  return engine_.PredictSeconds(job) * (parts - done) / parts;
+}
+
+// First what is in progress, then the waiting jobs.
 std::vector<StepView> Scheduler::Views() const {
   std::vector<StepView> views;
-  int running = 0;
+  int running[2] = {0, 0};  // batches: short ones, and long ones
   for (const Active& active : active_) {
-    const Batch& batch = *active.batch;
+    const auto jobs = active.jobs();
     StepView view;
     view.arrival = SteadyTime::max();
     view.deadline = absl::InfiniteFuture();
-    // A layer of many parts has as much of the device as one of one.
-    view.waited = Since(active.last_run) * std::max<size_t>(1, batch.parts.size());
-    view.priority = batch.jobs[0]->priority;
-    for (const auto& job : batch.jobs) {
+    view.waited = Since(active.last_run);
+    view.parts = active.begun() ? static_cast<int>(active.parts()) : 1;
+    view.priority = jobs[0]->priority;
+    for (const auto& job : jobs) {
       view.arrival = std::min(view.arrival, job->arrival);
       view.deadline = std::min(view.deadline, job->deadline.at());
       view.priority = std::max(view.priority, job->priority);
-      view.remaining += absl::Seconds(engine_.PredictSeconds(*job, batch.next_layer));
-      view.runnable &= job->prefill->cache->CanCompute(batch.next_layer);
+      view.remaining += absl::Seconds(RemainingSeconds(active, *job));
+      view.runnable &= !active.batch || job->prefill->cache->CanCompute(active.batch->next_layer);
     }
-    // Batches that wait for their consumer do not keep others from starting, up to a point: each
-    // holds its residual stream.
-    running += view.runnable ? 1 : 0;
-    view.runnable &= engine_.CanStep(batch);
+    if (active.batch) {
+      // Batches that wait for their consumer do not keep others from starting, up to a point: each
+      // holds its residual stream.
+      running[Engine::Passes(active.batch->prompts.tokens()) ? 0 : 1] += view.runnable ? 1 : 0;
+      view.runnable &= engine_.CanStep(*active.batch);
+    }
     views.push_back(view);
   }
-  const bool may_start_batch = running < options_.active_batches_max &&
-                               static_cast<int>(active_.size()) < options_.waiting_jobs_max &&
-                               (running == 0 || !RoomIsAwaited());
+  const bool any = running[0] + running[1] > 0;
+  const bool room_is_awaited = any && RoomIsAwaited();
+  const auto may_start_batch = [&](bool passes) {
+    if (static_cast<int>(active_.size()) >= options_.waiting_jobs_max) return false;
+    // Long ones do not keep short ones from starting, nor does one that waits for memory: they
+    // leave it the room that is planned for it.
+    const int most = options_.active_batches_max - (passes && room_is_awaited ? 1 : 0);
+    return running[passes ? 0 : 1] < most && (passes || !room_is_awaited);
+  };
   for (const Waiting& waiting : waiting_) {
     const Job& job = *waiting.job;
-    const bool may_start =
-        job.attend || (may_start_batch && HasRoom(job) && engine_.CanStep(job.tokens()));
+    const bool may_start = job.attend || (may_start_batch(Engine::Passes(job.tokens())) &&
+                                          HasRoom(job) && engine_.CanStep(job.tokens()));
     views.push_back({.arrival = job.arrival,
                      .waited = Since(job.arrival),
                      .deadline = job.deadline.at(),
@@ -297,7 +311,7 @@ bool Scheduler::RunOneStep() {
   } else if (*next < active_.size()) {
     Advance(*next);
   } else if (waiting_[*next - active_.size()].job->attend) {
-    RunAttend(*next - active_.size());
+    StartAttend(*next - active_.size());
   } else {
     StartBatch(*next - active_.size());
   }
@@ -306,17 +320,16 @@ bool Scheduler::RunOneStep() {
   return ran;
 }
 
-// How long the step of a view may take by the cost model: an Attend, or a layer and the one before
-// it.
+// How long the step of a view may take by the cost model, and what it may wait for: an Attend, or a
+// layer and the one before it; of what is in parts, its share.
 absl::Duration Scheduler::Predict(size_t view) const {
-  if (view < active_.size()) {
-    double seconds = 0;
-    for (const auto& job : active_[view].batch->jobs) seconds += engine_.PredictLayerSeconds(*job);
-    return absl::Seconds(2 * seconds);
+  const bool waits = view >= active_.size();
+  const auto jobs = waits ? std::vector{waiting_[view - active_.size()].job} : active_[view].jobs();
+  double seconds = 0;
+  for (const auto& job : jobs) {
+    seconds += job->attend ? engine_.PredictSeconds(*job) : 2 * engine_.PredictLayerSeconds(*job);
   }
-  const Job& job = *waiting_[view - active_.size()].job;
-  if (job.attend) return absl::Seconds(engine_.PredictSeconds(job));
-  return absl::Seconds(2 * engine_.PredictLayerSeconds(job));
+  return absl::Seconds(waits ? seconds : seconds / static_cast<double>(active_[view].parts()));
 }
 
 // The layers that are on their way, and the step of the view behind them: of a batch that is still
@@ -324,6 +337,9 @@ absl::Duration Scheduler::Predict(size_t view) const {
 std::vector<StalledStep::Part> Scheduler::PartsOf(std::optional<size_t> view) const {
   std::vector<StalledStep::Part> parts;
   const auto add = [&](const Batch& batch, int layer) {
+    const bool same = !parts.empty() && parts.back().layer == layer &&
+                      parts.back().request_ids.front() == batch.jobs.front()->request_id;
+    if (same) return;  // another part of it
     StalledStep::Part& part = parts.emplace_back();
     for (const auto& job : batch.jobs) part.request_ids.push_back(job->request_id);
     part.model = batch.model->info().name;
@@ -331,11 +347,12 @@ std::vector<StalledStep::Part> Scheduler::PartsOf(std::optional<size_t> view) co
   };
   for (const auto& [batch, layer] : engine_.OnTheirWay()) add(*batch, layer);
   if (!view) return parts;
-  if (*view < active_.size()) {
+  const bool waits = *view >= active_.size();
+  if (!waits && active_[*view].batch) {
     add(*active_[*view].batch, active_[*view].batch->next_layer);
     return parts;
   }
-  const Job& job = *waiting_[*view - active_.size()].job;
+  const Job& job = waits ? *waiting_[*view - active_.size()].job : *active_[*view].attend->job;
   StalledStep::Part& part = parts.emplace_back();
   part.request_ids.push_back(job.request_id);
   part.model = kAttendModel;
@@ -359,6 +376,7 @@ void Scheduler::StartBatch(size_t first) {
     const Job& other = *waiting_[i].job;
     if (waiting_[i].ready && MayShareBatch(*jobs[0], other) &&
         tokens + other.tokens() <= options_.batch_tokens_max &&
+        engine_.CanStep(tokens + other.tokens()) &&
         engine_.HasRoom(*other.prefill->model, tokens + other.tokens())) {
       tokens += other.tokens();
       jobs.push_back(TakeWaiting(i));
@@ -374,25 +392,31 @@ void Scheduler::StartBatch(size_t first) {
   (*batch)->on_failed = [this](const std::shared_ptr<Job>& job, const absl::Status& why) {
     Cancel(job, why);
   };
-  active_.push_back({*std::move(batch), SteadyNow()});
+  active_.push_back({.batch = *std::move(batch), .last_run = SteadyNow()});
   NoteParts(active_.size() - 1);  // with all of its jobs
   Advance(active_.size() - 1);
 }
 
-void Scheduler::Advance(size_t index) {
-  Batch& batch = *active_[index].batch;
-  absl::Status status = engine_.RunStep(batch);
-  active_[index].last_run = SteadyNow();
-  if (status.ok() && !batch.done()) return;
-  if (status.ok()) status = engine_.Finish(batch);
-  const std::unique_ptr<Batch> finished = std::move(active_[index].batch);
-  active_.erase(active_.begin() + static_cast<std::ptrdiff_t>(index));
-  for (const auto& job : finished->jobs) End(job, status);
+void Scheduler::StartAttend(size_t index) {
+  active_.push_back({.attend = engine_.BeginAttend(TakeWaiting(index)), .last_run = SteadyNow()});
+  Advance(active_.size() - 1);
 }
 
-void Scheduler::RunAttend(size_t index) {
-  const std::shared_ptr<Job> job = TakeWaiting(index);
-  End(job, engine_.RunAttend(*job));
+void Scheduler::Advance(size_t index) {
+  Active& active = active_[index];
+  absl::Status status =
+      active.batch ? engine_.RunStep(*active.batch) : engine_.RunStep(*active.attend);
+  active.last_run = SteadyNow();
+  if (status.ok() && !active.done()) return;
+  if (status.ok() && active.batch) status = engine_.Finish(*active.batch);
+  const auto jobs = active.jobs();
+  Leave(index);
+  for (const auto& job : jobs) End(job, status);
+}
+
+void Scheduler::Leave(size_t index) {
+  if (active_[index].batch) engine_.Leave(std::move(active_[index].batch));
+  active_.erase(active_.begin() + static_cast<std::ptrdiff_t>(index));
 }
 
 std::shared_ptr<Job> Scheduler::TakeWaiting(size_t index) {
@@ -443,14 +467,13 @@ bool Scheduler::EndWherever(const std::shared_ptr<Job>& job, const absl::Status&
     return true;
   }
   for (size_t i = 0; i < active_.size(); ++i) {
-    Batch& batch = *active_[i].batch;
-    const auto found = std::find(batch.jobs.begin(), batch.jobs.end(), job);
-    if (found == batch.jobs.end()) continue;
-    if (batch.jobs.size() > 1) {
-      engine_.Remove(batch, static_cast<size_t>(found - batch.jobs.begin()));
+    const auto jobs = active_[i].jobs();
+    const auto found = std::find(jobs.begin(), jobs.end(), job);
+    if (found == jobs.end()) continue;
+    if (jobs.size() > 1) {
+      engine_.Remove(*active_[i].batch, static_cast<size_t>(found - jobs.begin()));
     } else {
-      engine_.Settle();
-      active_.erase(active_.begin() + static_cast<std::ptrdiff_t>(i));
+      Leave(i);
     }
     End(job, status);
     return true;
@@ -461,9 +484,7 @@ bool Scheduler::EndWherever(const std::shared_ptr<Job>& job, const absl::Status&
 void Scheduler::PublishLoad() {
   double seconds = 0;
   for (const Active& active : active_) {
-    for (const auto& job : active.batch->jobs) {
-      seconds += engine_.PredictSeconds(*job, active.batch->next_layer);
-    }
+    for (const auto& job : active.jobs()) seconds += RemainingSeconds(active, *job);
   }
   for (const Waiting& waiting : waiting_) seconds += engine_.PredictSeconds(*waiting.job);
   absl::MutexLock lock(&mutex_);

@@ -6,6 +6,7 @@
 // the engine's completion thread.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -32,7 +33,8 @@ struct SchedulerOptions {
   uint64_t attend_bytes_max = uint64_t{4} << 30;  // tensors of all Attend jobs in the server
   // Tokens of short prompts that share a batch; at most as many pass a long one.
   int64_t batch_tokens_max = kShortBatchTokens;
-  int active_batches_max = 4;  // batches in progress; each holds its residual stream
+  int active_batches_max = 4;  // batches in progress, of short prompts and of long ones; each holds
+                               // its residual stream
   // A step that waited for this long goes first, whatever the others' slack or priority.
   absl::Duration passed_over_max = absl::Seconds(10);
 };
@@ -86,9 +88,19 @@ class Scheduler {
     std::shared_ptr<Job> job;
     bool ready;  // every tensor has arrived
   };
-  struct Active {
+  struct Active {  // one of the two
     std::unique_ptr<Batch> batch;
+    std::unique_ptr<AttendRun> attend;
     SteadyTime last_run;
+
+    std::vector<std::shared_ptr<Job>> jobs() const {
+      return batch ? batch->jobs : std::vector{attend->job};
+    }
+    size_t parts() const {  // of the layer that it is in, or of the Attend; 1 at least
+      return std::max<size_t>(1, batch ? batch->parts.size() : attend->parts.size());
+    }
+    bool begun() const { return batch ? batch->scratch != nullptr : true; }  // that layer
+    bool done() const { return batch ? batch->done() : attend->done(); }
   };
   // Wakes the thread. Shared with who may ring it when the scheduler is gone.
   class Bell {
@@ -119,11 +131,13 @@ class Scheduler {
   std::vector<StalledStep::Part> PartsOf(std::optional<size_t> view) const;
   void NoteParts(std::optional<size_t> view);  // before the engine may wait for them
   std::vector<StepView> Views() const;
+  double RemainingSeconds(const Active& active, const Job& job) const;
   bool HasRoom(const Job& job) const;  // to begin a batch with this Prefill
   bool RoomIsAwaited() const;
   void StartBatch(size_t first);
   void Advance(size_t active);
-  void RunAttend(size_t waiting);
+  void Leave(size_t active);
+  void StartAttend(size_t waiting);
   std::shared_ptr<Job> TakeWaiting(size_t index);
   void End(std::shared_ptr<Job> job, absl::Status result);
   void Finish(Job& job, const absl::Status& result);

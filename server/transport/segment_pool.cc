@@ -107,7 +107,7 @@ absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
   if (bytes > bytes_) {
     return absl::ResourceExhaustedError(
         absl::StrCat("the KV cache needs ", bytes, " bytes, the server has ", bytes_,
-                     " of segments; ask for grpc or shorten the prompt"));
+                     " for caches over this transport; ask for grpc or shorten the prompt"));
   }
   const uint64_t size = std::min(SizeFor(bytes, step_), bytes_);
   std::vector<Member> out;
@@ -127,7 +127,7 @@ absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
     if (ready == nullptr && !MakeRoom(size, &out)) {
       return RetryLater(absl::StatusCode::kResourceExhausted, "kv_memory",
                         absl::StrCat("the KV cache needs ", bytes, " bytes, ", bytes_ - lent_,
-                                     " of ", bytes_, " of segments are free"),
+                                     " of ", bytes_, " for caches over this transport are free"),
                         absl::Seconds(1));
     }
     if (ready == nullptr) changing_ += size;

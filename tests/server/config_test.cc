@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -109,6 +110,11 @@ TEST(Config, CudaIpcIsOfferedWhereThereIsCudaUnlessSomebodySays) {
   EXPECT_FALSE(Parse({})->config.transports.has_value());
   EXPECT_TRUE(Offers({"--transports=posix_shm,cuda_ipc"}, Transport::kCudaIpc));
   EXPECT_FALSE(Offers({"--transports=posix_shm"}, Transport::kCudaIpc));
+}
+
+TEST(Config, OfTheGpuAllIsTakenUnlessSomebodySays) {
+  EXPECT_EQ(Parse({})->config.gpu_memory, std::numeric_limits<uint64_t>::max());
+  EXPECT_EQ(Parse({"--gpu_memory=48GiB"})->config.gpu_memory, uint64_t{48} << 30);
 }
 
 TEST(Config, BadFlagsAreNamed) {

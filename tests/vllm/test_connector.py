@@ -211,7 +211,7 @@ def test_every_form_of_cache_on_a_gpu_gets_what_lies_there(dtype):
         slot = kv_writer.slots(list(range(blocks - 1, -1, -1)), block, first, count)
         k, v = (kv_writer.as_tensor(x)[:, first:first + count] for x in memory)
         assert k.data_ptr() == memory[0, :, first:].data_ptr()
-        kv_writer.strided_writer(there, heads, d)(k, v, slot.cuda())
+        kv_writer.strided_writer(there, heads, d)(k, v, slot)
         kv_writer.strided_writer(here, heads, d)(k.cpu(), v.cpu(), slot)
         assert torch.equal(there.cpu(), here), name
 

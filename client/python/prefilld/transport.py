@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -32,6 +34,7 @@ TRANSPORTS = {
 _NAMES = {row.value: name for name, row in TRANSPORTS.items()}
 _REASONS = kv.TransportRefusal.Reason
 _ASK_S = 10.0     # for a transport in the place of another
+_TRIED_AGAIN_S = 30.0
 _ASKS_MAX = 3     # at a time: with what was refused, without, and after what is refused now
 
 
@@ -50,6 +53,16 @@ class _Agreement:
     name: str           # one of TRANSPORTS
     boot_id: str = ""   # of the server that was asked
     socket: str = ""    # where it hands out device memory
+    until: float = math.inf  # of time.monotonic
+
+
+class _Trial(NamedTuple):
+    boot_id: str = ""   # of the server whose memory was tried
+    refusal: kv.TransportRefusal | None = None   # what is against it, if anything is
+    passing: bool = False   # and may be no more the next time
+
+
+_UNTRIED = _Trial()
 
 
 class Transport:
@@ -108,9 +121,7 @@ class Negotiator:
         # By the GPU that tensors lie on or are wanted on, None where there is none, and whether for
         # caches.
         self._agreed: dict[tuple[Any, bool], _Agreement] = {}
-        # By the GPU: the boot_id of the server whose memory was tried there, and what is against
-        # it, if anything is.
-        self._tried: dict[Any, tuple[str, kv.TransportRefusal | None]] = {}
+        self._tried: dict[Any, _Trial] = {}  # by the GPU
 
     def destination(self, transport: Transport) -> kv.Transport:
         """For KvDestination.transport: what was pinned, or a GPU's memory, which is had by asking
@@ -158,18 +169,23 @@ class Negotiator:
         key = (device, device is not None and model != "")
         with self._lock:
             agreement = self._agreed.get(key)
-            if agreement is None or boot_id not in ("", agreement.boot_id):
+            if (agreement is None or boot_id not in ("", agreement.boot_id)
+                    or time.monotonic() >= agreement.until):
                 agreement = self._agreed[key] = self._agree(timeout, device, model)
         return Transport(agreement, device, pinned, lambda name, failure: self._instead(
             key, agreement, name, failure))
 
     def _agree(self, timeout: float, device: Any, model: str) -> _Agreement:
-        """Asks until there is an answer that can be used, or raises why a pinned one cannot be."""
+        """Asks until there is an answer that can be used, or raises why a pinned one cannot be.
+        What only failed this time, as with a socket that is full, is tried again later."""
+        until = math.inf
+        if self._tried.get(device, _UNTRIED).passing:
+            del self._tried[device]
         for _ in range(_ASKS_MAX):
             request = self.request(device)
             if device is not None:
                 request.model = model
-            boot_id, refusal = self._tried.get(device, ("", None))
+            boot_id, refusal = self._tried.get(device, _UNTRIED)[:2]
             if refusal is not None:
                 request.refused.append(refusal)
             try:
@@ -186,16 +202,18 @@ class Negotiator:
                 raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
                                     f"the server answered {name} when asked for {self._wanted}")
             if not TRANSPORTS[name].on_device:
-                return _Agreement(name, answer.boot_id)
+                return _Agreement(name, answer.boot_id, until=until)
             try:
                 if answer.boot_id != boot_id:
                     cuda_ipc.probe(answer.cuda_ipc_socket, device)
-                    self._tried[device] = (answer.boot_id, None)
+                    self._tried[device] = _Trial(answer.boot_id)
                 return _Agreement(name, answer.boot_id, answer.cuda_ipc_socket)
             except PrefilldError as failure:
                 if self._wanted is not None or not cannot_be_opened(failure):
                     raise
                 self._refuse(device, answer.boot_id, name, failure)
+                if self._tried[device].passing:
+                    until = time.monotonic() + _TRIED_AGAIN_S
         return _Agreement("grpc")  # a server that is another one each time
 
     def _usable(self, request: kv.NegotiateRequest, answer: kv.NegotiateResponse) -> str:
@@ -210,8 +228,9 @@ class Negotiator:
         return name
 
     def _refuse(self, device: Any, boot_id: str, name: str, failure: PrefilldError) -> None:
-        self._tried[device] = (boot_id, kv.TransportRefusal(
-            transport=TRANSPORTS[name].value, reason=_REASONS.Value(failure.reason)))
+        self._tried[device] = _Trial(boot_id, kv.TransportRefusal(
+            transport=TRANSPORTS[name].value, reason=_REASONS.Value(failure.reason)),
+            passing=failure.reason not in ("REASON_DRIVER", "REASON_PEER"))
 
     def _instead(self, key: tuple[Any, bool], agreement: _Agreement, name: str,
                  failure: PrefilldError) -> str:

@@ -61,9 +61,10 @@ void MemoryPool::Free(const Block& block) const {
   for (cudaEvent_t event : block.last_use) {
     if (event != nullptr) cudaEventDestroy(event);
   }
+  if (block.data != nullptr) {
+    kind_ == Kind::kDevice ? cudaFree(block.data) : cudaFreeHost(block.data);
+  }
   budget_->Give(block.bytes);
-  if (block.data == nullptr) return;
-  kind_ == Kind::kDevice ? cudaFree(block.data) : cudaFreeHost(block.data);
 }
 
 // The oldest beyond `keep` bytes, taken out.

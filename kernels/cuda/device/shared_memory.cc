@@ -1,7 +1,11 @@
 #include "kernels/cuda/device/shared_memory.h"
 
 #include <cuda.h>
+#include <fcntl.h>
+#include <unistd.h>
 
+#include <cerrno>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -126,8 +130,12 @@ absl::StatusOr<Buffer> SharedMemory::Allocate(size_t bytes) {
   CUdeviceptr at = 0;
   result = driver.create(&block.handle, block.bytes, &properties, 0);
   if (result == CUDA_SUCCESS) {
-    result = Map(block.handle, block.bytes, device_, &at);
-    if (result != CUDA_SUCCESS) driver.release(block.handle);
+    result = driver.share(&block.descriptor, block.handle, kDescriptor, 0);
+    if (result == CUDA_SUCCESS) result = Map(block.handle, block.bytes, device_, &at);
+    if (result != CUDA_SUCCESS) {
+      if (block.descriptor >= 0) close(block.descriptor);
+      driver.release(block.handle);
+    }
   }
   if (result != CUDA_SUCCESS) {
     budget_->Give(block.bytes);
@@ -144,9 +152,10 @@ absl::StatusOr<int> SharedMemory::Export(const Buffer& buffer) const {
   absl::MutexLock lock(&mutex_);
   const auto block = blocks_.find(buffer.data());
   if (block == blocks_.end()) return absl::InvalidArgumentError("not memory that is shared");
-  int descriptor = -1;
-  const CUresult result = TheDriver().share(&descriptor, block->second.handle, kDescriptor, 0);
-  if (result != CUDA_SUCCESS) return ToStatus(result, "export");
+  const int descriptor = fcntl(block->second.descriptor, F_DUPFD_CLOEXEC, 0);
+  if (descriptor < 0) {
+    return absl::ResourceExhaustedError(absl::StrCat("descriptor: ", std::strerror(errno)));
+  }
   return descriptor;
 }
 
@@ -177,6 +186,7 @@ void SharedMemory::Free(void* data) {
   const auto at = reinterpret_cast<CUdeviceptr>(data);
   driver.unmap(at, block.bytes);
   driver.unreserve(at, block.bytes);
+  close(block.descriptor);
   driver.release(block.handle);
   budget_->Give(block.bytes);
 }

@@ -37,6 +37,7 @@ class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
   struct Block {
     unsigned long long handle = 0;  // a CUmemGenericAllocationHandle
     size_t bytes = 0;
+    int descriptor = -1;  // of which peers get duplicates: the driver may be busy when they ask
   };
   void Free(void* data);
   void AwaitStreams() const;

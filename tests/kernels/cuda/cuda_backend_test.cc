@@ -340,6 +340,24 @@ class Imported {
   CUdeviceptr at_ = 0;
 };
 
+// Of pools and of what is shared alike; what is kept for others is in nobody's way.
+TEST_F(CudaBackendOnGpu, NoMoreIsTakenThanWasAllowed) {
+  constexpr size_t kMiB = size_t{1} << 20;
+  auto bounded = CreateBackend("cuda", 0, {.memory_bytes = 64 * kMiB});
+  ASSERT_TRUE(bounded.ok()) << bounded.status();
+  Device& device = (*bounded)->device();
+  EXPECT_EQ(device.free_bytes(), 64 * kMiB);
+  auto first = device.Allocate(48 * kMiB);
+  ASSERT_TRUE(first.ok()) << first.status();
+  EXPECT_EQ(device.free_bytes(), 16 * kMiB);
+  EXPECT_TRUE(absl::IsResourceExhausted(device.Allocate(32 * kMiB).status()));
+  EXPECT_TRUE(absl::IsResourceExhausted(device.AllocateShared(32 * kMiB).status()));
+  { const Buffer gone = *std::move(first); }
+  auto shared = device.AllocateShared(32 * kMiB);
+  ASSERT_TRUE(shared.ok()) << shared.status();
+  EXPECT_EQ(device.free_bytes(), 32 * kMiB);
+}
+
 TEST_F(CudaBackendOnGpu, SharedMemoryIsTheSameInBothMappings) {
   Device& device = backend_->device();
   EXPECT_THAT(std::string(device.uuid()), testing::StartsWith("GPU-"));

@@ -13,6 +13,7 @@
 #include "server/record/errors.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/prompts.h"
+#include "tests/server/run_attend.h"
 
 namespace prefilld {
 namespace {
@@ -64,7 +65,7 @@ TEST_F(EngineTest, AttendReturnsWhatWasAskedFor) {
   auto job = NewAttend(1000, {.method = Method::kJoint});
   ReturnIndex(*job->attend);
   job->attend->lse = *backend_->device().Allocate(2000 * sizeof(float));
-  ASSERT_TRUE(engine_.RunAttend(*job).ok());
+  ASSERT_TRUE(RunAttend(engine_, job).ok());
   const AttendWork& work = *job->attend;
   for (int i = 0; i < 2000; ++i) ASSERT_NE(work.lse.as<float>()[i], 0) << i;
   for (int row = 0; row < 16; ++row) {
@@ -83,7 +84,7 @@ TEST_F(EngineTest, AttendReturnsWhatWasAskedFor) {
 TEST_F(EngineTest, AnOpenMethodRunsDenseWhereThatIsFasterAndSaysSo) {
   auto job = NewAttend(128, {.method = Method::kJoint});
   job->method_unspecified = true;
-  ASSERT_TRUE(engine_.RunAttend(*job).ok());
+  ASSERT_TRUE(RunAttend(engine_, job).ok());
   EXPECT_EQ(job->report.entries[0].pattern, Pattern::kDense);
   EXPECT_EQ(job->report.entries[0].dense_reason, DenseReason::kBelowCrossover);
   EXPECT_FALSE(job->report.captured_mass_measured);
@@ -91,21 +92,21 @@ TEST_F(EngineTest, AnOpenMethodRunsDenseWhereThatIsFasterAndSaysSo) {
 
 TEST_F(EngineTest, ANamedMethodAlwaysRuns) {
   auto job = NewAttend(128, {.method = Method::kJoint});
-  ASSERT_TRUE(engine_.RunAttend(*job).ok());
+  ASSERT_TRUE(RunAttend(engine_, job).ok());
   EXPECT_EQ(job->report.entries[0].pattern, Pattern::kJoint);
 }
 
 TEST_F(EngineTest, ACancelledAttendStopsWithinItsStep) {
   auto job = NewAttend(1000, {.method = Method::kDense});
   job->cancelled = true;
-  EXPECT_EQ(engine_.RunAttend(*job).code(), absl::StatusCode::kCancelled);
+  EXPECT_EQ(RunAttend(engine_, job).code(), absl::StatusCode::kCancelled);
   const float* o = job->attend->o.as<float>();
   for (int64_t i = 0; i < 1000 * 128; ++i) ASSERT_EQ(o[i], 0) << "a block was computed";
 }
 
 TEST_F(EngineTest, HeadsBelowTheMinimumMassRunDense) {
   auto job = NewAttend(2000, {.method = Method::kJoint, .gamma = 0.3, .min_captured_mass = 0.999});
-  ASSERT_TRUE(engine_.RunAttend(*job).ok());
+  ASSERT_TRUE(RunAttend(engine_, job).ok());
   for (const HeadReport& head : job->report.entries) {
     EXPECT_EQ(head.pattern, Pattern::kDense);
     EXPECT_EQ(head.dense_reason, DenseReason::kMinCapturedMass);
@@ -119,12 +120,12 @@ TEST_F(EngineTest, OutputsFollowToTheHost) {
   FakeBackend fake;
   Engine engine(fake, metrics_);
   auto plain = NewAttend(300, {.method = Method::kJoint}), job = NewAttend(300, plain->policy);
-  ASSERT_TRUE(engine_.RunAttend(*plain).ok());
+  ASSERT_TRUE(RunAttend(engine_, plain).ok());
   AttendWork& work = *job->attend;
   ReturnIndex(work);
   work.host_o = *fake.device().AllocateHost(work.o.bytes());
   work.lse = *fake.device().Allocate(600 * sizeof(float));
-  ASSERT_TRUE(engine.RunAttend(*job).ok());
+  ASSERT_TRUE(RunAttend(engine, job).ok());
   EXPECT_EQ(std::memcmp(work.host_o.data(), plain->attend->o.data(), work.o.bytes()), 0);
   for (const FakeDevice::Copied& copy : fake.device().copied()) {
     EXPECT_NE(copy.src, work.lse.data()) << "nobody asked for it on the host";
@@ -154,10 +155,10 @@ TEST_F(EngineTest, ALostDeviceFailsEveryJobAndIsCountedOnce) {
   });
   Engine engine(faulty, metrics_);
   faulty.Arm(2);
-  EXPECT_TRUE(engine.RunAttend(*NewAttend(100, {})).ok());
+  EXPECT_TRUE(RunAttend(engine, NewAttend(100, {})).ok());
   EXPECT_TRUE(engine.CheckDevice().ok());
-  EXPECT_EQ(engine.RunAttend(*NewAttend(100, {})).code(), absl::StatusCode::kUnavailable);
-  EXPECT_EQ(engine.RunAttend(*NewAttend(100, {})).code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(RunAttend(engine, NewAttend(100, {})).code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(RunAttend(engine, NewAttend(100, {})).code(), absl::StatusCode::kUnavailable);
   const absl::Status lost = engine.CheckDevice();
   EXPECT_EQ(FactsOf(lost).reason, "device_lost");
   EXPECT_TRUE(FactsOf(lost).retry_after.has_value());
@@ -182,8 +183,8 @@ TEST_F(EngineTest, NoDeviceMemoryIsSaidAndTheNextJobRuns) {
   FakeBackend fake;
   Engine engine(fake, metrics_);
   fake.device().Limit(FakeDevice::Kind::kDevice, 1000);
-  EXPECT_EQ(engine.RunAttend(*NewAttend(3000, {})).code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_TRUE(engine.RunAttend(*NewAttend(100, {})).ok());
+  EXPECT_EQ(RunAttend(engine, NewAttend(3000, {})).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(RunAttend(engine, NewAttend(100, {})).ok());
 }
 
 // The phases of a layer lie between marks: the device is waited for once a layer, for the one
@@ -250,7 +251,7 @@ TEST_F(EngineTest, AnAttendMayComeBetweenLayersOnTheirWay) {
     while (!batch->done()) {
       ASSERT_TRUE(engine.RunStep(*batch).ok());
       if (job == between) {
-        ASSERT_TRUE(engine.RunAttend(*NewAttend(700, {.method = Method::kDense})).ok());
+        ASSERT_TRUE(RunAttend(engine, NewAttend(700, {.method = Method::kDense})).ok());
       }
     }
     ASSERT_TRUE(engine.Finish(*batch).ok());
@@ -346,7 +347,7 @@ TEST_F(EngineTest, TheUploadAndTheCopyOfOutputsArePhasesOfAnAttend) {
   Engine engine(fake, metrics_);
   auto job = NewAttend(300, {.method = Method::kJoint});
   ReturnIndex(*job->attend);
-  ASSERT_TRUE(engine.RunAttend(*job).ok());
+  ASSERT_TRUE(RunAttend(engine, job).ok());
   const auto marks = [&](Phase phase) {
     return std::lround(job->phases[static_cast<size_t>(phase)] / FakeDevice::kSecondsBetweenMarks);
   };

@@ -14,6 +14,7 @@
 #include "server/engine/engine.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/prompts.h"
+#include "tests/server/run_attend.h"
 
 namespace prefilld {
 namespace {
@@ -100,7 +101,7 @@ TEST_F(FitTest, ShapesThatNobodyPlannedRunInTurn) {
       const absl::Status layer = engine_.RunStep(**batch);
       ASSERT_TRUE(layer.ok()) << layer;
       if (each == alone) continue;
-      const absl::Status attended = engine_.RunAttend(*attend);
+      const absl::Status attended = RunAttend(engine_, attend);
       ASSERT_TRUE(attended.ok()) << attended;
     }
     ASSERT_TRUE(engine_.Finish(**batch).ok());

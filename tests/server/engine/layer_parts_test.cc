@@ -17,17 +17,18 @@ ModelInfo Info(int q_heads, int kv_heads) {
 }
 
 // What a part takes, by the shares that its ranges are of the layer.
-double SecondsOf(const LayerPart& part, const ModelInfo& info, int64_t tokens,
-                 const LayerSeconds& all) {
+double SecondsOf(const LayerPart& part, const LayerWork& all) {
   const auto rows = [&](const RowRange& range) {
-    return static_cast<double>(range.count) / static_cast<double>(tokens);
+    return static_cast<double>(range.count) / static_cast<double>(all.tokens);
   };
   return all.project * rows(part.project) + all.finish * rows(part.finish) +
-         all.attend * part.attend.count / info.q_heads;
+         all.attend * part.attend.count / all.info.q_heads;
 }
 
 // Rows and heads follow each other without gaps, in the order in which they depend on each other.
-void ExpectWhole(const std::vector<LayerPart>& parts, const ModelInfo& info, int64_t tokens) {
+void ExpectWhole(const std::vector<LayerPart>& parts, const LayerWork& work) {
+  const ModelInfo& info = work.info;
+  const int64_t tokens = work.tokens;
   int64_t projected = 0, finished = 0;
   int attended = 0;
   bool stored = false;
@@ -61,52 +62,89 @@ void ExpectWhole(const std::vector<LayerPart>& parts, const ModelInfo& info, int
   }
   EXPECT_EQ(projected, tokens);
   EXPECT_EQ(attended, info.q_heads);
-  EXPECT_EQ(finished, tokens);
+  EXPECT_EQ(finished, work.last ? 0 : tokens);
   EXPECT_TRUE(stored);
 }
 
 TEST(LayerPartsTest, AShortLayerIsOneStep) {
   const ModelInfo info = Info(32, 8);
-  const auto parts = DivideLayer(info, 32768, kTile, {.003, .014, .018}, .1);
+  const LayerWork work = {.info = info,
+                          .tokens = 32768,
+                          .tile_tokens = kTile,
+                          .project = .003,
+                          .attend = .014,
+                          .finish = .018};
+  const auto parts = DivideLayer(work, .1);
   ASSERT_EQ(parts.size(), 1u);
-  ExpectWhole(parts, info, 32768);
+  ExpectWhole(parts, work);
 }
 
 TEST(LayerPartsTest, NoPartIsLongerThanItMayBe) {
   struct Case {
     int q_heads, kv_heads;
     int64_t tokens;
-    LayerSeconds seconds;
+    double project, attend, finish;
     size_t parts_max;
   };
   const Case cases[] = {
-      {32, 8, 131072, {.011, .21, .074}, 4},  // dense
-      {32, 8, 131072, {.011, .03, .074}, 2},  // sparse
-      {32, 8, 524288, {.044, 3.2, .3}, 40},   // a group takes .4 s
-      {28, 4, 1000000, {.05, 2.2, .5}, 35},   // seven heads a group
-      {8, 8, 100000, {.2, .7, .2}, 14},       // no groups
-      {6, 1, 200001, {.0, .55, .05}, 8},      // one kv head
-      {4, 2, 5000, {.05, .01, .07}, 3},       // rows alone
+      {32, 8, 131072, .011, .21, .074, 4},  // dense
+      {32, 8, 131072, .011, .03, .074, 2},  // sparse
+      {32, 8, 524288, .044, 3.2, .3, 40},   // a group takes .4 s
+      {28, 4, 1000000, .05, 2.2, .5, 35},   // seven heads a group
+      {8, 8, 100000, .2, .7, .2, 14},       // no groups
+      {6, 1, 200001, .0, .55, .05, 8},      // one kv head
+      {4, 2, 5000, .05, .01, .07, 3},       // rows alone
   };
   for (const Case& each : cases) {
-    SCOPED_TRACE(each.tokens);
-    const ModelInfo info = Info(each.q_heads, each.kv_heads);
-    const auto parts = DivideLayer(info, each.tokens, kTile, each.seconds, .1);
-    ExpectWhole(parts, info, each.tokens);
-    EXPECT_GT(parts.size(), 1u);
-    EXPECT_LE(parts.size(), each.parts_max);
-    for (const LayerPart& part : parts) {
-      EXPECT_LE(SecondsOf(part, info, each.tokens, each.seconds), .1 + 1e-9);
+    for (const bool last : {false, true}) {
+      SCOPED_TRACE(each.tokens);
+      const ModelInfo info = Info(each.q_heads, each.kv_heads);
+      const LayerWork work = {.info = info,
+                              .tokens = each.tokens,
+                              .tile_tokens = kTile,
+                              .last = last,
+                              .project = each.project,
+                              .attend = each.attend,
+                              .finish = last ? 0 : each.finish};
+      const auto parts = DivideLayer(work, .1);
+      ExpectWhole(parts, work);
+      EXPECT_TRUE(last || parts.size() > 1);
+      EXPECT_LE(parts.size(), each.parts_max);
+      for (const LayerPart& part : parts) EXPECT_LE(SecondsOf(part, work), .1 + 1e-9);
     }
   }
 }
 
-// What cannot be divided further is a part of its own.
+// What cannot be divided further is a part of its own, and none is empty.
 TEST(LayerPartsTest, APieceMayBeTooLong) {
   const ModelInfo info = Info(4, 2);
-  const auto parts = DivideLayer(info, 3 * kTile, kTile, {3, 8, 3}, .1);
-  ExpectWhole(parts, info, 3 * kTile);
-  EXPECT_EQ(parts.size(), 3u + 4 + 3);
+  for (const bool last : {false, true}) {
+    const LayerWork work = {.info = info,
+                            .tokens = 3 * kTile,
+                            .tile_tokens = kTile,
+                            .last = last,
+                            .project = 3,
+                            .attend = 8,
+                            .finish = last ? 0.0 : 3.0};
+    const auto parts = DivideLayer(work, .1);
+    ExpectWhole(parts, work);
+    EXPECT_EQ(parts.size(), last ? 3u + 4 : 3u + 4 + 3);
+  }
+}
+
+TEST(LayerPartsTest, AttentionAloneIsDividedLikewise) {
+  EXPECT_EQ(DivideHeads(32, 8, .09, .1).size(), 1u);
+  for (const double seconds : {.3, 1.0, 5.0}) {
+    int next = 0;
+    for (const HeadRange& range : DivideHeads(12, 3, seconds, .1)) {
+      EXPECT_EQ(range.first, next);
+      const bool groups = range.first % 4 == 0 && range.count % 4 == 0;
+      EXPECT_TRUE(groups || range.first / 4 == (range.first + range.count - 1) / 4);
+      EXPECT_TRUE(range.count == 1 || seconds * range.count / 12 <= .1);
+      next += range.count;
+    }
+    EXPECT_EQ(next, 12);
+  }
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "server/engine/engine.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/prompts.h"
+#include "tests/server/run_attend.h"
 
 namespace prefilld {
 namespace {
@@ -267,15 +268,15 @@ TEST_F(MemoryPlanTest, WhoFindsNoRoomIsToldAndOthersGoOn) {
 // A shape that nobody planned for may take what is spare, and fails alone where that is too little.
 TEST_F(MemoryPlanTest, AnAttendBeyondThePlanFailsAlone) {
   LeaveFree(PlanMemory(Inputs(longest())).needs());
-  Engine engine(fake_, metrics_);
+  Engine engine(fake_, metrics_, /*step_seconds=*/1e9);  // the Attend as a whole
   ASSERT_TRUE(engine.Reserve(PlanMemory(Inputs(longest()))).ok());
-  Job attend;
-  attend.policy = {.method = Method::kDense, .block_size = 64};
-  attend.attend = std::make_unique<AttendWork>();
+  const auto attend = std::make_shared<Job>();
+  attend->policy = {.method = Method::kDense, .block_size = 64};
+  attend->attend = std::make_unique<AttendWork>();
   const int64_t tokens = 300'000;
-  attend.attend->shape = {DType::kF32, 16, 1, 64, {0, tokens}, {0, tokens}};
-  attend.attend->softmax_scale = 0.125;
-  EXPECT_EQ(engine.RunAttend(attend).code(), absl::StatusCode::kResourceExhausted);
+  attend->attend->shape = {DType::kF32, 16, 1, 64, {0, tokens}, {0, tokens}};
+  attend->attend->softmax_scale = 0.125;
+  EXPECT_EQ(RunAttend(engine, attend).code(), absl::StatusCode::kResourceExhausted);
   auto batch = engine.Begin({prompts_.New(longest(), 3)});
   ASSERT_TRUE(batch.ok()) << batch.status();
   while (!(*batch)->done()) ASSERT_TRUE(engine.RunStep(**batch).ok());

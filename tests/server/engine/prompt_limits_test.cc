@@ -138,8 +138,9 @@ TEST(PromptTokens, EveryLimitIsNamedWithTheLargestNumberThatAllAllow) {
   EXPECT_THAT(kv, HasSubstr("what helps: --max_prompt_tokens=2048, --kv_memory=8MiB"));
   const std::string gpu = Refusal(4096, 8 * kMiB, Fitting(4096, 777));
   EXPECT_THAT(gpu, HasSubstr("gpu memory: "));
-  EXPECT_THAT(gpu, HasSubstr("--max_prompt_tokens=777, a smaller --attend_memory or "
-                             "--kv_device_memory, fewer --model"));
+  EXPECT_THAT(
+      gpu, HasSubstr("--max_prompt_tokens=777, a smaller --attend_memory or "
+                     "--kv_device_memory, a larger --gpu_memory where it is set, fewer --model"));
   const std::string all = Refusal(5000, 4 * kMiB, Fitting(5000, 3000));
   EXPECT_THAT(all, HasSubstr("5000 do not fit, at most 2048 do"));
   for (const char* what : {"4096 positions", "may hold 2048", "at most 3000 fit"}) {

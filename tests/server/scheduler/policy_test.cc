@@ -81,5 +81,17 @@ TEST(Policy, WhatWasPassedOverTooLongGoesFirst) {
   EXPECT_EQ(Pick({urgent, starving, longer}), 2u);
 }
 
+// A layer of ten parts gets on once in ten seconds, as one of one part does; between two layers it
+// is not more urgent than others.
+TEST(Policy, WhatIsInTheMiddleOfALayerWaitsForItsShareOfTheBound) {
+  StepView longer = View(absl::Seconds(2), absl::Seconds(100));
+  const StepView shorter = View(absl::Seconds(0), absl::Seconds(1));
+  EXPECT_EQ(Pick({longer, shorter}), 1u);
+  longer.parts = 10;
+  EXPECT_EQ(Pick({longer, shorter}), 0u);
+  longer.waited = absl::Milliseconds(900);
+  EXPECT_EQ(Pick({longer, shorter}), 1u);
+}
+
 }  // namespace
 }  // namespace prefilld

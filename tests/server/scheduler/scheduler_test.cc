@@ -84,18 +84,18 @@ class Recorder : public JobSink {
 
 class SchedulerTest : public testing::Test {
  protected:
-  std::shared_ptr<Job> NewAttend(int64_t tokens = 64) {
+  std::shared_ptr<Job> NewAttend(int64_t tokens = 64, int heads = 1) {
     auto job = std::make_shared<Job>();
     job->request_id = "r";
     job->policy.method = Method::kDense;
     job->policy.measure_captured_mass = false;
     job->attend = std::make_unique<AttendWork>();
-    job->attend->shape = {DType::kF32, 1, 1, 64, {0, tokens}, {0, tokens}};
+    job->attend->shape = {DType::kF32, heads, heads, 64, {0, tokens}, {0, tokens}};
     job->attend->softmax_scale = 0.125;
     for (Buffer* buffer : {&job->attend->q, &job->attend->k, &job->attend->v, &job->attend->o}) {
-      *buffer = *backend_.device().Allocate(tokens * 64 * sizeof(float));
+      *buffer = *backend_.device().Allocate(tokens * heads * 64 * sizeof(float));
     }
-    job->held_bytes = 4 * tokens * 64 * sizeof(float);
+    job->held_bytes = 4 * tokens * heads * 64 * sizeof(float);
     job->sink = std::make_shared<Recorder>();
     return job;
   }
@@ -276,6 +276,28 @@ TEST_F(SchedulerTest, AShortPromptPassesALongOneInTheMiddleOfALayer) {
   ASSERT_EQ(order.size(), 2u * (Prompts::kLayers + 1));
   EXPECT_EQ(order[Prompts::kLayers], "short ends");
   EXPECT_EQ(order[Prompts::kLayers + 1], "long 0");
+}
+
+// Nor for the end of an Attend.
+TEST_F(SchedulerTest, APromptPassesAnAttendBetweenItsParts) {
+  Prompts prompts(backend_);
+  std::vector<std::string> order;
+  const auto attend = NewAttend(/*tokens=*/3000, /*heads=*/8);
+  const auto prompt = prompts.New(20, 9);
+  const auto attend_sink = std::make_shared<OrderSink>("attend", order);
+  const auto prompt_sink = std::make_shared<OrderSink>("prompt", order);
+  attend->sink = attend_sink;
+  prompt->sink = prompt_sink;
+  Engine engine(backend_, metrics_, /*step_seconds=*/0);
+  Scheduler scheduler(engine, metrics_, {});
+  ASSERT_TRUE(scheduler.Admit(attend).ok());
+  scheduler.UploadDone(attend);
+  backend_.AwaitEntered();  // its first head
+  ASSERT_TRUE(scheduler.Admit(prompt).ok());
+  backend_.Open();
+  attend_sink->finished.WaitForNotification();
+  prompt_sink->finished.WaitForNotification();
+  EXPECT_EQ(order.back(), "attend ends");
 }
 
 // Prompts on a device whose work ends when the test says so.

@@ -203,7 +203,7 @@ class WorkerHalf:
             with self._source(client, load, deadline) as source:
                 order = load.order
                 slot = slots(order.block_ids, self._block_size, order.begin,
-                             order.end - order.begin).to(self._device)
+                             order.end - order.begin)
                 layers = self._write(source, load, slot)
                 if layers != len(self._writers):
                     raise data_loss(f"{layers} layers came, this engine has {len(self._writers)}")
