@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -15,7 +16,7 @@ import fake_torch
 from fake_handout import Handout, send
 from fake_server import LAYERS, MODEL, Abort, Tamper, expected_layer, retry_info
 from google.rpc import error_details_pb2
-from prefilld import PrefillClient, PrefilldError, RetryPolicy, cuda_ipc
+from prefilld import PrefillClient, PrefilldError, RetryPolicy, cuda_ipc, transport
 from prefilld.v1 import kv_handoff_service_pb2 as kv
 
 FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
@@ -364,6 +365,19 @@ def test_a_pull_that_breaks_goes_on_in_the_same_memory(server, connect):
     with connect().prefill(MODEL, [1] * 7, device="cuda:1") as call:
         check(layers_of(call), 7)
     assert len(server.handout.asked) == 2  # the probe, and one
+
+
+@pytest.mark.parametrize("reason", ["REASON_DRIVER", "REASON_SOCKET"])
+def test_what_may_pass_is_tried_again_later(server, connect, driver, monkeypatch, reason):
+    monkeypatch.setattr(transport, "_TRIED_AGAIN_S", 0.5)
+    driver.refuse = [refusal(reason)]
+    client = connect()
+    for _ in range(2):
+        assert client.attend(*tensors()).transport != "cuda_ipc"
+    time.sleep(0.6)
+    passed = reason == "REASON_SOCKET"
+    assert (client.attend(*tensors()).transport == "cuda_ipc") is passed
+    assert [refused for _, refused in told(server)] == [[], [reason]] + ([[]] if passed else [])
 
 
 @pytest.mark.parametrize("reason", ["REASON_DRIVER", "REASON_SOCKET"])

@@ -38,6 +38,28 @@ TEST(Arena, GivesTheFirstHoleThatIsLargeEnough) {
   EXPECT_FALSE(arena.Fits(4097));
 }
 
+TEST(Arena, GivesTheEndOfTheLastHoleToWhoAsksForThat) {
+  FakeDevice device;
+  Arena arena(*device.Allocate(4096));
+  const auto offset = [&, base = arena.Take(1)->as<char>()](const Buffer& part) {
+    return part.as<char>() - base;
+  };
+  auto last = *arena.Take(1024, Arena::From::kEnd), before = *arena.Take(512, Arena::From::kEnd);
+  EXPECT_EQ(offset(last), 3072);
+  EXPECT_EQ(offset(before), 2560);
+  auto first = *arena.Take(2560);
+  EXPECT_EQ(offset(first), 0);
+  EXPECT_FALSE(arena.Take(1, Arena::From::kEnd).ok());
+  last = Buffer();
+  EXPECT_EQ(offset(*arena.Take(300, Arena::From::kEnd)), 3584) << "a multiple of 256";
+  EXPECT_EQ(offset(*arena.Take(1024, Arena::From::kEnd)), 3072);
+  first = Buffer();
+  auto hole = *arena.Take(1024, Arena::From::kEnd);
+  EXPECT_EQ(offset(hole), 3072);
+  EXPECT_EQ(offset(*arena.Take(1500, Arena::From::kEnd)), 1024) << "in the hole before it";
+  EXPECT_FALSE(arena.Take(2561, Arena::From::kEnd).ok());
+}
+
 TEST(Arena, IsOutlivedByItsParts) {
   FakeDevice device;
   {

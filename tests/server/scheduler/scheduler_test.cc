@@ -266,7 +266,7 @@ TEST_F(SchedulerTest, AShortPromptPassesALongOneInTheMiddleOfALayer) {
   longer->sink = long_sink;
   shorter->sink = short_sink;
   Engine engine(backend_, metrics_, /*step_seconds=*/0);
-  Scheduler scheduler(engine, metrics_, {});
+  Scheduler scheduler(engine, metrics_, {.active_batches_max = 1});  // of each
   ASSERT_TRUE(scheduler.Admit(longer).ok());
   backend_.AwaitEntered();  // its first head
   ASSERT_TRUE(scheduler.Admit(shorter).ok());
