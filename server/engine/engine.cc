@@ -199,10 +199,8 @@ std::unique_ptr<AttendRun> Engine::BeginAttend(std::shared_ptr<Job> job) {
   run->policy = decision.policy;
   run->dense_reason = decision.dense_reason;
   run->open = decision.open;
-  // Several sequences are short ones, and their reports lie sequence by sequence.
-  const bool whole = shape.sequences() > 1;
-  run->parts =
-      DivideHeads(shape.q_heads, shape.kv_heads, whole ? 0 : PredictSeconds(*job), step_seconds_);
+  run->parts = DivideHeads(shape.q_heads, shape.kv_heads, PredictSeconds(*job), step_seconds_);
+  run->report.resize(static_cast<size_t>(shape.sequences()) * shape.q_heads);
   run->job = std::move(job);
   return run;
 }
@@ -282,11 +280,16 @@ absl::Status Engine::RunStep(AttendRun& run) {
   run.policy = call.args.policy;
   run.dense_reason = call.dense_reason;
   run.open = false;
-  run.report.insert(run.report.end(), call.report.begin(), call.report.end());
+  const HeadRange& heads = run.parts[run.next_part];
+  const AttentionShape& shape = job.attend->shape;
+  for (int sequence = 0; sequence < shape.sequences(); ++sequence) {
+    std::copy_n(call.report.begin() + int64_t{sequence} * heads.count, heads.count,
+                run.report.begin() + int64_t{sequence} * shape.q_heads + heads.first);
+  }
   ++run.next_part;
   if (!run.done()) return absl::OkStatus();
-  job.report = {.layers = job.attend->shape.sequences(),
-                .heads = job.attend->shape.q_heads,
+  job.report = {.layers = shape.sequences(),
+                .heads = shape.q_heads,
                 .entries = std::move(run.report),
                 .captured_mass_measured = Measures(run.policy)};
   return absl::OkStatus();

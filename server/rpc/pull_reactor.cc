@@ -206,7 +206,7 @@ void PullReactor::OnWriteDone(bool ok) {
     absl::MutexLock lock(&mutex_);
     writing_ = false;
     if (ended_) return;
-    if (!ok) return End(WhyCancelled(deadline_), "cancelled");
+    if (!ok) return EndCancelled();
     bytes_ += write_.payload_bytes;
     rpc_.metrics.HandoffBytes(Name(transport_), write_.payload_bytes);
     transfer_->Progress();
@@ -220,6 +220,11 @@ void PullReactor::OnWriteDone(bool ok) {
 
 void PullReactor::OnCancel() {
   absl::MutexLock lock(&mutex_);
+  EndCancelled();
+}
+
+// A write that fails may come before the word of the cancellation that it fails for.
+void PullReactor::EndCancelled() {
   if (aborted_) {
     return End(absl::AbortedError("the lease has ended and the pull made no progress"), "stalled");
   }

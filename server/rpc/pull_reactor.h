@@ -63,6 +63,7 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                          const std::shared_ptr<const KvCache::Pin>& pin) const;
   grpc::ByteBuffer Place(const ChunkHeader& header, const KvCache::Pin& pin) const;
 
+  void EndCancelled() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void End(const absl::Status& status, const char* failure) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   RpcContext& rpc_;

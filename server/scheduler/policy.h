@@ -20,14 +20,17 @@ struct StepView {
   absl::Duration remaining;  // predicted work until it is done
   int priority = 0;
   bool runnable = true;  // uploaded, and with room for its next step
+  // It is not runnable because of what that view holds, which is as urgent as it, then.
+  std::optional<size_t> waits_for;
 };
 
 // Order: what has been passed over for longer than `passed_over_max` first (longest first; in the
 // middle of a layer, for its share of that: a layer of many parts gets on as one of one does), then
-// least slack (deadline - now - remaining, compared by its power of two; no deadline is the most),
-// then higher priority, then less remaining work, so that a short prompt does not wait for a long
-// one, then arrival. Empty when nothing is runnable.
-std::optional<size_t> PickNext(const std::vector<StepView>& views, absl::Time now,
+// least slack (deadline - now - remaining, compared by its power of two; the most is no deadline,
+// or one that leaves more than a minute and ten times the work), then higher priority, then less
+// remaining work, so that a short prompt does not wait for a long one, then arrival. Empty when
+// nothing is runnable.
+std::optional<size_t> PickNext(std::vector<StepView> views, absl::Time now,
                                absl::Duration passed_over_max);
 
 }  // namespace prefilld

@@ -132,6 +132,7 @@ class Scheduler {
   void NoteParts(std::optional<size_t> view);  // before the engine may wait for them
   std::vector<StepView> Views() const;
   double RemainingSeconds(const Active& active, const Job& job) const;
+  std::optional<size_t> HolderFor(int64_t tokens) const;
   bool HasRoom(const Job& job) const;  // to begin a batch with this Prefill
   bool RoomIsAwaited() const;
   void StartBatch(size_t first);

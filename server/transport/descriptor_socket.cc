@@ -267,9 +267,12 @@ bool DescriptorSocket::Admit(int fd) {
     return false;
   }
   if (*taken_ >= kConnectionsMax || unnamed_ >= kUnnamedMax) {
+    const std::string why =
+        absl::StrCat(taken_->load(), " connections, ", unnamed_, " without a name; the limits are ",
+                     kConnectionsMax, " and ", kUnnamedMax);
     options_.told(Outcome::kFull);
-    WarnOf(absl::StrCat(taken_->load(), " connections, ", unnamed_, " without a name; the limits ",
-                        "are ", kConnectionsMax, " and ", kUnnamedMax));
+    WarnOf(why);
+    Refuse(fd, why);
     return false;
   }
   ++*taken_;

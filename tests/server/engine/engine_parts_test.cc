@@ -91,14 +91,16 @@ TEST_F(EnginePartsTest, PartsGiveTheBitsOfTheWhole) {
 }
 
 // An Attend of 4 query heads in 2 groups, with all outputs.
-std::shared_ptr<Job> NewAttend(Backend& backend, int64_t tokens, const SparsityPolicy& policy) {
+std::shared_ptr<Job> NewAttend(Backend& backend, std::vector<int64_t> ends,
+                               const SparsityPolicy& policy) {
   constexpr int kHeads = 4, kKvHeads = 2, kDim = 64;
   Device& device = backend.device();
   auto job = std::make_shared<Job>();
   job->policy = policy;
   job->attend = std::make_unique<AttendWork>();
   AttendWork& work = *job->attend;
-  work.shape = {DType::kF32, kHeads, kKvHeads, kDim, {0, tokens}, {0, tokens}};
+  const int64_t tokens = ends.back();
+  work.shape = {DType::kF32, kHeads, kKvHeads, kDim, ends, ends};
   work.softmax_scale = 0.125;
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
@@ -123,10 +125,14 @@ std::shared_ptr<Job> NewAttend(Backend& backend, int64_t tokens, const SparsityP
 TEST_F(EnginePartsTest, AnAttendInPartsIsTheWhole) {
   FakeBackend fake;
   Engine whole(fake, metrics_), divided(fake, metrics_, kPieceByPiece);
-  for (const Method method : {Method::kDense, Method::kJoint, Method::kFlexPrefill}) {
+  for (const auto& [method, ends] :
+       {std::pair(Method::kDense, std::vector<int64_t>{0, 900}),
+        std::pair(Method::kJoint, std::vector<int64_t>{0, 900}),
+        std::pair(Method::kFlexPrefill, std::vector<int64_t>{0, 900}),
+        std::pair(Method::kJoint, std::vector<int64_t>{0, 10, 500, 900})}) {
     SCOPED_TRACE(Name(method));
-    const auto one = NewAttend(fake, 900, {.method = method});
-    const auto other = NewAttend(fake, 900, {.method = method});
+    const auto one = NewAttend(fake, ends, {.method = method});
+    const auto other = NewAttend(fake, ends, {.method = method});
     ASSERT_TRUE(RunAttend(whole, one).ok());
     const auto run = divided.BeginAttend(other);
     EXPECT_EQ(run->parts.size(), 4u);
@@ -137,30 +143,24 @@ TEST_F(EnginePartsTest, AnAttendInPartsIsTheWhole) {
           std::pair(&want.host_count, &got.host_count)}) {
       EXPECT_EQ(std::memcmp(a->data(), b->data(), a->bytes()), 0);
     }
-    const auto* counts = want.host_count.as<int32_t>();
-    for (int row = 0; row < 4 * 8; ++row) {
-      EXPECT_EQ(std::memcmp(want.host_index.as<uint16_t>() + row * 8,
-                            got.host_index.as<uint16_t>() + row * 8, counts[row] * 2),
+    const auto sequences = SplitIntoBlocks(want.shape, 128);
+    const int64_t rows = TotalRows(sequences), stride = MaxKeyBlocks(sequences);
+    for (int64_t row = 0; row < 4 * rows; ++row) {
+      EXPECT_EQ(std::memcmp(want.host_index.as<uint16_t>() + row * stride,
+                            got.host_index.as<uint16_t>() + row * stride,
+                            want.host_count.as<int32_t>()[row] * sizeof(uint16_t)),
                 0);
     }
-    ASSERT_EQ(other->report.entries.size(), 4u);
+    ASSERT_EQ(other->report.entries.size(), 4 * (ends.size() - 1));
     EXPECT_EQ(other->report.captured_mass_measured, one->report.captured_mass_measured);
-    for (size_t head = 0; head < 4; ++head) {
-      EXPECT_EQ(one->report.entries[head].density, other->report.entries[head].density);
-      EXPECT_EQ(one->report.entries[head].captured_mass, other->report.entries[head].captured_mass);
-      EXPECT_EQ(one->report.entries[head].pattern, other->report.entries[head].pattern);
+    for (size_t i = 0; i < other->report.entries.size(); ++i) {
+      const HeadReport &a = one->report.entries[i], &b = other->report.entries[i];
+      EXPECT_EQ(a.density, b.density) << i;
+      EXPECT_EQ(a.captured_mass, b.captured_mass) << i;
+      EXPECT_EQ(a.pattern, b.pattern) << i;
     }
     EXPECT_GT(other->phases[static_cast<size_t>(Phase::kAttention)], 0);
   }
-}
-
-// Several sequences are not divided: they are short, and lie one after the other.
-TEST_F(EnginePartsTest, RaggedAttendsAreOnePart) {
-  FakeBackend fake;
-  Engine divided(fake, metrics_, kPieceByPiece);
-  const auto job = NewAttend(fake, 900, {.method = Method::kDense});
-  job->attend->shape.cu_seqlens_q = job->attend->shape.cu_seqlens_k = {0, 400, 900};
-  EXPECT_EQ(divided.BeginAttend(job)->parts.size(), 1u);
 }
 
 // A batch of another size passes in the middle of a layer, one of the same waits for its end.

@@ -50,7 +50,7 @@ TEST(Policy, LeastSlackComesBeforePriority) {
   StepView urgent = View(absl::Seconds(1), absl::Seconds(1));
   urgent.priority = 100;
   StepView late = View(absl::Seconds(1), absl::Seconds(5));
-  late.deadline = kNow + absl::Seconds(70);
+  late.deadline = kNow + absl::Seconds(40);
   EXPECT_EQ(Pick({urgent, late}), 1u) << "no deadline is the most slack";
   urgent.deadline = kNow + absl::Seconds(500);
   EXPECT_EQ(Pick({urgent, late}), 1u);
@@ -91,6 +91,37 @@ TEST(Policy, WhatIsInTheMiddleOfALayerWaitsForItsShareOfTheBound) {
   EXPECT_EQ(Pick({longer, shorter}), 0u);
   longer.waited = absl::Milliseconds(900);
   EXPECT_EQ(Pick({longer, shorter}), 1u);
+}
+
+// A deadline an hour away is no reason to go before those without one.
+TEST(Policy, AFarDeadlineIsNone) {
+  StepView longer = View(absl::Seconds(5), absl::Seconds(20));
+  const StepView shorter = View(absl::Seconds(1), absl::Seconds(1));
+  longer.deadline = kNow + absl::Hours(1);
+  EXPECT_EQ(Pick({longer, shorter}), 1u);
+  longer.deadline = kNow + absl::Seconds(50);
+  EXPECT_EQ(Pick({longer, shorter}), 0u);
+  longer.remaining = absl::Seconds(100);  // ten times that is far
+  longer.deadline = kNow + absl::Seconds(500);
+  EXPECT_EQ(Pick({longer, shorter}), 0u);
+  longer.deadline = kNow + absl::Seconds(1200);
+  EXPECT_EQ(Pick({longer, shorter}), 1u);
+}
+
+// Who holds what an urgent one needs goes on before the others.
+TEST(Policy, AHolderIsAsUrgentAsWhoWaitsForIt) {
+  StepView holder = View(absl::Seconds(1), absl::Seconds(50));
+  holder.priority = -100;
+  const StepView other = View(absl::Seconds(1), absl::Seconds(1));
+  StepView urgent = View(absl::Seconds(1), absl::Seconds(9));
+  urgent.priority = 100;
+  urgent.runnable = false;
+  EXPECT_EQ(Pick({holder, other, urgent}), 1u);
+  urgent.waits_for = 0;
+  EXPECT_EQ(Pick({holder, other, urgent}), 0u);
+  urgent.priority = 0;
+  urgent.deadline = kNow + absl::Seconds(10);
+  EXPECT_EQ(Pick({holder, other, urgent}), 0u);
 }
 
 }  // namespace
