@@ -36,7 +36,8 @@ struct SchedulerOptions {
   int active_batches_max = 4;  // batches in progress, of short prompts and of long ones; each holds
                                // its residual stream
   // A step that waited for this long goes first, whatever the others' slack or priority.
-  absl::Duration passed_over_max = absl::Seconds(10);
+  // What is in parts waits for as long again within its layer.
+  absl::Duration passed_over_max = absl::Seconds(5);
 };
 
 // What the engine waits for: what was enqueued first is first.

@@ -281,7 +281,8 @@ class CudaOps : public Ops {
   }
 
   // Through device memory, where pages are put together, to where the targets lie. The last call's
-  // copies have had a layer's time.
+  // copies have had a layer's time, unless that call was of a long prompt that this one passes:
+  // then the stream waits for them.
   absl::Status WriteKv(const WriteKvArgs& args, Stream stream) override {
     std::vector<PackedKv> packed;
     size_t bytes = 0;
