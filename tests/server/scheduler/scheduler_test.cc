@@ -264,6 +264,7 @@ TEST_F(SchedulerTest, AShortPromptPassesALongOneInTheMiddleOfALayer) {
   const auto long_sink = std::make_shared<OrderSink>("long", order);
   const auto short_sink = std::make_shared<OrderSink>("short", order);
   longer->sink = long_sink;
+  longer->policy = {.method = Method::kDense, .measure_captured_mass = false};
   shorter->sink = short_sink;
   Engine engine(backend_, metrics_, /*step_seconds=*/0);
   Scheduler scheduler(engine, metrics_, {.active_batches_max = 1});  // of each
@@ -282,7 +283,7 @@ TEST_F(SchedulerTest, AShortPromptPassesALongOneInTheMiddleOfALayer) {
 TEST_F(SchedulerTest, APromptPassesAnAttendBetweenItsParts) {
   Prompts prompts(backend_);
   std::vector<std::string> order;
-  const auto attend = NewAttend(/*tokens=*/3000, /*heads=*/8);
+  const auto attend = NewAttend(/*tokens=*/1500, /*heads=*/8);
   const auto prompt = prompts.New(20, 9);
   const auto attend_sink = std::make_shared<OrderSink>("attend", order);
   const auto prompt_sink = std::make_shared<OrderSink>("prompt", order);
@@ -382,7 +383,8 @@ TEST_F(PrefillTest, APromptWaitsForRoomAndAShortOnePassesIt) {
                                 .batch_jobs = 8,
                                 .batches = 2});
   ASSERT_TRUE(engine_.Reserve(plan).ok());
-  Scheduler scheduler(engine_, metrics_, {});
+  // Who waits for room has waited for long at once.
+  Scheduler scheduler(engine_, metrics_, {.passed_over_max = absl::ZeroDuration()});
   auto second = prompts_.New(longest, 7), third = prompts_.New(140, 9);
   ASSERT_TRUE(scheduler.Admit(first).ok());
   Stream(*first->prefill->cache, [&] {
