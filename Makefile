@@ -21,8 +21,12 @@ demo: programs build/venv/.complete $(MODEL)  ## a real prompt, prefilled, hande
 	@$(PYTHON) client/python/examples/demo.py --build=build
 
 .PHONY: demo-gpu
-demo-gpu: programs build/bench-venv/.complete $(MODEL)  ## transformers decodes on the GPU that prefilld computed on, without a copy; installs torch
+demo-gpu: with-a-gpu programs build/bench-venv/.complete $(MODEL)  ## transformers decodes on the GPU that prefilld computed on, without a copy; installs torch (gigabytes)
 	@$(BENCH_PYTHON) client/python/examples/demo_gpu.py --build=build
+
+.PHONY: with-a-gpu
+with-a-gpu:
+	@nvidia-smi > /dev/null 2>&1 || { echo "there is no NVIDIA GPU here (nvidia-smi finds none)" >&2; exit 1; }
 
 .PHONY: demo-vllm
 demo-vllm: programs build/vllm-venv/.complete $(MODEL)  ## stock vLLM answers from prefilld's KV; installs 6 GB, asks first (YES=1: does not)
@@ -60,9 +64,8 @@ test-sanitized: packages  ## unit tests under the address and undefined-behaviou
 	@ctest --preset dev --no-tests=error
 
 .PHONY: sanitize-gpu
-sanitize-gpu: configured  ## the small GPU tests under compute-sanitizer's memcheck, racecheck and synccheck
+sanitize-gpu: with-a-gpu configured  ## the small GPU tests under compute-sanitizer's memcheck, racecheck and synccheck
 	@command -v compute-sanitizer > /dev/null || { echo "sanitize-gpu: there is no compute-sanitizer (it comes with the CUDA toolkit)" >&2; exit 1; }
-	@nvidia-smi > /dev/null 2>&1 || { echo "sanitize-gpu: there is no NVIDIA GPU" >&2; exit 1; }
 	@cmake --build build -j$(JOBS) --target cuda_kernels_test
 	@for tool in memcheck racecheck synccheck; do \
 		echo "== $$tool"; \

@@ -145,7 +145,8 @@ class PrefillClient:
         transport = self._negotiator.choose(retry.remaining(), device=device)
         if not transport.on_device:
             raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
-                                f"cuda_ipc is not possible with this server and {device}")
+                                "cuda_ipc is not possible with this server and "
+                                f"{device or 'no GPU'}")
         return InPlaceAttend(self._prefill, header, transport, retry.remaining(),
                              progress or _no_progress)
 

@@ -145,7 +145,8 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.boot_id = "boot"
         self.segments = {}                           # of caches, by the lease's name
         self.change_buffers = None                   # Attend: what to do with Admission.buffers
-        self._server = grpc.server(futures.ThreadPoolExecutor(8))
+        self._threads = futures.ThreadPoolExecutor(8)
+        self._server = grpc.server(self._threads)
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)
         kv_handoff_service_pb2_grpc.add_KvHandoffServiceServicer_to_server(self, self._server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
@@ -154,6 +155,7 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
 
     def stop(self):
         self._server.stop(0).wait()
+        self._threads.shutdown()  # who serves a call that broke may still be at it
         for segment in self.segments.values():
             segment.close()
 
