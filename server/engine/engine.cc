@@ -207,14 +207,9 @@ std::unique_ptr<AttendRun> Engine::BeginAttend(std::shared_ptr<Job> job) {
 
 // Attention of the next part's heads.
 StagesCall Engine::PartCall(const AttendRun& run) {
-  AttendWork& work = *run.job->attend;
+  const AttendWork& work = *run.job->attend;
   const AttentionShape& shape = work.shape;
-  const HeadRange& heads = run.parts[run.next_part];
-  const int d = shape.head_dim, group = shape.q_heads / shape.kv_heads;
-  const int kv_heads = std::max(1, heads.count / group), kv_first = heads.first / group;
-  const auto of = [&](const Buffer& all, int head) {
-    return all.as<char>() + static_cast<size_t>(head) * d * SizeOf(shape.dtype);
-  };
+  const int d = shape.head_dim;
   StagesCall call;
   call.clock = &clock_;
   call.open = run.open;
@@ -222,14 +217,13 @@ StagesCall Engine::PartCall(const AttendRun& run) {
   AttentionArgs& args = call.args;
   args.policy = run.policy;
   args.shape = shape;
-  args.shape.q_heads = heads.count;
-  args.shape.kv_heads = kv_heads;
   args.softmax_scale = work.softmax_scale;
-  args.q = {of(work.q, heads.first), int64_t{shape.q_heads} * d, d};
-  args.k = {of(work.k, kv_first), int64_t{shape.kv_heads} * d, d};
-  args.v = {of(work.v, kv_first), int64_t{shape.kv_heads} * d, d};
-  args.o = {of(work.o, heads.first), int64_t{shape.q_heads} * d, d};
-  if (work.lse.data() != nullptr) args.lse = work.lse.as<float>() + heads.first * shape.total_q();
+  args.q = {work.q.data(), int64_t{shape.q_heads} * d, d};
+  args.k = {work.k.data(), int64_t{shape.kv_heads} * d, d};
+  args.v = {work.v.data(), int64_t{shape.kv_heads} * d, d};
+  args.o = {work.o.data(), int64_t{shape.q_heads} * d, d};
+  args.lse = work.lse.as<float>();
+  NarrowTo(run.parts[run.next_part], args);
   args.cancelled = &run.job->cancelled;
   return call;
 }

@@ -202,8 +202,7 @@ AttentionShape Engine::ShapeOf(const Batch& batch) const {
 
 // Attention of these heads of the next layer, over what is in the scratch.
 StagesCall Engine::PartCall(const Batch& batch, const HeadRange& heads) {
-  const ModelInfo& info = batch.model->info();
-  const int group = info.q_heads / info.kv_heads, kv_first = heads.first / group;
+  const int d = batch.model->info().head_dim;
   const LayerScratch& rows = batch.scratch->rows;
   StagesCall call;
   call.clock = &layer_clocks_[next_clock_];
@@ -211,18 +210,13 @@ StagesCall Engine::PartCall(const Batch& batch, const HeadRange& heads) {
   call.dense_reason = batch.dense_reason;
   AttentionArgs& args = call.args;
   args.shape = ShapeOf(batch);
-  args.shape.q_heads = heads.count;
-  args.shape.kv_heads = std::max(1, heads.count / group);
   args.policy = batch.policy;
-  args.softmax_scale = 1 / std::sqrt(static_cast<double>(info.head_dim));
-  const auto of = [&](const Rows& all, int head) {
-    const auto skipped = static_cast<size_t>(head) * info.head_dim * SizeOf(all.dtype);
-    return static_cast<char*>(all.data) + skipped;
-  };
-  args.q = {of(rows.q, heads.first), rows.q.stride, info.head_dim};
-  args.k = {of(rows.k, kv_first), rows.k.stride, info.head_dim};
-  args.v = {of(rows.v, kv_first), rows.v.stride, info.head_dim};
-  args.o = {of(rows.o, heads.first), rows.o.stride, info.head_dim};
+  args.softmax_scale = 1 / std::sqrt(static_cast<double>(d));
+  args.q = {rows.q.data, rows.q.stride, d};
+  args.k = {rows.k.data, rows.k.stride, d};
+  args.v = {rows.v.data, rows.v.stride, d};
+  args.o = {rows.o.data, rows.o.stride, d};
+  NarrowTo(heads, args);
   if (batch.jobs.size() == 1) args.cancelled = &batch.jobs[0]->cancelled;
   return call;
 }

@@ -49,6 +49,22 @@ class Filling {
 
 }  // namespace
 
+void NarrowTo(const HeadRange& heads, AttentionArgs& args) {
+  AttentionShape& shape = args.shape;
+  const int group = shape.q_heads / shape.kv_heads;
+  const auto bytes = [&](int head, int64_t stride) {
+    return head * stride * static_cast<int64_t>(SizeOf(shape.dtype));
+  };
+  for (ConstHeadsView* view : {&args.q, &args.k, &args.v}) {
+    const int first = view == &args.q ? heads.first : heads.first / group;
+    view->data = static_cast<const char*>(view->data) + bytes(first, view->head_stride);
+  }
+  args.o.data = static_cast<char*>(args.o.data) + bytes(heads.first, args.o.head_stride);
+  if (args.lse != nullptr) args.lse += heads.first * shape.total_q();
+  shape.q_heads = heads.count;
+  shape.kv_heads = std::max(1, heads.count / group);
+}
+
 LayerPart WholeLayer(const ModelInfo& info, int64_t tokens, bool last) {
   return {.project = {0, tokens},
           .store = true,

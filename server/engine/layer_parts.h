@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/attention.h"
 #include "server/model/transformer.h"
 
 namespace prefilld {
@@ -39,6 +40,9 @@ struct LayerWork {
 std::vector<LayerPart> DivideLayer(const LayerWork& work, double most);
 // Attention alone: all heads, in ranges.
 std::vector<HeadRange> DivideHeads(int q_heads, int kv_heads, double seconds, double most);
+// Makes a call of all heads one of these: shape, q, k, v, o and lse. Nothing else that goes by
+// heads may be set yet.
+void NarrowTo(const HeadRange& heads, AttentionArgs& args);
 // All of it in one.
 LayerPart WholeLayer(const ModelInfo& info, int64_t tokens, bool last);
 
