@@ -82,8 +82,11 @@ class Device {
   // Enqueues a copy in any direction between device memory and host memory; both stay until it is
   // done. Host memory that is neither AllocateHost's nor pinned may make the caller wait for it.
   virtual absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) = 0;
+  class Mark;
   // What is enqueued on `stream` from now on starts after all that is on `before` now.
   virtual absl::Status Wait(Stream stream, Stream before) = 0;
+  // And after what is before a mark that has been recorded: nothing is enqueued where that is done.
+  virtual absl::Status Wait(Stream stream, const Mark& mark) = 0;
   // Blocks until all that is enqueued on the stream is done, and tells how it went.
   virtual absl::Status Synchronize(Stream stream) = 0;
   // A point in the work of a stream, and when it was reached. Recorded again and again.

@@ -159,9 +159,7 @@ struct LogitsArgs {
 };
 
 // Rounds K and V of the sequences of a batch to their targets' dtype, to nearest even, and puts
-// them there. The rows are of no more use once the stream is done; the targets have all only once
-// `copies` is too, which may be another stream: copies to host memory run there beside what
-// follows.
+// them there. Calls are all on one stream, best one of copies, beside what computes.
 struct WriteKvArgs {
   Rows k, v;  // [tokens of all, kv_heads, head_dim]
   int kv_heads = 0, head_dim = 0;
@@ -170,7 +168,6 @@ struct WriteKvArgs {
     KvTarget target;
   };
   std::vector<Part> parts;
-  Stream copies;
 };
 
 // Takes rows [begin, end) out of [tokens, width]; those behind them move up.

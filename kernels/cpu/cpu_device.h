@@ -31,6 +31,7 @@ class CpuDevice : public Device {
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream) override;
   // All work runs inline.
   absl::Status Wait(Stream, Stream) override { return absl::OkStatus(); }
+  absl::Status Wait(Stream, const Mark&) override { return absl::OkStatus(); }
   absl::Status Synchronize(Stream) override { return absl::OkStatus(); }
   absl::StatusOr<std::unique_ptr<Mark>> NewMark() override;
 

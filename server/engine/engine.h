@@ -35,11 +35,14 @@ namespace prefilld {
 // cost a long prompt a few percent.
 inline constexpr double kStepSeconds = 0.1;
 
-// q, k, v and o of the layer that a batch is in the middle of.
+// q, k, v and o of the layer that a batch is in the middle of, and of the one before where layers
+// have them in turn (ScratchTurns).
 struct ActiveScratch {
   Buffer memory;  // grows to the largest batch seen
   LayerScratch rows{};
   bool in_use = false;
+  int turn = 0;                             // of rows
+  std::unique_ptr<Device::Mark> stored[2];  // the last K and V of a turn are in their caches
 
   struct Leave {
     void operator()(ActiveScratch* scratch) const { scratch->in_use = false; }
@@ -200,7 +203,9 @@ class Engine {
   static size_t SlotOf(int64_t tokens) { return Passes(tokens) ? 0 : 1; }
   absl::Status BeginLayer(Batch& batch);
   std::vector<LayerPart> PartsOf(const Batch& batch) const;
-  absl::Status StoreKv(Batch& batch, int layer);
+  absl::Status StoreKv(Flight& flight);
+  absl::Status WriteKv(Batch& batch, int layer, Stream stream);
+  absl::Status Record(Stream stream, std::unique_ptr<Device::Mark>& mark);
   AttentionShape ShapeOf(const Batch& batch) const;
   StagesCall PartCall(const Batch& batch, const HeadRange& heads);
   absl::Status Launch(Batch& batch);
@@ -212,7 +217,6 @@ class Engine {
   void CollectUntil(size_t left);
   absl::Status Collect(Flight& flight);
   static std::vector<RowRange> RowsToFinish(const Batch& batch, const Flight& flight);
-  absl::Status MarkStored(Flight& flight);
   void PostCommit(Flight& flight);
   void Commit(const LayerTicket& ticket, const absl::Status& work);
 

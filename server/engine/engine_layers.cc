@@ -35,10 +35,17 @@ absl::Status Engine::BeginLayer(Batch& batch) {
   const int64_t tokens = batch.prompts.tokens();
   ActiveScratch& scratch = scratch_[SlotOf(tokens)];
   if (scratch.in_use) return absl::InternalError("another batch is in the middle of a layer");
+  const int turns = ScratchTurns(tokens);
   absl::Status status =
-      Grow(backend_.device(), static_cast<size_t>(LayerScratchBytes(info, tokens)), scratch.memory);
+      Grow(backend_.device(), static_cast<size_t>(turns * LayerScratchBytes(info, tokens)),
+           scratch.memory);
   if (!status.ok()) return status;
-  scratch.rows = SplitLayerScratch(info, tokens, scratch.memory.data());
+  scratch.turn = (scratch.turn + 1) % turns;
+  const auto& stored = scratch.stored[scratch.turn];
+  if (stored != nullptr) status = backend_.device().Wait(kStream, *stored);
+  if (!status.ok()) return status;
+  char* memory = scratch.memory.as<char>() + scratch.turn * (scratch.memory.bytes() / turns);
+  scratch.rows = SplitLayerScratch(info, tokens, memory);
   scratch.in_use = true;
   batch.scratch.reset(&scratch);
   batch.parts = PartsOf(batch);
@@ -95,15 +102,6 @@ absl::Status Engine::Launch(Batch& batch) {
   }
   flights_.push_back(std::move(flight));
   return absl::OkStatus();
-}
-
-// K and V may still be on their way when the layer is computed, and those of the next layer then
-// are behind them.
-absl::Status Engine::MarkStored(Flight& flight) {
-  auto mark = backend_.device().NewMark();
-  if (!mark.ok()) return mark.status();
-  flight.stored = *std::move(mark);
-  return flight.stored->Record(backend_.device().download_stream());
 }
 
 void Engine::Leave(std::unique_ptr<Batch> batch) {
@@ -239,11 +237,7 @@ absl::Status Engine::EnqueuePart(Flight& flight) {
                                      kStream);
     if (status.ok()) status = clock.End(Phase::kLinear);
   }
-  if (status.ok() && part.store) {
-    status = StoreKv(batch, flight.layer);
-    if (status.ok()) status = MarkStored(flight);
-    if (status.ok()) status = clock.End(Phase::kHandoff);
-  }
+  if (status.ok() && part.store && flight.measured) status = StoreKv(flight);
   if (status.ok() && part.attend.count > 0) status = stages_.Enqueue(flight.call);
   const std::vector<RowRange> rows = RowsToFinish(batch, flight);
   for (size_t i = 0; i < rows.size() && status.ok(); ++i) {
@@ -252,7 +246,9 @@ absl::Status Engine::EnqueuePart(Flight& flight) {
   }
   // What the part ends with has its mark, unless only the end has one.
   const bool marked = flight.measured && rows.empty();
-  return status.ok() && !marked ? clock.Finish(Phase::kLinear) : status;
+  if (status.ok() && !marked) status = clock.Finish(Phase::kLinear);
+  if (status.ok() && part.store && !flight.measured) status = StoreKv(flight);
+  return status;
 }
 
 // Of the last layer nothing follows but the logits that were asked for, each of one row.
@@ -319,21 +315,44 @@ void Engine::Commit(const LayerTicket& ticket, const absl::Status& work) {
   }
 }
 
-// Writes the layer's K and V, rounded to the cache's dtype, to where each job's cache has it.
-absl::Status Engine::StoreKv(Batch& batch, int layer) {
+// K and V go to their caches from where the clock stands: in place, or, on a device with memory of
+// its own, on the stream of copies, so that nothing is between the layer's kernels. They may still
+// be on their way when the layer is computed, and those of the next layer then are behind them.
+absl::Status Engine::StoreKv(Flight& flight) {
+  Device& device = backend_.device();
+  const Stream copies = device.download_stream();
+  ActiveScratch& scratch = *flight.batch->scratch;
+  absl::Status status = device.Wait(copies, flight.call.clock->end());
+  if (status.ok()) status = WriteKv(*flight.batch, flight.layer, copies);
+  if (status.ok()) status = Record(copies, scratch.stored[scratch.turn]);
+  if (status.ok()) status = Record(copies, flight.stored);
+  if (status.ok() && device.host_memory()) status = flight.call.clock->End(Phase::kHandoff);
+  return status;
+}
+
+absl::Status Engine::Record(Stream stream, std::unique_ptr<Device::Mark>& mark) {
+  if (mark == nullptr) {
+    auto created = backend_.device().NewMark();
+    if (!created.ok()) return created.status();
+    mark = *std::move(created);
+  }
+  return mark->Record(stream);
+}
+
+// Rounded to the cache's dtype, to where each job's cache has the layer.
+absl::Status Engine::WriteKv(Batch& batch, int layer, Stream stream) {
   const ModelInfo& info = batch.model->info();
   WriteKvArgs args{.k = batch.scratch->rows.k,
                    .v = batch.scratch->rows.v,
                    .kv_heads = info.kv_heads,
-                   .head_dim = info.head_dim,
-                   .copies = backend_.device().download_stream()};
+                   .head_dim = info.head_dim};
   for (size_t s = 0; s < batch.jobs.size(); ++s) {
     const int64_t begin = batch.prompts.cu_seqlens[s];
     args.parts.push_back({.first = begin,
                           .tokens = batch.prompts.cu_seqlens[s + 1] - begin,
                           .target = batch.jobs[s]->prefill->cache->Target(layer)});
   }
-  return (*backend_.ops())->WriteKv(args, kStream);
+  return (*backend_.ops())->WriteKv(args, stream);
 }
 
 }  // namespace prefilld

@@ -13,6 +13,9 @@ namespace prefilld {
 // Batches of up to so many tokens pass longer ones in the middle of a layer: both have their q, k,
 // v and o at the same time.
 inline constexpr int64_t kShortBatchTokens = 4096;
+// Layers that have q, k, v and o in turn: a short one does not wait until K and V of the one before
+// have been read.
+constexpr int ScratchTurns(int64_t tokens) { return tokens <= kShortBatchTokens ? 2 : 1; }
 
 // Query heads: of whole groups that share a kv head, or some of one group.
 struct HeadRange {

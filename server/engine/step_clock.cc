@@ -16,7 +16,7 @@ absl::Status StepClock::Start() {
 void StepClock::StartAfter(const StepClock& before) {
   phases_.clear();
   like_.reset();
-  begin_ = &before.last();
+  begin_ = &before.end();
 }
 
 void StepClock::MarkTheEndOnly(const PhaseSeconds& like) { like_ = like; }

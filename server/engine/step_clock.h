@@ -35,12 +35,13 @@ class StepClock {
   // (`enqueued` says why): it uses memory that its caller may give back. The first that went wrong
   // of both.
   absl::Status Await(absl::Status enqueued);
+  // Where the last phase ends, or the step begins.
+  const Device::Mark& end() const { return phases_.empty() ? *begin_ : *marks_[phases_.size()]; }
   // Of all phases that have ended since Start; after a wait.
   PhaseSeconds Read() const;
 
  private:
   absl::Status Record();
-  const Device::Mark& last() const { return *marks_[phases_.size()]; }
 
   Device& device_;
   const Stream stream_;

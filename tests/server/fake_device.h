@@ -110,6 +110,9 @@ class FakeDevice : public Device {
     Push({stream.handle, std::move(places), std::move(run)});
   }
   absl::Status Wait(Stream, Stream before) override { return Reach(before); }
+  absl::Status Wait(Stream, const Mark& mark) override {
+    return static_cast<const FakeMark&>(mark).Reach();
+  }
   absl::Status Synchronize(Stream stream) override {
     if (stream.handle == nullptr) AwaitSteps();
     return Reach(stream);
@@ -245,6 +248,7 @@ class FakeDevice : public Device {
       if (stream.handle == nullptr) recorded_ = ++device_.marks_recorded_;
       return absl::OkStatus();
     }
+    absl::Status Reach() const { return device_.Reach(stream_, last_); }
     absl::Status Await() override {
       if (stream_.handle == nullptr) {
         device_.AwaitSteps();
@@ -252,7 +256,7 @@ class FakeDevice : public Device {
       }
       device_.marks_.Pass();
       if (device_.marks_fail_) return absl::InternalError("a copy failed");
-      return device_.Reach(stream_, last_);
+      return Reach();
     }
     double SecondsSince(const Mark& earlier) const override {
       return kSecondsBetweenMarks * (recorded_ - static_cast<const FakeMark&>(earlier).recorded_);
@@ -364,28 +368,17 @@ class FakeOps : public Ops {
   }
   size_t WriteKvBytes(size_t kv_bytes) const override { return kv_bytes; }
   absl::Status ReserveWriteKv(size_t bytes) override { return Grow(device_, bytes, out_); }
-  absl::Status WriteKv(const WriteKvArgs& args, Stream) override {
-    int64_t tokens = 0, out = 0;
-    std::vector<const void*> places;
+  absl::Status WriteKv(const WriteKvArgs& args, Stream stream) override {
+    int64_t out = 0;
+    std::vector<const void*> places = {args.k.data, args.v.data};
     for (const WriteKvArgs::Part& part : args.parts) {
-      tokens = std::max(tokens, part.first + part.tokens);
       out += static_cast<int64_t>(part.target.pages.size() * SizeOf(part.target.dtype)) * 2 *
              part.target.page_tokens * args.kv_heads * args.head_dim;
       places.insert(places.end(), part.target.pages.begin(), part.target.pages.end());
     }
     absl::Status status = ReserveWriteKv(static_cast<size_t>(out));
     if (!status.ok()) return status;
-    const auto copy = [&](const Rows& rows) {
-      const auto* begin = static_cast<const char*>(rows.data);
-      return std::make_shared<std::vector<char>>(
-          begin, begin + tokens * rows.stride * static_cast<int64_t>(SizeOf(rows.dtype)));
-    };
-    device_.Enqueue(args.copies, places, [=, this, k = copy(args.k), v = copy(args.v)] {
-      WriteKvArgs later = args;
-      later.k.data = k->data();
-      later.v.data = v->data();
-      (void)cpu_.WriteKv(later, Stream{});
-    });
+    device_.Enqueue(stream, places, [this, args] { (void)cpu_.WriteKv(args, Stream{}); });
     return absl::OkStatus();
   }
 

@@ -43,6 +43,10 @@ class EventMark : public Device::Mark {
   absl::Status Record(Stream stream) override {
     return device_.Check(cudaEventRecord(event_, device_.stream(stream)), "event");
   }
+  cudaError_t Before(cudaStream_t stream) const {
+    const cudaError_t reached = cudaEventQuery(event_);
+    return reached == cudaErrorNotReady ? cudaStreamWaitEvent(stream, event_) : reached;
+  }
   absl::Status Await() override { return device_.Check(cudaEventSynchronize(event_), "device"); }
   double SecondsSince(const Mark& earlier) const override {
     float milliseconds = 0;
@@ -161,6 +165,10 @@ absl::Status CudaDevice::Copy(void* dst, const void* src, size_t bytes, Stream o
 
 absl::Status CudaDevice::Wait(Stream on, Stream before) {
   return Check(WaitFor(stream(on), stream(before)), "wait");
+}
+
+absl::Status CudaDevice::Wait(Stream on, const Mark& mark) {
+  return Check(static_cast<const EventMark&>(mark).Before(stream(on)), "wait");
 }
 
 absl::Status CudaDevice::Synchronize(Stream on) {

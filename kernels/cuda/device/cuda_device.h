@@ -40,6 +40,7 @@ class CudaDevice : public Device {
   Stream download_stream() const override { return {streams_->download}; }
   absl::Status Copy(void* dst, const void* src, size_t bytes, Stream stream) override;
   absl::Status Wait(Stream stream, Stream before) override;
+  absl::Status Wait(Stream stream, const Mark& mark) override;
   absl::Status Synchronize(Stream stream) override;
   absl::StatusOr<std::unique_ptr<Mark>> NewMark() override;
   std::string_view fault() const override { return fault_.load(); }

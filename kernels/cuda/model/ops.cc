@@ -280,9 +280,7 @@ class CudaOps : public Ops {
                         static_cast<size_t>(args.tokens * y.stride) * sizeof(float), stream);
   }
 
-  // Through device memory, where pages are put together, to where the targets lie. The last call's
-  // copies have had a layer's time, unless that call was of a long prompt that this one passes:
-  // then the stream waits for them.
+  // Through device memory, where pages are put together, to where the targets lie.
   absl::Status WriteKv(const WriteKvArgs& args, Stream stream) override {
     std::vector<PackedKv> packed;
     size_t bytes = 0;
@@ -290,14 +288,12 @@ class CudaOps : public Ops {
       packed.push_back(PackedKv::Of(args, part.target, bytes));
       bytes += packed.back().Bytes(part.target);
     }
-    absl::Status status = device_.Wait(stream, args.copies);
-    if (status.ok()) status = Grow(device_, bytes, packed_);
+    absl::Status status = Grow(device_, bytes, packed_);
     for (size_t i = 0; i < packed.size() && status.ok(); ++i) {
       status = Pack(args, args.parts[i], packed[i], stream);
     }
-    if (status.ok()) status = device_.Wait(args.copies, stream);
     for (size_t i = 0; i < packed.size() && status.ok(); ++i) {
-      status = SendPacked(args.parts[i].target, packed[i], args.copies);
+      status = SendPacked(args.parts[i].target, packed[i], stream);
     }
     return status;
   }
@@ -374,16 +370,16 @@ class CudaOps : public Ops {
         "kv");
   }
 
-  absl::Status SendPacked(const KvTarget& target, const PackedKv& packed, Stream copies) {
+  absl::Status SendPacked(const KvTarget& target, const PackedKv& packed, Stream stream) {
     const size_t size = SizeOf(target.dtype), bytes = static_cast<size_t>(packed.run) * size;
     const size_t value = static_cast<size_t>(target.value_stride) * size;
     const char* from = packed_.as<char>() + packed.begin;
     absl::Status status;
     for (size_t page = 0; page < target.pages.size() && status.ok(); ++page) {
       char* to = static_cast<char*>(target.pages[page]);
-      status = device_.Copy(to, from, bytes, copies);
+      status = device_.Copy(to, from, bytes, stream);
       if (status.ok() && packed.apart) {
-        status = device_.Copy(to + value, from + bytes, bytes, copies);
+        status = device_.Copy(to + value, from + bytes, bytes, stream);
       }
       from += static_cast<size_t>(packed.page_stride) * size;
     }
@@ -393,7 +389,7 @@ class CudaOps : public Ops {
   CudaDevice& device_;
   const std::unique_ptr<Multiplier> multiplier_;
   Upload upload_;
-  Buffer packed_;  // K and V on their way to a target; grows to the largest
+  Buffer packed_;  // K and V on their way to targets, one call's at a time; grows to the largest
 };
 
 }  // namespace

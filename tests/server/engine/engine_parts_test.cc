@@ -100,6 +100,24 @@ TEST_F(EnginePartsTest, PartsGiveTheBitsOfTheWhole) {
   }
 }
 
+// Copies that nobody waits for read their rows late.
+TEST_F(EnginePartsTest, KAndVHaveLeftWhenTheirRowsAreWrittenAgain) {
+  FakeBackend fake;
+  Prompts prompts(fake);
+  for (const double step_seconds : {kStepSeconds, kPieceByPiece}) {
+    Engine engine(fake, metrics_, step_seconds);
+    auto one = prompts.New(150, 5), other = prompts.New(150, 5);
+    ASSERT_TRUE(Run(engine, one).ok());
+    fake.device().HoldMarks();
+    auto batch = *engine.Begin({other});
+    while (!batch->done()) ASSERT_TRUE(engine.RunStep(*batch).ok());
+    ASSERT_TRUE(engine.Finish(*batch).ok());
+    fake.device().ReleaseMarks();
+    engine.completions().Flush();
+    EXPECT_TRUE(BytesOf(one) == BytesOf(other));
+  }
+}
+
 // An Attend of 4 query heads in 2 groups, with all outputs.
 std::shared_ptr<Job> NewAttend(Backend& backend, std::vector<int64_t> ends,
                                const SparsityPolicy& policy) {

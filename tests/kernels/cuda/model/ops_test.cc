@@ -425,8 +425,7 @@ TEST_P(CudaOpsOnGpu, WritesKAndVWhereTargetsLie) {
       WriteKvArgs args{.k = side->Put(k.wide, kWidth),
                        .v = side->Put(v.wide, kWidth),
                        .kv_heads = kHeads,
-                       .head_dim = kDim,
-                       .copies = copies};
+                       .head_dim = kDim};
       int64_t first = 0;
       for (size_t s = 0; s < forms.size(); ++s) {
         WriteKvArgs::Part part{.first = first, .tokens = lengths[s]};
@@ -440,7 +439,8 @@ TEST_P(CudaOpsOnGpu, WritesKAndVWhereTargetsLie) {
         args.parts.push_back(part);
         first += lengths[s];
       }
-      ASSERT_TRUE(side->ops().WriteKv(args, {}).ok());
+      ASSERT_TRUE(side->backend->device().Wait(copies, Stream{}).ok());
+      ASSERT_TRUE(side->ops().WriteKv(args, copies).ok());
       ASSERT_TRUE(side->backend->device().Synchronize(copies).ok());
       out.push_back(memory);
     }
