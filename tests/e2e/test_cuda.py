@@ -286,7 +286,7 @@ def test_no_device_memory_is_told_and_the_next_request_works(torch, tmp_path):
 def test_a_caller_that_dies_takes_nothing_with_it(cuda, torch):
     """kill -9 while the memory is open, and written."""
     harness.eventually(lambda: cuda.metric("prefilld_requests_running") == 0)
-    before = cuda.metric("prefilld_gpu_memory_bytes", kind="device")
+    before = cuda.metric("prefilld_gpu_memory_bytes", kind="shared")
     script = textwrap.dedent(f"""
         import sys, time, torch
         from prefilld import PrefillClient
@@ -301,12 +301,12 @@ def test_a_caller_that_dies_takes_nothing_with_it(cuda, torch):
                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     try:
         assert child.stdout.readline() == "open\n"
-        assert cuda.metric("prefilld_gpu_memory_bytes", kind="device") > before
+        assert cuda.metric("prefilld_gpu_memory_bytes", kind="shared") > before
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
     harness.eventually(
-        lambda: cuda.metric("prefilld_gpu_memory_bytes", kind="device") <= before,
+        lambda: cuda.metric("prefilld_gpu_memory_bytes", kind="shared") <= before,
         message="the caller's memory is free")
     q, k, v = random_on_gpu(torch, 500)
     with PrefillClient(cuda.target, transport="cuda_ipc") as client:
