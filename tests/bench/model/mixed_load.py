@@ -17,8 +17,8 @@ is compared, by the norm of the difference. Another prompt's cache differs by mo
 
 In the end, a second after the leases of the killed must have run out, exits with 1 unless blocks,
 segments of each transport and leases are as before the first client, device memory, threads and
-descriptors no more than in the second third of the time (gRPC keeps threads, and what wakes them,
-by its connections, cuDNN its workspaces, once they were needed), every admitted prompt finished,
+descriptors no more than in the second third of the time (gRPC keeps threads, a few more or fewer,
+and what wakes them, by its connections, cuDNN its workspaces, once they were needed), every admitted prompt finished,
 was cancelled or failed, and no layer was another.
 
 GPU memory: the weights, with cuda_ipc two caches of --longest tokens a client, and what prefilld
@@ -259,7 +259,7 @@ def main() -> int:
         moved = {name: (before[name], after[name]) for name in before
                  if name not in (*KEPT, "rss") and before[name] != after[name]}
         moved |= {name: (kept[name], after[name]) for name in KEPT
-                  if kept and after[name] > kept[name]}
+                  if kept and after[name] > kept[name] * (1.05 if name == "threads" else 1)}
         admitted = counts.pop("admitted", 0)
         fine = (kept and not moved and admitted == sum(counts.values())
                 and load.checked.value > 0 and load.wrong.value == 0)
