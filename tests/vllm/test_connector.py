@@ -187,9 +187,9 @@ def test_every_form_of_cache_gets_its_rows(blocks, block, heads, d):
     for name, cache, keys, values in forms(blocks, block, heads, d):
         ids = torch.randperm(blocks)[:2].tolist()
         first, count = 3, block + 5
-        slot = kv_writer.slots(ids, block, first, count)
+        slots = kv_writer.Slots(ids, block, first, count)
         k, v = torch.randn(2, heads, first + count + 2, d)[..., first:first + count, :]
-        kv_writer.strided_writer(cache, heads, d)(k, v, slot)
+        kv_writer.strided_writer(cache, heads, d)(k, v, slots)
         expected_k, expected_v = torch.full((2, blocks, block, heads, d), -1.0)
         for i in range(count):
             place = (ids[(first + i) // block], (first + i) % block)
@@ -208,11 +208,11 @@ def test_every_form_of_cache_on_a_gpu_gets_what_lies_there(dtype):
                        for where in ("cuda", "cpu"))
         there.fill_(-1), here.fill_(-1)
         memory = torch.randn(2, heads, first + count + 2, d, device="cuda").to(dtype)
-        slot = kv_writer.slots(list(range(blocks - 1, -1, -1)), block, first, count)
+        slots = kv_writer.Slots(list(range(blocks - 1, -1, -1)), block, first, count)
         k, v = (kv_writer.as_tensor(x)[:, first:first + count] for x in memory)
         assert k.data_ptr() == memory[0, :, first:].data_ptr()
-        kv_writer.strided_writer(there, heads, d)(k, v, slot)
-        kv_writer.strided_writer(here, heads, d)(k.cpu(), v.cpu(), slot)
+        kv_writer.strided_writer(there, heads, d)(k, v, slots)
+        kv_writer.strided_writer(here, heads, d)(k.cpu(), v.cpu(), slots)
         assert torch.equal(there.cpu(), here), name
 
 
@@ -234,12 +234,13 @@ def test_the_cpu_writer_does_what_vllm_does(dtype):
     layer = types.SimpleNamespace(isa=cpu_attn._get_attn_isa(dtype, block, d),
                                   _k_scale_float=1.0, _v_scale_float=1.0)
     k, v = torch.randn(2, heads, count + 1, d).to(dtype)[..., :count, :]
-    slot = kv_writer.slots([4, 0, 2], block, 0, count)
+    slots = kv_writer.Slots([4, 0, 2], block, 0, count)
     ours, theirs = torch.zeros(2, 5, heads, block, 2 * d, dtype=dtype)
-    kv_writer.cpu_writer(ours, layer)(k, v, slot)
+    kv_writer.cpu_writer(ours, layer)(k, v, slots)
     impl = types.SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto")
     cpu_attn.CPUAttentionBackendImpl.do_kv_cache_update(
-        impl, layer, k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous(), theirs, slot)
+        impl, layer, k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous(), theirs,
+        slots.tokens())
     assert torch.equal(ours, theirs) and ours.abs().sum() > 0
 
 

@@ -18,8 +18,8 @@ is compared, by the norm of the difference. Another prompt's cache differs by mo
 In the end, a second after the leases of the killed must have run out, exits with 1 unless blocks,
 segments of each transport and leases are as before the first client, device memory, threads and
 descriptors no more than in the second third of the time (gRPC keeps threads, a few more or fewer,
-and what wakes them, by its connections, cuDNN its workspaces, once they were needed), every admitted prompt finished,
-was cancelled or failed, and no layer was another.
+and what wakes them, by its connections, cuDNN its workspaces, once they were needed), every
+admitted prompt finished, was cancelled or failed, and no layer was another.
 
 GPU memory: the weights, with cuda_ipc two caches of --longest tokens a client, and what prefilld
 plans beside (its log's memory_plan lines). The host keeps as much: of Llama-3.1-8B's shape, as set,

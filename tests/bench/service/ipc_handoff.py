@@ -174,7 +174,7 @@ def block_rows(layers: list[Layer], block: int, rounds: int) -> list[list]:
     dtype, count = layers[0].k.dtype, -(-tokens // block)
     nbytes = sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
     ids = np.random.default_rng(1).permutation(count).tolist()
-    slot = kv_writer.slots(ids, block, 0, tokens)
+    slots = kv_writer.Slots(ids, block, 0, tokens)
     flat = [torch.empty_like(layer.k) for layer in layers for _ in range(2)]
 
     def bare() -> None:
@@ -190,7 +190,7 @@ def block_rows(layers: list[Layer], block: int, rounds: int) -> list[list]:
 
         def write(writers=writers) -> None:
             for layer in layers:
-                writers[layer.index](layer.k, layer.v, slot)
+                writers[layer.index](layer.k, layer.v, slots)
 
         times = []
         for round_number in range(-1, rounds):
@@ -199,7 +199,7 @@ def block_rows(layers: list[Layer], block: int, rounds: int) -> list[list]:
                 bare_times.append(pair[0])
                 times.append(pair[1])
         keys, _ = kv_writer.block_views(caches[-1], heads, d)
-        place = (slot.cuda() // block, slot.cuda() % block)
+        place = tuple(part.cuda() for part in (slots.tokens() // block, slots.tokens() % block))
         if not torch.equal(keys[place].transpose(0, 1), layers[-1].k):
             sys.exit(f"ipc_handoff: blocks of form {name} are not what was written")
         del caches, writers, write, keys

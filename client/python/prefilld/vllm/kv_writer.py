@@ -4,6 +4,7 @@ packed for the instruction set), on GPUs by index, in whatever form the cache ha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,21 +12,47 @@ from typing import Any
 import numpy as np
 import torch
 
-# Writes K and V, [kv_heads, tokens, head_dim], to the slots [tokens] (block * block_size + offset),
-# which are of tokens that follow each other, and on the host.
-Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+# Writes K and V, [kv_heads, tokens, head_dim], to the slots.
+Write = Callable[[torch.Tensor, torch.Tensor, "Slots"], None]
 
 TORCH_TYPES = {np.dtype("<f4"): torch.float32, np.dtype("<f2"): torch.float16,
                np.dtype("<u2"): torch.bfloat16}  # numpy has no bfloat16: its bits are uint16
 KV_DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-def slots(block_ids: Sequence[int], block_size: int, first: int, count: int) -> torch.Tensor:
-    """[count] int64: where the tokens `first`, `first` + 1, ... of a request lie. block_ids: of all
-    its blocks, from token 0."""
-    tokens = torch.arange(first, first + count)
-    blocks = torch.tensor(block_ids, dtype=torch.int64)
-    return blocks[tokens // block_size] * block_size + tokens % block_size
+class Slots:
+    """Where the tokens `first`, `first` + 1, ... of a request lie, the same in every layer.
+    block_ids: of all its blocks, from token 0."""
+
+    def __init__(self, block_ids: Sequence[int], block_size: int, first: int, count: int):
+        tokens = torch.arange(first, first + count)
+        self._blocks = torch.tensor(block_ids, dtype=torch.int64)[tokens // block_size]
+        self._offsets = tokens % block_size
+        self._block_size = block_size
+        begin = min(-first % block_size, count)
+        self.whole = slice(begin, begin + (count - begin) // block_size * block_size)
+        self._places: dict[torch.device, Places] = {}
+
+    def tokens(self) -> torch.Tensor:
+        """[count] int64, on the host: block * block_size + offset."""
+        return self._blocks * self._block_size + self._offsets
+
+    def on(self, device: torch.device) -> Places:
+        """Sent there once: a layer is written in less time than this takes."""
+        if device not in self._places:
+            others = torch.ones(len(self._blocks), dtype=torch.bool)
+            others[self.whole] = False
+            self._places[device] = Places(*(index.to(device) for index in (
+                self._blocks[self.whole][::self._block_size], self._blocks[others],
+                self._offsets[others])))
+        return self._places[device]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    blocks: torch.Tensor   # that are filled, by the tokens Slots.whole
+    others: torch.Tensor   # the block of each token before and behind them
+    offsets: torch.Tensor  # and its place in that
 
 
 def as_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -47,9 +74,9 @@ def cpu_writer(cache: torch.Tensor, layer: Any) -> Write:
     blocks, heads, block_size, width = cache.shape
     keys, values = cache.view(blocks, heads, 2 * block_size, width // 2).chunk(2, dim=2)
 
-    def write(k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> None:
+    def write(k: torch.Tensor, v: torch.Tensor, slots: Slots) -> None:
         _custom_ops.cpu_attn_reshape_and_cache(
-            k.transpose(0, 1), v.transpose(0, 1), keys, values, slot, layer.isa)
+            k.transpose(0, 1), v.transpose(0, 1), keys, values, slots.tokens(), layer.isa)
 
     return write
 
@@ -60,19 +87,17 @@ def strided_writer(cache: torch.Tensor, kv_heads: int, head_dim: int) -> Write:
     keys, values = map(_widest, block_views(cache, kv_heads, head_dim))
     block_size = keys.shape[1]
 
-    def write(k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> None:
+    def write(k: torch.Tensor, v: torch.Tensor, slots: Slots) -> None:
         # Whole blocks at once are faster than their tokens: a GPU's, by a fifth.
-        begin = min(-int(slot[0]) % block_size, len(slot))
-        end = begin + (len(slot) - begin) // block_size * block_size
-        whole = (slot[begin:end:block_size] // block_size).to(cache.device)
-        others = torch.cat((slot[:begin], slot[end:])).to(cache.device)
-        place = (others // block_size, others % block_size)
+        places, whole = slots.on(cache.device), slots.whole
         for blocks, rows in ((keys, k), (values, v)):
             tokens = rows.to(cache.device, cache.dtype).view(blocks.dtype).transpose(0, 1)
-            if len(whole):
-                blocks.index_copy_(0, whole, tokens[begin:end].unflatten(0, (-1, block_size)))
-            if len(others):
-                blocks[place] = torch.cat((tokens[:begin], tokens[end:]))
+            if len(places.blocks):
+                blocks.index_copy_(0, places.blocks,
+                                   tokens[whole].unflatten(0, (-1, block_size)))
+            if len(places.others):
+                blocks[places.others, places.offsets] = torch.cat(
+                    (tokens[:whole.start], tokens[whole.stop:]))
 
     return write
 

@@ -22,7 +22,7 @@ from ..errors import PrefilldError, RetryPolicy
 from ..prefill import Prefill
 from ..pull import KvPull, Lease
 from ..tensors import data_loss
-from .kv_writer import Write, as_tensor, cpu_writer, slots, strided_writer
+from .kv_writer import Slots, Write, as_tensor, cpu_writer, strided_writer
 from .metrics import LoadStats
 from .model_check import ModelCheck
 from .scheduler import LoadOrder, Orders, only_model
@@ -202,9 +202,9 @@ class WorkerHalf:
         try:
             with self._source(client, load, deadline) as source:
                 order = load.order
-                slot = slots(order.block_ids, self._block_size, order.begin,
-                             order.end - order.begin)
-                layers = self._write(source, load, slot)
+                slots = Slots(order.block_ids, self._block_size, order.begin,
+                              order.end - order.begin)
+                layers = self._write(source, load, slots)
                 if layers != len(self._writers):
                     raise data_loss(f"{layers} layers came, this engine has {len(self._writers)}")
                 if self._device is not None and self._device.type == "cuda":
@@ -215,13 +215,13 @@ class WorkerHalf:
             load.check()  # the abort is the reason, not what it made of the calls
             raise
 
-    def _write(self, source: Prefill | KvPull, load: _Load, slot: torch.Tensor) -> int:
+    def _write(self, source: Prefill | KvPull, load: _Load, slots: Slots) -> int:
         """Returns the number of layers. No view of them is left here when they are released."""
         order, layers = load.order, 0
         for layer in source:
             load.check()
             k, v = (as_tensor(array)[:, order.begin:order.end] for array in (layer.k, layer.v))
-            self._writers[layer.index](k, v, slot)
+            self._writers[layer.index](k, v, slots)
             layers += 1
         return layers
 
