@@ -199,13 +199,20 @@ std::unique_ptr<AttendRun> Engine::BeginAttend(std::shared_ptr<Job> job) {
   run->policy = decision.policy;
   run->dense_reason = decision.dense_reason;
   run->open = decision.open;
-  run->parts = DivideHeads(shape.q_heads, shape.kv_heads, PredictSeconds(*job), step_seconds_);
+  const bool by_queries = run->policy.method == Method::kDense && shape.sequences() == 1 &&
+                          job->attend->host_count.data() == nullptr;
+  run->parts = DivideAttention({.q_heads = shape.q_heads,
+                                .kv_heads = shape.kv_heads,
+                                .seconds = PredictSeconds(*job),
+                                .by_queries = by_queries ? shape.total_q() : 0,
+                                .prefix = shape.total_k() - shape.total_q()},
+                               step_seconds_);
   run->report.resize(static_cast<size_t>(shape.sequences()) * shape.q_heads);
   run->job = std::move(job);
   return run;
 }
 
-// Attention of the next part's heads.
+// Attention of the next part.
 StagesCall Engine::PartCall(const AttendRun& run) {
   const AttendWork& work = *run.job->attend;
   const AttentionShape& shape = work.shape;
@@ -274,7 +281,7 @@ absl::Status Engine::RunStep(AttendRun& run) {
   run.policy = call.args.policy;
   run.dense_reason = call.dense_reason;
   run.open = false;
-  const HeadRange& heads = run.parts[run.next_part];
+  const AttendRange& heads = run.parts[run.next_part];
   const AttentionShape& shape = job.attend->shape;
   for (int sequence = 0; sequence < shape.sequences(); ++sequence) {
     std::copy_n(call.report.begin() + int64_t{sequence} * heads.count, heads.count,

@@ -85,7 +85,7 @@ struct AttendRun {
   SparsityPolicy policy;
   DenseReason dense_reason = DenseReason::kNone;  // set when dense replaced an unspecified method
   bool open = false;  // the method was left open and is sparse: dense may take its place
-  std::vector<HeadRange> parts;
+  std::vector<AttendRange> parts;
   size_t next_part = 0;
   std::vector<HeadReport> report;  // [sequences, heads], of the parts done
 
@@ -207,7 +207,7 @@ class Engine {
   absl::Status WriteKv(Batch& batch, int layer, Stream stream);
   absl::Status Record(Stream stream, std::unique_ptr<Device::Mark>& mark);
   AttentionShape ShapeOf(const Batch& batch) const;
-  StagesCall PartCall(const Batch& batch, const HeadRange& heads);
+  StagesCall PartCall(const Batch& batch, const AttendRange& range);
   absl::Status Launch(Batch& batch);
   absl::Status EnqueuePart(Flight& flight);
   void Observe(const Flight& flight);

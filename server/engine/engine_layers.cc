@@ -69,6 +69,7 @@ std::vector<LayerPart> Engine::PartsOf(const Batch& batch) const {
                       .tokens = tokens,
                       .tile_tokens = batch.model->tile_tokens(),
                       .last = last,
+                      .by_queries = batch.policy.method == Method::kDense,
                       .project = linear(info.qkv_weights),
                       .attend = slowness * cost_.AttentionSeconds(attention, choice),
                       .finish = last ? 0 : linear(info.layer_weights - info.qkv_weights)},
@@ -146,7 +147,9 @@ absl::Status Engine::Collect(Flight& flight) {
   Add(phases, batch.phases);
   Add(phases, batch.part_phases);
   std::vector<HeadReport>& report = flight.call.report;
-  batch.part_report.insert(batch.part_report.end(), report.begin(), report.end());
+  if (flight.part.attend.queries.first == 0) {  // else the head has its report
+    batch.part_report.insert(batch.part_report.end(), report.begin(), report.end());
+  }
   if (flight.stored != nullptr) batch.stored = std::move(flight.stored);
   if (!flight.ends_layer) return absl::OkStatus();
   // The whole layer, from here on.
@@ -198,8 +201,8 @@ AttentionShape Engine::ShapeOf(const Batch& batch) const {
   return {info.activations, info.q_heads, info.kv_heads, info.head_dim, ends, ends};
 }
 
-// Attention of these heads of the next layer, over what is in the scratch.
-StagesCall Engine::PartCall(const Batch& batch, const HeadRange& heads) {
+// This much attention of the next layer, over what is in the scratch.
+StagesCall Engine::PartCall(const Batch& batch, const AttendRange& range) {
   const int d = batch.model->info().head_dim;
   const LayerScratch& rows = batch.scratch->rows;
   StagesCall call;
@@ -214,7 +217,7 @@ StagesCall Engine::PartCall(const Batch& batch, const HeadRange& heads) {
   args.k = {rows.k.data, rows.k.stride, d};
   args.v = {rows.v.data, rows.v.stride, d};
   args.o = {rows.o.data, rows.o.stride, d};
-  NarrowTo(heads, args);
+  NarrowTo(range, args);
   if (batch.jobs.size() == 1) args.cancelled = &batch.jobs[0]->cancelled;
   return call;
 }

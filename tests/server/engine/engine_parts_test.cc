@@ -83,9 +83,15 @@ TEST_F(EnginePartsTest, PartsGiveTheBitsOfTheWhole) {
       ASSERT_TRUE(Run(whole, one, &steps).ok());
       ASSERT_TRUE(Run(divided, other, &parts).ok());
       EXPECT_EQ(steps, Prompts::kLayers);
-      // q, k and v in tiles; each head; the rest in tiles, but of the last layer.
+      // q, k and v in tiles; heads, or queries of each; the rest in tiles, but of the last layer.
       const int64_t tile = one->prefill->model->tile_tokens(), tiles = (700 + tile - 1) / tile;
-      EXPECT_EQ(parts, steps * (2 * tiles + prompts.info().q_heads) - tiles);
+      const AttentionWork attention = {.q_heads = prompts.info().q_heads,
+                                       .kv_heads = prompts.info().kv_heads,
+                                       .seconds = 1,
+                                       .by_queries = method == Method::kDense ? 700 : 0};
+      const auto pieces = static_cast<int64_t>(DivideAttention(attention, 0).size());
+      EXPECT_EQ(pieces > prompts.info().q_heads, method == Method::kDense);
+      EXPECT_EQ(parts, steps * (2 * tiles + pieces) - tiles);
       EXPECT_TRUE(BytesOf(one) == BytesOf(other)) << Name(method);
       EXPECT_EQ(Prompts::SinkOf(one).densities, Prompts::SinkOf(other).densities);
       EXPECT_EQ(Prompts::SinkOf(other).layers, Prompts::SinkOf(one).layers);
@@ -148,6 +154,29 @@ std::shared_ptr<Job> NewAttend(Backend& backend, std::vector<int64_t> ends,
   work.host_index = *device.AllocateHost(rows * blocks * sizeof(uint16_t));
   std::memset(work.host_index.data(), 0, work.host_index.bytes());
   return job;
+}
+
+// Where nobody wants its index, and with keys before the queries.
+TEST_F(EnginePartsTest, ADenseAttendInQueriesIsTheWhole) {
+  FakeBackend fake;
+  Engine whole(fake, metrics_), divided(fake, metrics_, kPieceByPiece);
+  for (const int64_t queries : {900, 333}) {
+    std::shared_ptr<Job> jobs[2];
+    for (auto& job : jobs) {
+      job = NewAttend(fake, {0, 900}, {.method = Method::kDense});
+      job->attend->shape.cu_seqlens_q = {0, queries};
+      job->attend->host_count = Buffer();
+      job->attend->host_index = Buffer();
+    }
+    ASSERT_TRUE(RunAttend(whole, jobs[0]).ok());
+    const auto run = divided.BeginAttend(jobs[1]);
+    EXPECT_GT(run->parts.size(), 4u);
+    while (!run->done()) ASSERT_TRUE(divided.RunStep(*run).ok());
+    const AttendWork &want = *jobs[0]->attend, &got = *jobs[1]->attend;
+    EXPECT_EQ(std::memcmp(want.host_o.data(), got.host_o.data(), want.host_o.bytes()), 0);
+    EXPECT_EQ(std::memcmp(want.host_lse.data(), got.host_lse.data(), want.host_lse.bytes()), 0);
+    for (const HeadReport& head : jobs[1]->report.entries) EXPECT_EQ(head.density, 1);
+  }
 }
 
 TEST_F(EnginePartsTest, AnAttendInPartsIsTheWhole) {
