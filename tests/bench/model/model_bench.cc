@@ -10,7 +10,8 @@
 //   total      until K and V of the last layer are in the cache and the logits here; wall clock
 //   linear ... the engine's phases, on the device's clock; select includes measuring the mass
 //   rest       total less the phases: what the device waited for the host, and the last copies
-//   products   those of the layers alone, by the same tiles and algorithms (CUDA)
+//   products   all of them alone, by the same tiles and algorithms (CUDA): of the last layer and of
+//              the logits what the last position needs
 //   floor      by the fastest of all algorithms that cuBLASLt offers
 //   x floor    linear / floor
 //

@@ -40,6 +40,7 @@ class CudaFloor : public ProductFloor {
     if (status.ok()) status = Make(q, hidden, 0.02f, &o_);
     if (status.ok()) status = Make(hidden, 2 * inner, 0.02f, &gate_up_);
     if (status.ok()) status = Make(inner, hidden, 0.02f, &down_);
+    if (status.ok()) status = Make(hidden, info_.vocab_size, 0.02f, &logits_);
     if (status.ok()) status = Fill(tile_tokens_ * std::max({hidden, q, inner}), 1, &x_);
     if (status.ok()) status = Fill(tile_tokens_ * std::max(q + 2 * kv, 2 * inner), 1, &y_);
     if (status.ok()) status = Fill(tile_tokens_ * hidden, 1, &residual_);
@@ -54,7 +55,10 @@ class CudaFloor : public ProductFloor {
   absl::StatusOr<double> Seconds(int64_t tokens, Algorithms algorithms) override {
     multiplier_ = multipliers_[algorithms].get();
     absl::Status status = begin_->Record(kStream);
-    for (int layer = 0; layer < info_.layers && status.ok(); ++layer) status = Layer(tokens);
+    for (int layer = 0; layer < info_.layers && status.ok(); ++layer) {
+      status = Layer(tokens, layer + 1 < info_.layers ? tokens : 1);
+    }
+    if (status.ok()) status = Run(logits_, y_, 1, false);
     if (status.ok()) status = end_->Record(kStream);
     const absl::Status done = device_.Synchronize(kStream);
     if (!status.ok()) return status;
@@ -64,13 +68,13 @@ class CudaFloor : public ProductFloor {
 
  private:
   // As Transformer walks them: q, k and v of all tiles before the rest of any.
-  absl::Status Layer(int64_t tokens) {
+  absl::Status Layer(int64_t tokens, int64_t finished) {
     absl::Status status;
     for (int64_t begin = 0; begin < tokens && status.ok(); begin += tile_tokens_) {
       status = Run(qkv_, y_, std::min(tile_tokens_, tokens - begin), false);
     }
-    for (int64_t begin = 0; begin < tokens && status.ok(); begin += tile_tokens_) {
-      const int64_t tile = std::min(tile_tokens_, tokens - begin);
+    for (int64_t begin = 0; begin < finished && status.ok(); begin += tile_tokens_) {
+      const int64_t tile = std::min(tile_tokens_, finished - begin);
       status = Run(o_, residual_, tile, true);
       if (status.ok()) status = Run(gate_up_, y_, tile, false);
       if (status.ok()) status = Run(down_, residual_, tile, true);
@@ -130,7 +134,7 @@ class CudaFloor : public ProductFloor {
   const int64_t tile_tokens_;
   std::unique_ptr<Multiplier> multipliers_[2];
   Multiplier* multiplier_ = nullptr;  // one of them
-  CudaLinear qkv_, o_, gate_up_, down_;
+  CudaLinear qkv_, o_, gate_up_, down_, logits_;
   Buffer x_, y_, residual_;
   std::unique_ptr<Device::Mark> begin_, end_;
 };
