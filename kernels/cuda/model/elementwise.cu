@@ -95,9 +95,8 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(const __grid_constant__ 
   for (int64_t i = threadIdx.x; i < units; i += kThreads) to[i] = from[i];
 }
 
-// A block a token; a thread holds up to kHeld units of the row, so that it is read once, and of a
-// row that is not too long kNormUnits: more loads are on their way at a time.
-constexpr int kNormThreadsMax = 1024, kHeld = 4, kNormUnits = 2;
+// A block a token; a thread holds kHeld units of the row, so that it is read once.
+constexpr int kNormThreadsMax = 1024, kHeld = 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kNormThreadsMax)
@@ -213,15 +212,14 @@ __device__ void TurnHead(const TurnedHead& head, const T* from, T* to) {
 }
 
 // A block a token, a warp a head at a time.
-constexpr int kSplitThreads = 512;
 template <typename T>
-__global__ void __launch_bounds__(kSplitThreads)
+__global__ void __launch_bounds__(kThreads)
     SplitQkvKernel(const __grid_constant__ SplitQkvCall call) {
   AwaitBefore();
   const int64_t t = blockIdx.x;
   const int d = call.head_dim, turned = call.q_heads + call.kv_heads;
   const T* y = RowOf<T>(call.y, t);
-  for (int h = threadIdx.x / 32; h < turned; h += kSplitThreads / 32) {
+  for (int h = threadIdx.x / 32; h < turned; h += kThreads / 32) {
     const bool is_q = h < call.q_heads;
     const TurnedHead head = {.norm = is_q ? call.q_norm : call.k_norm,
                              .eps = is_q ? call.q_eps : call.k_eps,
@@ -234,35 +232,23 @@ __global__ void __launch_bounds__(kSplitThreads)
   }
   const auto* from = reinterpret_cast<const Unit<T>*>(y + turned * d);
   auto* to = reinterpret_cast<Unit<T>*>(RowOf<T>(call.v, t));
-  for (int i = threadIdx.x; i < call.kv_heads * d / kUnit; i += kSplitThreads) to[i] = from[i];
+  for (int i = threadIdx.x; i < call.kv_heads * d / kUnit; i += kThreads) to[i] = from[i];
 }
 
-constexpr int kGateUnits = 2;  // of a thread
 template <typename T>
 __global__ void __launch_bounds__(kThreads) GateKernel(const __grid_constant__ GateCall call) {
   AwaitBefore();
-  const int64_t units = call.width / kUnit, all = call.tokens * units;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kGateUnits + threadIdx.x;
-  Unit<T> gates[kGateUnits], ups[kGateUnits];  // all are on their way before the first is used
+  const int64_t units = call.width / kUnit;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= call.tokens * units) return;
+  const int64_t t = at / units, unit = at % units;
+  const auto* y = reinterpret_cast<const Unit<T>*>(RowOf<T>(call.y, t));
+  float gate[kUnit], up[kUnit];
+  Widen<T>(y[unit], gate);
+  Widen<T>(y[units + unit], up);
 #pragma unroll
-  for (int i = 0; i < kGateUnits; ++i) {
-    const int64_t at = first + i * kThreads;
-    if (at >= all) break;
-    const auto* y = reinterpret_cast<const Unit<T>*>(RowOf<T>(call.y, at / units));
-    gates[i] = y[at % units];
-    ups[i] = y[units + at % units];
-  }
-#pragma unroll
-  for (int i = 0; i < kGateUnits; ++i) {
-    const int64_t at = first + i * kThreads;
-    if (at >= all) break;
-    float gate[kUnit], up[kUnit];
-    Widen<T>(gates[i], gate);
-    Widen<T>(ups[i], up);
-#pragma unroll
-    for (int c = 0; c < kUnit; ++c) up[c] *= gate[c] / (1 + __expf(-gate[c]));
-    reinterpret_cast<Unit<T>*>(RowOf<T>(call.out, at / units))[at % units] = Narrow<T>(up);
-  }
+  for (int c = 0; c < kUnit; ++c) up[c] *= gate[c] / (1 + __expf(-gate[c]));
+  reinterpret_cast<Unit<T>*>(RowOf<T>(call.out, t))[unit] = Narrow<T>(up);
 }
 
 // A block a token of a head's K or V would be short: each takes some tokens of all. From rows of T
@@ -304,7 +290,7 @@ cudaError_t EmbedRows(const EmbedCall& call, cudaStream_t stream) {
 }
 
 cudaError_t NormalizeRows(const NormCall& call, cudaStream_t stream) {
-  const int64_t wanted = CeilDiv(CeilDiv(call.width, kUnit * kNormUnits), 32) * 32;
+  const int64_t wanted = CeilDiv(CeilDiv(call.width, kUnit * kHeld), 32) * 32;
   const int threads = static_cast<int>(std::clamp<int64_t>(wanted, 32, kNormThreadsMax));
   return ByType(call.x.dtype, [&](auto type) {
     LaunchOverlapped(NormKernel<decltype(type)>, static_cast<unsigned>(call.tokens), threads,
@@ -319,15 +305,14 @@ cudaError_t FillTurns(const TurnsCall& call, cudaStream_t stream) {
 
 cudaError_t SplitQkv(const SplitQkvCall& call, cudaStream_t stream) {
   return ByType(call.y.dtype, [&](auto type) {
-    LaunchOverlapped(SplitQkvKernel<decltype(type)>, static_cast<unsigned>(call.tokens),
-                     kSplitThreads, stream, call);
+    LaunchOverlapped(SplitQkvKernel<decltype(type)>, static_cast<unsigned>(call.tokens), kThreads,
+                     stream, call);
   });
 }
 
 cudaError_t GateRows(const GateCall& call, cudaStream_t stream) {
   return ByType(call.y.dtype, [&](auto type) {
-    LaunchOverlapped(GateKernel<decltype(type)>,
-                     Blocks(CeilDiv(call.tokens * call.width / kUnit, kGateUnits)), kThreads,
+    LaunchOverlapped(GateKernel<decltype(type)>, Blocks(call.tokens * call.width / kUnit), kThreads,
                      stream, call);
   });
 }
