@@ -104,7 +104,7 @@ struct Metrics {
   };
   static constexpr const char* kTransportRefusals[] = {
       // in the order of v1::TransportRefusal::Reason
-      "unspecified", "socket", "peer", "descriptor", "driver"};
+      "unspecified", "socket", "peer", "descriptor", "driver", "reach"};
   static constexpr const char* kDescriptorOutcomes[] = {
       // in the order of DescriptorSocket::Outcome
       "given",    // the descriptor

@@ -94,13 +94,22 @@ absl::Status CheckLists(const v1::NegotiateRequest& request) {
   return absl::OkStatus();
 }
 
-// A reason that we do not know is none.
-void CountRefused(const v1::NegotiateRequest& request, Metrics& metrics) {
+// What the caller has against a transport, and a GPU that it names and that does not reach ours. A
+// reason that we do not know is none.
+void CountRefused(const RpcContext& rpc, const v1::NegotiateRequest& request,
+                  const PeerFacts& peer) {
   constexpr int kReasons = std::size(Metrics::kTransportRefusals);
+  const auto count = [&](const TransportRow& row, int reason) {
+    rpc.metrics.TransportRefused(row.name, Metrics::kTransportRefusals[reason]);
+  };
   for (const v1::TransportRefusal& refusal : request.refused()) {
-    const int reason = refusal.reason() < kReasons ? std::max<int>(refusal.reason(), 0) : 0;
-    metrics.TransportRefused(FindTransportOfWire(refusal.transport())->name,
-                             Metrics::kTransportRefusals[reason]);
+    count(*FindTransportOfWire(refusal.transport()),
+          refusal.reason() < kReasons ? std::max<int>(refusal.reason(), 0) : 0);
+  }
+  for (const TransportRow& row : kTransports) {
+    const Medium* medium = FindMedium(rpc.media, row.transport);
+    if (peer.device_uuids.empty() || medium == nullptr || Refuses(request, row)) continue;
+    if (absl::IsOutOfRange(medium->Reaches(peer))) count(row, v1::TransportRefusal::REASON_REACH);
   }
 }
 
@@ -108,8 +117,8 @@ void CountRefused(const v1::NegotiateRequest& request, Metrics& metrics) {
 absl::StatusOr<Transport> PickTransport(const RpcContext& rpc,
                                         const v1::NegotiateRequest& request) {
   if (absl::Status status = CheckLists(request); !status.ok()) return status;
-  CountRefused(request, rpc.metrics);
   const PeerFacts peer = FactsOfPeer(request);
+  CountRefused(rpc, request, peer);
   absl::StatusOr<Transport> best = absl::InternalError("no transport");
   for (const TransportRow& row : kTransports) {
     absl::Status possible = CheckPossible(rpc, row, request, peer);

@@ -152,6 +152,22 @@ class AttendOnDeviceTest : public testing::Test {
     return ours;
   }
 
+  // How often cuda_ipc was, for this.
+  double Refused(const std::string& reason) {
+    metrics_.AddTransport("cuda_ipc", true);
+    for (const auto& family : metrics_.Collect()) {
+      if (family.name != "prefilld_transport_refused_total") continue;
+      for (const auto& metric : family.metric) {
+        std::map<std::string, std::string> labels;
+        for (const auto& label : metric.label) labels[label.name] = label.value;
+        if (labels["transport"] == "cuda_ipc" && labels["reason"] == reason) {
+          return metric.counter.value;
+        }
+      }
+    }
+    return -1;
+  }
+
   // Where the caller finds memory that it was given.
   struct Opened {
     explicit Opened(const AttendOnDeviceTest& test) : importer(test.Ours().cuda_ipc_socket) {}
@@ -643,20 +659,6 @@ TEST_F(AttendOnDeviceTest, NegotiatedByHostAndDevice) {
 }
 
 TEST_F(AttendOnDeviceTest, RefusalsAreCountedByTheirReason) {
-  metrics_.AddTransport("cuda_ipc", true);
-  const auto count = [&](const std::string& reason) -> double {
-    for (const auto& family : metrics_.Collect()) {
-      if (family.name != "prefilld_transport_refused_total") continue;
-      for (const auto& metric : family.metric) {
-        std::map<std::string, std::string> labels;
-        for (const auto& label : metric.label) labels[label.name] = label.value;
-        if (labels["transport"] == "cuda_ipc" && labels["reason"] == reason) {
-          return metric.counter.value;
-        }
-      }
-    }
-    return -1;
-  };
   v1::NegotiateRequest request;
   for (const int reason : {1, 2, 3, 4, 4, 0, -7, 99}) {
     v1::TransportRefusal& refusal = *request.add_refused();
@@ -666,9 +668,28 @@ TEST_F(AttendOnDeviceTest, RefusalsAreCountedByTheirReason) {
   v1::NegotiateResponse response;
   grpc::ClientContext context;
   EXPECT_TRUE(handoff_->Negotiate(&context, request, &response).ok());
-  for (const char* reason : {"socket", "peer", "descriptor"}) EXPECT_EQ(count(reason), 1) << reason;
-  EXPECT_EQ(count("driver"), 2);
-  EXPECT_EQ(count("unspecified"), 3) << "what is not known is none";
+  for (const char* reason : {"socket", "peer", "descriptor"})
+    EXPECT_EQ(Refused(reason), 1) << reason;
+  EXPECT_EQ(Refused("driver"), 2);
+  EXPECT_EQ(Refused("unspecified"), 3) << "what is not known is none";
+}
+
+TEST_F(AttendOnDeviceTest, AGpuThatDoesNotReachOursIsCounted) {
+  const auto negotiate = [&](const std::string& uuid, const std::string& domain) {
+    v1::NegotiateRequest request;
+    request.set_cuda_ipc_domain(domain);
+    if (!uuid.empty()) request.add_device_uuids(uuid);
+    v1::NegotiateResponse response;
+    grpc::ClientContext context;
+    EXPECT_TRUE(handoff_->Negotiate(&context, request, &response).ok());
+  };
+  const std::string here = Ours().cuda_ipc_domain;
+  negotiate("GPU-fake", here);
+  negotiate("", here);
+  negotiate("GPU-other", "another host");
+  EXPECT_EQ(Refused("reach"), 0);
+  negotiate("GPU-other", here);
+  EXPECT_EQ(Refused("reach"), 1);
 }
 
 }  // namespace
