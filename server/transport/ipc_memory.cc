@@ -132,9 +132,9 @@ absl::Status CudaIpc::Reaches(const PeerFacts& peer) const {
   }
   const auto& uuids = peer.device_uuids;
   if (std::find(uuids.begin(), uuids.end(), device_.uuid()) != uuids.end()) return absl::OkStatus();
-  return absl::OutOfRangeError(
-      absl::StrCat("the server computes on ", std::string(device_.uuid()),
-                   ", which is none of the caller's ", uuids.size(), " device_uuids"));
+  return absl::OutOfRangeError(absl::StrCat("the server computes on ", std::string(device_.uuid()),
+                                            ", which is none of the caller's ", uuids.size(),
+                                            " device_uuids"));
 }
 
 void CudaIpc::Close() {
