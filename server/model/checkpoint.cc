@@ -240,6 +240,8 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
   if (absl::Status status = read.Finish(); !status.ok()) return status;
   out.bytes = read.taken_bytes();
   out.fingerprint = Fingerprint(c, out.dtype, out.tensors);
+  // Else the fingerprint might be of other weights than those that were prepared.
+  if (absl::Status status = out.tensors.CheckFiles(); !status.ok()) return status;
   return out;
 }
 

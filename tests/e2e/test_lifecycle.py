@@ -137,6 +137,43 @@ def test_who_watches_the_health_does_not_hold_the_drain(start_server):
         ended(server)
 
 
+@pytest.mark.parametrize("begun", ["no header", "no chunk", "some chunks"])
+def test_an_upload_that_goes_nowhere_does_not_hold_the_drain(start_server, begun):
+    server = start_server("--drain_timeout=10m", "--upload_timeout=10m")
+    arrays = attending.small(tokens=300)
+    call = attending.Call(server.prefill, timeout=600)
+    if begun == "no header":
+        grpc.channel_ready_future(server.channel).result(10)
+        harness.eventually(lambda: server.metric("prefilld_ready") == 1)
+    else:
+        call.send(attending.header(*arrays))
+        assert call.receive().WhichOneof("part") == "admission"
+    if begun == "some chunks":
+        call.send(attending.chunks(arrays)[0])
+    server.process.send_signal(signal.SIGTERM)
+    with refused(UNAVAILABLE) as failure:
+        call.receive()
+    if begun != "no header":  # else it may not have been seen before there was no server
+        assert (failure[0].reason, failure[0].retry_after) == ("draining", 1)
+    ended(server)
+
+
+def test_an_upload_that_moves_is_waited_for(start_server):
+    server = start_server("--drain_timeout=10m")
+    arrays = attending.small(tokens=300)
+    call = attending.Call(server.prefill)
+    call.send(attending.header(*arrays))
+    assert call.receive().WhichOneof("part") == "admission"
+    server.process.send_signal(signal.SIGTERM)
+    harness.eventually(lambda: server.metric("prefilld_ready") == 0)
+    for chunk in attending.chunks(arrays):
+        call.send(chunk)
+    assert call.receive().WhichOneof("part") == "outputs"
+    for _ in call.stream:
+        pass
+    ended(server)
+
+
 def test_connections_that_say_nothing_do_not_hold_the_server(own_server):
     host, port = own_server.target.split(":")
     http_host, http_port = own_server.http.split(":")
