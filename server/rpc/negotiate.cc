@@ -96,9 +96,9 @@ absl::Status CheckLists(const v1::NegotiateRequest& request) {
 
 // A reason that we do not know is none.
 void CountRefused(const v1::NegotiateRequest& request, Metrics& metrics) {
-  constexpr int kReasons = std::size(Metrics::kTransportRefusals);
   for (const v1::TransportRefusal& refusal : request.refused()) {
-    const int reason = refusal.reason() < kReasons ? std::max<int>(refusal.reason(), 0) : 0;
+    const int reason =
+        v1::TransportRefusal::Reason_IsValid(refusal.reason()) ? refusal.reason() : 0;
     metrics.TransportRefused(FindTransportOfWire(refusal.transport())->name,
                              Metrics::kTransportRefusals[reason]);
   }
