@@ -67,8 +67,11 @@ int RunApp(int argc, const char* const* argv, const AppIo& io) {
     return app.exit(error, io.out, io.err) == 0 ? 0 : kExitUsage;
   }
   client::PrefillClient client(session.target);
-  const absl::Status status = session.action(client);
+  absl::Status status = session.action(client);
   io.out.flush();
+  if (absl::IsCancelled(status) && io.cancellation.cancelled()) {
+    status = absl::CancelledError("interrupted");  // gRPC's word for it is none
+  }
   if (!status.ok()) {
     PrintError(status, io.err);
     return kExitFailure;

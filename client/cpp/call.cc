@@ -50,6 +50,12 @@ absl::Status RunWithRetries(const CallOptions& options,
   Cancellation never;
   Cancellation& cancellation = options.cancellation != nullptr ? *options.cancellation : never;
   const absl::Time deadline = SteadyNow() + options.timeout;
+  const gpr_timespec until =
+      deadline == absl::InfiniteFuture()
+          ? gpr_inf_future(GPR_CLOCK_MONOTONIC)
+          : gpr_time_add(
+                gpr_now(GPR_CLOCK_MONOTONIC),
+                gpr_time_from_nanos(absl::ToInt64Nanoseconds(options.timeout), GPR_TIMESPAN));
   std::minstd_rand rng(std::random_device{}());
   absl::Duration backoff = options.retry.first_delay;
   int tries = 0;
@@ -57,11 +63,7 @@ absl::Status RunWithRetries(const CallOptions& options,
   if (deadline <= SteadyNow()) return absl::DeadlineExceededError("the deadline is already past");
   while (true) {
     Try current;
-    if (deadline != absl::InfiniteFuture()) {
-      const int64_t left = absl::ToInt64Nanoseconds(deadline - SteadyNow());
-      current.context.set_deadline(
-          gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_nanos(left, GPR_TIMESPAN)));
-    }
+    current.context.set_deadline(until);
     absl::Status status;
     {
       Cancellation::Scope scope(cancellation, current.context);

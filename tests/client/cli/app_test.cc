@@ -333,7 +333,7 @@ TEST_F(AppTest, CancellationEndsThePrefillAndAbandonsTheLease) {
   });
   EXPECT_EQ(Run({"prefill", "--model=tiny", "--tokens=" + dir_.Write("ids", "[1]")}), 1);
   canceller.join();
-  EXPECT_THAT(err_, StartsWith("prefillctl: CANCELLED: "));
+  EXPECT_THAT(err_, StartsWith("prefillctl: CANCELLED: interrupted"));
   EXPECT_EQ(script_.releases.size(), script_.prefills.size());
 }
 

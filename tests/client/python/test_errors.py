@@ -38,6 +38,13 @@ def test_a_server_that_is_not_there_is_unavailable():
     assert caught.value.code is UNAVAILABLE
 
 
+@pytest.mark.parametrize("target", ["http://127.0.0.1:50051", "127.0.0.1", "[::1]"])
+def test_what_is_no_target_is_said_at_once(target):
+    with pytest.raises(PrefilldError, match="HOST:PORT|no port") as caught:
+        PrefillClient(target)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_exhausted_with_retry_info_waits_that_long(server, client, monkeypatch):
     waits = []
     monkeypatch.setattr("threading.Event.wait", lambda self, t=None: waits.append(t) or False)
