@@ -1,5 +1,6 @@
 """SIGTERM, and what a server does with work and leases while it drains."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -172,6 +173,19 @@ def test_an_upload_that_moves_is_waited_for(start_server):
     for _ in call.stream:
         pass
     ended(server)
+
+
+def test_streams_that_were_closed_are_nobody_elses():
+    process = subprocess.Popen(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash",
+                                str(harness.PREFILLD), "--listen=127.0.0.1:0",
+                                "--http=127.0.0.1:0", "--backend=cpu"])
+    try:
+        streams = [f"/proc/{process.pid}/fd/{number}" for number in range(3)]
+        harness.eventually(
+            lambda: [os.path.realpath(stream) for stream in streams] == ["/dev/null"] * 3)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_connections_that_say_nothing_do_not_hold_the_server(own_server):

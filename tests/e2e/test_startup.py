@@ -45,6 +45,7 @@ def start_fails(*flags, words=(), listen="127.0.0.1:0", http="127.0.0.1:0"):
     ("--listen=127.0.0.1:99999", ["99999"]),
     ("--http=127.0.0.1:-2", ["-2"]),
     ("--model=justaname", ["justaname"]),
+    ("--model=a\udcff=/", [r"a\xff", "UTF-8"]),
     ("--model=a=/no/such/directory", ["/no/such/directory"]),
     ("--config=/no/such/file", ["/no/such/file"]),
 ])
