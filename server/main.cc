@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdio>
 #include <memory>
+#include <string>
 #include <thread>
 
 #include "absl/synchronization/notification.h"
@@ -19,8 +20,8 @@ namespace prefilld {
 namespace {
 
 int Fail(const absl::Status& status) {
-  FlushLog();  // what it is about comes first
-  std::fprintf(stderr, "prefilld: %s\n", std::string(status.message()).c_str());
+  LogText("prefilld: " + std::string(status.message()));
+  FlushLog();
   return 1;
 }
 

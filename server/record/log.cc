@@ -117,6 +117,8 @@ void Log(Level level, const char* event, std::initializer_list<LogField> fields)
   Writer::Get().Add(Format(level, event, fields));
 }
 
+void LogText(const std::string& line) { Writer::Get().Add(line + "\n"); }
+
 bool FlushLog(absl::Duration most) { return Writer::Get().Flush(most); }
 
 uint64_t LogLinesDropped() { return Writer::Get().dropped(); }
