@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "absl/strings/ascii.h"
 #include "google/rpc/error_details.pb.h"
 #include "server/record/errors.h"
 
@@ -45,7 +46,7 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
   }
   if (!facts.reason.empty()) {
     google::rpc::ErrorInfo error;
-    error.set_reason(facts.reason);
+    error.set_reason(absl::AsciiStrToUpper(facts.reason));
     error.set_domain("prefilld");
     rich.add_details()->PackFrom(error);
   }

@@ -155,7 +155,7 @@ def test_an_upload_that_goes_nowhere_does_not_hold_the_drain(start_server, begun
     with refused(UNAVAILABLE) as failure:
         call.receive()
     if begun != "no header":  # else it may not have been seen before there was no server
-        assert (failure[0].reason, failure[0].retry_after) == ("draining", 1)
+        assert (failure[0].reason, failure[0].retry_after) == ("DRAINING", 1)
     ended(server)
 
 

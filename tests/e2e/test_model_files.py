@@ -50,7 +50,7 @@ def test_changed_weights_compute_nothing_more(start_server, tiny, directory, tmp
         for _ in range(2):
             with refused(UNAVAILABLE) as failure:
                 logits(server, [1, 2, 3])
-            assert failure[0].reason == "model_changed" and failure[0].retry_after > 0
+            assert failure[0].reason == "MODEL_CHANGED" and failure[0].retry_after > 0
             assert "'m'" in failure[0].message and str(directory) not in failure[0].message
         harness.eventually(lambda: check_health(server, READY) == 2)
         assert check_health(server, "") == 2

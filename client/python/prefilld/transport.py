@@ -28,8 +28,8 @@ class TransportRow:
 # What this client can use; a server that offers something else is answered without.
 TRANSPORTS = {
     "grpc": TransportRow(kv.TRANSPORT_GRPC),
-    "posix_shm": TransportRow(kv.TRANSPORT_POSIX_SHM, mapped=True, no_room="shm_memory"),
-    "cuda_ipc": TransportRow(kv.TRANSPORT_CUDA_IPC, on_device=True, no_room="kv_memory"),
+    "posix_shm": TransportRow(kv.TRANSPORT_POSIX_SHM, mapped=True, no_room="SHM_MEMORY"),
+    "cuda_ipc": TransportRow(kv.TRANSPORT_CUDA_IPC, on_device=True, no_room="KV_MEMORY"),
 }
 _NAMES = {row.value: name for name, row in TRANSPORTS.items()}
 _REASONS = kv.TransportRefusal.Reason

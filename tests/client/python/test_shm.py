@@ -497,14 +497,14 @@ def test_attend_goes_on_over_grpc(server, connect):
 def test_attend_with_a_full_dev_shm(server, connect):
     """It goes on at once: the server's retry_delay is for who needs shared memory."""
     full = Abort(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_info(3600),
-                 error_details_pb2.ErrorInfo(reason="shm_memory"))
+                 error_details_pb2.ErrorInfo(reason="SHM_MEMORY"))
     server.faults["Attend"] = [full]
     assert connect().attend(*qkv(), timeout=60).transport == "grpc"
     server.faults["Attend"] = [Abort(grpc.StatusCode.RESOURCE_EXHAUSTED,
-                                     error_details_pb2.ErrorInfo(reason="shm_memory"))]
+                                     error_details_pb2.ErrorInfo(reason="SHM_MEMORY"))]
     with pytest.raises(PrefilldError) as caught:
         connect("posix_shm").attend(*qkv())
-    assert caught.value.reason == "shm_memory"
+    assert caught.value.reason == "SHM_MEMORY"
 
 
 def test_segments_that_may_not_be_opened_are_asked_for_once(server, connect, monkeypatch):

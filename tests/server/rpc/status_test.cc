@@ -57,7 +57,7 @@ TEST(ToGrpcStatus, OnlyWhatMaySucceedLaterPromisesARetry) {
   EXPECT_EQ(retry.retry_delay().seconds(), 1);
   EXPECT_EQ(retry.retry_delay().nanos(), 250'000'000);
   ASSERT_TRUE(Find(full, &error)) << "of what, so that a caller may do without";
-  EXPECT_EQ(error.reason(), "queue_full");
+  EXPECT_EQ(error.reason(), "QUEUE_FULL");
 
   const auto infeasible = ToGrpcStatus(DeadlineInfeasible("too late"));
   EXPECT_EQ(infeasible.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
