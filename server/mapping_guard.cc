@@ -38,7 +38,7 @@ void OnBusError(int number, siginfo_t* info, void*) {
   const auto at = reinterpret_cast<uintptr_t>(info->si_addr);
   for (Range* range = ranges; range != nullptr; range = range->next) {
     const uintptr_t begin = range->begin, end = range->end;
-    if (at < begin || at >= end) continue;
+    if (info->si_code <= 0 || at < begin || at >= end) continue;  // sent by somebody: no address
     range->lost = true;
     const uintptr_t page = at & ~(static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)) - 1);
     void* zeros = mmap(reinterpret_cast<void*>(page), end - page, range->protection,
