@@ -8,9 +8,11 @@
 #include <cstring>
 #include <iostream>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <type_traits>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -90,6 +92,16 @@ void AddEndpoint(CLI::App& app, const char* flag, Endpoint* value, const char* h
       ->default_str(value->ToString());
 }
 
+// What messages of the service can carry.
+bool IsUtf8(const std::string& text) {
+  try {
+    (void)nlohmann::json(text).dump();
+    return true;
+  } catch (const nlohmann::json::type_error&) {
+    return false;
+  }
+}
+
 absl::Status AddModels(const std::vector<std::string>& texts, std::vector<ModelSource>* models) {
   std::map<std::string, bool> names;
   for (const std::string& text : texts) {
@@ -101,6 +113,10 @@ absl::Status AddModels(const std::vector<std::string>& texts, std::vector<ModelS
     if (model.name.size() > kModelNameBytesMax) {
       return absl::InvalidArgumentError(absl::StrCat("--model: the name has ", model.name.size(),
                                                      " bytes, the limit is ", kModelNameBytesMax));
+    }
+    if (!IsUtf8(model.name)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--model: the name '", absl::CHexEscape(model.name), "' is not UTF-8"));
     }
     if (!names.emplace(model.name, true).second) {
       return absl::InvalidArgumentError(absl::StrCat("--model: two models '", model.name, "'"));

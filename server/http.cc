@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
 #include "prometheus/text_serializer.h"
+#include "server/clock.h"
 
 namespace prefilld {
 namespace {
@@ -137,14 +137,14 @@ HttpServer::HttpServer(Endpoint endpoint, std::unique_ptr<Parts> parts)
 
 // civetweb's acceptor sees that it shall stop when it wakes, which is every 2 s or at a connection.
 HttpServer::~HttpServer() {
-  absl::Notification stopped;
+  Bell stopped;
   std::thread stopper([&] {
     parts_->civet.reset();
-    stopped.Notify();
+    stopped.Ring();
   });
   do {
     Knock(endpoint_);
-  } while (!stopped.WaitForNotificationWithTimeout(absl::Milliseconds(10)));
+  } while (!stopped.Await(SteadyNow() + absl::Milliseconds(10)));
   stopper.join();
 }
 

@@ -5,7 +5,6 @@
 
 #include <array>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -16,17 +15,12 @@
 #include "absl/time/time.h"
 #include "kernels/attention.h"
 #include "kernels/backend.h"
+#include "server/clock.h"
 
 namespace prefilld {
 
 class KvCache;
 class Transformer;
-
-// Durations are taken from a clock that nobody sets; only deadlines are on the wall's, as callers
-// give them.
-using SteadyTime = std::chrono::steady_clock::time_point;
-inline SteadyTime SteadyNow() { return std::chrono::steady_clock::now(); }
-inline absl::Duration Since(SteadyTime begin) { return absl::FromChrono(SteadyNow() - begin); }
 
 enum class Phase { kQueue, kUpload, kEstimate, kSelect, kAttention, kLinear, kHandoff };
 inline constexpr std::array<const char*, 7> kPhaseNames = {
@@ -86,20 +80,19 @@ struct PrefillWork {
   absl::Status committed;     // by the completion thread: why the layers end where they do
 };
 
-// Until when callers wait, on the wall's clock; it only moves on, as one who attaches may wait for
-// longer. Threads: any.
+// Until when callers wait; it only moves on, as one who attaches may wait for longer. Threads: any.
 class Deadline {
  public:
-  Deadline(absl::Time at = absl::InfiniteFuture()) : nanos_(NanosOf(at)) {}  // NOLINT: it is one
-  Deadline& operator=(absl::Time at) {
+  Deadline(SteadyTime at = absl::InfiniteFuture()) : nanos_(NanosOf(at)) {}  // NOLINT: it is one
+  Deadline& operator=(SteadyTime at) {
     nanos_ = NanosOf(at);
     return *this;
   }
-  absl::Time at() const {
+  SteadyTime at() const {
     const int64_t nanos = nanos_;
     return nanos == kNever ? absl::InfiniteFuture() : absl::FromUnixNanos(nanos);
   }
-  void MoveTo(absl::Time at) {
+  void MoveTo(SteadyTime at) {
     const int64_t later = NanosOf(at);
     for (int64_t now = nanos_; now < later && !nanos_.compare_exchange_weak(now, later);) {
     }
@@ -107,7 +100,7 @@ class Deadline {
 
  private:
   static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
-  static int64_t NanosOf(absl::Time at) { return absl::ToUnixNanos(at); }  // kNever: infinite
+  static int64_t NanosOf(SteadyTime at) { return absl::ToUnixNanos(at); }  // kNever: infinite
 
   std::atomic<int64_t> nanos_;
 };
@@ -139,7 +132,7 @@ struct Job {
   // By the scheduler's thread until OnFinished.
   PhaseSeconds phases{};
   JobReport report;
-  SteadyTime uploaded = SteadyTime::max();  // by Scheduler::UploadDone
+  SteadyTime uploaded = absl::InfiniteFuture();  // by Scheduler::UploadDone
 
   int64_t tokens() const {
     return attend ? attend->shape.total_q() : static_cast<int64_t>(prefill->token_ids.size());

@@ -1,5 +1,6 @@
 // prefilld: flags -> Config -> Server::Start -> wait for a signal to stop -> drain -> exit 0, or 1
 // when a fault took the device.
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -7,6 +8,7 @@
 #include <atomic>
 #include <cstdio>
 #include <memory>
+#include <string>
 #include <thread>
 
 #include "absl/synchronization/notification.h"
@@ -18,9 +20,19 @@ namespace prefilld {
 namespace {
 
 int Fail(const absl::Status& status) {
-  FlushLog();  // what it is about comes first
-  std::fprintf(stderr, "prefilld: %s\n", std::string(status.message()).c_str());
+  LogText("prefilld: " + std::string(status.message()));
+  FlushLog();
   return 1;
+}
+
+// Else the number of a stream that the caller has closed goes to what is opened next, a peer's
+// connection say, and our lines with it.
+void KeepStandardStreams() {
+  int fd;
+  do {
+    fd = open("/dev/null", O_RDWR);
+  } while (fd >= 0 && fd <= STDERR_FILENO);
+  if (fd >= 0) close(fd);
 }
 
 // A connection is a descriptor, and so is a segment: as many as may be had.
@@ -32,6 +44,7 @@ void RaiseDescriptorLimit() {
 }
 
 int Run(int argc, char** argv) {
+  KeepStandardStreams();
   auto parsed = ParseConfig(argc, argv);
   if (!parsed.ok()) return Fail(parsed.status());
   if (parsed->exit) return 0;

@@ -27,7 +27,7 @@ namespace {
 constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
-constexpr absl::Duration kGoodbye = absl::Seconds(1);  // for answers on their way to the socket
+constexpr absl::Duration kGoodbye = absl::Milliseconds(100);  // for what others than we answer
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
@@ -383,7 +383,7 @@ absl::Status Server::StartGrpc() {
 // A lost device is the end of the process, nothing in it can make a new one; and so is a step that
 // does not end, nothing can take a kernel from the device.
 void Server::Watch() {
-  while (!stopping_.WaitForNotificationWithTimeout(kWatchInterval)) {
+  while (!stopping_.Await(SteadyNow() + kWatchInterval)) {
     const std::string_view fault = backend_->device().fault();
     if (!fault.empty()) {
       Log(Level::kError, "device_lost", {{"kind", std::string(fault)}});
@@ -393,6 +393,18 @@ void Server::Watch() {
     }
     const auto stalled = scheduler_->Stalled(config_.stall_timeout, kWatchInterval);
     if (stalled) EndStalled(*stalled);
+    CheckModels();
+  }
+}
+
+// A model whose files have changed is none any more. The others go on, but whoever looks at the
+// health is to start another server: a file that is still being written may not be loaded yet.
+void Server::CheckModels() {
+  for (const auto& [name, model] : models_) {
+    if (model->CheckFiles().ok()) continue;
+    grpc_->GetHealthCheckService()->SetServingStatus("", false);
+    grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
+    metrics_.ready.Set(0);
   }
 }
 
@@ -427,19 +439,20 @@ void Server::EndStalled(const StalledStep& step) {
 
 void Server::Drain() {
   // Without a device every job fails at once: only their answers are waited for.
-  const absl::Time deadline =
-      absl::Now() +
+  const SteadyTime deadline =
+      SteadyNow() +
       (device_lost() ? std::min(config_.drain_timeout, kLostDeviceTimeout) : config_.drain_timeout);
   Log(Level::kInfo, "draining", {{"leases", leases_->active()}});
   grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
   metrics_.ready.Set(0);
   scheduler_->Drain();
+  calls_.Drain();
   for (const auto& [transport, segments] : segments_) segments->Close();
   const bool idle = scheduler_->WaitIdle(deadline);
   const bool leases_ended = leases_->WaitEmpty(deadline);
   const bool calls_ended = calls_.WaitNone(deadline);  // what still sends its last bytes
-  // Those who watch the health would stay until the deadline.
-  grpc_->Shutdown(absl::ToChronoTime(std::min(deadline, absl::Now() + kGoodbye)));
+  // What is left has no end, such as who watches the health: the word of it is on its way.
+  grpc_->Shutdown(GrpcTimeIn(std::min(deadline - SteadyNow(), kGoodbye)));
   RemoveSegments();
   Log(idle && leases_ended && calls_ended ? Level::kInfo : Level::kWarning, "drained",
       {{"idle", idle}, {"leases_ended", leases_ended}, {"calls_ended", calls_ended}});
@@ -451,9 +464,9 @@ void Server::RemoveSegments() {
 }
 
 Server::~Server() {
-  stopping_.Notify();
+  stopping_.Ring();
   if (watch_.joinable()) watch_.join();
-  if (grpc_) grpc_->Shutdown(absl::ToChronoTime(absl::Now()));
+  if (grpc_) grpc_->Shutdown(GrpcTimeIn(absl::ZeroDuration()));
   grpc_.reset();
   // Nobody waits for what they have not begun; what comes later runs where it comes from.
   memory_->Stop();
@@ -468,7 +481,7 @@ Server::~Server() {
   RemoveSegments();    // a slice may hold one, see below
   media_.clear();      // and connections of peers, whose shares are not waited for
   // gRPC lets go of the last slices in its own time. A pool they point into is rather leaked.
-  const absl::Time deadline = absl::Now() + absl::Seconds(2);
+  const SteadyTime deadline = SteadyNow() + absl::Seconds(2);
   bool back = true;
   for (const auto& [transport, segments] : segments_) back &= segments->WaitAllBack(deadline);
   if (pool_ && (!pool_->WaitAllFree(deadline) || !back)) (void)pool_.release();

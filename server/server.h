@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
+#include "server/clock.h"
 #include "server/config.h"
 #include "server/http.h"
 #include "server/port.h"
@@ -55,6 +56,7 @@ class Server {
   ModelInfos Infos() const;
   absl::Status StartGrpc();
   void Watch();
+  void CheckModels();
   [[noreturn]] void EndStalled(const StalledStep& step);
 
   const Config config_;
@@ -87,7 +89,7 @@ class Server {
   std::unique_ptr<grpc::Server> grpc_;
   Endpoint grpc_endpoint_;
   absl::Notification built_;  // all that metrics ask when they are read, which is from the start
-  absl::Notification stopping_;
+  Bell stopping_;             // for watch_
   std::thread watch_;
 };
 

@@ -6,9 +6,9 @@
 #include <string>
 
 #include "absl/time/time.h"
+#include "server/clock.h"
 #include "server/engine/memory_plan.h"
 #include "server/engine/prompt_limits.h"
-#include "server/job.h"
 #include "server/record/metrics.h"
 #include "server/rpc/validate.h"
 

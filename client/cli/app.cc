@@ -1,6 +1,7 @@
 #include "client/cli/app.h"
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "client/cli/command.h"
 #include "client/cpp/errors.h"
 
@@ -18,6 +19,23 @@ void PrintError(const absl::Status& status, std::ostream& err) {
   }
 }
 
+// What gRPC would look up as a name, or knock at port 0 for, in the user's words.
+std::string CheckTarget(const std::string& target) {
+  const size_t scheme = target.find("://");
+  const std::string name = target.substr(0, scheme == std::string::npos ? 0 : scheme);
+  if (name == "http" || name == "https" || name == "grpc" || name == "grpcs") {
+    return absl::StrCat("'", target, "': HOST:PORT is enough, without ", name, "://");
+  }
+  const bool has_scheme = scheme != std::string::npos || absl::StartsWith(target, "unix:") ||
+                          absl::StartsWith(target, "unix-abstract:");
+  const size_t colon = target.rfind(':');
+  if (!has_scheme && (colon == std::string::npos || colon + 1 == target.size() ||
+                      target.find(']', colon) != std::string::npos)) {
+    return absl::StrCat("'", target, "' has no port; prefilld's is 50051 where none was chosen");
+  }
+  return "";
+}
+
 }  // namespace
 
 int RunApp(int argc, const char* const* argv, const AppIo& io) {
@@ -25,10 +43,12 @@ int RunApp(int argc, const char* const* argv, const AppIo& io) {
   CLI::App app("Talks to a prefilld server.", "prefillctl");
   app.set_help_all_flag("--help_all", "Help of every command");
   app.require_subcommand(1);
+  app.set_version_flag("--version", "prefillctl " PREFILLD_VERSION);
   app.fallthrough();  // global flags may follow the command
   app.footer("`prefillctl COMMAND --help` has the flags of a command and an example.");
   app.add_option("--target", session.target, "Address of the server")
       ->type_name("HOST:PORT")
+      ->check(CLI::Validator(CheckTarget, ""))
       ->capture_default_str();
   app.add_flag("--json", session.json, "Print one JSON object instead of text");
   app.add_option("--timeout", session.timeout_s,
@@ -47,8 +67,11 @@ int RunApp(int argc, const char* const* argv, const AppIo& io) {
     return app.exit(error, io.out, io.err) == 0 ? 0 : kExitUsage;
   }
   client::PrefillClient client(session.target);
-  const absl::Status status = session.action(client);
+  absl::Status status = session.action(client);
   io.out.flush();
+  if (absl::IsCancelled(status) && io.cancellation.cancelled()) {
+    status = absl::CancelledError("interrupted");  // gRPC's word for it is none
+  }
   if (!status.ok()) {
     PrintError(status, io.err);
     return kExitFailure;

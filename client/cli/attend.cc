@@ -1,5 +1,6 @@
 // prefillctl attend: attention over the tensors of a safetensors file.
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <optional>
 
@@ -54,11 +55,9 @@ absl::StatusOr<client::AttendCall> ReadCall(const AttendFlags& flags) {
   const auto file = client::SafetensorsFile::Open(flags.in);
   if (!file.ok()) return file.status();
   for (const char* name : {"q", "k", "v"}) {
-    const client::InputTensor* tensor = file->Find(name);
-    if (tensor == nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat(flags.in, ": no tensor ", name));
-    }
-    call.inputs.push_back(*tensor);
+    auto tensor = file->Get(name);
+    if (!tensor.ok()) return tensor.status();
+    call.inputs.push_back(*std::move(tensor));
   }
   absl::Status status = ReadOffsets(*file, "cu_seqlens_q", *call.header.mutable_cu_seqlens_q());
   status.Update(ReadOffsets(*file, "cu_seqlens_k", *call.header.mutable_cu_seqlens_k()));
@@ -68,7 +67,12 @@ absl::StatusOr<client::AttendCall> ReadCall(const AttendFlags& flags) {
 
 absl::Status RunAttend(client::PrefillClient& client, const Session& session,
                        const AttendFlags& flags) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = client::SteadyNow();
+  std::error_code neither_is_there;
+  if (std::filesystem::equivalent(flags.in, flags.out, neither_is_there)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--out=", flags.out, " is --in: the output would take its place"));
+  }
   auto call = ReadCall(flags);
   if (!call.ok()) return call.status();
   const auto writer = client::SafetensorsWriter::Create(flags.out);
@@ -92,7 +96,7 @@ absl::Status RunAttend(client::PrefillClient& client, const Session& session,
   if (const absl::Status status = (*writer)->Commit(); !status.ok()) return status;
   PrintReport({.summary = *summary,
                .transport = "grpc",
-               .total_seconds = absl::ToDoubleSeconds(absl::Now() - start)},
+               .total_seconds = absl::ToDoubleSeconds(client::SteadyNow() - start)},
               session.json, session.io.out);
   return absl::OkStatus();
 }

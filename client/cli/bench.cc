@@ -56,7 +56,7 @@ Row RunLoop(client::PrefillClient& client, const Session& session, Load& load, u
   Row row{.tokens = tokens, .concurrency = concurrency};
   absl::Mutex mutex;  // of `row`
   Progress progress(session.io.err, session.io.err_is_terminal);
-  const absl::Time start = absl::Now();
+  const absl::Time start = client::SteadyNow();
   const absl::Time end = start + absl::Seconds(duration_s);
   const auto work = [&](uint32_t seed) {
     std::mt19937 rng(seed);
@@ -73,18 +73,18 @@ Row RunLoop(client::PrefillClient& client, const Session& session, Load& load, u
         }
       }
       progress.Update(absl::StrCat(tokens, " x ", concurrency),
-                      absl::ToDoubleSeconds(absl::Now() - start), duration_s);
+                      absl::ToDoubleSeconds(client::SteadyNow() - start), duration_s);
       // A server that asks for a pause gets it; one that fails at once is not hammered.
       if (!sample.ok()) {
         session.io.cancellation.WaitFor(
             client::RetryDelay(sample.status()).value_or(absl::Milliseconds(100)));
       }
-    } while (absl::Now() < end && !session.io.cancellation.cancelled());
+    } while (client::SteadyNow() < end && !session.io.cancellation.cancelled());
   };
   std::vector<std::thread> workers;
   for (uint32_t i = 0; i < concurrency; ++i) workers.emplace_back(work, i);
   for (std::thread& worker : workers) worker.join();
-  row.seconds = absl::ToDoubleSeconds(absl::Now() - start);
+  row.seconds = absl::ToDoubleSeconds(client::SteadyNow() - start);
   std::sort(row.ttft.begin(), row.ttft.end());
   return row;
 }

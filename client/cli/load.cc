@@ -39,13 +39,13 @@ class PrefillLoad : public Load {
                                 {.timeout = absl::Seconds(2), .retry = {.tries_max = 1}});
     };
     Sample sample;
-    const absl::Time start = absl::Now();
+    const absl::Time start = client::SteadyNow();
     const auto summary = client.Prefill(
         std::move(request),
         [&](const v1::PrefillEvent& event) {
           if (event.has_admission()) lease = event.admission().lease();
           if (event.has_kv_ready()) {
-            sample.ttft_seconds = absl::ToDoubleSeconds(absl::Now() - start);
+            sample.ttft_seconds = absl::ToDoubleSeconds(client::SteadyNow() - start);
           }
           return absl::OkStatus();
         },
@@ -75,14 +75,14 @@ class AttendLoad : public Load {
   absl::StatusOr<Sample> Send(client::PrefillClient& client, std::mt19937& /*rng*/,
                               const client::CallOptions& options) override {
     Sample sample;
-    const absl::Time start = absl::Now();
+    const absl::Time start = client::SteadyNow();
     std::vector<std::vector<uint8_t>> outputs;
     client::AttendCall call;
     call.header = header_;
     call.inputs = inputs_;
     call.allocate =
         [&](const std::vector<v1::TensorSpec>& specs) -> absl::StatusOr<std::vector<void*>> {
-      sample.ttft_seconds = absl::ToDoubleSeconds(absl::Now() - start);
+      sample.ttft_seconds = absl::ToDoubleSeconds(client::SteadyNow() - start);
       std::vector<void*> places;
       for (const v1::TensorSpec& spec : specs) {
         const auto bytes = client::TensorBytes(spec);

@@ -67,7 +67,7 @@ class PrefillRun {
   }
 
  private:
-  double Elapsed() const { return absl::ToDoubleSeconds(absl::Now() - start_); }
+  double Elapsed() const { return absl::ToDoubleSeconds(client::SteadyNow() - start_); }
 
   // Everything that can fail before the server starts to work.
   absl::Status Prepare() {
@@ -179,7 +179,7 @@ class PrefillRun {
   client::PrefillClient& client_;
   const Session& session_;
   const PrefillFlags& flags_;
-  const absl::Time start_ = absl::Now();
+  const absl::Time start_ = client::SteadyNow();
   Progress progress_;
   v1::PrefillRequest request_;
   v1::Model model_;

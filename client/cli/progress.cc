@@ -14,7 +14,7 @@ Progress::~Progress() {
 void Progress::Update(absl::string_view what, double done, double total) {
   constexpr int kWidth = 40;
   absl::MutexLock lock(&mutex_);
-  const absl::Time now = absl::Now();
+  const absl::Time now = client::SteadyNow();
   if (!terminal_ || now < next_draw_) return;
   next_draw_ = now + absl::Milliseconds(100);
   drawn_ = true;

@@ -8,6 +8,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "client/cpp/call.h"
 
 namespace prefilld::cli {
 
@@ -26,7 +27,7 @@ class Progress {
   absl::Mutex mutex_;
   std::ostream& stream_;
   const bool terminal_;
-  absl::Time next_draw_ ABSL_GUARDED_BY(mutex_) = absl::Now() + absl::Seconds(1);
+  absl::Time next_draw_ ABSL_GUARDED_BY(mutex_) = client::SteadyNow() + absl::Seconds(1);
   bool drawn_ ABSL_GUARDED_BY(mutex_) = false;
 };
 

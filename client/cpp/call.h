@@ -4,15 +4,21 @@
 
 #include <grpcpp/client_context.h>
 
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
 #include <set>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 
 namespace prefilld::client {
+
+// Since the machine's start: what durations are taken by, for nobody sets that clock.
+inline absl::Time SteadyNow() {
+  return absl::UnixEpoch() + absl::FromChrono(std::chrono::steady_clock::now().time_since_epoch());
+}
 
 // Stops calls. One object may serve any number of calls, on any threads; it outlives them. Once
 // cancelled it stays so: later calls with it end at once.
@@ -23,11 +29,11 @@ class Cancellation {
   Cancellation& operator=(const Cancellation&) = delete;
 
   // Ends every running call with CANCELLED. Does not block, and is not for signal handlers.
-  void Cancel() ABSL_LOCKS_EXCLUDED(mutex_);
-  bool cancelled() const ABSL_LOCKS_EXCLUDED(mutex_);
+  void Cancel();
+  bool cancelled() const;
 
   // Blocks for `duration`, or until Cancel: true then.
-  bool WaitFor(absl::Duration duration) ABSL_LOCKS_EXCLUDED(mutex_);
+  bool WaitFor(absl::Duration duration);
 
   // Cancel reaches `context` while this lives.
   class Scope {
@@ -43,9 +49,11 @@ class Cancellation {
   };
 
  private:
-  mutable absl::Mutex mutex_;
-  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
-  std::set<grpc::ClientContext*> contexts_ ABSL_GUARDED_BY(mutex_);
+  // Of the standard library's, which waits by the steady clock. Guards what follows.
+  mutable std::mutex mutex_;
+  std::condition_variable signal_;
+  bool cancelled_ = false;
+  std::set<grpc::ClientContext*> contexts_;
 };
 
 struct RetryPolicy {

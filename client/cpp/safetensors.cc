@@ -116,8 +116,10 @@ absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::string& path) {
       address, [file_bytes](const void* mapped) { munmap(const_cast<void*>(mapped), file_bytes); });
   std::memcpy(&header_bytes, address, sizeof(header_bytes));
   if (header_bytes > kHeaderBytesMax || header_bytes > file_bytes - sizeof(header_bytes)) {
-    return Bad(path, absl::StrCat("header of ", header_bytes, " bytes in a file of ", file_bytes,
-                                  " (at most ", kHeaderBytesMax, ")"));
+    return Bad(path,
+               absl::StrCat("not a safetensors file, or damaged: it would begin with a header of ",
+                            header_bytes, " bytes, has ", file_bytes, " in all, and ",
+                            kHeaderBytesMax, " are the most that are read"));
   }
 
   const char* text = static_cast<const char*>(address) + sizeof(header_bytes);
@@ -137,13 +139,19 @@ absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::string& path) {
   if (repeated) return Bad(path, "the header names a tensor twice");
 
   SafetensorsFile file;
+  file.path_ = path;
   std::vector<std::pair<uint64_t, uint64_t>> ranges;
   const uint64_t data_start = sizeof(header_bytes) + header_bytes;
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
     auto tensor = ReadEntry(path, name, entry, map, data_start, file_bytes - data_start, ranges);
     if (!tensor.ok()) return tensor.status();
-    if (TensorBytes(tensor->spec).ok()) file.tensors_.push_back(*std::move(tensor));
+    if (TensorBytes(tensor->spec).ok()) {
+      file.tensors_.push_back(*std::move(tensor));
+    } else {
+      file.unlisted_[name] =
+          absl::StrCat(entry["dtype"].get<std::string>(), " ", entry["shape"].dump());
+    }
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i) {
@@ -157,6 +165,14 @@ const InputTensor* SafetensorsFile::Find(const std::string& name) const {
     return tensor.spec.name() == name;
   });
   return found == tensors_.end() ? nullptr : &*found;
+}
+
+absl::StatusOr<InputTensor> SafetensorsFile::Get(const std::string& name) const {
+  if (const InputTensor* tensor = Find(name); tensor != nullptr) return *tensor;
+  const auto unlisted = unlisted_.find(name);
+  if (unlisted == unlisted_.end()) return Bad(path_, absl::StrCat("no tensor ", name));
+  return Bad(path_, absl::StrCat("tensor ", name, " is ", unlisted->second,
+                                 "; F32, BF16 and F16 are served"));
 }
 
 absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,11 +26,15 @@ class SafetensorsFile {
 
   // Tensors of a dtype that TensorSpec cannot express are not listed.
   const std::vector<InputTensor>& tensors() const { return tensors_; }
-  // Null when the file has no such tensor.
+  // Null when the file has no such tensor, or one that is not listed.
   const InputTensor* Find(const std::string& name) const;
+  // The same, or INVALID_ARGUMENT that says which it is.
+  absl::StatusOr<InputTensor> Get(const std::string& name) const;
 
  private:
   std::vector<InputTensor> tensors_;
+  std::string path_;
+  std::map<std::string, std::string> unlisted_;  // by name, what they are
 };
 
 // A file being written: made under a temporary name, given its full size when the tensors are

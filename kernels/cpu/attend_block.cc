@@ -80,6 +80,35 @@ void SoftmaxBand(const QueryBlock& block, const Scratch& scratch, int first_row,
   }
 }
 
+// Neither NaN nor infinity in n floats, a multiple of 16.
+HWY_INLINE bool AllFinite(const float* values, int64_t n) {
+  const F32 d;
+  auto zero = hn::Zero(d);  // 0 times anything else
+  for (int64_t i = 0; i < n; i += static_cast<int64_t>(hn::Lanes(d))) {
+    zero = hn::MulAdd(hn::LoadU(d, values + i), hn::Zero(d), zero);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, zero)) == 0;
+}
+
+// Adds the band's probabilities times values of `depth` keys to the output. On the diagonal the
+// first row sees `visible` of them and each row one more than the row before. What a row does not
+// see has probability 0, and 0 times NaN or infinity is NaN: such values are kept from it.
+void AddValues(const QueryBlock& block, const MatMulArgs& band, int64_t visible) {
+  const int64_t hidden = std::max<int64_t>(0, visible);  // from there on for some row
+  if (hidden >= band.depth ||
+      AllFinite(band.b + hidden * block.d, (band.depth - hidden) * block.d)) {
+    return MatMul<true>(band);
+  }
+  for (int r = 0; r < band.rows; ++r) {
+    MatMulArgs row = band;
+    row.a += r * band.a_stride;
+    row.c += r * band.c_stride;
+    row.rows = 1;
+    row.depth = static_cast<int>(std::clamp<int64_t>(visible + r, 0, band.depth));
+    MatMul<true>(row);
+  }
+}
+
 // One run of keys for the whole block of queries.
 void AttendRun(const QueryBlock& block, const Scratch& scratch, KeyRun run) {
   const float* keys =
@@ -101,15 +130,17 @@ void AttendRun(const QueryBlock& block, const Scratch& scratch, KeyRun run) {
                    .depth = block.d,
                    .cols = columns});
     SoftmaxBand(block, scratch, first, rows, visible, columns);
-    MatMul<true>({.a = scratch.scores,
-                  .a_stride = kTileKeys,
-                  .b = values,
-                  .b_stride = block.d,
-                  .c = scratch.o + int64_t{first} * block.d,
-                  .c_stride = block.d,
-                  .rows = rows,
-                  .depth = depth,
-                  .cols = block.d});
+    AddValues(block,
+              {.a = scratch.scores,
+               .a_stride = kTileKeys,
+               .b = values,
+               .b_stride = block.d,
+               .c = scratch.o + int64_t{first} * block.d,
+               .c_stride = block.d,
+               .rows = rows,
+               .depth = depth,
+               .cols = block.d},
+              visible);
   }
 }
 

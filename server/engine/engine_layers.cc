@@ -300,6 +300,7 @@ void Engine::Commit(const LayerTicket& ticket, const absl::Status& work) {
     Job& job = *part.job;
     PrefillWork& prefill = *job.prefill;
     if (prefill.committed.ok()) prefill.committed = work;  // a layer without the one before is none
+    if (prefill.committed.ok()) prefill.committed = prefill.model->CheckFiles();
     if (!prefill.committed.ok()) {
       if (ticket.on_failed) ticket.on_failed(part.job, prefill.committed);
       continue;

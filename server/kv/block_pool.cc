@@ -54,6 +54,7 @@ absl::StatusOr<std::vector<int32_t>> BlockPool::Take(int64_t count) {
 void BlockPool::GiveBack(const std::vector<int32_t>& blocks, BlockState from) {
   absl::MutexLock lock(&mutex_);
   free_.insert(free_.end(), blocks.begin(), blocks.end());
+  given_back_.SignalAll();
   counts_[static_cast<int>(from)] -= static_cast<int64_t>(blocks.size());
   counts_[static_cast<int>(BlockState::kFree)] += static_cast<int64_t>(blocks.size());
 }
@@ -78,12 +79,12 @@ std::array<int64_t, 4> BlockPool::CountByState() const {
   return counts_;
 }
 
-bool BlockPool::WaitAllFree(absl::Time deadline) const {
+bool BlockPool::WaitAllFree(SteadyTime deadline) const {
   absl::MutexLock lock(&mutex_);
   const auto all_free = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
     return static_cast<int64_t>(free_.size()) == total_;
   };
-  return mutex_.AwaitWithDeadline(absl::Condition(&all_free), deadline);
+  return given_back_.AwaitUntil(deadline, mutex_, all_free);
 }
 
 }  // namespace prefilld

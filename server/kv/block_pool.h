@@ -15,6 +15,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "kernels/backend.h"
+#include "server/clock.h"
 
 namespace prefilld {
 
@@ -50,7 +51,7 @@ class BlockPool {
   }
   std::array<int64_t, 4> CountByState() const;
   // Blocks until every block is free, or the deadline: false.
-  bool WaitAllFree(absl::Time deadline) const;
+  bool WaitAllFree(SteadyTime deadline) const;
 
  private:
   BlockPool(Device& device, Buffer arena, size_t block_bytes, int64_t total);
@@ -60,6 +61,7 @@ class BlockPool {
   const size_t block_bytes_;
   const int64_t total_;
   mutable absl::Mutex mutex_;
+  SteadyCondition given_back_;
   std::vector<int32_t> free_ ABSL_GUARDED_BY(mutex_);
   std::array<int64_t, 4> counts_ ABSL_GUARDED_BY(mutex_){};
 };

@@ -20,7 +20,7 @@ void LeaseTable::Stop() {
   {
     absl::MutexLock lock(&mutex_);
     stop_ = true;
-    changed_ = true;
+    LookAgain();
   }
   thread_.join();
 }
@@ -37,7 +37,7 @@ absl::StatusOr<LeaseInfo> LeaseTable::Grant(absl::string_view name, std::shared_
               SteadyNow()};
   const LeaseInfo info = entry.info;
   entries_.emplace(info.name, std::move(entry));
-  changed_ = true;
+  LookAgain();
   return info;
 }
 
@@ -69,7 +69,7 @@ absl::StatusOr<LeaseInfo> LeaseTable::Renew(absl::string_view name, uint64_t gen
   Entry& entry = entries_.find(name)->second;
   if (ttl > absl::ZeroDuration()) entry.info.ttl = ttl;
   entry.renewed = SteadyNow();
-  changed_ = true;
+  LookAgain();
   return entry.info;
 }
 
@@ -81,6 +81,7 @@ absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generat
     auto found = FindLocked(name, generation);
     if (!found.ok()) return found.status();
     entry = std::move(entries_.extract(*found).mapped());
+    signal_.SignalAll();
   }
   const std::shared_ptr<KvCache> cache = entry.cache;
   End(std::move(entry), why, unmapped);
@@ -92,6 +93,7 @@ void LeaseTable::ReleaseAll(LeaseEnd why) {
   {
     absl::MutexLock lock(&mutex_);
     all.swap(entries_);
+    signal_.SignalAll();
   }
   for (auto& [name, entry] : all) End(std::move(entry), why);
 }
@@ -107,7 +109,7 @@ void LeaseTable::End(Entry entry, LeaseEnd why, bool unmapped) {
   if (entry.cache->running_transfers() > 0) {
     absl::MutexLock lock(&mutex_);
     closing_.emplace_back(std::move(entry.cache), std::max(entry.info.ttl, stalled_reader_grace_));
-    changed_ = true;
+    LookAgain();
   }
 }
 
@@ -116,10 +118,10 @@ int64_t LeaseTable::active() const {
   return static_cast<int64_t>(entries_.size());
 }
 
-bool LeaseTable::WaitEmpty(absl::Time deadline) {
+bool LeaseTable::WaitEmpty(SteadyTime deadline) {
   absl::MutexLock lock(&mutex_);
   const auto empty = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return entries_.empty(); };
-  return mutex_.AwaitWithDeadline(absl::Condition(&empty), deadline);
+  return signal_.AwaitUntil(deadline, mutex_, empty);
 }
 
 void LeaseTable::Expire() {
@@ -150,12 +152,14 @@ void LeaseTable::Expire() {
       next = std::min(next, grace);
     }
     closing_ = closing;
+    if (!expired.empty()) signal_.SignalAll();
     mutex_.Unlock();
     for (Entry& entry : expired) End(std::move(entry), LeaseEnd::kExpired);
     for (const auto& [cache, grace] : closing) cache->AbortStalled(grace);
     closing.clear();
     mutex_.Lock();
-    mutex_.AwaitWithTimeout(absl::Condition(&changed_), next);
+    signal_.AwaitUntil(SteadyNow() + next, mutex_,
+                       [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return changed_; });
   }
   mutex_.Unlock();
 }

@@ -18,6 +18,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "server/clock.h"
 #include "server/kv/kv_cache.h"
 
 namespace prefilld {
@@ -58,7 +59,7 @@ class LeaseTable {
 
   int64_t active() const;
   // Blocks until no lease is left, or the deadline: false.
-  bool WaitEmpty(absl::Time deadline);
+  bool WaitEmpty(SteadyTime deadline);
 
  private:
   struct Entry {
@@ -73,10 +74,15 @@ class LeaseTable {
       ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   void End(Entry entry, LeaseEnd why, bool unmapped = false);
   void Expire();  // the thread
+  void LookAgain() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    changed_ = true;
+    signal_.SignalAll();
+  }
 
   const Events events_;
   const absl::Duration stalled_reader_grace_;
   mutable absl::Mutex mutex_;
+  SteadyCondition signal_;  // changed_, or fewer entries
   Entries entries_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::pair<std::shared_ptr<KvCache>, absl::Duration>> closing_ ABSL_GUARDED_BY(mutex_);
   uint64_t next_generation_ ABSL_GUARDED_BY(mutex_) = 1;

@@ -1,5 +1,6 @@
 #include "server/model/checkpoint.h"
 
+#include <filesystem>
 #include <fstream>
 #include <set>
 #include <string_view>
@@ -207,6 +208,12 @@ LayerWeights TakeLayer(WeightReader& read, const ModelConfig& c, int index) {
 
 absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& ops,
                                             const LoadProgress& progress) {
+  std::error_code unknown;
+  if (!std::filesystem::is_directory(directory, unknown)) {
+    return absl::NotFoundError(directory +
+                               ": is no directory here; a model of the Hugging Face hub is to be "
+                               "downloaded first, and named by where it lies");
+  }
   const std::string config_path = directory + "/config.json";
   absl::StatusOr<std::string> text = ReadConfigFile(config_path);
   if (!text.ok()) return text.status();
@@ -240,6 +247,8 @@ absl::StatusOr<Checkpoint> Checkpoint::Load(const std::string& directory, Ops& o
   if (absl::Status status = read.Finish(); !status.ok()) return status;
   out.bytes = read.taken_bytes();
   out.fingerprint = Fingerprint(c, out.dtype, out.tensors);
+  // Else the fingerprint might be of other weights than those that were prepared.
+  if (absl::Status status = out.tensors.CheckFiles(); !status.ok()) return status;
   return out;
 }
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -17,6 +18,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "server/mapping_guard.h"
 
 namespace prefilld {
 namespace {
@@ -52,31 +54,69 @@ std::string Quote(const std::string& text) {
 
 std::string TensorName(const std::string& name) { return "tensor " + Quote(name); }
 
-struct MappedFile {
-  std::shared_ptr<const void> owner;
-  const std::byte* data = nullptr;
-  uint64_t bytes = 0;
+}  // namespace
+
+// Mapped, and what it was like then.
+class MappedFile {
+ public:
+  static absl::StatusOr<std::shared_ptr<const MappedFile>> Map(const std::string& path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return absl::NotFoundError(path + ": " + std::strerror(errno));
+    struct stat found = {};
+    const bool regular = fstat(fd, &found) == 0 && S_ISREG(found.st_mode);
+    if (!regular || found.st_size <= 0) {
+      close(fd);
+      return Invalid(path, regular ? "is empty" : "is not a regular file");
+    }
+    const auto bytes = static_cast<size_t>(found.st_size);
+    void* data = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+    const int error = errno;
+    if (data == MAP_FAILED) {
+      close(fd);
+      return absl::InternalError(path + ": mmap: " + std::strerror(error));
+    }
+    return std::shared_ptr<const MappedFile>(new MappedFile(path, fd, found, data));
+  }
+  ~MappedFile() {
+    guard_.reset();
+    munmap(data_, bytes());
+    close(fd_);
+  }
+
+  const std::byte* data() const { return static_cast<const std::byte*>(data_); }
+  uint64_t bytes() const { return static_cast<uint64_t>(found_.st_size); }
+
+  // Not the time of change of its node, which the name that another file takes changes too.
+  absl::Status Check() const {
+    struct stat now = {};
+    if (!changed_ && !guard_->lost() && fstat(fd_, &now) == 0 && now.st_size == found_.st_size &&
+        now.st_mtim.tv_sec == found_.st_mtim.tv_sec &&
+        now.st_mtim.tv_nsec == found_.st_mtim.tv_nsec) {
+      return absl::OkStatus();
+    }
+    changed_ = true;
+    return absl::UnavailableError(path_ +
+                                  ": has changed since it was opened; start the server anew, and "
+                                  "replace model files by renaming others over them");
+  }
+
+ private:
+  MappedFile(std::string path, int fd, const struct stat& found, void* data)
+      : path_(std::move(path)),
+        fd_(fd),
+        found_(found),
+        data_(data),
+        guard_(std::make_unique<MappingGuard>(data, bytes(), PROT_READ)) {}
+
+  const std::string path_;
+  const int fd_;
+  const struct stat found_;
+  void* const data_;
+  std::unique_ptr<MappingGuard> guard_;
+  mutable std::atomic<bool> changed_{false};
 };
 
-absl::StatusOr<MappedFile> Map(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return absl::NotFoundError(path + ": " + std::strerror(errno));
-  struct stat info = {};
-  const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-  if (!regular || info.st_size <= 0) {
-    close(fd);
-    return Invalid(path, regular ? "is empty" : "is not a regular file");
-  }
-  const size_t bytes = static_cast<size_t>(info.st_size);
-  void* data = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-  const int error = errno;
-  close(fd);
-  if (data == MAP_FAILED) return absl::InternalError(path + ": mmap: " + std::strerror(error));
-  return MappedFile{.owner = std::shared_ptr<const void>(
-                        data, [bytes](const void* p) { munmap(const_cast<void*>(p), bytes); }),
-                    .data = static_cast<const std::byte*>(data),
-                    .bytes = bytes};
-}
+namespace {
 
 // A size >= 0 that fits in 63 bits.
 bool IsSize(const json& value) {
@@ -140,20 +180,20 @@ absl::StatusOr<SafeTensor> ParseTensor(const json& fields, const std::string& wh
 // The tensors of one file. The format wants the data section covered without overlap or gap.
 absl::StatusOr<TensorMap> ParseFile(const std::string& path, const MappedFile& file) {
   uint64_t header_bytes = 0;
-  if (file.bytes < kLengthBytes) {
-    return Invalid(path, absl::StrCat("has ", file.bytes, " bytes, less than a header"));
+  if (file.bytes() < kLengthBytes) {
+    return Invalid(path, absl::StrCat("has ", file.bytes(), " bytes, less than a header"));
   }
-  std::memcpy(&header_bytes, file.data, kLengthBytes);
-  if (header_bytes > kMaxHeaderBytes || header_bytes > file.bytes - kLengthBytes) {
+  std::memcpy(&header_bytes, file.data(), kLengthBytes);
+  if (header_bytes > kMaxHeaderBytes || header_bytes > file.bytes() - kLengthBytes) {
     return Invalid(path, absl::StrCat("has a header of ", header_bytes, " bytes in a file of ",
-                                      file.bytes, "; at most ", kMaxHeaderBytes, " are read"));
+                                      file.bytes(), "; at most ", kMaxHeaderBytes, " are read"));
   }
-  const char* text = reinterpret_cast<const char*>(file.data) + kLengthBytes;
+  const char* text = reinterpret_cast<const char*>(file.data()) + kLengthBytes;
   const json header = json::parse(text, text + header_bytes, nullptr, /*allow_exceptions=*/false);
   if (!header.is_object()) return Invalid(path, "the header is not a JSON object");
 
-  const std::byte* data = file.data + kLengthBytes + header_bytes;
-  const uint64_t data_bytes = file.bytes - kLengthBytes - header_bytes;
+  const std::byte* data = file.data() + kLengthBytes + header_bytes;
+  const uint64_t data_bytes = file.bytes() - kLengthBytes - header_bytes;
   TensorMap tensors;
   std::vector<Entry> entries;
   for (const auto& [name, fields] : header.items()) {
@@ -191,14 +231,15 @@ absl::StatusOr<TensorMap> ParseFile(const std::string& path, const MappedFile& f
 
 // tensor name -> file name, of model.safetensors.index.json.
 absl::StatusOr<std::map<std::string, std::string>> ParseIndex(const std::string& path) {
-  absl::StatusOr<MappedFile> file = Map(path);
-  if (!file.ok()) return file.status();
-  if (file->bytes > kMaxHeaderBytes) {
+  const auto mapped = MappedFile::Map(path);
+  if (!mapped.ok()) return mapped.status();
+  const MappedFile& file = **mapped;
+  if (file.bytes() > kMaxHeaderBytes) {
     return Invalid(
-        path, absl::StrCat("has ", file->bytes, " bytes; at most ", kMaxHeaderBytes, " are read"));
+        path, absl::StrCat("has ", file.bytes(), " bytes; at most ", kMaxHeaderBytes, " are read"));
   }
-  const char* text = reinterpret_cast<const char*>(file->data);
-  const json index = json::parse(text, text + file->bytes, nullptr, /*allow_exceptions=*/false);
+  const char* text = reinterpret_cast<const char*>(file.data());
+  const json index = json::parse(text, text + file.bytes(), nullptr, /*allow_exceptions=*/false);
   if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
     return Invalid(path, "has no weight_map object");
   }
@@ -218,6 +259,12 @@ absl::StatusOr<std::map<std::string, std::string>> ParseIndex(const std::string&
 
 }  // namespace
 
+absl::Status SafeTensors::CheckFiles() const {
+  absl::Status status;
+  for (const auto& file : files_) status.Update(file->Check());
+  return status;
+}
+
 absl::StatusOr<SafeTensors> SafeTensors::Open(const std::string& directory) {
   const std::filesystem::path root(directory);
   const std::string index_path = root / kIndexFile;
@@ -225,10 +272,10 @@ absl::StatusOr<SafeTensors> SafeTensors::Open(const std::string& directory) {
   std::error_code ignored;
   SafeTensors out;
   const auto add = [&out](const std::string& path) -> absl::StatusOr<TensorMap> {
-    absl::StatusOr<MappedFile> file = Map(path);
+    auto file = MappedFile::Map(path);
     if (!file.ok()) return file.status();
-    out.mappings_.push_back(file->owner);
-    return ParseFile(path, *file);
+    out.files_.push_back(*file);
+    return ParseFile(path, **file);
   };
 
   if (std::filesystem::exists(single_path, ignored) ||

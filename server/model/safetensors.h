@@ -23,8 +23,11 @@ struct SafeTensor {
   size_t bytes = 0;                 // product of shape times the element size
 };
 
-// Owns the maps; its tensors live as long as it. Immutable, any thread may read. A file that
-// somebody truncates while it is mapped ends the process: replace model files by renaming.
+class MappedFile;
+
+// Owns the maps; its tensors live as long as it. Immutable, any thread may read. What somebody
+// writes into a file, or takes from its end, while it is mapped changes the tensors under whoever
+// computes with them: CheckFiles tells afterwards. A file that another is renamed over stays.
 class SafeTensors {
  public:
   // NOT_FOUND without model files, INVALID_ARGUMENT for a file that breaks the format; both name
@@ -33,8 +36,12 @@ class SafeTensors {
 
   const std::map<std::string, SafeTensor, std::less<>>& tensors() const { return tensors_; }
 
+  // UNAVAILABLE, for good, where a file is not any more what Open found: it has another size or
+  // time of change. Asks the file system.
+  absl::Status CheckFiles() const;
+
  private:
-  std::vector<std::shared_ptr<const void>> mappings_;
+  std::vector<std::shared_ptr<const MappedFile>> files_;
   std::map<std::string, SafeTensor, std::less<>> tensors_;
 };
 

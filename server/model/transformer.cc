@@ -5,6 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "server/record/errors.h"
+#include "server/record/log.h"
 
 namespace prefilld {
 namespace {
@@ -108,6 +110,26 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const std::string
   if (absl::Status s = model->AllocateTiles(); !s.ok()) return s;
   if (absl::Status s = model->MeasureProducts(); !s.ok()) return s;
   return model;
+}
+
+absl::Status Transformer::CheckFiles() const {
+  if (!backend_.device().host_memory()) return absl::OkStatus();
+  const absl::Status now = weights_.tensors.CheckFiles();
+  absl::MutexLock lock(&files_mutex_);
+  if (!now.ok() && files_.ok()) {
+    Log(Level::kError, "model_changed",
+        {{"model", info_.name}, {"message", std::string(now.message())}});
+    files_ = RetryLater(
+        absl::StatusCode::kUnavailable, "model_changed",
+        absl::StrCat("the files of model '", info_.name, "' have changed since the server started"),
+        absl::Seconds(5));
+  }
+  return files_;
+}
+
+absl::Status Transformer::files() const {
+  absl::MutexLock lock(&files_mutex_);
+  return files_;
 }
 
 // Every product of a layer and that of the logits, so that the backend has seen them all.

@@ -12,8 +12,10 @@
 #include <utility>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "kernels/backend.h"
 #include "kernels/ops.h"
 #include "kernels/tensor.h"
@@ -82,6 +84,11 @@ class Transformer {
                                                            const LoadProgress& progress = nullptr);
 
   const ModelInfo& info() const { return info_; }
+  // UNAVAILABLE, for good, once a file that it computes with has changed (SafeTensors::CheckFiles):
+  // what came of it since the last time this was OK is not to be used. Asks the file system; what
+  // it said last anybody may know. Where the weights lie on a device the files are not needed.
+  absl::Status CheckFiles() const;
+  absl::Status files() const ABSL_LOCKS_EXCLUDED(files_mutex_);
   // Held from Load on.
   uint64_t weight_bytes() const { return weights_.bytes; }
   uint64_t tile_bytes() const { return tiles_.bytes(); }
@@ -120,6 +127,8 @@ class Transformer {
   absl::Status PrepareTokens(PrefillBatch& batch);
 
   const Checkpoint weights_;
+  mutable absl::Mutex files_mutex_;
+  mutable absl::Status files_ ABSL_GUARDED_BY(files_mutex_);
   Backend& backend_;
   Ops& ops_;
   ModelInfo info_;

@@ -42,6 +42,11 @@ absl::Status RetryLater(absl::StatusCode code, absl::string_view reason, absl::s
   return status;
 }
 
+absl::Status Draining() {
+  return RetryLater(absl::StatusCode::kUnavailable, "draining", "the server is shutting down",
+                    absl::Seconds(1));
+}
+
 absl::Status DeadlineInfeasible(absl::string_view message) {
   absl::Status status = absl::ResourceExhaustedError(message);
   status.SetPayload(kReason, absl::Cord("DEADLINE_INFEASIBLE"));

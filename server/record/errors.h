@@ -18,6 +18,8 @@ absl::Status ResourceNotFound(absl::string_view type, absl::string_view name);
 // RESOURCE_EXHAUSTED or UNAVAILABLE that may succeed later. `reason` is a metric label.
 absl::Status RetryLater(absl::StatusCode code, absl::string_view reason, absl::string_view message,
                         absl::Duration retry_after);
+// UNAVAILABLE: no new work while the server shuts down.
+absl::Status Draining();
 // RESOURCE_EXHAUSTED without retry: the deadline cannot be met by the cost model.
 absl::Status DeadlineInfeasible(absl::string_view message);
 

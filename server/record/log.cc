@@ -13,6 +13,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "server/clock.h"
 
 namespace prefilld {
 namespace {
@@ -24,8 +25,9 @@ std::string Format(Level level, const char* event, std::initializer_list<LogFiel
   line["level"] = kLevels[static_cast<int>(level)];
   line["event"] = event;
   for (const auto& [name, value] : fields) line[name] = value;
-  // A caller's bytes may be no UTF-8: replaced, never thrown over.
-  return line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  // A caller's bytes may be no UTF-8: replaced, never thrown over. What is not ASCII is escaped:
+  // there are controls, ends of lines and changes of direction among it.
+  return line.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 // Whole, however long that takes. A write that fails has nowhere to be reported.
@@ -63,8 +65,8 @@ class Writer {
 
   bool Flush(absl::Duration most) {
     absl::MutexLock lock(&mutex_);
-    const auto written = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return bytes_ == 0; };
-    return mutex_.AwaitWithTimeout(absl::Condition(&written), most) && dropped_ == told_;
+    const auto all = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return bytes_ == 0; };
+    return written_.AwaitUntil(SteadyNow() + most, mutex_, all) && dropped_ == told_;
   }
 
   uint64_t dropped() const {
@@ -98,10 +100,12 @@ class Writer {
       }
       mutex_.Lock();
       bytes_ -= line.size();
+      if (bytes_ == 0) written_.SignalAll();
     }
   }
 
   mutable absl::Mutex mutex_;
+  SteadyCondition written_;
   std::deque<std::string> lines_ ABSL_GUARDED_BY(mutex_);
   size_t bytes_ ABSL_GUARDED_BY(mutex_) = 0;  // of these, and of the one that is being written
   uint64_t dropped_ ABSL_GUARDED_BY(mutex_) = 0, told_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -112,6 +116,8 @@ class Writer {
 void Log(Level level, const char* event, std::initializer_list<LogField> fields) {
   Writer::Get().Add(Format(level, event, fields));
 }
+
+void LogText(const std::string& line) { Writer::Get().Add(line + "\n"); }
 
 bool FlushLog(absl::Duration most) { return Writer::Get().Flush(most); }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <utility>
 
 #include "absl/time/time.h"
@@ -20,6 +21,9 @@ using LogField = std::pair<const char*, nlohmann::json>;
 
 // Log(Level::kInfo, "prefill_finished", {{"request_id", id}, {"tokens", 7600}});
 void Log(Level level, const char* event, std::initializer_list<LogField> fields = {});
+
+// For people: a line as it is, in its turn, such as why the server does not start.
+void LogText(const std::string& line);
 
 inline constexpr size_t kLogQueueBytes = size_t{4} << 20;
 

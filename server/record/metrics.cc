@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
+#include <string>
 #include <utility>
 
 #include "prometheus/metric_family.h"
@@ -26,10 +28,19 @@ constexpr const char* kCodes[] = {
     "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
     "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
     "DATA_LOSS", "UNAUTHENTICATED"};
-constexpr const char* kRejections[] = {"queue_full",          "kv_memory",       "attend_memory",
-                                       "shm_memory",          "draining",        "device_lost",
-                                       "deadline_infeasible", "deadline_passed", "invalid_argument",
-                                       "not_found",           "unimplemented",   "other"};
+constexpr const char* kRejections[] = {"queue_full",
+                                       "kv_memory",
+                                       "attend_memory",
+                                       "shm_memory",
+                                       "draining",
+                                       "device_lost",
+                                       "model_changed",
+                                       "deadline_infeasible",
+                                       "deadline_passed",
+                                       "invalid_argument",
+                                       "not_found",
+                                       "unimplemented",
+                                       "other"};
 
 // 1-2.5-5 from a millisecond to 160 s.
 const Buckets& Seconds() {
@@ -142,7 +153,7 @@ Metrics::Metrics()
           Counters(*registry_, "prefilld_handoff_failures_total", "Pulls that did not complete")),
       transport_refused_(Counters(*registry_, "prefilld_transport_refused_total",
                                   "Transports that callers were offered and could not use, as "
-                                  "they say")),
+                                  "they say; memory: the server had none for a call")),
       descriptors_(Counters(*registry_, "prefilld_descriptor_connections_total",
                             "Connections to the socket of cuda_ipc, by what became of them")),
       handoff_transport_info_(
@@ -194,8 +205,10 @@ void Metrics::ModelBytes(const std::string& model, uint64_t loaded, uint64_t of_
 
 void Metrics::PlannedMemory(const std::string& what, const std::string& model, bool device,
                             uint64_t bytes) {
-  planned_memory_.Add({{"what", what}, {"model", model}, {"place", device ? "device" : "host"}})
-      .Set(static_cast<double>(bytes));
+  std::map<std::string, std::string> labels = {{"what", what},
+                                               {"place", device ? "device" : "host"}};
+  if (!model.empty()) labels["model"] = model;  // of none there is no label, not an empty one
+  planned_memory_.Add(labels).Set(static_cast<double>(bytes));
 }
 
 void Metrics::Request(const std::string& method, const std::string& code, double seconds) {

@@ -81,7 +81,8 @@ struct Metrics {
   // state: ready, lent or free. No series where caches in segments take blocks.
   void SetSegments(const std::string& transport, const char* state,
                    uint64_t bytes);  // by on_scrape
-  // What a caller that was offered a transport has against it: one of kTransportRefusals.
+  // What a caller that was offered a transport has against it, or, for one call, its server: one of
+  // kTransportRefusals.
   void TransportRefused(const std::string& transport, const std::string& reason);
   void DescriptorAsked(const std::string& outcome);  // a connection; one of kDescriptorOutcomes
 
@@ -102,9 +103,13 @@ struct Metrics {
       "abandoned",  // released without that, or the callers left
       "expired",    // its time ran out
   };
+  static constexpr const char* kNoMemory = "memory";
+  static constexpr const char* kOutOfReach = "reach";  // of every GPU of the caller's
   static constexpr const char* kTransportRefusals[] = {
       // in the order of v1::TransportRefusal::Reason
-      "unspecified", "socket", "peer", "descriptor", "driver", "reach"};
+      "unspecified", "socket", "peer", "descriptor", "driver", "segment",
+      // and ours
+      kNoMemory, kOutOfReach};
   static constexpr const char* kDescriptorOutcomes[] = {
       // in the order of DescriptorSocket::Outcome
       "given",    // the descriptor

@@ -1,5 +1,6 @@
 #include "server/rpc/attend_reactor.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 #include <vector>
@@ -11,12 +12,22 @@
 #include "server/rpc/messages.h"
 
 namespace prefilld {
+namespace {
+
+// With who uploads, or does not take the status, while the server drains.
+constexpr absl::Duration kDrainPatience = absl::Seconds(1);
+
+}  // namespace
+
 AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context) {
   std::shared_ptr<AttendReactor> reactor(new AttendReactor(rpc, context));
-  absl::MutexLock lock(&reactor->mutex_);
-  reactor->self_ = reactor;
-  reactor->Watch();
-  reactor->StartRead(&reactor->read_);
+  {
+    absl::MutexLock lock(&reactor->mutex_);
+    reactor->self_ = reactor;
+    reactor->Watch();
+    reactor->StartRead(&reactor->read_);
+  }
+  rpc.calls.Enter(reactor);
   return reactor.get();
 }
 
@@ -24,7 +35,7 @@ AttendReactor::AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* conte
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
-      record_(rpc.metrics, "Attend", &rpc.calls) {}
+      record_(rpc.metrics, "Attend", rpc.calls) {}
 
 void AttendReactor::OnReadDone(bool ok) {
   bool header = false;
@@ -117,7 +128,12 @@ void AttendReactor::PlaceTensors(const ValidAttend& valid) {
   auto memory = TakeMemory(valid, rpc_.backend.device(), FindMedium(rpc_.media, valid.transport));
   absl::MutexLock lock(&mutex_);
   if (ended_) return;  // the job takes along what it has got
-  if (!memory.ok()) return Refuse(memory.status());
+  if (!memory.ok()) {
+    if (valid.transport != Transport::kGrpc) {
+      rpc_.metrics.TransportRefused(Name(valid.transport), Metrics::kNoMemory);
+    }
+    return Refuse(memory.status());
+  }
   memory_ = *std::move(memory);
   upload_.emplace(memory_.upload);
   admitted_ = true;
@@ -340,6 +356,7 @@ void AttendReactor::End(const absl::Status& status) {
 }
 
 void AttendReactor::OnDone() {
+  rpc_.calls.Leave(this);
   std::shared_ptr<AttendReactor> self;  // dropped last, after the lock
   std::shared_ptr<Job> job;
   absl::MutexLock lock(&mutex_);
@@ -349,23 +366,38 @@ void AttendReactor::OnDone() {
   self.swap(self_);
 }
 
+// What has not begun to be work would be refused, and what does not move does not become any.
+void AttendReactor::OnDrain() {
+  absl::MutexLock lock(&mutex_);
+  draining_ = true;
+  if (!self_) return;
+  if (awaits_header_ && !ended_) return Refuse(Draining());
+  if (ended_ || !busy_) Watch();
+}
+
+absl::Duration AttendReactor::Patience() const {
+  const bool uploads = admitted_ && bytes_to_come_ > 0;
+  return draining_ && (ended_ || uploads) ? std::min(kDrainPatience, rpc_.upload_timeout)
+                                          : rpc_.upload_timeout;
+}
+
 // A peer that stalls holds memory: there is a limit to that, but not while it waits for us.
 void AttendReactor::Watch() {
   alarm_ = std::make_unique<grpc::Alarm>();
-  alarm_->Set(absl::ToChronoTime(absl::Now() + (rpc_.upload_timeout - Since(progress_))),
-              [weak = weak_from_this()](bool fired) {
-                // Weak: the alarm, which is ours, keeps this function as long as it lives.
-                const auto self = fired ? weak.lock() : nullptr;
-                if (self) self->OnAlarm();
-              });
+  alarm_->Set(GrpcTimeIn(Patience() - Since(progress_)), [weak = weak_from_this()](bool fired) {
+    // Weak: the alarm, which is ours, keeps this function as long as it lives.
+    const auto self = fired ? weak.lock() : nullptr;
+    if (self) self->OnAlarm();
+  });
 }
 
 void AttendReactor::OnAlarm() {
   absl::MutexLock lock(&mutex_);
   if (!self_) return;            // the call is over, its context gone
   if (!ended_ && busy_) return;  // whoever has done it watches again
-  if (Since(progress_) < rpc_.upload_timeout) return Watch();
+  if (Since(progress_) < Patience()) return Watch();
   if (ended_) return context_->TryCancel();  // the peer does not even take the status
+  if (Patience() < rpc_.upload_timeout) return End(Draining());
   const absl::Status status = absl::DeadlineExceededError(
       absl::StrCat("nothing moved for ", absl::FormatDuration(rpc_.upload_timeout)));
   const bool stuck = writing_;

@@ -34,6 +34,7 @@ namespace prefilld {
 
 class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
                             public JobSink,
+                            public LiveCalls::Endless,
                             public std::enable_shared_from_this<AttendReactor> {
  public:
   static AttendReactor* Start(RpcContext& rpc, grpc::CallbackServerContext* context);
@@ -42,6 +43,8 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   void OnWriteDone(bool ok) override;
   void OnCancel() override;
   void OnDone() override;
+
+  void OnDrain() override;
 
   void OnLayerReady(int, double, double) override {}
   void OnFinished(const absl::Status& status) override;
@@ -67,11 +70,12 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnAlarm();
+  absl::Duration Patience() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool copies_region() const { return memory_.region != nullptr && memory_.staging != nullptr; }
 
   RpcContext& rpc_;
   grpc::CallbackServerContext* const context_;
-  const absl::Time deadline_;
+  const SteadyTime deadline_;
   grpc::ByteBuffer read_;         // of the outstanding read
   std::optional<Upload> upload_;  // the outstanding read's thread
   bool ragged_ = false;           // set once, before the first tensor is read, as is the memory
@@ -82,6 +86,7 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   CallRecord record_ ABSL_GUARDED_BY(mutex_);
   std::string request_id_ ABSL_GUARDED_BY(mutex_);  // for the log
   bool awaits_header_ ABSL_GUARDED_BY(mutex_) = true;
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // once in the budget, until OnDone
   bool admitted_ ABSL_GUARDED_BY(mutex_) = false;     // and there is memory
   bool busy_ ABSL_GUARDED_BY(mutex_) = false;         // it is our turn, the peer has nothing to do

@@ -1,57 +1,99 @@
-// What all calls have in common: they are counted while they live and once at their end, and their
-// deadline is read from the call.
+// What all calls have in common: they are counted while they live and once at their end, their
+// deadline is read from the call, and a message that is none is refused.
 #pragma once
 
+#include <grpc/support/time.h>
 #include <grpcpp/server_context.h>
+#include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/server_callback.h>
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "server/job.h"
+#include "proto/wire/chunk.h"
+#include "server/clock.h"
+#include "server/record/errors.h"
 #include "server/record/metrics.h"
 #include "server/rpc/status.h"
 
 namespace prefilld {
 
-// How many streams of this server's services live: of others, such as health's Watch, some have no
+// The calls of this server's services that live: of others, such as health's Watch, some have no
 // end. Thread-safe.
 class LiveCalls {
  public:
+  // One that may go on for as long as its peer likes, unless it is told.
+  class Endless {
+   public:
+    virtual ~Endless() = default;
+    virtual void OnDrain() = 0;  // any thread, no lock of ours
+  };
+
+  // It is told when the server begins to drain; at once if it does already.
+  void Enter(const std::shared_ptr<Endless>& call) {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (!draining_) {
+        endless_.emplace(call.get(), call);
+        return;
+      }
+    }
+    call->OnDrain();
+  }
+  void Leave(const Endless* call) {
+    absl::MutexLock lock(&mutex_);
+    endless_.erase(call);
+  }
+  void Drain() {
+    std::map<const Endless*, std::weak_ptr<Endless>> endless;
+    {
+      absl::MutexLock lock(&mutex_);
+      draining_ = true;
+      endless.swap(endless_);
+    }
+    for (const auto& [key, weak] : endless) {
+      if (const auto call = weak.lock()) call->OnDrain();
+    }
+  }
+
   void Add(int more) {
     absl::MutexLock lock(&mutex_);
     count_ += more;
+    changed_.SignalAll();
   }
   // Blocks until none lives, or the deadline: false.
-  bool WaitNone(absl::Time deadline) const {
+  bool WaitNone(SteadyTime deadline) const {
     absl::MutexLock lock(&mutex_);
     const auto none = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return count_ == 0; };
-    return mutex_.AwaitWithDeadline(absl::Condition(&none), deadline);
+    return changed_.AwaitUntil(deadline, mutex_, none);
   }
 
  private:
   mutable absl::Mutex mutex_;
+  SteadyCondition changed_;
   int64_t count_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  std::map<const Endless*, std::weak_ptr<Endless>> endless_ ABSL_GUARDED_BY(mutex_);
 };
 
 // One call from its arrival to its end. Not thread-safe.
 class CallRecord {
  public:
-  // live: that a stream is counted in, as long as its record lives.
-  CallRecord(Metrics& metrics, const char* method, LiveCalls* live = nullptr)
+  // live: that the call is counted in, as long as its record lives.
+  CallRecord(Metrics& metrics, const char* method, LiveCalls& live)
       : metrics_(metrics), method_(method), live_(live) {
-    if (live_ != nullptr) live_->Add(1);
+    live_.Add(1);
   }
   CallRecord(const CallRecord&) = delete;
   CallRecord& operator=(const CallRecord&) = delete;
-  ~CallRecord() {
-    if (live_ != nullptr) live_->Add(-1);
-  }
+  ~CallRecord() { live_.Add(-1); }
 
   absl::Duration age() const { return Since(begin_); }
   // Counts the call and returns what to finish it with. Once.
@@ -64,30 +106,61 @@ class CallRecord {
  private:
   Metrics& metrics_;
   const char* const method_;
-  LiveCalls* const live_;
+  LiveCalls& live_;
   const SteadyTime begin_ = SteadyNow();
 };
 
 // Infinite when the caller set none.
-inline absl::Time DeadlineOf(const grpc::ServerContextBase& context) {
-  const auto deadline = context.deadline();
-  return deadline == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture()
-                                                                  : absl::FromChrono(deadline);
+inline SteadyTime DeadlineOf(const grpc::ServerContextBase& context) {
+  const gpr_timespec deadline = context.raw_deadline();
+  if (gpr_time_cmp(deadline, gpr_inf_future(deadline.clock_type)) == 0) {
+    return absl::InfiniteFuture();
+  }
+  const gpr_timespec left = gpr_time_sub(deadline, gpr_now(deadline.clock_type));
+  return SteadyNow() + absl::Seconds(left.tv_sec) + absl::Nanoseconds(left.tv_nsec);
+}
+
+// In so long, as gRPC takes it.
+inline gpr_timespec GrpcTimeIn(absl::Duration duration) {
+  return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
+                      gpr_time_from_nanos(absl::ToInt64Nanoseconds(duration), GPR_TIMESPAN));
 }
 
 // Why gRPC cancelled a call: its deadline, or the caller went away.
-inline absl::Status WhyCancelled(absl::Time deadline) {
-  if (absl::Now() >= deadline) return absl::DeadlineExceededError("the call's deadline passed");
+inline absl::Status WhyCancelled(SteadyTime deadline) {
+  if (SteadyNow() >= deadline) return absl::DeadlineExceededError("the call's deadline passed");
   return absl::CancelledError("the caller went away");
 }
 
-// A call that is answered at once by `handler`, which returns an absl::Status.
-template <typename Handler>
-grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, Metrics& metrics,
-                                 const char* method, Handler&& handler) {
-  CallRecord record(metrics, method);
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(record.End(std::forward<Handler>(handler)()));
+// gRPC itself would call bytes that are no such message UNIMPLEMENTED, without a word, uncounted:
+// so it hands on the bytes.
+template <typename Message>
+absl::Status Parse(grpc::ByteBuffer bytes, Message* message) {
+  if (ParseMessage(&bytes, message)) return absl::OkStatus();
+  return InvalidField("request", absl::StrCat("the message is no ", Message::descriptor()->name()));
+}
+
+// A call that is answered at once by `handler`, which takes a Request and a Response to fill, and
+// returns an absl::Status.
+template <typename Request, typename Response, typename Handler>
+grpc::ServerUnaryReactor* Answer(Metrics& metrics, LiveCalls& calls, const char* method,
+                                 const grpc::ByteBuffer& request, grpc::ByteBuffer* response,
+                                 Handler&& handler) {
+  struct Reactor final : grpc::ServerUnaryReactor {
+    Reactor(Metrics& metrics, const char* method, LiveCalls& live)
+        : record(metrics, method, live) {}
+    void OnDone() override { delete this; }
+    CallRecord record;
+  };
+  auto* reactor = new Reactor(metrics, method, calls);
+  Request asked;
+  absl::Status status = Parse(request, &asked);
+  if (status.ok()) {
+    Response answer;
+    status = std::forward<Handler>(handler)(asked, &answer);
+    if (status.ok()) *response = EncodeMessage(answer);
+  }
+  reactor->Finish(reactor->record.End(status));
   return reactor;
 }
 

@@ -1,9 +1,28 @@
 #include "server/rpc/context.h"
 
+#include <vector>
+
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "server/record/errors.h"
 
 namespace prefilld {
+
+namespace {
+
+absl::Status NoModel(const Models& models, const std::string& name) {
+  const absl::Status plain = ResourceNotFound("model", name);
+  std::vector<std::string> names;
+  for (const auto& [served, model] : models) names.push_back(absl::StrCat("'", served, "'"));
+  absl::Status status(plain.code(), absl::StrCat(plain.message(),
+                                                 names.empty() ? "; none is served" : "; there is ",
+                                                 absl::StrJoin(names, ", ")));
+  plain.ForEachPayload(
+      [&](absl::string_view url, const absl::Cord& fact) { status.SetPayload(url, fact); });
+  return status;
+}
+
+}  // namespace
 
 absl::StatusOr<Transformer*> FindModel(const Models& models, const std::string& name,
                                        const char* field) {
@@ -12,7 +31,7 @@ absl::StatusOr<Transformer*> FindModel(const Models& models, const std::string& 
     return InvalidField(field, absl::StrCat(name.size(), " bytes, not from 1 to ", kNameBytesMax));
   }
   const auto model = models.find(name);
-  if (model == models.end()) return ResourceNotFound("model", name);
+  if (model == models.end()) return NoModel(models, name);
   return model->second.get();
 }
 

@@ -94,22 +94,22 @@ absl::Status CheckLists(const v1::NegotiateRequest& request) {
   return absl::OkStatus();
 }
 
-// What the caller has against a transport, and a GPU that it names and that does not reach ours. A
+// What the caller has against a transport, and GPUs that it names and of which none reaches ours. A
 // reason that we do not know is none.
 void CountRefused(const RpcContext& rpc, const v1::NegotiateRequest& request,
                   const PeerFacts& peer) {
-  constexpr int kReasons = std::size(Metrics::kTransportRefusals);
-  const auto count = [&](const TransportRow& row, int reason) {
-    rpc.metrics.TransportRefused(row.name, Metrics::kTransportRefusals[reason]);
-  };
   for (const v1::TransportRefusal& refusal : request.refused()) {
-    count(*FindTransportOfWire(refusal.transport()),
-          refusal.reason() < kReasons ? std::max<int>(refusal.reason(), 0) : 0);
+    const int reason =
+        v1::TransportRefusal::Reason_IsValid(refusal.reason()) ? refusal.reason() : 0;
+    rpc.metrics.TransportRefused(FindTransportOfWire(refusal.transport())->name,
+                                 Metrics::kTransportRefusals[reason]);
   }
   for (const TransportRow& row : kTransports) {
     const Medium* medium = FindMedium(rpc.media, row.transport);
     if (peer.device_uuids.empty() || medium == nullptr || Refuses(request, row)) continue;
-    if (absl::IsOutOfRange(medium->Reaches(peer))) count(row, v1::TransportRefusal::REASON_REACH);
+    if (absl::IsOutOfRange(medium->Reaches(peer))) {
+      rpc.metrics.TransportRefused(row.name, Metrics::kOutOfReach);
+    }
   }
 }
 

@@ -9,9 +9,11 @@
 namespace prefilld {
 
 PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context,
-                                      const v1::PrefillRequest& request) {
+                                      const grpc::ByteBuffer& bytes) {
   std::shared_ptr<PrefillReactor> reactor(new PrefillReactor(rpc, context));
-  auto stream = reactor->Admit(request);
+  v1::PrefillRequest request;
+  const absl::Status parsed = Parse(bytes, &request);
+  auto stream = parsed.ok() ? reactor->Admit(request) : parsed;
   absl::MutexLock lock(&reactor->mutex_);
   reactor->self_ = reactor;
   if (!stream.ok()) {
@@ -28,12 +30,13 @@ PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerConte
 }
 
 PrefillReactor::PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
-    : rpc_(rpc), deadline_(DeadlineOf(*context)), record_(rpc.metrics, "Prefill", &rpc.calls) {}
+    : rpc_(rpc), deadline_(DeadlineOf(*context)), record_(rpc.metrics, "Prefill", rpc.calls) {}
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
     const v1::PrefillRequest& request) {
   auto model = FindModel(rpc_.models, request.model(), "model");
   if (!model.ok()) return model.status();
+  if (absl::Status status = (*model)->files(); !status.ok()) return status;
   const ModelInfo& info = (*model)->info();
   auto valid = ValidatePrefill(request, info, rpc_.limits);
   if (!valid.ok()) return valid.status();
@@ -67,7 +70,8 @@ void PrefillReactor::WriteNext() {
   if (const v1::PrefillEvent* event = stream_->Get(next_, &end, &ended)) {
     writing_ = true;
     ++next_;
-    StartWrite(event);
+    write_ = EncodeMessage(*event);
+    StartWrite(&write_);
   } else if (ended) {
     End(end);
   }

@@ -16,18 +16,18 @@
 
 namespace prefilld {
 
-class PrefillReactor final : public grpc::ServerWriteReactor<v1::PrefillEvent>,
+class PrefillReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                              public PrefillStream::Reader,
                              public std::enable_shared_from_this<PrefillReactor> {
  public:
   static PrefillReactor* Start(RpcContext& rpc, grpc::CallbackServerContext* context,
-                               const v1::PrefillRequest& request);
+                               const grpc::ByteBuffer& request);
 
   void OnWriteDone(bool ok) override;
   void OnCancel() override;
   void OnDone() override;
   void OnEvents() override;
-  absl::Time deadline() const override { return deadline_; }
+  SteadyTime deadline() const override { return deadline_; }
 
  private:
   PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
@@ -37,14 +37,15 @@ class PrefillReactor final : public grpc::ServerWriteReactor<v1::PrefillEvent>,
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   RpcContext& rpc_;
-  const absl::Time deadline_;
+  const SteadyTime deadline_;
   absl::Mutex mutex_;
   std::shared_ptr<PrefillReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   std::shared_ptr<PrefillStream> stream_ ABSL_GUARDED_BY(mutex_);
   CallRecord record_ ABSL_GUARDED_BY(mutex_);
   size_t next_ ABSL_GUARDED_BY(mutex_) = 0;  // event to write
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
-  bool ended_ ABSL_GUARDED_BY(mutex_) = false;  // Finish was called
+  grpc::ByteBuffer write_ ABSL_GUARDED_BY(mutex_);  // of the outstanding write
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;      // Finish was called
 };
 
 }  // namespace prefilld

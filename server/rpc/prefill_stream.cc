@@ -75,6 +75,7 @@ absl::Status PrefillStream::Place(Medium& medium, const ValidPrefill& valid) {
   auto region =
       cache ? medium.Create(bytes) : FindPool(rpc_.segments, valid.transport)->Make(bytes);
   if (!region.ok()) {
+    rpc_.metrics.TransportRefused(Name(valid.transport), Metrics::kNoMemory);
     if (valid.pinned) return region.status();
     return cache ? absl::OkStatus() : TakeBlocks(rpc_, valid);  // the caller can do without
   }

@@ -29,7 +29,7 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
    public:
     virtual ~Reader() = default;
     virtual void OnEvents() = 0;              // more can be read; any thread
-    virtual absl::Time deadline() const = 0;  // it waits until then
+    virtual SteadyTime deadline() const = 0;  // it waits until then
   };
 
   // Takes blocks, a place in the queue and a lease, all or none, for `reader`. `content` is

@@ -29,13 +29,11 @@ PullReactor::PullReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
-      record_(rpc.metrics, "PullKv", &rpc.calls) {}
+      record_(rpc.metrics, "PullKv", rpc.calls) {}
 
-absl::Status PullReactor::Open(grpc::ByteBuffer buffer) {
+absl::Status PullReactor::Open(const grpc::ByteBuffer& bytes) {
   v1::PullKvRequest request;
-  if (!ParseMessage(&buffer, &request)) {
-    return InvalidField("request", "the message is no PullKvRequest");
-  }
+  if (absl::Status status = Parse(bytes, &request); !status.ok()) return status;
   absl::MutexLock lock(&mutex_);
   lease_ = request.lease().substr(0, kRequestIdBytesMax);
   if (const TransportRow* row = FindTransportOfWire(request.transport()); row != nullptr) {

@@ -51,7 +51,7 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   };
 
   PullReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
-  absl::Status Open(grpc::ByteBuffer request) ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::Status Open(const grpc::ByteBuffer& bytes) ABSL_LOCKS_EXCLUDED(mutex_);
   void Schedule() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);  // Run, unless it does
   // On the pool's threads.
   void Run() ABSL_LOCKS_EXCLUDED(mutex_);
@@ -68,7 +68,7 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   RpcContext& rpc_;
   grpc::CallbackServerContext* const context_;
-  const absl::Time deadline_;
+  const SteadyTime deadline_;
   absl::Mutex mutex_;
   std::shared_ptr<PullReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   CallRecord record_ ABSL_GUARDED_BY(mutex_);

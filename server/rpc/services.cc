@@ -16,27 +16,32 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* PrefillServiceImpl:
   return AttendReactor::Start(rpc_, context);
 }
 
-grpc::ServerWriteReactor<v1::PrefillEvent>* PrefillServiceImpl::Prefill(
-    grpc::CallbackServerContext* context, const v1::PrefillRequest* request) {
+grpc::ServerWriteReactor<grpc::ByteBuffer>* PrefillServiceImpl::Prefill(
+    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) {
   return PrefillReactor::Start(rpc_, context, *request);
 }
 
-grpc::ServerUnaryReactor* PrefillServiceImpl::GetSparsityReport(
-    grpc::CallbackServerContext* context, const v1::GetSparsityReportRequest* request,
-    v1::SparsityReport* response) {
-  return Answer(context, rpc_.metrics, "GetSparsityReport", [&]() -> absl::Status {
-    const auto report = rpc_.reports.Find(request->request_id());
-    if (!report) return ResourceNotFound("request", request->request_id().substr(0, 64));
-    *response = ProtoOf(report->report);
-    return absl::OkStatus();
-  });
+grpc::ServerUnaryReactor* PrefillServiceImpl::GetSparsityReport(grpc::CallbackServerContext*,
+                                                                const grpc::ByteBuffer* request,
+                                                                grpc::ByteBuffer* response) {
+  return Answer<v1::GetSparsityReportRequest, v1::SparsityReport>(
+      rpc_.metrics, rpc_.calls, "GetSparsityReport", *request, response,
+      [&](const v1::GetSparsityReportRequest& asked, v1::SparsityReport* answer) -> absl::Status {
+        const auto report = rpc_.reports.Find(asked.request_id());
+        if (!report) return ResourceNotFound("request", asked.request_id().substr(0, 64));
+        *answer = ProtoOf(report->report);
+        return absl::OkStatus();
+      });
 }
 
-grpc::ServerUnaryReactor* KvHandoffServiceImpl::Negotiate(grpc::CallbackServerContext* context,
-                                                          const v1::NegotiateRequest* request,
-                                                          v1::NegotiateResponse* response) {
-  return Answer(context, rpc_.metrics, "Negotiate",
-                [&] { return prefilld::Negotiate(rpc_, *request, response); });
+grpc::ServerUnaryReactor* KvHandoffServiceImpl::Negotiate(grpc::CallbackServerContext*,
+                                                          const grpc::ByteBuffer* request,
+                                                          grpc::ByteBuffer* response) {
+  return Answer<v1::NegotiateRequest, v1::NegotiateResponse>(
+      rpc_.metrics, rpc_.calls, "Negotiate", *request, response,
+      [&](const v1::NegotiateRequest& asked, v1::NegotiateResponse* answer) {
+        return prefilld::Negotiate(rpc_, asked, answer);
+      });
 }
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* KvHandoffServiceImpl::PullKv(
@@ -44,62 +49,71 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* KvHandoffServiceImpl::PullKv(
   return PullReactor::Start(rpc_, context, *request);
 }
 
-grpc::ServerUnaryReactor* KvHandoffServiceImpl::RenewLease(grpc::CallbackServerContext* context,
-                                                           const v1::RenewLeaseRequest* request,
-                                                           v1::Lease* response) {
-  return Answer(context, rpc_.metrics, "RenewLease", [&]() -> absl::Status {
-    auto cache = rpc_.leases.Find(request->lease(), request->generation());
-    if (!cache.ok()) return cache.status();
-    auto ttl = ValidateLeaseTtl(request->has_ttl(), request->ttl(), "ttl", rpc_.limits,
-                                absl::ZeroDuration());
-    if (!ttl.ok()) return ttl.status();
-    auto lease = rpc_.leases.Renew(request->lease(), request->generation(), *ttl);
-    if (!lease.ok()) return lease.status();
-    *response = ProtoOf(*lease, (*cache)->geometry(), rpc_.boot_id);
-    return absl::OkStatus();
-  });
+grpc::ServerUnaryReactor* KvHandoffServiceImpl::RenewLease(grpc::CallbackServerContext*,
+                                                           const grpc::ByteBuffer* request,
+                                                           grpc::ByteBuffer* response) {
+  return Answer<v1::RenewLeaseRequest, v1::Lease>(
+      rpc_.metrics, rpc_.calls, "RenewLease", *request, response,
+      [&](const v1::RenewLeaseRequest& asked, v1::Lease* answer) -> absl::Status {
+        auto cache = rpc_.leases.Find(asked.lease(), asked.generation());
+        if (!cache.ok()) return cache.status();
+        auto ttl = ValidateLeaseTtl(asked.has_ttl(), asked.ttl(), "ttl", rpc_.limits,
+                                    absl::ZeroDuration());
+        if (!ttl.ok()) return ttl.status();
+        auto lease = rpc_.leases.Renew(asked.lease(), asked.generation(), *ttl);
+        if (!lease.ok()) return lease.status();
+        *answer = ProtoOf(*lease, (*cache)->geometry(), rpc_.boot_id);
+        return absl::OkStatus();
+      });
 }
 
-grpc::ServerUnaryReactor* KvHandoffServiceImpl::ReleaseLease(grpc::CallbackServerContext* context,
-                                                             const v1::ReleaseLeaseRequest* request,
-                                                             v1::ReleaseLeaseResponse* response) {
-  return Answer(context, rpc_.metrics, "ReleaseLease", [&]() -> absl::Status {
-    if (request->reason() != v1::RELEASE_REASON_CONSUMED &&
-        request->reason() != v1::RELEASE_REASON_ABANDONED) {
-      return InvalidField("reason",
-                          absl::StrCat(request->reason(), " is neither CONSUMED nor ABANDONED"));
-    }
-    const bool consumed = request->reason() == v1::RELEASE_REASON_CONSUMED;
-    auto running = rpc_.leases.Release(request->lease(), request->generation(),
-                                       consumed ? LeaseEnd::kConsumed : LeaseEnd::kAbandoned,
-                                       consumed && request->unmapped());
-    if (!running.ok()) return running.status();
-    response->set_running_transfers(static_cast<uint32_t>(*running));
-    return absl::OkStatus();
-  });
+grpc::ServerUnaryReactor* KvHandoffServiceImpl::ReleaseLease(grpc::CallbackServerContext*,
+                                                             const grpc::ByteBuffer* request,
+                                                             grpc::ByteBuffer* response) {
+  return Answer<v1::ReleaseLeaseRequest, v1::ReleaseLeaseResponse>(
+      rpc_.metrics, rpc_.calls, "ReleaseLease", *request, response,
+      [&](const v1::ReleaseLeaseRequest& asked, v1::ReleaseLeaseResponse* answer) -> absl::Status {
+        if (asked.reason() != v1::RELEASE_REASON_CONSUMED &&
+            asked.reason() != v1::RELEASE_REASON_ABANDONED) {
+          return InvalidField("reason",
+                              absl::StrCat(asked.reason(), " is neither CONSUMED nor ABANDONED"));
+        }
+        const bool consumed = asked.reason() == v1::RELEASE_REASON_CONSUMED;
+        auto running = rpc_.leases.Release(asked.lease(), asked.generation(),
+                                           consumed ? LeaseEnd::kConsumed : LeaseEnd::kAbandoned,
+                                           consumed && asked.unmapped());
+        if (!running.ok()) return running.status();
+        answer->set_running_transfers(static_cast<uint32_t>(*running));
+        return absl::OkStatus();
+      });
 }
 
-grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext* context,
-                                                     const v1::GetModelRequest* request,
-                                                     v1::Model* response) {
-  return Answer(context, rpc_.metrics, "GetModel", [&]() -> absl::Status {
-    auto model = FindModel(rpc_.models, request->name(), "name");
-    if (!model.ok()) return model.status();
-    const ModelInfo& info = (*model)->info();
-    *response = ProtoOf(info, PromptTokensMax(info, rpc_.limits));
-    return absl::OkStatus();
-  });
+grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext*,
+                                                     const grpc::ByteBuffer* request,
+                                                     grpc::ByteBuffer* response) {
+  return Answer<v1::GetModelRequest, v1::Model>(
+      rpc_.metrics, rpc_.calls, "GetModel", *request, response,
+      [&](const v1::GetModelRequest& asked, v1::Model* answer) -> absl::Status {
+        auto model = FindModel(rpc_.models, asked.name(), "name");
+        if (!model.ok()) return model.status();
+        const ModelInfo& info = (*model)->info();
+        *answer = ProtoOf(info, PromptTokensMax(info, rpc_.limits));
+        return absl::OkStatus();
+      });
 }
 
-grpc::ServerUnaryReactor* ModelServiceImpl::ListModels(grpc::CallbackServerContext* context,
-                                                       const v1::ListModelsRequest*,
-                                                       v1::ListModelsResponse* response) {
-  return Answer(context, rpc_.metrics, "ListModels", [&] {
-    for (const auto& [name, model] : rpc_.models) {
-      *response->add_models() = ProtoOf(model->info(), PromptTokensMax(model->info(), rpc_.limits));
-    }
-    return absl::OkStatus();
-  });
+grpc::ServerUnaryReactor* ModelServiceImpl::ListModels(grpc::CallbackServerContext*,
+                                                       const grpc::ByteBuffer* request,
+                                                       grpc::ByteBuffer* response) {
+  return Answer<v1::ListModelsRequest, v1::ListModelsResponse>(
+      rpc_.metrics, rpc_.calls, "ListModels", *request, response,
+      [&](const v1::ListModelsRequest&, v1::ListModelsResponse* answer) -> absl::Status {
+        for (const auto& [name, model] : rpc_.models) {
+          *answer->add_models() =
+              ProtoOf(model->info(), PromptTokensMax(model->info(), rpc_.limits));
+        }
+        return absl::OkStatus();
+      });
 }
 
 }  // namespace prefilld

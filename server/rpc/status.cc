@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "absl/strings/ascii.h"
 #include "google/rpc/error_details.pb.h"
 #include "server/record/errors.h"
 
@@ -43,10 +44,9 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
     retry.mutable_retry_delay()->set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
     rich.add_details()->PackFrom(retry);
   }
-  // Beside RetryInfo a reason would only tempt callers to decide otherwise.
-  if (!facts.reason.empty() && !facts.retry_after) {
+  if (!facts.reason.empty()) {
     google::rpc::ErrorInfo error;
-    error.set_reason(facts.reason);
+    error.set_reason(absl::AsciiStrToUpper(facts.reason));
     error.set_domain("prefilld");
     rich.add_details()->PackFrom(error);
   }

@@ -23,7 +23,7 @@ int SlackClass(absl::Duration slack, absl::Duration remaining) {
 
 }  // namespace
 
-std::optional<size_t> PickNext(std::vector<StepView> views, absl::Time now,
+std::optional<size_t> PickNext(std::vector<StepView> views, SteadyTime now,
                                absl::Duration passed_over_max) {
   for (const StepView& view : views) {
     if (!view.waits_for) continue;

@@ -1,7 +1,6 @@
 #include "server/scheduler/scheduler.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -19,18 +18,10 @@ constexpr double kInfeasibleFactor = 1.5;
 constexpr double kStalledFactor = 20;
 
 void StartClock(Job& job) {
-  const auto seconds = [](auto duration) {
-    return std::chrono::duration<double>(duration).count();
-  };
   const SteadyTime now = SteadyNow();
   const SteadyTime ready = job.attend ? std::min(job.uploaded, now) : job.arrival;
-  job.phases[static_cast<size_t>(Phase::kQueue)] = seconds(now - ready);
-  job.phases[static_cast<size_t>(Phase::kUpload)] = seconds(ready - job.arrival);
-}
-
-absl::Status Draining() {
-  return RetryLater(absl::StatusCode::kUnavailable, "draining", "the server is shutting down",
-                    absl::Seconds(1));
+  job.phases[static_cast<size_t>(Phase::kQueue)] = absl::ToDoubleSeconds(now - ready);
+  job.phases[static_cast<size_t>(Phase::kUpload)] = absl::ToDoubleSeconds(ready - job.arrival);
 }
 
 bool MayShareBatch(const Job& a, const Job& b) {
@@ -62,7 +53,7 @@ absl::Status Scheduler::CheckOpen(const Job& job) const {
 }
 
 absl::Status Scheduler::CheckOpenLocked(const Job& job, double seconds) const {
-  const absl::Time now = absl::Now();
+  const SteadyTime now = SteadyNow();
   if (draining_ || stop_) return Draining();
   if (absl::Status lost = engine_.CheckDevice(); !lost.ok()) return lost;
   // gRPC rounds a deadline up: less than a millisecond left is none.
@@ -144,10 +135,10 @@ void Scheduler::Drain() {
   draining_ = true;
 }
 
-bool Scheduler::WaitIdle(absl::Time deadline) {
+bool Scheduler::WaitIdle(SteadyTime deadline) {
   absl::MutexLock lock(&mutex_);
   const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return jobs_ == 0; };
-  return mutex_.AwaitWithDeadline(absl::Condition(&idle), deadline);
+  return ended_.AwaitUntil(deadline, mutex_, idle);
 }
 
 std::optional<StalledStep> Scheduler::Stalled(absl::Duration least, absl::Duration period) {
@@ -168,7 +159,7 @@ void Scheduler::Loop() {
       step_started_ = SteadyNow();  // a job that ends waits for the layer that is on its way
     }
     Receive(std::move(inbox));
-    DropLate(absl::Now());
+    DropLate(SteadyNow());
     const bool ran = RunOneStep();
     PublishLoad();
     if (!ran) bell_->Await(NextDeadline());
@@ -202,7 +193,7 @@ void Scheduler::Receive(std::vector<Message> inbox) {
   }
 }
 
-void Scheduler::DropLate(absl::Time now) {
+void Scheduler::DropLate(SteadyTime now) {
   std::vector<std::shared_ptr<Job>> late;
   for (const Waiting& waiting : waiting_) {
     if (waiting.job->deadline.at() <= now) late.push_back(waiting.job);
@@ -218,8 +209,8 @@ void Scheduler::DropLate(absl::Time now) {
 }
 
 // Only an idle loop waits for it: while steps run, deadlines are looked at between them.
-absl::Time Scheduler::NextDeadline() const {
-  absl::Time next = absl::InfiniteFuture();
+SteadyTime Scheduler::NextDeadline() const {
+  SteadyTime next = absl::InfiniteFuture();
   for (const Waiting& waiting : waiting_) next = std::min(next, waiting.job->deadline.at());
   for (const Active& active : active_) {
     for (const auto& job : active.jobs()) next = std::min(next, job->deadline.at());
@@ -228,7 +219,7 @@ absl::Time Scheduler::NextDeadline() const {
 }
 
 bool Scheduler::RunOneStep() {
-  const auto next = PickNext(Views(), absl::Now(), options_.passed_over_max);
+  const auto next = PickNext(Views(), SteadyNow(), options_.passed_over_max);
   NoteParts(next);
   {
     absl::MutexLock lock(&mutex_);
@@ -372,6 +363,7 @@ void Scheduler::End(std::shared_ptr<Job> job, absl::Status result) {
 void Scheduler::Finish(Job& job, const absl::Status& result) {
   const bool committed = !job.prefill || job.prefill->committed.ok();
   absl::Status status = committed ? result : job.prefill->committed;
+  if (status.ok() && job.prefill) status = job.prefill->model->CheckFiles();  // logits
   // Memory that the device or the host has not got now may be there later.
   if (absl::IsResourceExhausted(status) && !FactsOf(status).retry_after) {
     status = RetryLater(status.code(), "device_memory", status.message(), absl::Seconds(1));
@@ -388,6 +380,7 @@ void Scheduler::Finish(Job& job, const absl::Status& result) {
   job.sink->OnFinished(status);
   absl::MutexLock lock(&mutex_);
   --jobs_;
+  ended_.SignalAll();
 }
 
 bool Scheduler::EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status) {

@@ -19,6 +19,7 @@
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "server/clock.h"
 #include "server/engine/engine.h"
 #include "server/job.h"
 #include "server/record/metrics.h"
@@ -73,7 +74,7 @@ class Scheduler {
               absl::Status why = absl::CancelledError("cancelled"));
 
   void Drain();                        // refuse new jobs with UNAVAILABLE from now on
-  bool WaitIdle(absl::Time deadline);  // false: jobs were still there at the deadline
+  bool WaitIdle(SteadyTime deadline);  // false: jobs were still there at the deadline
   // A step that has been seen to run for longer than `least` and twenty times its prediction: it
   // does not end any more. For one who asks once a `period`.
   std::optional<StalledStep> Stalled(absl::Duration least, absl::Duration period);
@@ -103,30 +104,12 @@ class Scheduler {
     bool begun() const { return batch ? batch->scratch != nullptr : true; }  // that layer
     bool done() const { return batch ? batch->done() : attend->done(); }
   };
-  // Wakes the thread. Shared with who may ring it when the scheduler is gone.
-  class Bell {
-   public:
-    void Ring() {
-      absl::MutexLock lock(&mutex_);
-      rung_ = true;
-    }
-    // Until somebody rings, or has since the last time, or the deadline.
-    void Await(absl::Time deadline) {
-      absl::MutexLock lock(&mutex_);
-      mutex_.AwaitWithDeadline(absl::Condition(&rung_), deadline);
-      rung_ = false;
-    }
-
-   private:
-    absl::Mutex mutex_;
-    bool rung_ ABSL_GUARDED_BY(mutex_) = false;
-  };
 
   // The thread and what only it touches.
   void Loop();
   void Receive(std::vector<Message> inbox);
-  void DropLate(absl::Time now);
-  absl::Time NextDeadline() const;
+  void DropLate(SteadyTime now);
+  SteadyTime NextDeadline() const;
   bool RunOneStep();  // false: nothing could run
   absl::Duration Predict(size_t view) const;
   std::vector<StalledStep::Part> PartsOf(std::optional<size_t> view) const;
@@ -153,6 +136,7 @@ class Scheduler {
   Engine& engine_;
   Metrics& metrics_;
   const SchedulerOptions options_;
+  // Wakes the thread. Shared with who may ring it when the scheduler is gone.
   const std::shared_ptr<Bell> bell_ = std::make_shared<Bell>();
   std::vector<Waiting> waiting_;
   std::vector<Active> active_;
@@ -162,6 +146,7 @@ class Scheduler {
       std::make_shared<std::atomic<uint64_t>>(0);
 
   mutable absl::Mutex mutex_;
+  SteadyCondition ended_;  // jobs_ went down
   std::vector<Message> inbox_ ABSL_GUARDED_BY(mutex_);
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;

@@ -20,7 +20,7 @@ std::vector<StepView> Scheduler::Views() const {
   for (const Active& active : active_) {
     const auto jobs = active.jobs();
     StepView view;
-    view.arrival = SteadyTime::max();
+    view.arrival = absl::InfiniteFuture();
     view.deadline = absl::InfiniteFuture();
     view.waited = Since(active.last_run);
     view.parts = active.begun() ? static_cast<int>(active.parts()) : 1;

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "absl/time/time.h"
-#include "server/job.h"
+#include "server/clock.h"
 
 namespace prefilld {
 
@@ -18,7 +18,7 @@ class StepWatch {
     if (began != began_) seen_ = absl::ZeroDuration();
     if (began) {
       const SteadyTime since = began == began_ ? looked_ : *began;
-      seen_ += std::min(absl::FromChrono(now - since), 2 * period);
+      seen_ += std::min(now - since, 2 * period);
     }
     began_ = began;
     looked_ = now;

@@ -249,7 +249,7 @@ void DescriptorSocket::AcceptAll() {
     if (errno == EINTR || errno == ECONNABORTED) continue;
     // Who comes waits in the backlog.
     WarnOf(absl::StrCat("accept: ", std::strerror(errno)));
-    accept_from_ = SteadyNow() + absl::ToChronoNanoseconds(kAcceptAgain);
+    accept_from_ = SteadyNow() + kAcceptAgain;
     return;
   }
 }
@@ -317,7 +317,7 @@ void DescriptorSocket::HangUp(Connections::iterator connection) {
 }
 
 void DescriptorSocket::WarnOf(absl::string_view message) {
-  if (warned_ != SteadyTime::min() && Since(warned_) < kWarnAgain) return;
+  if (Since(warned_) < kWarnAgain) return;
   warned_ = SteadyNow();
   Log(Level::kWarning, "descriptor_refused",
       {{"socket", options_.address}, {"message", std::string(message)}});

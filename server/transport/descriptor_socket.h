@@ -20,7 +20,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
-#include "server/job.h"
+#include "server/clock.h"
 #include "server/work_pool.h"
 
 namespace prefilld {
@@ -84,8 +84,8 @@ class DescriptorSocket {
   std::shared_ptr<std::atomic<int>> taken_ = std::make_shared<std::atomic<int>>(0);
   // The thread's.
   int listener_;
-  SteadyTime accept_from_ = SteadyTime::min();  // after the system had no descriptor for us
-  SteadyTime warned_ = SteadyTime::min();
+  SteadyTime accept_from_ = absl::InfinitePast();  // after the system had no descriptor for us
+  SteadyTime warned_ = absl::InfinitePast();
   int unnamed_ = 0;
   Connections connections_;
   // Each may wait for a step of the device.

@@ -60,6 +60,7 @@ void SegmentPool::Fill() {
 void SegmentPool::Close() {
   absl::MutexLock lock(&mutex_);
   closed_ = true;
+  moved_.SignalAll();
 }
 
 void SegmentPool::Stop() {
@@ -121,6 +122,7 @@ absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
   {
     absl::MutexLock lock(&mutex_);
     ++awaiting_;
+    moved_.SignalAll();
     mutex_.Await(absl::Condition(&decided));
     --awaiting_;
     ready = TakeLocked(bytes);
@@ -138,7 +140,7 @@ absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
   if (region.ok()) region = Register(*std::move(region));
   {
     absl::MutexLock lock(&mutex_);
-    changing_ -= size;
+    Changed(size);
     if (!region.ok()) return region;
     lent_ += size;
   }
@@ -185,7 +187,7 @@ void SegmentPool::Renew(std::shared_ptr<Region> region) {
   }
   region.reset();
   absl::MutexLock lock(&mutex_);
-  changing_ -= bytes;
+  Changed(bytes);
   if (closed_) return;
   idle_.push_back({bytes, nullptr});
   filler_.Post([this] { FillOne(); });
@@ -211,7 +213,7 @@ void SegmentPool::Zeroed(std::shared_ptr<Region> region, bool zero) {
   const uint64_t bytes = region->bytes();
   region->SetUnmapped(false);
   absl::MutexLock lock(&mutex_);
-  changing_ -= bytes;
+  Changed(bytes);
   zeroing_.erase(zeroing_.find(bytes));
   if (!closed_ && zero) idle_.push_back({bytes, std::move(region)});
 }
@@ -223,7 +225,7 @@ bool SegmentPool::AwaitQuiet() {
                           ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return closed_ || awaiting_ > 0; };
   while (busy_() && Since(begin) < patience_) {
     absl::MutexLock lock(&mutex_);
-    if (mutex_.AwaitWithTimeout(absl::Condition(&called), kLook)) return !closed_;
+    if (moved_.AwaitUntil(SteadyNow() + kLook, mutex_, called)) return !closed_;
   }
   return true;
 }
@@ -242,7 +244,7 @@ void SegmentPool::FillOne() {
   auto region = medium_.Create(bytes);
   if (region.ok() && !OnDevice(**region) && AwaitQuiet()) region = Register(*std::move(region));
   absl::MutexLock lock(&mutex_);
-  changing_ -= bytes;
+  Changed(bytes);
   if (closed_) return;
   if (region.ok()) {
     idle_.push_back({bytes, *std::move(region)});
@@ -267,11 +269,11 @@ std::array<uint64_t, 3> SegmentPool::CountByState() const {
   return {bytes_ - ready - lent_, ready, lent_};
 }
 
-bool SegmentPool::WaitAllBack(absl::Time deadline) const {
+bool SegmentPool::WaitAllBack(SteadyTime deadline) const {
   absl::MutexLock lock(&mutex_);
   const auto all_back = [this]()
                             ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return lent_ + changing_ == 0; };
-  return mutex_.AwaitWithDeadline(absl::Condition(&all_back), deadline);
+  return moved_.AwaitUntil(deadline, mutex_, all_back);
 }
 
 }  // namespace prefilld

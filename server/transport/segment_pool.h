@@ -29,7 +29,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "kernels/backend.h"
-#include "server/job.h"
+#include "server/clock.h"
 #include "server/transport/region.h"
 #include "server/work_pool.h"
 
@@ -78,7 +78,7 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   uint64_t bytes() const { return bytes_; }
   std::array<uint64_t, 3> CountByState() const;  // bytes, by SegmentState
   // Blocks until all that was lent is destroyed, or the deadline: false.
-  bool WaitAllBack(absl::Time deadline) const;
+  bool WaitAllBack(SteadyTime deadline) const;
 
  private:
   // What nobody has; null: it is still to be made.
@@ -104,6 +104,10 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   std::shared_ptr<Region> Lend(std::shared_ptr<Region> region);
   // Takes members out until `bytes` are free, or none.
   bool MakeRoom(uint64_t bytes, std::vector<Member>* out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Changed(uint64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    changing_ -= bytes;
+    moved_.SignalAll();
+  }
   uint64_t Free() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   void Renew(std::shared_ptr<Region> region);
   void Zero(std::shared_ptr<Region> region) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -117,9 +121,10 @@ class SegmentPool : public std::enable_shared_from_this<SegmentPool> {
   const std::function<bool()> busy_;
   const absl::Duration patience_;
   mutable absl::Mutex mutex_;
-  Members idle_ ABSL_GUARDED_BY(mutex_);                     // what was asked for last is last
-  uint64_t lent_ ABSL_GUARDED_BY(mutex_) = 0;                // bytes
-  uint64_t changing_ ABSL_GUARDED_BY(mutex_) = 0;            // being made, zeroed or destroyed
+  SteadyCondition moved_;                          // fewer that change, more that wait, or closed
+  Members idle_ ABSL_GUARDED_BY(mutex_);           // what was asked for last is last
+  uint64_t lent_ ABSL_GUARDED_BY(mutex_) = 0;      // bytes
+  uint64_t changing_ ABSL_GUARDED_BY(mutex_) = 0;  // being made, zeroed or destroyed
   std::multiset<uint64_t> zeroing_ ABSL_GUARDED_BY(mutex_);  // of these, by size
   int awaiting_ ABSL_GUARDED_BY(mutex_) = 0;                 // callers that wait for these
   bool closed_ ABSL_GUARDED_BY(mutex_) = false;

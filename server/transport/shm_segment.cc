@@ -12,12 +12,14 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
+#include "server/mapping_guard.h"
 #include "server/record/errors.h"
 #include "server/record/log.h"
 #include "server/transport/transports.h"
@@ -87,6 +89,7 @@ class ShmSegment final : public Region {
   }
   ~ShmSegment() override {
     Unlink();
+    guard_.reset();
     if (data_ != nullptr) munmap(data_, bytes_);
     close(fd_);
   }
@@ -101,12 +104,20 @@ class ShmSegment final : public Region {
     if (data == MAP_FAILED) return errno;
     data_ = static_cast<std::byte*>(data);
     bytes_ = bytes;
+    guard_.emplace(data, bytes, PROT_READ | PROT_WRITE);
     return 0;
+  }
+  // Nor for somebody else, if a peer has truncated it.
+  bool unmapped() const override {
+    struct stat now;
+    return Region::unmapped() && !guard_->lost() && fstat(fd_, &now) == 0 &&
+           static_cast<uint64_t>(now.st_size) == bytes_;
   }
 
  private:
   const int fd_;  // holds the lock
   std::atomic<bool> linked_{true};
+  std::optional<MappingGuard> guard_;  // of what peers may truncate under us
 };
 
 }  // namespace

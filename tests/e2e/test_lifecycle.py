@@ -1,5 +1,6 @@
 """SIGTERM, and what a server does with work and leases while it drains."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -135,6 +136,56 @@ def test_who_watches_the_health_does_not_hold_the_drain(start_server):
         assert next(watch) == b"\x08\x01", "serving"
         server.process.send_signal(signal.SIGTERM)
         ended(server)
+
+
+@pytest.mark.parametrize("begun", ["no header", "no chunk", "some chunks"])
+def test_an_upload_that_goes_nowhere_does_not_hold_the_drain(start_server, begun):
+    server = start_server("--drain_timeout=10m", "--upload_timeout=10m")
+    arrays = attending.small(tokens=300)
+    call = attending.Call(server.prefill, timeout=600)
+    if begun == "no header":
+        grpc.channel_ready_future(server.channel).result(10)
+        harness.eventually(lambda: server.metric("prefilld_ready") == 1)
+    else:
+        call.send(attending.header(*arrays))
+        assert call.receive().WhichOneof("part") == "admission"
+    if begun == "some chunks":
+        call.send(attending.chunks(arrays)[0])
+    server.process.send_signal(signal.SIGTERM)
+    with refused(UNAVAILABLE) as failure:
+        call.receive()
+    if begun != "no header":  # else it may not have been seen before there was no server
+        assert (failure[0].reason, failure[0].retry_after) == ("DRAINING", 1)
+    ended(server)
+
+
+def test_an_upload_that_moves_is_waited_for(start_server):
+    server = start_server("--drain_timeout=10m")
+    arrays = attending.small(tokens=300)
+    call = attending.Call(server.prefill)
+    call.send(attending.header(*arrays))
+    assert call.receive().WhichOneof("part") == "admission"
+    server.process.send_signal(signal.SIGTERM)
+    harness.eventually(lambda: server.metric("prefilld_ready") == 0)
+    for chunk in attending.chunks(arrays):
+        call.send(chunk)
+    assert call.receive().WhichOneof("part") == "outputs"
+    for _ in call.stream:
+        pass
+    ended(server)
+
+
+def test_streams_that_were_closed_are_nobody_elses():
+    process = subprocess.Popen(["bash", "-c", 'exec "$@" >&- 2>&-', "bash",
+                                str(harness.PREFILLD), "--listen=127.0.0.1:0",
+                                "--http=127.0.0.1:0", "--backend=cpu"])
+    try:
+        streams = [f"/proc/{process.pid}/fd/{number}" for number in (1, 2)]
+        harness.eventually(
+            lambda: [os.path.realpath(stream) for stream in streams] == ["/dev/null"] * 2)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_connections_that_say_nothing_do_not_hold_the_server(own_server):

@@ -258,6 +258,22 @@ def test_the_log_is_json_with_request_ids(server, tiny):
         assert all({"ts", "level", "event"} <= set(line) for line in lines)
 
 
+@pytest.mark.parametrize("method", [
+    "PrefillService/Prefill", "PrefillService/GetSparsityReport", "KvHandoffService/Negotiate",
+    "KvHandoffService/PullKv", "KvHandoffService/RenewLease", "KvHandoffService/ReleaseLease",
+    "ModelService/GetModel", "ModelService/ListModels"])
+def test_bytes_that_are_no_message_are_refused_and_counted(server, change, method):
+    call = server.channel.unary_stream(f"/prefilld.v1.{method}", request_serializer=bytes,
+                                       response_deserializer=bytes)
+
+    def send():
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "request"):
+            list(call(b"\xff\xff\xff", timeout=5))
+
+    assert moved(*change(send), "prefilld_requests_total", method=method.split("/")[1],
+                 code="INVALID_ARGUMENT") == 1
+
+
 def check_health(server, service):
     """The status number of grpc.health.v1: 1 serving, 2 not serving."""
     call = server.channel.unary_unary("/grpc.health.v1.Health/Check",

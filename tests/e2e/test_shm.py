@@ -1,5 +1,6 @@
 """posix_shm: the bytes of gRPC, only for who shares the memory, and nothing left of it."""
 
+import contextlib
 import os
 import resource
 import shlex
@@ -474,6 +475,17 @@ def test_outputs_stay_as_they_were_after_the_call(server, qkv):
     assert mapping.segments(mapping.boot_id(server)) == [], "gone when the call is over"
     expected, _ = attending.attend(server.prefill, *qkv, return_lse=True)
     assert [v.tobytes() for v in views] == [expected[n].tobytes() for n in ("o", "lse")]
+
+
+def test_who_truncates_a_segment_harms_nobody_else(server, qkv):
+    call = mapping.Attend(server.prefill)
+    os.truncate("/dev/shm" + call.admit(attending.header(*qkv)).buffers[0].name, 0)
+    call.written()
+    with contextlib.suppress(grpc.RpcError):
+        for _ in call.stream:
+            pass
+    call.half_close()
+    attending.serves_a_good_request(server)
 
 
 def test_chunks_and_shared_memory_do_not_mix(server, qkv):

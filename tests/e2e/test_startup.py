@@ -1,6 +1,7 @@
 """What keeps a server from starting: one clear line on stderr, the last, behind what the log told
 until then; exit status 1, nothing on stdout."""
 
+import contextlib
 import json
 import os
 import re
@@ -45,6 +46,7 @@ def start_fails(*flags, words=(), listen="127.0.0.1:0", http="127.0.0.1:0"):
     ("--listen=127.0.0.1:99999", ["99999"]),
     ("--http=127.0.0.1:-2", ["-2"]),
     ("--model=justaname", ["justaname"]),
+    ("--model=a\udcff=/", [r"a\xff", "UTF-8"]),
     ("--model=a=/no/such/directory", ["/no/such/directory"]),
     ("--config=/no/such/file", ["/no/such/file"]),
 ])
@@ -59,6 +61,22 @@ def test_bad_flags(flag, words):
     assert done.returncode == 1, (done.returncode, done.stderr)
     line = refusal(done.stderr)
     assert all(word in line for word in words), line
+
+
+def test_a_start_that_fails_waits_for_no_reader():
+    """stderr is a pipe that is full."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    try:
+        done = subprocess.run([str(harness.PREFILLD), "--backend=tpu"], stderr=writer, timeout=30)
+        assert done.returncode == 1
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_two_models_of_one_name(tiny):

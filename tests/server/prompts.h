@@ -93,7 +93,7 @@ class Prompts {
         pool_(*BlockPool::Create(backend.device(), size_t{64} << 20, 128 * 1024)) {}
 
   // Whoever finishes a job on another thread lets go of its cache last.
-  ~Prompts() { EXPECT_TRUE(pool_->WaitAllFree(absl::Now() + absl::Seconds(30))); }
+  ~Prompts() { EXPECT_TRUE(pool_->WaitAllFree(SteadyNow() + absl::Seconds(30))); }
 
   const ModelInfo& info() const { return model_->info(); }
   std::shared_ptr<Job> New(int64_t tokens, int salt, bool retain = true) const {

@@ -4,6 +4,7 @@
 #include "absl/synchronization/blocking_counter.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
+#include "server/clock.h"
 #include "server/work_pool.h"
 
 namespace prefilld {
@@ -11,9 +12,9 @@ namespace prefilld {
 // Asks until it is so; false when it never is.
 template <typename Condition>
 bool Becomes(Condition&& condition) {
-  const absl::Time deadline = absl::Now() + absl::Seconds(30);
+  const SteadyTime deadline = SteadyNow() + absl::Seconds(30);
   while (!condition()) {
-    if (absl::Now() > deadline) return false;
+    if (SteadyNow() > deadline) return false;
     absl::SleepFor(absl::Milliseconds(1));
   }
   return true;

@@ -14,7 +14,7 @@ BELOW_ENGINE = {"server/core", "server/record", "server/model", "server/transpor
 BELOW_RPC = BELOW_ENGINE | {"server/engine", "server/scheduler"}
 MAY_INCLUDE = {
     "kernels": set(), "server/core": {"kernels"}, "server/record": {"server/core", "kernels"},
-    "server/model": {"kernels"},
+    "server/model": {"server/core", "server/record", "kernels"},
     "server/transport": {"server/core", "server/record", "kernels"},
     "server/kv": {"server/core", "server/record", "server/transport", "kernels"},
     "server/engine": BELOW_ENGINE,
@@ -60,6 +60,18 @@ def test_sources_include_what_their_folder_may():
     assert {folder(path) for path in files} == set(MAY_INCLUDE)
     assert not [f"{path} includes {header}" for path in sorted(files)
                 for header in INCLUDE.findall(files[path].read_text()) if broken(path, header)]
+
+
+# Durations and whatever ends by itself are by a clock that nobody sets: server/clock.h.
+WALL_CLOCK = re.compile(r"absl::Now\(|system_clock|(?:Await|Wait)\w*With(?:Timeout|Deadline)\(|"
+                        r"CLOCK_REALTIME")
+
+
+def test_nothing_but_the_log_asks_for_the_wall_clock():
+    files = [path for top in ("kernels", "server", "client", "proto")
+             for path in (ROOT / top).rglob("*") if path.suffix in (".cc", ".h", ".cu", ".cuh")]
+    assert [str(path.relative_to(ROOT)) for path in files
+            if WALL_CLOCK.search(path.read_text())] == ["server/record/log.cc"]
 
 
 @pytest.mark.parametrize(("path", "header"), [

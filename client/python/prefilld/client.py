@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from .errors import PrefilldError, Retry, RetryPolicy
 from .prefill import Prefill
 from .pull import KvPull, Lease
 from .sparsity import Policy, SparsityReport, policy_message
-from .tensors import data_type
+from .tensors import data_type, invalid
 from .transport import TRANSPORTS, Negotiator
 from .v1 import (kv_handoff_service_pb2, kv_handoff_service_pb2_grpc, model_service_pb2,
                  model_service_pb2_grpc, prefill_service_pb2, prefill_service_pb2_grpc)
@@ -54,6 +55,15 @@ def _no_progress(fraction: float, phase: str) -> None:
     pass
 
 
+def _check_target(target: str) -> None:
+    """INVALID_ARGUMENT for what gRPC would look up as a name, or knock at port 0 for."""
+    scheme = re.match(r"(https?|grpcs?)://", target)
+    if scheme:
+        raise invalid(f"target {target!r}: HOST:PORT is enough, without {scheme[0]}")
+    if not re.search(r"^unix(-abstract)?:|://|:\d+$", target):
+        raise invalid(f"target {target!r} has no port; prefilld's is 50051 where none was chosen")
+
+
 class PrefillClient:
     """A connection to one prefilld. Safe to share between threads; close it, or use `with`.
 
@@ -81,6 +91,7 @@ class PrefillClient:
         """target: HOST:PORT. credentials: for TLS; without them the connection is in the clear.
         transport: "grpc", "posix_shm" or "cuda_ipc"; default: negotiated."""
         self._negotiator = Negotiator(self._negotiate, transport)
+        _check_target(target)
         self._channel = (
             grpc.insecure_channel(target, options=_CHANNEL_OPTIONS) if credentials is None
             else grpc.secure_channel(target, credentials, options=_CHANNEL_OPTIONS))

@@ -32,6 +32,10 @@ class PrefilldError(Exception):
         self.retry_delay = retry_delay
         self.reason = reason
 
+    def __reduce__(self) -> tuple:
+        """Errors cross processes (multiprocessing, concurrent.futures) and are copied."""
+        return _rebuilt, (type(self), self.__dict__, *self.args)
+
     @property
     def retryable(self) -> bool:
         """UNAVAILABLE, or RESOURCE_EXHAUSTED with a retry_delay: nothing else."""
@@ -58,6 +62,12 @@ class PrefilldError(Exception):
                 reason = info.reason
         return cls(error.code(), error.details() or "", violations=violations,
                    retry_delay=retry_delay, reason=reason)
+
+
+def _rebuilt(kind: type[PrefilldError], state: dict, *args: str) -> PrefilldError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def _details(error: grpc.RpcError):

@@ -140,8 +140,9 @@ class KvPull:
                 except (grpc.RpcError, PrefilldError) as error:
                     failure = (error if isinstance(error, PrefilldError)
                                else PrefilldError.from_rpc(error))
+                    on_device = self._transport.on_device
                     if self._transport.falls_back(failure):
-                        if cannot_be_opened(failure):
+                        if on_device and cannot_be_opened(failure):
                             raise failure from failure.__cause__  # there it lies, or nowhere
                         assembly = self._next_layer()
                     else:  # of damaged chunks the good ones before are kept

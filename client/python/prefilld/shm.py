@@ -8,6 +8,7 @@ form, the size of the file and the size of the tensor before a byte is mapped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import queue
@@ -134,8 +135,10 @@ def _map(name: str, writable: bool) -> mmap.mmap:
         finally:
             os.close(descriptor)
     except OSError as error:
+        ever = error.errno in (errno.EACCES, errno.EPERM)  # another user's, or a sandbox
         raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
-                            f"segment {name} cannot be mapped here: {error}") from error
+                            f"segment {name} cannot be mapped here: {error}",
+                            reason="REASON_SEGMENT" if ever else None) from error
 
 
 def read_ahead(stream: Iterable[tensor_pb2.TensorChunk],

@@ -28,8 +28,8 @@ class TransportRow:
 # What this client can use; a server that offers something else is answered without.
 TRANSPORTS = {
     "grpc": TransportRow(kv.TRANSPORT_GRPC),
-    "posix_shm": TransportRow(kv.TRANSPORT_POSIX_SHM, mapped=True, no_room="shm_memory"),
-    "cuda_ipc": TransportRow(kv.TRANSPORT_CUDA_IPC, on_device=True, no_room="kv_memory"),
+    "posix_shm": TransportRow(kv.TRANSPORT_POSIX_SHM, mapped=True, no_room="SHM_MEMORY"),
+    "cuda_ipc": TransportRow(kv.TRANSPORT_CUDA_IPC, on_device=True, no_room="KV_MEMORY"),
 }
 _NAMES = {row.value: name for name, row in TRANSPORTS.items()}
 _REASONS = kv.TransportRefusal.Reason
@@ -129,6 +129,8 @@ class Negotiator:
         another /dev/shm than this process."""
         if self._wanted is not None:
             return TRANSPORTS[self._wanted].value
+        if self._tried.get(None, _UNTRIED).refusal is not None:
+            return kv.TRANSPORT_GRPC  # this process could not open a segment
         return transport.value if transport.on_device else kv.TRANSPORT_UNSPECIFIED
 
     def request(self, device: Any = None) -> kv.NegotiateRequest:
@@ -197,6 +199,9 @@ class Negotiator:
             if refusal is not None and answer.boot_id != boot_id:
                 del self._tried[device]  # another server: what did not go may go now
                 continue
+            if refusal is not None and TRANSPORTS[transport_name(refusal.transport)].mapped:
+                self._tried[device] = _Trial(boot_id, refusal, passing=True)
+                until = time.monotonic() + _TRIED_AGAIN_S
             name = self._usable(request, answer)
             if self._wanted not in (None, name):
                 raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
@@ -211,7 +216,8 @@ class Negotiator:
             except PrefilldError as failure:
                 if self._wanted is not None or not cannot_be_opened(failure):
                     raise
-                self._refuse(device, answer.boot_id, name, failure)
+                self._refuse(device, answer.boot_id, name, failure,
+                             failure.reason not in ("REASON_DRIVER", "REASON_PEER"))
                 if self._tried[device].passing:
                     until = time.monotonic() + _TRIED_AGAIN_S
         return _Agreement("grpc")  # a server that is another one each time
@@ -227,20 +233,23 @@ class Negotiator:
             return "grpc"  # nor does another host's memory, or that of a GPU out of reach
         return name
 
-    def _refuse(self, device: Any, boot_id: str, name: str, failure: PrefilldError) -> None:
+    def _refuse(self, device: Any, boot_id: str, name: str, failure: PrefilldError,
+                passing: bool) -> None:
         self._tried[device] = _Trial(boot_id, kv.TransportRefusal(
-            transport=TRANSPORTS[name].value, reason=_REASONS.Value(failure.reason)),
-            passing=failure.reason not in ("REASON_DRIVER", "REASON_PEER"))
+            transport=TRANSPORTS[name].value, reason=_REASONS.Value(failure.reason)), passing)
 
     def _instead(self, key: tuple[Any, bool], agreement: _Agreement, name: str,
                  failure: PrefilldError) -> str:
         """The name of what a call goes on with after `failure` of `name`."""
+        device, _ = key
         if not TRANSPORTS[name].on_device:
             with self._lock:
                 for agreed in (key, (None, False)):  # the call may be here in the place of cuda_ipc
                     self._agreed.pop(agreed, None)
+                if cannot_be_opened(failure):
+                    for gpu in {device, None}:
+                        self._refuse(gpu, agreement.boot_id, name, failure, passing=False)
             return "grpc"
-        device, _ = key
         with self._lock:
             # No room, or a cache that lies elsewhere, says nothing of the next one. Memory that
             # cannot be opened, though it could be in the trial: what the driver says it will say
@@ -248,7 +257,7 @@ class Negotiator:
             if failure.code is grpc.StatusCode.FAILED_PRECONDITION:
                 self._agreed.pop(key, None)
             if failure.reason == "REASON_DRIVER":
-                self._refuse(device, agreement.boot_id, name, failure)
+                self._refuse(device, agreement.boot_id, name, failure, passing=False)
             elif cannot_be_opened(failure):
                 self._tried.pop(device, None)
         try:

@@ -208,6 +208,14 @@ TEST_F(AppTest, AttendRefusesBadFilesWithoutASideEffect) {
   EXPECT_EQ(dir_.Count(), 1);
 }
 
+TEST_F(AppTest, AttendDoesNotWriteOverItsInput) {
+  const std::string in = WriteQkv();
+  EXPECT_EQ(Run({"attend", "--in=" + in, "--out=" + dir_ / "./" + in.substr(in.rfind('/') + 1)}),
+            1);
+  EXPECT_THAT(err_, HasSubstr("is --in"));
+  EXPECT_TRUE(script_.attends.empty());
+}
+
 TEST_F(AppTest, AFailedAttendLeavesTheOldOutput) {
   dir_.Write("out", "old");
   script_.before_chunk = [](v1::TensorChunk& chunk) { return chunk.set_crc32c(1), true; };
@@ -325,7 +333,7 @@ TEST_F(AppTest, CancellationEndsThePrefillAndAbandonsTheLease) {
   });
   EXPECT_EQ(Run({"prefill", "--model=tiny", "--tokens=" + dir_.Write("ids", "[1]")}), 1);
   canceller.join();
-  EXPECT_THAT(err_, StartsWith("prefillctl: CANCELLED: "));
+  EXPECT_THAT(err_, StartsWith("prefillctl: CANCELLED: interrupted"));
   EXPECT_EQ(script_.releases.size(), script_.prefills.size());
 }
 
@@ -398,12 +406,20 @@ TEST_F(AppTest, AWrongCommandLineExitsWith2) {
       {"bench", "--model=x", "--shape=1/1/64", "--tokens=1"},
       {"bench", "--model=x", "--tokens=0"},
       {"bench", "--model=x", "--tokens=1", "--concurrency=0"},
+      {"health", "--target=http://127.0.0.1:50051"},
+      {"health", "--target=127.0.0.1"},
+      {"health", "--target=[::1]"},
       {"health", "--timeout=soon"}};
   for (const auto& line : lines) {
     EXPECT_EQ(Run(line), 2) << ::testing::PrintToString(line);
     EXPECT_NE(err_, "") << ::testing::PrintToString(line);
     EXPECT_EQ(out_, "");
   }
+}
+
+TEST_F(AppTest, SaysItsVersion) {
+  EXPECT_EQ(RunAsWritten({"prefillctl", "--version"}), 0);
+  EXPECT_THAT(out_, StartsWith("prefillctl 0."));
 }
 
 TEST_F(AppTest, HelpNamesEveryFlag) {

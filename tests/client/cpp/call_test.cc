@@ -60,26 +60,26 @@ TEST(RunWithRetries, CountsTriesAnewAfterProgress) {
 
 TEST(RunWithRetries, WaitsAsLongAsTheServerAsks) {
   int tries = 0;
-  const absl::Time start = absl::Now();
+  const absl::Time start = SteadyNow();
   EXPECT_TRUE(RunWithRetries(Quick(), [&](Try&) {
                 return ++tries == 1 ? WithRetryInfo(absl::UnavailableError("x"), 60)
                                     : absl::OkStatus();
               }).ok());
-  EXPECT_GE(absl::Now() - start, absl::Milliseconds(60));
+  EXPECT_GE(SteadyNow() - start, absl::Milliseconds(60));
 }
 
 TEST(RunWithRetries, BacksOffExponentially) {
   CallOptions options = Quick();
   options.retry = {.tries_max = 5, .first_delay = absl::Milliseconds(10)};
-  const absl::Time start = absl::Now();
+  const absl::Time start = SteadyNow();
   (void)RunWithRetries(options, [](Try&) { return absl::UnavailableError("x"); });
-  EXPECT_GE(absl::Now() - start, absl::Milliseconds(10 + 20 + 40 + 80) / 2);
+  EXPECT_GE(SteadyNow() - start, absl::Milliseconds(10 + 20 + 40 + 80) / 2);
 }
 
 TEST(RunWithRetries, GivesUpWhereTheNextTryWouldComeAfterTheDeadline) {
   CallOptions options = Quick();
   options.timeout = absl::Seconds(20);
-  const absl::Time start = absl::Now();
+  const absl::Time start = SteadyNow();
   const absl::Status status = RunWithRetries(options, [](Try&) {
     google::rpc::RetryInfo info;
     info.mutable_retry_delay()->set_seconds(60);
@@ -89,7 +89,7 @@ TEST(RunWithRetries, GivesUpWhereTheNextTryWouldComeAfterTheDeadline) {
     return later;
   });
   EXPECT_TRUE(absl::IsUnavailable(status)) << status;
-  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+  EXPECT_LT(SteadyNow() - start, absl::Seconds(10));
 }
 
 TEST(RunWithRetries, GivesEveryTryTheSameDeadline) {
@@ -101,7 +101,7 @@ TEST(RunWithRetries, GivesEveryTryTheSameDeadline) {
     return absl::UnavailableError("x");
   });
   ASSERT_EQ(deadlines.size(), 4u);
-  EXPECT_EQ(deadlines.front(), deadlines.back());
+  EXPECT_LT(deadlines.back() - deadlines.front(), std::chrono::milliseconds(10)) << "rounding";
   EXPECT_LE(deadlines.front(), std::chrono::system_clock::now() + std::chrono::seconds(100));
 }
 
@@ -110,14 +110,14 @@ TEST(RunWithRetries, IsCancelledBetweenTries) {
   CallOptions options = {.retry = {.first_delay = absl::Seconds(100), .delay_max = absl::Hours(1)},
                          .cancellation = &cancellation};
   std::thread canceller;
-  const absl::Time start = absl::Now();
+  const absl::Time start = SteadyNow();
   const absl::Status status = RunWithRetries(options, [&](Try&) {
     canceller = std::thread([&] { cancellation.Cancel(); });
     return absl::UnavailableError("x");
   });
   canceller.join();
   EXPECT_TRUE(absl::IsCancelled(status)) << status;
-  EXPECT_LT(absl::Now() - start, absl::Seconds(30));
+  EXPECT_LT(SteadyNow() - start, absl::Seconds(30));
 }
 
 TEST(Cancellation, EndsWaitsAndStaysCancelled) {

@@ -59,6 +59,9 @@ TEST(SafetensorsFile, DoesNotListWhatTheServiceCannotCarry) {
   ASSERT_TRUE(file.ok()) << file.status();
   ASSERT_EQ(file->tensors().size(), 1u);
   EXPECT_EQ(file->tensors()[0].spec.name(), "u");
+  EXPECT_EQ(file->Get("u")->spec.name(), "u");
+  EXPECT_NE(file->Get("x").status().message().find("is I64 [1]"), std::string::npos);
+  EXPECT_NE(file->Get("y").status().message().find("no tensor y"), std::string::npos);
 }
 
 TEST(SafetensorsFile, KeepsTheMapForItsTensors) {

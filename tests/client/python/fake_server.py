@@ -354,7 +354,9 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         if on_device and (not request.transports or kv.TRANSPORT_CUDA_IPC in request.transports):
             transport = kv.TRANSPORT_CUDA_IPC
         elif kv.TRANSPORT_GRPC not in request.transports:
-            if self.shm and request.shm_domain == self.shm_domain:
+            if (self.shm and request.shm_domain == self.shm_domain
+                    and not any(refusal.transport == kv.TRANSPORT_POSIX_SHM
+                                for refusal in request.refused)):
                 transport = kv.TRANSPORT_POSIX_SHM
             elif kv.TRANSPORT_POSIX_SHM in request.transports:
                 context.abort(grpc.StatusCode.FAILED_PRECONDITION, "posix_shm is not possible here")

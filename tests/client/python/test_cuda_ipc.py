@@ -320,7 +320,7 @@ def test_another_gpus_memory_within_reach_is_copied(server, connect, driver):
 
 
 def no_room(**delay):
-    info = error_details_pb2.ErrorInfo(reason="kv_memory")
+    info = error_details_pb2.ErrorInfo(reason="KV_MEMORY")
     return Abort(grpc.StatusCode.RESOURCE_EXHAUSTED, info, *map(retry_info, delay.values()))
 
 

@@ -1,3 +1,8 @@
+import concurrent.futures
+import copy
+import multiprocessing
+import pickle
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2
@@ -31,6 +36,13 @@ def test_a_server_that_is_not_there_is_unavailable():
         with pytest.raises(PrefilldError) as caught:
             c.models()
     assert caught.value.code is UNAVAILABLE
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:50051", "127.0.0.1", "[::1]"])
+def test_what_is_no_target_is_said_at_once(target):
+    with pytest.raises(PrefilldError, match="HOST:PORT|no port") as caught:
+        PrefillClient(target)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_exhausted_with_retry_info_waits_that_long(server, client, monkeypatch):
@@ -88,3 +100,28 @@ def test_unknown_names_are_refused_before_they_are_sent(server, client):
     with pytest.raises(PrefilldError, match="NOT_FOUND"):
         client.prefill("other", [1])
     assert not server.calls["Prefill"]
+
+
+def facts(error):
+    return (str(error), error.code, error.message, error.violations, error.retry_delay,
+            error.reason)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy,
+                                    lambda error: pickle.loads(pickle.dumps(error))])
+def test_errors_can_be_copied(copied):
+    error = PrefilldError(grpc.StatusCode.NOT_FOUND, "no such model", violations=(("a", "b"),),
+                          retry_delay=1.5, reason="X")
+    assert facts(copied(error)) == facts(error)
+
+
+def refuse():
+    raise PrefilldError(UNAVAILABLE, "down", reason="X")
+
+
+def test_errors_cross_processes():
+    spawned = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawned) as pool:
+        with pytest.raises(PrefilldError) as caught:
+            pool.submit(refuse).result(60)
+    assert (caught.value.code, caught.value.reason) == (UNAVAILABLE, "X")

@@ -1,15 +1,18 @@
 """posix_shm: what is mapped is what was named, and everything else is refused or goes by grpc."""
 
+import errno
 import gc
 import os
 import threading
+import time
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
-from fake_server import LAYERS, MODEL, Abort, Segment, Tamper, expected_layer, shm_domain
+from fake_server import (LAYERS, MODEL, Abort, Segment, Tamper, expected_layer, retry_info,
+                         shm_domain)
 from prefilld import PrefillClient, PrefilldError, RetryPolicy, shm
 from prefilld.v1 import kv_handoff_service_pb2 as kv
 from prefilld.v1 import tensor_pb2
@@ -492,14 +495,41 @@ def test_attend_goes_on_over_grpc(server, connect):
 
 
 def test_attend_with_a_full_dev_shm(server, connect):
-    full = Abort(grpc.StatusCode.RESOURCE_EXHAUSTED,
-                 error_details_pb2.ErrorInfo(reason="shm_memory"))
+    """It goes on at once: the server's retry_delay is for who needs shared memory."""
+    full = Abort(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_info(3600),
+                 error_details_pb2.ErrorInfo(reason="SHM_MEMORY"))
     server.faults["Attend"] = [full]
-    assert connect().attend(*qkv()).transport == "grpc"
-    server.faults["Attend"] = [full]
+    assert connect().attend(*qkv(), timeout=60).transport == "grpc"
+    server.faults["Attend"] = [Abort(grpc.StatusCode.RESOURCE_EXHAUSTED,
+                                     error_details_pb2.ErrorInfo(reason="SHM_MEMORY"))]
     with pytest.raises(PrefilldError) as caught:
         connect("posix_shm").attend(*qkv())
-    assert caught.value.reason == "shm_memory"
+    assert caught.value.reason == "SHM_MEMORY"
+
+
+def test_segments_that_may_not_be_opened_are_asked_for_once(server, connect, monkeypatch):
+    """Another user's server, a sandbox: told to the server, and not tried again with every call."""
+    client, (q, k, v) = connect(), qkv()
+    real_open = os.open
+
+    def forbidden(path, flags, *arguments, **options):
+        if str(path).startswith("/dev/shm/prefilld-") and not flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "denied", path)
+        return real_open(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    for _ in range(3):
+        assert client.attend(q, k, v).transport == "grpc"
+        with client.prefill(MODEL, TOKENS) as prompt:
+            check(list(prompt))
+    assert [header.transport for header in server.calls["Attend"]] == [SHM, GRPC, GRPC, GRPC]
+    assert {call.destination.transport for call in server.calls["Prefill"]} == {GRPC}
+    refused, = [refusal for call in server.calls["Negotiate"] for refusal in call.refused]
+    assert (refused.transport, refused.reason) == (SHM, kv.TransportRefusal.REASON_SEGMENT)
+    now = time.monotonic()
+    monkeypatch.setattr("prefilld.transport.time.monotonic", lambda: now + 60)  # it may go by now
+    monkeypatch.setattr(os, "open", real_open)
+    assert client.attend(q, k, v).transport == "posix_shm"
 
 
 def test_attend_is_tried_again_when_the_connection_breaks(server, client):

@@ -307,5 +307,29 @@ TEST(Attention, KeepsNonFiniteInputsFromEarlierBlocksAndOtherHeads) {
   }
 }
 
+// Also within the blocks on the diagonal, where a value that a query must not see has probability
+// 0.
+TEST(Attention, KeepsNonFiniteValuesFromQueriesBeforeThem) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    for (const int64_t token : {0, 1, 47, 48, 64, 200, 299}) {
+      const Problem problem{
+          .q_heads = 2, .kv_heads = 2, .sequences = {{300, 300}, {40, 50}}, .keep_percent = 100};
+      Call clean(problem), dirty(problem);
+      reinterpret_cast<float*>(dirty.v.data())[token * (2 * 64 + Call::kMargin) + 5] = bad;
+      ASSERT_TRUE(Attention(2).Run(clean.args).ok());
+      ASSERT_TRUE(Attention(2).Run(dirty.args).ok());
+      for (int64_t t = 0; t < 340; ++t) {
+        const bool sees = t >= token && t < 300;
+        EXPECT_EQ(std::isfinite(dirty.Output(t, 0, 5)), !sees) << token << " " << t;
+        if (!sees) {
+          EXPECT_EQ(dirty.Output(t, 0, 5), clean.Output(t, 0, 5)) << token << " " << t;
+        }
+        EXPECT_EQ(dirty.Output(t, 0, 6), clean.Output(t, 0, 6)) << token << " " << t;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace prefilld::cpu

@@ -102,7 +102,7 @@ TEST_F(LeaseTableTest, AnUnusedLeaseExpires) {
   Complete(*cache);
   ASSERT_TRUE(table.Grant("a", std::move(cache), absl::Milliseconds(30), nullptr).ok());
   ASSERT_TRUE(ended.WaitForNotificationWithTimeout(absl::Seconds(10)));
-  EXPECT_TRUE(table.WaitEmpty(absl::Now() + absl::Seconds(10)));
+  EXPECT_TRUE(table.WaitEmpty(SteadyNow() + absl::Seconds(10)));
   EXPECT_EQ(Free(), 64);
 }
 
@@ -147,7 +147,7 @@ TEST_F(LeaseTableTest, RenewalStartsTheTimeAnew) {
   auto renewed = table.Renew("a", lease.generation, absl::Hours(1));
   ASSERT_TRUE(renewed.ok());
   EXPECT_EQ(renewed->ttl, absl::Hours(1));
-  EXPECT_FALSE(table.WaitEmpty(absl::Now() + absl::Milliseconds(400)));
+  EXPECT_FALSE(table.WaitEmpty(SteadyNow() + absl::Milliseconds(400)));
 }
 
 // What a lease's end reaches into may go then.
@@ -199,6 +199,20 @@ TEST_F(LeaseTableTest, TheWallClockMayBeSet) {
   second.WaitForNotification();
   EXPECT_TRUE(table.Find("a", lease.generation).ok());
   EXPECT_FALSE(aborted);
+}
+
+// An end that was worked out by the wall's clock would lie an hour away.
+TEST_F(LeaseTableTest, ALeaseExpiresInTimeWhateverTheWallsClockIsSetTo) {
+  const WallClockAhead ahead(3600);
+  absl::Notification ended;
+  LeaseTable table({.ended = [&](const LeaseInfo&, LeaseEnd) { ended.Notify(); }});
+  auto cache = NewCache();
+  Complete(*cache);
+  ASSERT_TRUE(table.Grant("a", std::move(cache), absl::Milliseconds(30), nullptr).ok());
+  ended.WaitForNotification();
+  EXPECT_TRUE(table.WaitEmpty(SteadyNow() + absl::Seconds(20)));
+  ASSERT_TRUE(table.Grant("b", NewCache(), absl::Hours(1), nullptr).ok());
+  EXPECT_FALSE(table.WaitEmpty(SteadyNow() + absl::Milliseconds(30)));
 }
 
 }  // namespace

@@ -3,7 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <string>
 
 #include "tests/server/model/model_directory.h"
@@ -71,6 +73,35 @@ TEST(SafeTensors, TruncatedFilesAreRefused) {
   }
   EXPECT_THAT(ErrorOf(good.substr(0, good.size() - 1)),
               HasSubstr("tensor 'a' spans bytes [0, 16) of 15; the file may be truncated"));
+}
+
+TEST(SafeTensors, AFileThatChangesIsTold) {
+  const std::string file = File("{" + Tensor("a", "U8", "[3]", "[0, 3]") + "}", 3);
+  for (const std::string how : {"written to", "truncated", "replaced"}) {
+    const ModelDirectory directory;
+    directory.Write("model.safetensors", file);
+    const auto opened = SafeTensors::Open(directory.path());
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    EXPECT_TRUE(opened->CheckFiles().ok());
+    const std::filesystem::path path = directory / "model.safetensors";
+    const auto before = std::filesystem::last_write_time(path);
+    if (how == "replaced") {
+      directory.Write("other", file);
+      std::filesystem::rename(directory / "other", path);
+      EXPECT_TRUE(opened->CheckFiles().ok());
+      continue;
+    }
+    if (how == "truncated") {
+      std::filesystem::resize_file(path, 1);
+    } else {
+      directory.Write("model.safetensors", file);
+      std::filesystem::last_write_time(path, before + std::chrono::seconds(1));
+    }
+    EXPECT_EQ(opened->CheckFiles().code(), absl::StatusCode::kUnavailable) << how;
+    std::filesystem::resize_file(path, file.size());
+    std::filesystem::last_write_time(path, before);
+    EXPECT_FALSE(opened->CheckFiles().ok()) << "it is for good";
+  }
 }
 
 TEST(SafeTensors, CorruptHeadersAreRefused) {

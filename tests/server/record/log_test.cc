@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -41,6 +42,18 @@ TEST(Log, SurvivesBytesThatAreNoUtf8) {
   testing::internal::CaptureStderr();
   Log(Level::kInfo, "event", {{"message", "\xff\xfe"}});
   EXPECT_EQ(Lines(Captured()).size(), 1u);
+}
+
+// A terminal or a viewer would act on C1 controls, U+2028 and marks that turn the direction.
+TEST(Log, EscapesWhatIsNotAscii) {
+  testing::internal::CaptureStderr();
+  const std::string message = "a\u009b31mb\u2028c\u202ed\x7f";
+  Log(Level::kInfo, "event", {{"message", message}});
+  const std::string text = Captured();
+  EXPECT_TRUE(std::all_of(text.begin(), text.end(), [](char c) {
+    return c == '\n' || (c >= ' ' && c < 0x7f);
+  })) << text;
+  EXPECT_EQ(Lines(text)[0]["message"], message);
 }
 
 TEST(Log, LinesOfThreadsDoNotMix) {

@@ -463,7 +463,7 @@ TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
     ASSERT_TRUE(Becomes([this] { return metrics_.waiting.Value() == 1; })) << "it has not come";
     context.TryCancel();
     EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
-    ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30)))
+    ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(30)))
         << "the server has not heard of it";
   }
   Held{*memory_, 2};  // its turn has come and gone
@@ -478,7 +478,7 @@ TEST_F(AttendOnDeviceTest, TheNextJobIsComputedWhileOutputsWait) {
   {
     Held held(transfers_, 2);
     for (Call* call : {&first, &second}) ASSERT_TRUE(call->stream->Write(Written()));
-    EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30))) << "both were computed";
+    EXPECT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(30))) << "both were computed";
     EXPECT_EQ(HeadsInMetrics(), heads);
   }
   for (Call* call : {&first, &second}) {
@@ -497,7 +497,7 @@ TEST_F(AttendOnDeviceTest, AnAnswerWaitsForNoOtherStep) {
     {
       Held held(transfers_, 2);
       ASSERT_TRUE(computed.stream->Write(Written()));
-      ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30)));
+      ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(30)));
       device_.HoldSteps();
       computing = std::make_unique<Call>(*this, header);
       ASSERT_TRUE(computing->stream->Write(Written()));
@@ -537,7 +537,7 @@ TEST_F(AttendOnDeviceTest, ItsBytesAreTakenUntilItsMemoryIsGivenBack) {
     Held held(*memory_, 2);
     call.context.TryCancel();
     EXPECT_EQ(call.stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
-    ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(30)));
+    ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(30)));
     for (int i = 0; i < 100; ++i) {
       grpc::ClientContext context;
       context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(5));

@@ -52,7 +52,7 @@ class KvOnDeviceTest : public testing::Test {
     transfers_.Stop();
     for (const auto& [transport, pool] : pools_) {
       pool->Stop();
-      EXPECT_TRUE(pool->WaitAllBack(absl::Now() + absl::Seconds(20)));
+      EXPECT_TRUE(pool->WaitAllBack(SteadyNow() + absl::Seconds(20)));
     }
     EXPECT_FALSE(device_.freed_under_a_copy());
   }

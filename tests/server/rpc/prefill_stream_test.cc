@@ -109,7 +109,7 @@ TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {
   ASSERT_TRUE(again.ok()) << again.status();
   EXPECT_NE(*again, stream);
   backend_.device().ReleaseMarks();
-  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+  ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
   absl::Status end = absl::UnknownError("it has not ended");
   bool ended = false;
   for (size_t index = 0; (*again)->Get(index, &end, &ended) != nullptr;) ++index;
@@ -118,7 +118,7 @@ TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {
 }
 
 TEST_F(PrefillStreamTest, WhoAttachesMayWaitForLonger) {
-  const absl::Time soon = absl::Now() + absl::Seconds(10), late = soon + absl::Seconds(10);
+  const absl::Time soon = SteadyNow() + absl::Seconds(10), late = soon + absl::Seconds(10);
   ValidPrefill valid = Valid();
   const std::shared_ptr<Job> job = valid.job;
   job->deadline = soon;
@@ -138,7 +138,7 @@ TEST_F(PrefillStreamTest, WhoAttachesMayWaitForLonger) {
   ASSERT_TRUE(attach(absl::InfiniteFuture()).ok());
   EXPECT_EQ(job->deadline.at(), absl::InfiniteFuture());
   backend_.device().ReleaseMarks();
-  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+  ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
 }
 
 class FullQueueTest : public PrefillStreamTest {
@@ -235,7 +235,7 @@ class SegmentsTest : public PrefillStreamTest {
     leases_.ReleaseAll(LeaseEnd::kConsumed);
     memory_->Stop();
     segments_->Stop();
-    EXPECT_TRUE(segments_->WaitAllBack(absl::Now() + absl::Seconds(20)));
+    EXPECT_TRUE(segments_->WaitAllBack(SteadyNow() + absl::Seconds(20)));
   }
   void FillAndWait() {
     segments_->Fill();
@@ -255,7 +255,7 @@ class SegmentsTest : public PrefillStreamTest {
   // Of a prompt; the segments registered so far, once all are ready again.
   int ReleaseAfterPulls(int pulls, bool unmapped) {
     const auto stream = Begin(/*pinned=*/true);
-    EXPECT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+    EXPECT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
     const uint64_t generation = stream->generation();
     {
       const auto cache = *leases_.Find("id", generation);
@@ -292,7 +292,7 @@ TEST_F(SegmentsTest, NothingIsMadeOrRegisteredBeforeAPromptForWhichOneIsReady) {
   EXPECT_EQ(first->admission().transport(), v1::TRANSPORT_POSIX_SHM);
   EXPECT_EQ(backend_.device().registrations(), before);
   EXPECT_EQ(pool_->CountByState()[0], pool_->total()) << "it takes no blocks";
-  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+  ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
 }
 
 TEST_F(SegmentsTest, APromptAfterOneThatIsUnmappedRegistersNothing) {
@@ -314,7 +314,7 @@ TEST_F(SegmentsTest, OneIsMadeForAPromptForWhichNoneIsReady) {
   ASSERT_TRUE(admission.ok()) << admission.status();
   EXPECT_EQ(admission->transport(), v1::TRANSPORT_POSIX_SHM);
   EXPECT_EQ(backend_.device().registrations(), 1);
-  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+  ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
 }
 
 TEST_F(SegmentsTest, WhoGoesBeforeItIsMadeLeavesNothing) {
@@ -340,7 +340,7 @@ TEST_F(NoSegmentsTest, ACallerThatCanDoWithoutHasBlocks) {
   ASSERT_TRUE(admission.ok()) << admission.status();
   EXPECT_EQ(admission->transport(), v1::TRANSPORT_GRPC);
   EXPECT_LT(pool_->CountByState()[0], pool_->total());
-  ASSERT_TRUE(scheduler_.WaitIdle(absl::Now() + absl::Seconds(20)));
+  ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
 }
 
 TEST_F(NoSegmentsTest, ACallerThatCannotIsRefused) {

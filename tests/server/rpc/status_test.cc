@@ -56,7 +56,8 @@ TEST(ToGrpcStatus, OnlyWhatMaySucceedLaterPromisesARetry) {
   ASSERT_TRUE(Find(full, &retry));
   EXPECT_EQ(retry.retry_delay().seconds(), 1);
   EXPECT_EQ(retry.retry_delay().nanos(), 250'000'000);
-  EXPECT_FALSE(Find(full, &error));
+  ASSERT_TRUE(Find(full, &error)) << "of what, so that a caller may do without";
+  EXPECT_EQ(error.reason(), "QUEUE_FULL");
 
   const auto infeasible = ToGrpcStatus(DeadlineInfeasible("too late"));
   EXPECT_EQ(infeasible.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);

@@ -5,13 +5,11 @@
 namespace prefilld {
 namespace {
 
-const absl::Time kNow = absl::FromUnixSeconds(1000);
+const SteadyTime kNow = absl::FromUnixSeconds(5000);
 constexpr absl::Duration kPassedOverMax = absl::Seconds(10);
 
-using SteadyTime = std::chrono::steady_clock::time_point;
-
 StepView View(absl::Duration age, absl::Duration remaining) {
-  return {.arrival = SteadyTime(std::chrono::hours(1)) - absl::ToChronoNanoseconds(age),
+  return {.arrival = kNow - age,
           .waited = age,
           .deadline = absl::InfiniteFuture(),
           .remaining = remaining};

@@ -113,10 +113,10 @@ TEST_F(SchedulerTest, AnAttendRunsOnlyAfterItsUpload) {
   backend_.Open();
   auto job = NewAttend();
   ASSERT_TRUE(scheduler.Admit(job).ok());
-  EXPECT_FALSE(scheduler.WaitIdle(absl::Now() + absl::Milliseconds(100)));
+  EXPECT_FALSE(scheduler.WaitIdle(SteadyNow() + absl::Milliseconds(100)));
   scheduler.UploadDone(job);
   EXPECT_TRUE(SinkOf(job).Wait().ok());
-  EXPECT_TRUE(scheduler.WaitIdle(absl::Now() + absl::Seconds(10)));
+  EXPECT_TRUE(scheduler.WaitIdle(SteadyNow() + absl::Seconds(10)));
   EXPECT_GT(job->phases[static_cast<int>(Phase::kAttention)], 0);
 }
 
@@ -147,21 +147,21 @@ TEST_F(SchedulerTest, RejectsMoreAttendBytesThanAllowed) {
   EXPECT_EQ(FactsOf(scheduler.Admit(NewAttend())).reason, "attend_memory");
   scheduler.Cancel(first);
   EXPECT_EQ(SinkOf(first).Wait().code(), absl::StatusCode::kCancelled);
-  EXPECT_TRUE(scheduler.WaitIdle(absl::Now() + absl::Seconds(10)));
+  EXPECT_TRUE(scheduler.WaitIdle(SteadyNow() + absl::Seconds(10)));
   EXPECT_EQ(FactsOf(scheduler.Admit(NewAttend())).reason, "attend_memory")
       << "its tensors still live";
   first.reset();
   // The scheduler's thread drops its own share a moment after it has ended the job.
-  const absl::Time deadline = absl::Now() + absl::Seconds(10);
+  const absl::Time deadline = SteadyNow() + absl::Seconds(10);
   absl::Status again = absl::UnknownError("not asked");
-  while (!again.ok() && absl::Now() < deadline) again = scheduler.Admit(NewAttend());
+  while (!again.ok() && SteadyNow() < deadline) again = scheduler.Admit(NewAttend());
   EXPECT_TRUE(again.ok()) << again;
 }
 
 TEST_F(SchedulerTest, ADeadlineThatPassesInTheQueueEndsTheJob) {
   Scheduler scheduler(engine_, metrics_, {});
   auto job = NewAttend();
-  job->deadline = absl::Now() + absl::Milliseconds(100);
+  job->deadline = SteadyNow() + absl::Milliseconds(100);
   ASSERT_TRUE(scheduler.Admit(job).ok());
   EXPECT_EQ(SinkOf(job).Wait().code(), absl::StatusCode::kDeadlineExceeded);
 }
@@ -169,11 +169,11 @@ TEST_F(SchedulerTest, ADeadlineThatPassesInTheQueueEndsTheJob) {
 TEST_F(SchedulerTest, RefusesADeadlineThatIsPastOrCannotBeMet) {
   Scheduler scheduler(engine_, metrics_, {});
   auto late = NewAttend();
-  late->deadline = absl::Now() - absl::Seconds(1);
+  late->deadline = SteadyNow() - absl::Seconds(1);
   EXPECT_EQ(scheduler.Admit(late).code(), absl::StatusCode::kDeadlineExceeded);
   auto hopeless = NewAttend();
   hopeless->attend->shape.cu_seqlens_q = hopeless->attend->shape.cu_seqlens_k = {0, 1 << 17};
-  hopeless->deadline = absl::Now() + absl::Milliseconds(50);
+  hopeless->deadline = SteadyNow() + absl::Milliseconds(50);
   const absl::Status refused = scheduler.Admit(hopeless);
   EXPECT_EQ(FactsOf(refused).reason, "DEADLINE_INFEASIBLE") << refused;
   EXPECT_FALSE(FactsOf(refused).retry_after.has_value());
@@ -340,7 +340,7 @@ TEST_F(PrefillTest, AJobEndsBehindTheCommitOfItsLastLayer) {
   ASSERT_TRUE(scheduler.Admit(job).ok());
   ASSERT_TRUE(scheduler.Admit(other).ok());
   backend_.device().AwaitHeldMark();
-  EXPECT_FALSE(scheduler.WaitIdle(absl::Now() + absl::Milliseconds(100)));
+  EXPECT_FALSE(scheduler.WaitIdle(SteadyNow() + absl::Milliseconds(100)));
   EXPECT_FALSE(Prompts::SinkOf(job).finished());
   backend_.device().ReleaseMarks();
   for (const auto& each : {job, other}) {
@@ -349,7 +349,7 @@ TEST_F(PrefillTest, AJobEndsBehindTheCommitOfItsLastLayer) {
     EXPECT_TRUE(InOrder(Prompts::SinkOf(each)));
     EXPECT_TRUE(each->prefill->cache->complete());
   }
-  EXPECT_TRUE(scheduler.WaitIdle(absl::Now() + absl::Seconds(10)));
+  EXPECT_TRUE(scheduler.WaitIdle(SteadyNow() + absl::Seconds(10)));
 }
 
 // Two layers' worth of blocks: each next layer waits for the delivery of one that a ticket commits.

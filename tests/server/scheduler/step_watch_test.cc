@@ -2,16 +2,12 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
-
 namespace prefilld {
 namespace {
 
 constexpr absl::Duration kPeriod = absl::Seconds(1);
 
-SteadyTime At(double seconds) {
-  return SteadyTime() + std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
-}
+SteadyTime At(double seconds) { return SteadyTime() + absl::Seconds(seconds); }
 
 TEST(StepWatch, AddsUpWhatItSeesOfAStep) {
   StepWatch watch;

@@ -260,7 +260,7 @@ TEST_F(DevicePoolTest, WhatCannotBeZeroedIsGivenBack) {
   device_.Lose();
   region.reset();
   EXPECT_TRUE(Holds(0));
-  EXPECT_TRUE(pool_->WaitAllBack(absl::Now() + absl::Seconds(10)));
+  EXPECT_TRUE(pool_->WaitAllBack(SteadyNow() + absl::Seconds(10)));
   EXPECT_EQ(Count(SegmentState::kFree), 64 * kMiB);
 }
 

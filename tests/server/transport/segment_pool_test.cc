@@ -61,8 +61,8 @@ class SegmentPoolTest : public testing::Test {
   }
   // Until the background has made all that it will.
   void AwaitReady(uint64_t bytes) const {
-    const absl::Time deadline = absl::Now() + absl::Seconds(20);
-    while (Count(SegmentState::kReady) != bytes && absl::Now() < deadline) {
+    const absl::Time deadline = SteadyNow() + absl::Seconds(20);
+    while (Count(SegmentState::kReady) != bytes && SteadyNow() < deadline) {
       absl::SleepFor(absl::Milliseconds(1));
     }
     ASSERT_EQ(Count(SegmentState::kReady), bytes);
@@ -263,7 +263,7 @@ TEST_F(SegmentPoolTest, WhatIsLentMayOutliveIt) {
   pool_->Fill();
   AwaitReady(48 * kMiB);
   auto lent = pool_->Take(1);
-  EXPECT_FALSE(pool_->WaitAllBack(absl::Now()));
+  EXPECT_FALSE(pool_->WaitAllBack(SteadyNow()));
   pool_.reset();
   std::memset(lent->data(), 1, lent->bytes());
   const std::string path = PathOf(*lent);
@@ -294,7 +294,7 @@ TEST_F(SegmentPoolTest, ManyAtOnce) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_LT(refused, 40);
-  EXPECT_TRUE(pool_->WaitAllBack(absl::Now() + absl::Seconds(20)));
+  EXPECT_TRUE(pool_->WaitAllBack(SteadyNow() + absl::Seconds(20)));
   EXPECT_EQ(Count(SegmentState::kLent), 0);
 }
 

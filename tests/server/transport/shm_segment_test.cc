@@ -85,6 +85,22 @@ TEST(ShmSegment, UnlinkedIsStillMapped) {
   segment->Unlink();
 }
 
+TEST(ShmSegment, OneThatAPeerTruncatesIsNoUseToOthersAndHarmsNobody) {
+  auto domain = *ShmDomain::Open(Owner());
+  for (const bool touched : {false, true}) {
+    auto segment = *domain->Create(1 << 16);
+    std::memset(segment->data(), 1, 1 << 16);
+    segment->SetUnmapped(true);
+    EXPECT_TRUE(segment->unmapped());
+    ASSERT_EQ(truncate(PathOf(*segment).c_str(), 0), 0);
+    if (touched) {
+      std::memset(segment->data(), 2, 1 << 16);
+      EXPECT_EQ(segment->data()[65535], std::byte{2});
+    }
+    EXPECT_FALSE(segment->unmapped()) << "it is not used again";
+  }
+}
+
 TEST(ShmSegment, NamesAreNeverUsedAgain) {
   auto domain = *ShmDomain::Open(Owner());
   std::set<std::string> names;

@@ -26,43 +26,43 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from prefilld.v1 import tensor_pb2 as prefilld_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$prefilld/v1/kv_handoff_service.proto\x12\x0bprefilld.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18prefilld/v1/tensor.proto\"\xf6\x01\n\x10TransportRefusal\x12)\n\ttransport\x18\x01 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12\x34\n\x06reason\x18\x02 \x01(\x0e\x32$.prefilld.v1.TransportRefusal.Reason\"\x80\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x11\n\rREASON_SOCKET\x10\x01\x12\x0f\n\x0bREASON_PEER\x10\x02\x12\x15\n\x11REASON_DESCRIPTOR\x10\x03\x12\x11\n\rREASON_DRIVER\x10\x04\x12\x10\n\x0cREASON_REACH\x10\x05\"S\n\tRopeState\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\x12\x15\n\rposition_base\x18\x02 \x01(\x04\x12\r\n\x05theta\x18\x03 \x01(\x01\x12\x0f\n\x07scaling\x18\x04 \x01(\t\"\x81\x02\n\x08KvLayout\x12)\n\x0ephysical_order\x18\x01 \x03(\x0e\x32\x11.prefilld.v1.Axis\x12\x1c\n\x14kv_packed_in_content\x18\x02 \x01(\x08\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12(\n\tdata_type\x18\x06 \x01(\x0e\x32\x15.prefilld.v1.DataType\x12\x1a\n\x12\x62lock_stride_bytes\x18\x07 \x01(\x04\x12*\n\nrope_state\x18\x08 \x01(\x0b\x32\x16.prefilld.v1.RopeState\"\x82\x01\n\x05Lease\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\"\x95\x02\n\x06Limits\x12\x19\n\x11max_prompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10max_attend_bytes\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12\x30\n\rmax_lease_ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11\x64\x65\x66\x61ult_lease_ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10max_waiting_jobs\x18\x07 \x01(\r\x12$\n\x1cmax_unretained_prompt_tokens\x18\x08 \x01(\r\"\xfc\x01\n\x10NegotiateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12*\n\ntransports\x18\x02 \x03(\x0e\x32\x16.prefilld.v1.Transport\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.prefilld.v1.KvLayout\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x12\n\nshm_domain\x18\x05 \x01(\t\x12\x17\n\x0f\x63uda_ipc_domain\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x65vice_uuids\x18\x07 \x03(\t\x12.\n\x07refused\x18\x08 \x03(\x0b\x32\x1d.prefilld.v1.TransportRefusal\"\xa4\x02\n\x11NegotiateResponse\x12)\n\ttransport\x18\x01 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12%\n\x06layout\x18\x02 \x01(\x0b\x32\x15.prefilld.v1.KvLayout\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.prefilld.v1.Limits\x12\x0f\n\x07\x62oot_id\x18\x05 \x01(\t\x12\x16\n\x0eserver_version\x18\x06 \x01(\t\x12\x12\n\nshm_domain\x18\x07 \x01(\t\x12\x17\n\x0f\x63uda_ipc_domain\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65vice_uuids\x18\t \x03(\t\x12\x17\n\x0f\x63uda_ipc_socket\x18\n \x01(\t\"\xa2\x02\n\rPullKvRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12%\n\x06layout\x18\x04 \x01(\x0b\x32\x15.prefilld.v1.KvLayout\x12)\n\ttransport\x18\x05 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12\x13\n\x0b\x66irst_layer\x18\x06 \x01(\r\x12\x18\n\x0blayer_count\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x13resume_tensor_index\x18\x08 \x01(\r\x12\x1a\n\x12resume_byte_offset\x18\t \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\n \x01(\rB\x0e\n\x0c_layer_count\"^\n\x11RenewLeaseRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"v\n\x13ReleaseLeaseRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12*\n\x06reason\x18\x03 \x01(\x0e\x32\x1a.prefilld.v1.ReleaseReason\x12\x10\n\x08unmapped\x18\x04 \x01(\x08\"1\n\x14ReleaseLeaseResponse\x12\x19\n\x11running_transfers\x18\x01 \x01(\r*k\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x17\n\x13TRANSPORT_POSIX_SHM\x10\x02\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03*z\n\x04\x41xis\x12\x14\n\x10\x41XIS_UNSPECIFIED\x10\x00\x12\x0e\n\nAXIS_LAYER\x10\x01\x12\x0b\n\x07\x41XIS_KV\x10\x02\x12\x0e\n\nAXIS_BLOCK\x10\x03\x12\r\n\tAXIS_HEAD\x10\x04\x12\x0e\n\nAXIS_TOKEN\x10\x05\x12\x10\n\x0c\x41XIS_CHANNEL\x10\x06*j\n\rReleaseReason\x12\x1e\n\x1aRELEASE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17RELEASE_REASON_CONSUMED\x10\x01\x12\x1c\n\x18RELEASE_REASON_ABANDONED\x10\x02\x32\xb7\x02\n\x10KvHandoffService\x12J\n\tNegotiate\x12\x1d.prefilld.v1.NegotiateRequest\x1a\x1e.prefilld.v1.NegotiateResponse\x12@\n\x06PullKv\x12\x1a.prefilld.v1.PullKvRequest\x1a\x18.prefilld.v1.TensorChunk0\x01\x12@\n\nRenewLease\x12\x1e.prefilld.v1.RenewLeaseRequest\x1a\x12.prefilld.v1.Lease\x12S\n\x0cReleaseLease\x12 .prefilld.v1.ReleaseLeaseRequest\x1a!.prefilld.v1.ReleaseLeaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$prefilld/v1/kv_handoff_service.proto\x12\x0bprefilld.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18prefilld/v1/tensor.proto\"\xf8\x01\n\x10TransportRefusal\x12)\n\ttransport\x18\x01 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12\x34\n\x06reason\x18\x02 \x01(\x0e\x32$.prefilld.v1.TransportRefusal.Reason\"\x82\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x11\n\rREASON_SOCKET\x10\x01\x12\x0f\n\x0bREASON_PEER\x10\x02\x12\x15\n\x11REASON_DESCRIPTOR\x10\x03\x12\x11\n\rREASON_DRIVER\x10\x04\x12\x12\n\x0eREASON_SEGMENT\x10\x05\"S\n\tRopeState\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\x12\x15\n\rposition_base\x18\x02 \x01(\x04\x12\r\n\x05theta\x18\x03 \x01(\x01\x12\x0f\n\x07scaling\x18\x04 \x01(\t\"\x81\x02\n\x08KvLayout\x12)\n\x0ephysical_order\x18\x01 \x03(\x0e\x32\x11.prefilld.v1.Axis\x12\x1c\n\x14kv_packed_in_content\x18\x02 \x01(\x08\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12(\n\tdata_type\x18\x06 \x01(\x0e\x32\x15.prefilld.v1.DataType\x12\x1a\n\x12\x62lock_stride_bytes\x18\x07 \x01(\x04\x12*\n\nrope_state\x18\x08 \x01(\x0b\x32\x16.prefilld.v1.RopeState\"\x82\x01\n\x05Lease\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\"\x95\x02\n\x06Limits\x12\x19\n\x11max_prompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10max_attend_bytes\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12\x30\n\rmax_lease_ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11\x64\x65\x66\x61ult_lease_ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10max_waiting_jobs\x18\x07 \x01(\r\x12$\n\x1cmax_unretained_prompt_tokens\x18\x08 \x01(\r\"\xfc\x01\n\x10NegotiateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12*\n\ntransports\x18\x02 \x03(\x0e\x32\x16.prefilld.v1.Transport\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.prefilld.v1.KvLayout\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x12\n\nshm_domain\x18\x05 \x01(\t\x12\x17\n\x0f\x63uda_ipc_domain\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x65vice_uuids\x18\x07 \x03(\t\x12.\n\x07refused\x18\x08 \x03(\x0b\x32\x1d.prefilld.v1.TransportRefusal\"\xa4\x02\n\x11NegotiateResponse\x12)\n\ttransport\x18\x01 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12%\n\x06layout\x18\x02 \x01(\x0b\x32\x15.prefilld.v1.KvLayout\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.prefilld.v1.Limits\x12\x0f\n\x07\x62oot_id\x18\x05 \x01(\t\x12\x16\n\x0eserver_version\x18\x06 \x01(\t\x12\x12\n\nshm_domain\x18\x07 \x01(\t\x12\x17\n\x0f\x63uda_ipc_domain\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65vice_uuids\x18\t \x03(\t\x12\x17\n\x0f\x63uda_ipc_socket\x18\n \x01(\t\"\xa2\x02\n\rPullKvRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12%\n\x06layout\x18\x04 \x01(\x0b\x32\x15.prefilld.v1.KvLayout\x12)\n\ttransport\x18\x05 \x01(\x0e\x32\x16.prefilld.v1.Transport\x12\x13\n\x0b\x66irst_layer\x18\x06 \x01(\r\x12\x18\n\x0blayer_count\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x13resume_tensor_index\x18\x08 \x01(\r\x12\x1a\n\x12resume_byte_offset\x18\t \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\n \x01(\rB\x0e\n\x0c_layer_count\"^\n\x11RenewLeaseRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"v\n\x13ReleaseLeaseRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12*\n\x06reason\x18\x03 \x01(\x0e\x32\x1a.prefilld.v1.ReleaseReason\x12\x10\n\x08unmapped\x18\x04 \x01(\x08\"1\n\x14ReleaseLeaseResponse\x12\x19\n\x11running_transfers\x18\x01 \x01(\r*k\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x17\n\x13TRANSPORT_POSIX_SHM\x10\x02\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03*z\n\x04\x41xis\x12\x14\n\x10\x41XIS_UNSPECIFIED\x10\x00\x12\x0e\n\nAXIS_LAYER\x10\x01\x12\x0b\n\x07\x41XIS_KV\x10\x02\x12\x0e\n\nAXIS_BLOCK\x10\x03\x12\r\n\tAXIS_HEAD\x10\x04\x12\x0e\n\nAXIS_TOKEN\x10\x05\x12\x10\n\x0c\x41XIS_CHANNEL\x10\x06*j\n\rReleaseReason\x12\x1e\n\x1aRELEASE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17RELEASE_REASON_CONSUMED\x10\x01\x12\x1c\n\x18RELEASE_REASON_ABANDONED\x10\x02\x32\xb7\x02\n\x10KvHandoffService\x12J\n\tNegotiate\x12\x1d.prefilld.v1.NegotiateRequest\x1a\x1e.prefilld.v1.NegotiateResponse\x12@\n\x06PullKv\x12\x1a.prefilld.v1.PullKvRequest\x1a\x18.prefilld.v1.TensorChunk0\x01\x12@\n\nRenewLease\x12\x1e.prefilld.v1.RenewLeaseRequest\x1a\x12.prefilld.v1.Lease\x12S\n\x0cReleaseLease\x12 .prefilld.v1.ReleaseLeaseRequest\x1a!.prefilld.v1.ReleaseLeaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefilld.v1.kv_handoff_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORT']._serialized_start=2228
-  _globals['_TRANSPORT']._serialized_end=2335
-  _globals['_AXIS']._serialized_start=2337
-  _globals['_AXIS']._serialized_end=2459
-  _globals['_RELEASEREASON']._serialized_start=2461
-  _globals['_RELEASEREASON']._serialized_end=2567
+  _globals['_TRANSPORT']._serialized_start=2230
+  _globals['_TRANSPORT']._serialized_end=2337
+  _globals['_AXIS']._serialized_start=2339
+  _globals['_AXIS']._serialized_end=2461
+  _globals['_RELEASEREASON']._serialized_start=2463
+  _globals['_RELEASEREASON']._serialized_end=2569
   _globals['_TRANSPORTREFUSAL']._serialized_start=112
-  _globals['_TRANSPORTREFUSAL']._serialized_end=358
+  _globals['_TRANSPORTREFUSAL']._serialized_end=360
   _globals['_TRANSPORTREFUSAL_REASON']._serialized_start=230
-  _globals['_TRANSPORTREFUSAL_REASON']._serialized_end=358
-  _globals['_ROPESTATE']._serialized_start=360
-  _globals['_ROPESTATE']._serialized_end=443
-  _globals['_KVLAYOUT']._serialized_start=446
-  _globals['_KVLAYOUT']._serialized_end=703
-  _globals['_LEASE']._serialized_start=706
-  _globals['_LEASE']._serialized_end=836
-  _globals['_LIMITS']._serialized_start=839
-  _globals['_LIMITS']._serialized_end=1116
-  _globals['_NEGOTIATEREQUEST']._serialized_start=1119
-  _globals['_NEGOTIATEREQUEST']._serialized_end=1371
-  _globals['_NEGOTIATERESPONSE']._serialized_start=1374
-  _globals['_NEGOTIATERESPONSE']._serialized_end=1666
-  _globals['_PULLKVREQUEST']._serialized_start=1669
-  _globals['_PULLKVREQUEST']._serialized_end=1959
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1961
-  _globals['_RENEWLEASEREQUEST']._serialized_end=2055
-  _globals['_RELEASELEASEREQUEST']._serialized_start=2057
-  _globals['_RELEASELEASEREQUEST']._serialized_end=2175
-  _globals['_RELEASELEASERESPONSE']._serialized_start=2177
-  _globals['_RELEASELEASERESPONSE']._serialized_end=2226
-  _globals['_KVHANDOFFSERVICE']._serialized_start=2570
-  _globals['_KVHANDOFFSERVICE']._serialized_end=2881
+  _globals['_TRANSPORTREFUSAL_REASON']._serialized_end=360
+  _globals['_ROPESTATE']._serialized_start=362
+  _globals['_ROPESTATE']._serialized_end=445
+  _globals['_KVLAYOUT']._serialized_start=448
+  _globals['_KVLAYOUT']._serialized_end=705
+  _globals['_LEASE']._serialized_start=708
+  _globals['_LEASE']._serialized_end=838
+  _globals['_LIMITS']._serialized_start=841
+  _globals['_LIMITS']._serialized_end=1118
+  _globals['_NEGOTIATEREQUEST']._serialized_start=1121
+  _globals['_NEGOTIATEREQUEST']._serialized_end=1373
+  _globals['_NEGOTIATERESPONSE']._serialized_start=1376
+  _globals['_NEGOTIATERESPONSE']._serialized_end=1668
+  _globals['_PULLKVREQUEST']._serialized_start=1671
+  _globals['_PULLKVREQUEST']._serialized_end=1961
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1963
+  _globals['_RENEWLEASEREQUEST']._serialized_end=2057
+  _globals['_RELEASELEASEREQUEST']._serialized_start=2059
+  _globals['_RELEASELEASEREQUEST']._serialized_end=2177
+  _globals['_RELEASELEASERESPONSE']._serialized_start=2179
+  _globals['_RELEASELEASERESPONSE']._serialized_end=2228
+  _globals['_KVHANDOFFSERVICE']._serialized_start=2572
+  _globals['_KVHANDOFFSERVICE']._serialized_end=2883
 # @@protoc_insertion_point(module_scope)

@@ -57,13 +57,13 @@ class TransportRefusal(_message.Message):
         REASON_PEER: _ClassVar[TransportRefusal.Reason]
         REASON_DESCRIPTOR: _ClassVar[TransportRefusal.Reason]
         REASON_DRIVER: _ClassVar[TransportRefusal.Reason]
-        REASON_REACH: _ClassVar[TransportRefusal.Reason]
+        REASON_SEGMENT: _ClassVar[TransportRefusal.Reason]
     REASON_UNSPECIFIED: TransportRefusal.Reason
     REASON_SOCKET: TransportRefusal.Reason
     REASON_PEER: TransportRefusal.Reason
     REASON_DESCRIPTOR: TransportRefusal.Reason
     REASON_DRIVER: TransportRefusal.Reason
-    REASON_REACH: TransportRefusal.Reason
+    REASON_SEGMENT: TransportRefusal.Reason
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     transport: Transport
