@@ -1,9 +1,5 @@
 #include "server/server.h"
 
-#include <grpc/support/log.h>
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
-#include <grpcpp/health_check_service_interface.h>
-#include <grpcpp/server_builder.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -24,21 +20,9 @@
 namespace prefilld {
 namespace {
 
-constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
 constexpr absl::Duration kGoodbye = absl::Seconds(1);  // for answers on their way to the socket
-constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
-constexpr int kKeepaliveTimeoutMs = 20'000;
-constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
-constexpr int kStreamsPerConnectionMax = 1024;
-
-// gRPC's own log is quiet until the server serves (our one line tells why it does not), then ours.
-void DropGrpcLog(gpr_log_func_args*) {}
-void TakeGrpcLog(gpr_log_func_args* args) {
-  if (args->severity != GPR_LOG_SEVERITY_ERROR) return;
-  Log(Level::kWarning, "grpc", {{"file", args->file}, {"message", args->message}});
-}
 
 absl::Status Explain(const char* what, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
@@ -113,7 +97,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   for (const auto& [transport, medium] : server->media_) medium->Introduce(&ours);
   Log(Level::kInfo, "serving",
       {{"version", kVersion},
-       {"listen", server->grpc_endpoint_.ToString()},
+       {"listen", server->grpc_endpoint().ToString()},
        {"http", server->http_->endpoint().ToString()},
        {"backend", std::string(server->backend_->name())},
        {"device", std::string(server->backend_->device().name())},
@@ -345,37 +329,13 @@ absl::Status Server::StartGrpc() {
                             .waiting_jobs_max = config_.waiting_jobs_max,
                             .upload_timeout = config_.upload_timeout,
                             .boot_id = boot_id_});
-  prefill_service_ = std::make_unique<PrefillServiceImpl>(*rpc_);
-  handoff_service_ = std::make_unique<KvHandoffServiceImpl>(*rpc_);
-  model_service_ = std::make_unique<ModelServiceImpl>(*rpc_);
-
-  gpr_set_log_function(DropGrpcLog);
-  grpc::EnableDefaultHealthCheckService(true);
-  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  grpc::ServerBuilder builder;
-  int port = 0;
-  builder.AddListeningPort(config_.listen.ToString(), credentials_, &port);
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
-                             kPeersKeepaliveMs);
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsPerConnectionMax);
-  builder.SetMaxReceiveMessageSize(MessageBytesMax(Infos(), limits_));
-  builder.RegisterService(prefill_service_.get());
-  builder.RegisterService(handoff_service_.get());
-  builder.RegisterService(model_service_.get());
-  grpc_ = builder.BuildAndStart();
-  if (!grpc_ || port == 0) {
-    return absl::UnavailableError(absl::StrCat("--listen: cannot listen on ",
-                                               config_.listen.ToString(),
-                                               ": did somebody else begin to meanwhile?"));
-  }
-  held_port_.reset();
-  gpr_set_log_function(TakeGrpcLog);
-  grpc_endpoint_ = config_.listen;
-  grpc_endpoint_.port = port;
-  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, true);
+  if (absl::Status status = held_port_->Listen(); !status.ok()) return Explain("--listen", status);
+  auto grpc = GrpcServer::Start(*rpc_, {.credentials = credentials_,
+                                        .listeners = held_port_->sockets(),
+                                        .connections = {},
+                                        .message_bytes_max = MessageBytesMax(Infos(), limits_)});
+  if (!grpc.ok()) return grpc.status();
+  grpc_ = *std::move(grpc);
   metrics_.ready.Set(1);
   return absl::OkStatus();
 }
@@ -387,7 +347,7 @@ void Server::Watch() {
     const std::string_view fault = backend_->device().fault();
     if (!fault.empty()) {
       Log(Level::kError, "device_lost", {{"kind", std::string(fault)}});
-      grpc_->GetHealthCheckService()->SetServingStatus("", false);
+      grpc_->SetHealth(false, true);
       kill(getpid(), SIGTERM);  // main drains
       return;
     }
@@ -416,8 +376,7 @@ void Server::EndStalled(const StalledStep& step) {
        {"predicted_seconds", absl::ToDoubleSeconds(step.predicted)},
        {"limit", absl::FormatDuration(config_.stall_timeout)},
        {"jobs", "end with the process, as UNAVAILABLE"}});
-  grpc_->GetHealthCheckService()->SetServingStatus("", false);
-  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
+  grpc_->SetHealth(false, false);
   metrics_.ready.Set(0);
   absl::SleepFor(kWatchInterval);  // for those who watch it
   RemoveSegments();
@@ -431,7 +390,7 @@ void Server::Drain() {
       absl::Now() +
       (device_lost() ? std::min(config_.drain_timeout, kLostDeviceTimeout) : config_.drain_timeout);
   Log(Level::kInfo, "draining", {{"leases", leases_->active()}});
-  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
+  grpc_->SetHealth(!device_lost(), false);
   metrics_.ready.Set(0);
   scheduler_->Drain();
   for (const auto& [transport, segments] : segments_) segments->Close();
@@ -439,7 +398,7 @@ void Server::Drain() {
   const bool leases_ended = leases_->WaitEmpty(deadline);
   const bool calls_ended = calls_.WaitNone(deadline);  // what still sends its last bytes
   // Those who watch the health would stay until the deadline.
-  grpc_->Shutdown(absl::ToChronoTime(std::min(deadline, absl::Now() + kGoodbye)));
+  grpc_->Shutdown(std::min(deadline, absl::Now() + kGoodbye));
   RemoveSegments();
   Log(idle && leases_ended && calls_ended ? Level::kInfo : Level::kWarning, "drained",
       {{"idle", idle}, {"leases_ended", leases_ended}, {"calls_ended", calls_ended}});
@@ -453,7 +412,6 @@ void Server::RemoveSegments() {
 Server::~Server() {
   stopping_.Notify();
   if (watch_.joinable()) watch_.join();
-  if (grpc_) grpc_->Shutdown(absl::ToChronoTime(absl::Now()));
   grpc_.reset();
   // Nobody waits for what they have not begun; what comes later runs where it comes from.
   memory_->Stop();

@@ -1,8 +1,6 @@
 // The server: every part of the process, built once, in order, and taken down in the opposite one.
 #pragma once
 
-#include <grpcpp/server.h>
-
 #include <memory>
 #include <optional>
 #include <thread>
@@ -15,7 +13,7 @@
 #include "server/http.h"
 #include "server/port.h"
 #include "server/rpc/context.h"
-#include "server/rpc/services.h"
+#include "server/rpc/grpc_server.h"
 
 namespace prefilld {
 
@@ -25,7 +23,7 @@ class Server {
   static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config);
   ~Server();
 
-  const Endpoint& grpc_endpoint() const { return grpc_endpoint_; }  // with the real port
+  const Endpoint& grpc_endpoint() const { return held_port_->endpoint(); }  // with the real port
   const Endpoint& http_endpoint() const { return http_->endpoint(); }
 
   // Not ready from now on; finishes what runs and waits until leases are consumed or expired, all
@@ -60,7 +58,7 @@ class Server {
   const Config config_;
   const std::string boot_id_ = NewId();
   std::shared_ptr<grpc::ServerCredentials> credentials_;
-  std::optional<HeldPort> held_port_;  // until gRPC listens
+  std::optional<HeldPort> held_port_;  // listened on from StartGrpc on
   // In the order they are built; each may use those above it.
   Metrics metrics_;
   ReportTable reports_;
@@ -80,12 +78,8 @@ class Server {
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<RpcContext> rpc_;
-  std::unique_ptr<PrefillServiceImpl> prefill_service_;
-  std::unique_ptr<KvHandoffServiceImpl> handoff_service_;
-  std::unique_ptr<ModelServiceImpl> model_service_;
   std::unique_ptr<HttpServer> http_;
-  std::unique_ptr<grpc::Server> grpc_;
-  Endpoint grpc_endpoint_;
+  std::unique_ptr<GrpcServer> grpc_;
   absl::Notification built_;  // all that metrics ask when they are read, which is from the start
   absl::Notification stopping_;
   std::thread watch_;

@@ -89,6 +89,10 @@ const char* RejectionOf(const absl::Status& why) {
 
 Metrics::Metrics()
     : registry_(std::make_shared<Registry>()),
+      connections(Gauges(*registry_, "prefilld_connections", "Open connections of gRPC").Add({})),
+      connections_accepted(Counters(*registry_, "prefilld_connections_accepted_total",
+                                    "Connections that gRPC was given")
+                               .Add({})),
       running(Gauges(*registry_, "prefilld_requests_running", "Jobs being computed").Add({})),
       waiting(Gauges(*registry_, "prefilld_requests_waiting", "Admitted jobs not started").Add({})),
       queue_tokens(Gauges(*registry_, "prefilld_queue_tokens", "Tokens of waiting jobs").Add({})),
@@ -112,6 +116,11 @@ Metrics::Metrics()
       log_lines_dropped(Counters(*registry_, "prefilld_log_lines_dropped_total",
                                  "Lines that found the queue to stderr full: its reader is slow")
                             .Add({})),
+      connections_refused_(Counters(*registry_, "prefilld_connections_refused_total",
+                                    "Connections closed at once or cut off, by the limit that "
+                                    "they were over")),
+      descriptors_used_(Gauges(*registry_, "prefilld_descriptors",
+                               "Descriptors of the process: used, and how many may be")),
       requests_(Counters(*registry_, "prefilld_requests_total", "Finished calls")),
       request_duration_(
           Histograms(*registry_, "prefilld_request_duration_seconds", "Length of a call")),
@@ -164,6 +173,7 @@ void Metrics::AddKnown() {
     for (const char* code : kCodes) requests_.Add({{"method", method}, {"code", code}});
     request_duration_.Add({{"method", method}}, Seconds());
   }
+  for (const char* reason : kConnectionRefusals) connections_refused_.Add({{"reason", reason}});
   for (const char* reason : kRejections) rejected_.Add({{"reason", reason}});
   for (const char* phase : kPhaseNames) phase_duration_.Add({{"phase", phase}}, Seconds());
   for (DenseReason reason :
@@ -230,6 +240,15 @@ void Metrics::HandoffFinished(const std::string& transport, double seconds) {
 
 void Metrics::HandoffFailed(const std::string& transport, const std::string& reason) {
   handoff_failures_.Add({{"transport", transport}, {"reason", reason}}).Increment();
+}
+
+void Metrics::ConnectionRefused(const std::string& reason) {
+  connections_refused_.Add({{"reason", reason}}).Increment();
+}
+
+void Metrics::SetDescriptors(const std::string& kind, int64_t used, int64_t limit) {
+  descriptors_used_.Add({{"kind", kind}, {"state", "used"}}).Set(static_cast<double>(used));
+  descriptors_used_.Add({{"kind", kind}, {"state", "limit"}}).Set(static_cast<double>(limit));
 }
 
 void Metrics::ObservePhase(Phase phase, double seconds) {

@@ -51,6 +51,13 @@ struct Metrics {
   // An Attend or a Prefill that got no place; the label is FactsOf(why).reason or follows its code.
   void Rejected(const absl::Status& why);
 
+  // --- connections; by the acceptor ---
+  prometheus::Gauge& connections;             // of gRPC, open
+  prometheus::Counter& connections_accepted;  // handed to gRPC
+  void ConnectionRefused(const std::string& reason);  // or cut off; one of kConnectionRefusals
+  // What of the process's descriptors is used, by kind, and what may be; by on_scrape.
+  void SetDescriptors(const std::string& kind, int64_t used, int64_t limit);
+
   // --- engine and scheduler ---
   void ObservePhase(Phase phase, double seconds);
   void HeadDensity(const std::string& model, Pattern pattern, double density);
@@ -102,6 +109,13 @@ struct Metrics {
       "abandoned",  // released without that, or the callers left
       "expired",    // its time ran out
   };
+  static constexpr const char* kConnectionRefusals[] = {
+      "limit",        // all that there may be are there
+      "address",      // of its address likewise
+      "rate",         // too many new ones of its address
+      "descriptors",  // the process has none left
+      "rapid_reset",  // cut off: it began calls and took them back
+  };
   static constexpr const char* kTransportRefusals[] = {
       // in the order of v1::TransportRefusal::Reason
       "unspecified", "socket", "peer", "descriptor", "driver"};
@@ -127,6 +141,8 @@ struct Metrics {
   template <typename T>
   using Family = prometheus::Family<T>;
 
+  Family<prometheus::Counter>& connections_refused_;
+  Family<prometheus::Gauge>& descriptors_used_;
   Family<prometheus::Counter>& requests_;
   Family<prometheus::Histogram>& request_duration_;
   Family<prometheus::Counter>& rejected_;
