@@ -61,6 +61,12 @@ struct Config {
 
   std::optional<int64_t> prompt_tokens_max;  // absent: kPromptTokens, or as many as can be served
   int waiting_jobs_max = 256;
+  // Connections of gRPC; absent: as many as descriptors allow, and half of all of one address.
+  std::optional<int> connections_max, connections_per_address;
+  int connection_rate = 200;                          // new ones a second of one address
+  absl::Duration connection_age = absl::Minutes(30);  // then its client is asked to come anew
+  uint64_t rpc_memory = 0;  // bytes; 0: an eighth of the machine's, at most 512 MiB
+  bool reflection = false;
   absl::Duration lease_ttl = absl::Minutes(1);
   absl::Duration lease_ttl_max = absl::Minutes(10);
   absl::Duration upload_timeout = absl::Seconds(30);

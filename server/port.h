@@ -32,8 +32,8 @@ class HeldPort {
   // listens on one of the addresses.
   absl::Status Listen();
 
-  const Endpoint& endpoint() const { return endpoint_; }           // with the real port
-  const std::vector<int>& sockets() const { return sockets_; }     // one an address of the host
+  const Endpoint& endpoint() const { return endpoint_; }        // with the real port
+  const std::vector<int>& sockets() const { return sockets_; }  // one an address of the host
 
  private:
   explicit HeldPort(Endpoint endpoint) : endpoint_(std::move(endpoint)) {}

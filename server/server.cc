@@ -120,6 +120,10 @@ absl::Status Server::StartHttp() {
     for (const Device::Memory& memory : backend_->device().memory()) {
       metrics.SetGpuMemory(memory.kind, memory.bytes);
     }
+    metrics.SetDescriptors("connections", static_cast<int64_t>(metrics.connections.Value()),
+                           descriptors_.connections);
+    metrics.SetDescriptors("segments", descriptors_.segments.used(), descriptors_.segments.limit());
+    metrics.SetDescriptors("cuda_ipc", descriptors_.cuda_ipc.used(), descriptors_.cuda_ipc.limit());
     if (!built_.HasBeenNotified()) return;
     metrics.leases_active.Set(static_cast<double>(leases_->active()));
     if (!pool_) return;
@@ -218,7 +222,9 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
 
 // Callers are served without what is not possible here, unless it was asked for by name.
 absl::Status Server::OpenMedia() {
-  const MediumSite site{backend_->device(), metrics_, boot_id_, config_.cuda_ipc_socket};
+  const MediumSite site{
+      backend_->device(),   metrics_, boot_id_, config_.cuda_ipc_socket, descriptors_.segments,
+      descriptors_.cuda_ipc};
   for (const TransportRow& row : kTransports) {
     const bool named = config_.transports && config_.transports->count(row.transport) > 0;
     if (row.open != nullptr && (named || !config_.transports)) {
@@ -299,6 +305,9 @@ absl::Status Server::PrepareGrpc() {
   auto credentials = Credentials({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
   if (!credentials.ok()) return credentials.status();
   credentials_ = *std::move(credentials);
+  auto shares = ShareDescriptors(DescriptorLimit(), config_.connections_max);
+  if (!shares.ok()) return Explain("--max_connections", shares.status());
+  descriptors_ = *std::move(shares);
   auto port = HeldPort::Take(config_.listen);
   if (!port.ok()) return Explain("--listen", port.status());
   held_port_ = *std::move(port);
@@ -330,10 +339,18 @@ absl::Status Server::StartGrpc() {
                             .upload_timeout = config_.upload_timeout,
                             .boot_id = boot_id_});
   if (absl::Status status = held_port_->Listen(); !status.ok()) return Explain("--listen", status);
+  const int connections = descriptors_.connections;
+  const ConnectionLimits limits{
+      .connections = connections,
+      .per_address = config_.connections_per_address.value_or(std::max(1, connections / 2)),
+      .new_per_second = static_cast<double>(config_.connection_rate)};
   auto grpc = GrpcServer::Start(*rpc_, {.credentials = credentials_,
                                         .listeners = held_port_->sockets(),
-                                        .connections = {},
-                                        .message_bytes_max = MessageBytesMax(Infos(), limits_)});
+                                        .connections = limits,
+                                        .memory_bytes = config_.rpc_memory,
+                                        .connection_age = config_.connection_age,
+                                        .message_bytes_max = MessageBytesMax(Infos(), limits_),
+                                        .reflection = config_.reflection});
   if (!grpc.ok()) return grpc.status();
   grpc_ = *std::move(grpc);
   metrics_.ready.Set(1);

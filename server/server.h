@@ -70,6 +70,7 @@ class Server {
   Media media_;
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
+  DescriptorShares descriptors_;
   RequestLimits limits_;             // each is known when what it limits is built
   std::optional<uint64_t> kv_room_;  // ShareKv's
   std::unique_ptr<BlockPool> pool_;  // null without models

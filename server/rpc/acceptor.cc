@@ -23,9 +23,10 @@ namespace {
 constexpr absl::Duration kSweepEvery = absl::Seconds(1);
 constexpr absl::Duration kSweepAtLimit = absl::Milliseconds(100);  // not for each that is refused
 constexpr absl::Duration kPause = absl::Milliseconds(20);  // where the system has nothing to give
-constexpr int kAtOnce = 256;          // of one listener, before the others and the bell are looked at
-constexpr size_t kSources = 1 << 16;  // that are remembered; the rest is bounded by the limit in all
-constexpr double kCutCosts = 2;       // seconds' new connections
+constexpr int kAtOnce = 256;  // of one listener, before the others and the bell are looked at
+constexpr size_t kSources =
+    1 << 16;                     // that are remembered; the rest is bounded by the limit in all
+constexpr double kCutCosts = 2;  // seconds' new connections
 
 int OpenReserve() { return open("/dev/null", O_RDONLY | O_CLOEXEC); }
 

@@ -60,8 +60,7 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc,
   grpc::ServerBuilder builder;
   Bound(options, &builder);
   server->connections_ = builder.experimental().AddExternalConnectionAcceptor(
-      grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
-      options.credentials);
+      grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD, options.credentials);
   builder.RegisterService(&server->prefill_);
   builder.RegisterService(&server->handoff_);
   builder.RegisterService(&server->models_);

@@ -1,5 +1,5 @@
-// gRPC's server: our services on the connections that our Acceptor takes, and what any peer can cost
-// (docs/limits.md). Built when all that calls need is; owned by Server.
+// gRPC's server: our services on the connections that our Acceptor takes, and what any peer can
+// cost (docs/limits.md). Built when all that calls need is; owned by Server.
 #pragma once
 
 #include <grpcpp/security/server_credentials.h>
