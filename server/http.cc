@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
@@ -20,35 +21,49 @@
 namespace prefilld {
 namespace {
 
-constexpr char kMetrics[] = "/metrics";
-constexpr char kSparsity[] = "/debug/sparsity";
+constexpr char kText[] = "text/plain; charset=utf-8";
 
-void Respond(mg_connection* connection, const char* status, const char* type,
-             const std::string& body) {
-  mg_printf(connection,
-            "HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %zu\r\nConnection: close\r\n\r\n",
-            status, type, body.size());
-  mg_write(connection, body.data(), body.size());
-}
+struct Answer {
+  const char* status = "200 OK";
+  const char* type = kText;
+  std::string body;
+};
 
-// civetweb also calls a handler for the paths below its own.
-bool IsExactly(const char* path, mg_connection* connection) {
-  return std::strcmp(mg_get_request_info(connection)->local_uri, path) == 0;
-}
-
-class MetricsHandler : public CivetHandler {
+// What is at one path; HEAD is answered as GET, without the body.
+class Page : public CivetHandler {
  public:
-  explicit MetricsHandler(Metrics& metrics) : metrics_(metrics) {}
+  using Show = std::function<Answer(mg_connection* connection)>;
+  Page(const char* path, Show show) : path_(path), show_(std::move(show)) {}
+
+  const char* path() const { return path_; }
   bool handleGet(CivetServer*, mg_connection* connection) override {
-    if (!IsExactly(kMetrics, connection)) return false;
-    Respond(connection, "200 OK", "text/plain; version=0.0.4; charset=utf-8",
-            prometheus::TextSerializer().Serialize(metrics_.Collect()));
-    return true;
+    return Respond(connection, /*body=*/true);
+  }
+  bool handleHead(CivetServer*, mg_connection* connection) override {
+    return Respond(connection, /*body=*/false);
   }
 
  private:
-  Metrics& metrics_;
+  bool Respond(mg_connection* connection, bool body) const {
+    // civetweb also calls a handler for the paths below its own.
+    if (std::strcmp(mg_get_request_info(connection)->local_uri, path_) != 0) return false;
+    const Answer answer = show_(connection);
+    mg_printf(connection,
+              "HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %zu\r\n"
+              "Connection: close\r\n\r\n",
+              answer.status, answer.type, answer.body.size());
+    if (body) mg_write(connection, answer.body.data(), answer.body.size());
+    return true;
+  }
+
+  const char* const path_;
+  const Show show_;
 };
+
+Answer Tell(const absl::Status& health) {
+  if (health.ok()) return {.body = "ok\n"};
+  return {"503 Service Unavailable", kText, std::string(health.message()) + "\n"};
+}
 
 nlohmann::ordered_json ToJson(const RequestReport& request) {
   const JobReport& report = request.report;
@@ -82,29 +97,19 @@ nlohmann::ordered_json ToJson(const RequestReport& request) {
 }
 
 // ?format=json is all there is; ?request=ID shows one request only.
-class SparsityHandler : public CivetHandler {
- public:
-  explicit SparsityHandler(const ReportTable& reports) : reports_(reports) {}
-  bool handleGet(CivetServer*, mg_connection* connection) override {
-    if (!IsExactly(kSparsity, connection)) return false;
-    std::string format, id;
-    if (CivetServer::getParam(connection, "format", format) && format != "json") {
-      Respond(connection, "400 Bad Request", "text/plain", "format: only json\n");
-      return true;
-    }
-    const bool one = CivetServer::getParam(connection, "request", id);
-    nlohmann::ordered_json json;
-    json["requests"] = nlohmann::json::array();  // newest first
-    for (const auto& report : reports_.All()) {
-      if (!one || report->request_id == id) json["requests"].push_back(ToJson(*report));
-    }
-    Respond(connection, "200 OK", "application/json", json.dump() + "\n");
-    return true;
+Answer Sparsity(const ReportTable& reports, mg_connection* connection) {
+  std::string format, id;
+  if (CivetServer::getParam(connection, "format", format) && format != "json") {
+    return {"400 Bad Request", kText, "format: only json\n"};
   }
-
- private:
-  const ReportTable& reports_;
-};
+  const bool one = CivetServer::getParam(connection, "request", id);
+  nlohmann::ordered_json json;
+  json["requests"] = nlohmann::json::array();  // newest first
+  for (const auto& report : reports.All()) {
+    if (!one || report->request_id == id) json["requests"].push_back(ToJson(*report));
+  }
+  return {.type = "application/json", .body = json.dump() + "\n"};
+}
 
 // civetweb complains in its own format; a failed start is told by our one line.
 int DropMessage(const mg_connection*, const char*) { return 1; }
@@ -126,9 +131,16 @@ void Knock(const Endpoint& endpoint) {
 }  // namespace
 
 struct HttpServer::Parts {
-  Parts(Metrics& metrics, const ReportTable& reports) : on_metrics(metrics), on_sparsity(reports) {}
-  MetricsHandler on_metrics;
-  SparsityHandler on_sparsity;
+  Parts(Metrics& metrics, const ReportTable& reports, const Health& health)
+      : pages{{"/metrics",
+               [&](auto*) {
+                 return Answer{.type = "text/plain; version=0.0.4; charset=utf-8",
+                               .body = prometheus::TextSerializer().Serialize(metrics.Collect())};
+               }},
+              {"/debug/sparsity", [&](auto* connection) { return Sparsity(reports, connection); }},
+              {"/healthz", [&](auto*) { return Tell(health.alive()); }},
+              {"/readyz", [&](auto*) { return Tell(health.ready()); }}} {}
+  Page pages[4];
   std::unique_ptr<CivetServer> civet;  // last: stops before its handlers go
 };
 
@@ -150,8 +162,9 @@ HttpServer::~HttpServer() {
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Endpoint& listen,
                                                               Metrics& metrics,
-                                                              const ReportTable& reports) {
-  auto parts = std::make_unique<Parts>(metrics, reports);
+                                                              const ReportTable& reports,
+                                                              const Health& health) {
+  auto parts = std::make_unique<Parts>(metrics, reports, health);
   CivetCallbacks callbacks;
   callbacks.log_message = DropMessage;
   // A connection has a thread, also one that says nothing: many threads, and not for long.
@@ -159,7 +172,7 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Endpoint& li
       "listening_ports",
       listen.host == "localhost" ? absl::StrCat("127.0.0.1:", listen.port) : listen.ToString(),
       "num_threads",
-      "16",
+      "64",
       "request_timeout_ms",
       "2000"};
   try {
@@ -168,8 +181,7 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Endpoint& li
     return absl::UnavailableError(
         absl::StrCat("cannot listen on ", listen.ToString(), ": is the port in use?"));
   }
-  parts->civet->addHandler(kMetrics, parts->on_metrics);
-  parts->civet->addHandler(kSparsity, parts->on_sparsity);
+  for (Page& page : parts->pages) parts->civet->addHandler(page.path(), page);
   Endpoint endpoint = listen;
   endpoint.port = parts->civet->getListeningPorts().at(0);
   return std::unique_ptr<HttpServer>(new HttpServer(std::move(endpoint), std::move(parts)));

@@ -124,6 +124,7 @@ absl::Status Server::StartHttp() {
                            descriptors_.connections);
     metrics.SetDescriptors("segments", descriptors_.segments.used(), descriptors_.segments.limit());
     metrics.SetDescriptors("cuda_ipc", descriptors_.cuda_ipc.used(), descriptors_.cuda_ipc.limit());
+    metrics.ready.Set(health_.ready().ok() ? 1 : 0);
     if (!built_.HasBeenNotified()) return;
     metrics.leases_active.Set(static_cast<double>(leases_->active()));
     if (!pool_) return;
@@ -138,7 +139,7 @@ absl::Status Server::StartHttp() {
       }
     }
   };
-  auto http = HttpServer::Start(config_.http, metrics_, reports_);
+  auto http = HttpServer::Start(config_.http, metrics_, reports_, health_);
   if (!http.ok()) return Explain("--http", http.status());
   http_ = *std::move(http);
   return absl::OkStatus();
@@ -344,16 +345,18 @@ absl::Status Server::StartGrpc() {
       .connections = connections,
       .per_address = config_.connections_per_address.value_or(std::max(1, connections / 2)),
       .new_per_second = static_cast<double>(config_.connection_rate)};
-  auto grpc = GrpcServer::Start(*rpc_, {.credentials = credentials_,
-                                        .listeners = held_port_->sockets(),
-                                        .connections = limits,
-                                        .memory_bytes = config_.rpc_memory,
-                                        .connection_age = config_.connection_age,
-                                        .message_bytes_max = MessageBytesMax(Infos(), limits_),
-                                        .reflection = config_.reflection});
+  auto grpc = GrpcServer::Start(*rpc_, health_,
+                                {.credentials = credentials_,
+                                 .listeners = held_port_->sockets(),
+                                 .connections = limits,
+                                 .memory_bytes = config_.rpc_memory,
+                                 .connection_age = config_.connection_age,
+                                 .message_bytes_max = MessageBytesMax(Infos(), limits_),
+                                 .reflection = config_.reflection,
+                                 .tls = !config_.tls_cert.empty()});
   if (!grpc.ok()) return grpc.status();
   grpc_ = *std::move(grpc);
-  metrics_.ready.Set(1);
+  health_.Set(Health::kStarting, "");
   return absl::OkStatus();
 }
 
@@ -364,7 +367,7 @@ void Server::Watch() {
     const std::string_view fault = backend_->device().fault();
     if (!fault.empty()) {
       Log(Level::kError, "device_lost", {{"kind", std::string(fault)}});
-      grpc_->SetHealth(false, true);
+      health_.Set(Health::kDeviceLost, "device lost: " + std::string(fault));
       kill(getpid(), SIGTERM);  // main drains
       return;
     }
@@ -393,8 +396,7 @@ void Server::EndStalled(const StalledStep& step) {
        {"predicted_seconds", absl::ToDoubleSeconds(step.predicted)},
        {"limit", absl::FormatDuration(config_.stall_timeout)},
        {"jobs", "end with the process, as UNAVAILABLE"}});
-  grpc_->SetHealth(false, false);
-  metrics_.ready.Set(0);
+  health_.Set(Health::kStalled, "a step does not end");
   absl::SleepFor(kWatchInterval);  // for those who watch it
   RemoveSegments();
   FlushLog();
@@ -407,8 +409,7 @@ void Server::Drain() {
       absl::Now() +
       (device_lost() ? std::min(config_.drain_timeout, kLostDeviceTimeout) : config_.drain_timeout);
   Log(Level::kInfo, "draining", {{"leases", leases_->active()}});
-  grpc_->SetHealth(!device_lost(), false);
-  metrics_.ready.Set(0);
+  health_.Set(Health::kDraining, "draining");
   scheduler_->Drain();
   for (const auto& [transport, segments] : segments_) segments->Close();
   const bool idle = scheduler_->WaitIdle(deadline);

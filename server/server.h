@@ -10,6 +10,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "server/config.h"
+#include "server/health.h"
 #include "server/http.h"
 #include "server/port.h"
 #include "server/rpc/context.h"
@@ -61,6 +62,7 @@ class Server {
   std::optional<HeldPort> held_port_;  // listened on from StartGrpc on
   // In the order they are built; each may use those above it.
   Metrics metrics_;
+  Health health_;
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;

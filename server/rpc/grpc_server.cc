@@ -51,12 +51,12 @@ void Bound(const GrpcOptions& options, grpc::ServerBuilder* builder) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc,
+absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc, Health& health,
                                                               GrpcOptions options) {
   gpr_set_log_function(DropGrpcLog);
   grpc::EnableDefaultHealthCheckService(true);
   if (options.reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  std::unique_ptr<GrpcServer> server(new GrpcServer(rpc));
+  std::unique_ptr<GrpcServer> server(new GrpcServer(rpc, health));
   grpc::ServerBuilder builder;
   Bound(options, &builder);
   server->connections_ = builder.experimental().AddExternalConnectionAcceptor(
@@ -67,7 +67,11 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc,
   server->grpc_ = builder.BuildAndStart();
   if (!server->grpc_) return absl::InternalError("gRPC does not start");
   gpr_set_log_function(TakeGrpcLog);
-  server->SetHealth(true, true);
+  health.Tell([service = server->grpc_->GetHealthCheckService()](bool alive, bool ready) {
+    service->SetServingStatus("", alive);
+    service->SetServingStatus(kReadyService, ready);
+  });
+  const int checked = options.listeners.at(0);
   server->acceptor_ = std::make_unique<Acceptor>(
       std::move(options.listeners), options.connections,
       [&connections = *server->connections_](int listener, int fd) {
@@ -77,15 +81,28 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc,
         connections.HandleNewConnection(&connection);
       },
       rpc.metrics);
+  server->Check({.listener = checked, .tls = options.tls});
   return server;
 }
 
-void GrpcServer::SetHealth(bool alive, bool ready) {
-  grpc_->GetHealthCheckService()->SetServingStatus("", alive);
-  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, ready);
+void GrpcServer::Check(SelfCheckOptions options) {
+  self_check_ =
+      std::make_unique<SelfCheck>(options, *acceptor_, [this](const absl::Status& status) {
+        const std::string why(status.message());
+        Log(status.ok() ? Level::kInfo : Level::kError, status.ok() ? "reachable" : "unreachable",
+            {{"message", why}});
+        health_.Set(Health::kUnreachable,
+                    status.ok() ? "" : "the gRPC port does not serve: " + why);
+      });
+}
+
+GrpcServer::~GrpcServer() {
+  health_.Tell(nullptr);
+  Shutdown(absl::Now());
 }
 
 void GrpcServer::Shutdown(absl::Time deadline) {
+  self_check_.reset();
   if (acceptor_) acceptor_->Stop();  // what comes later would be nobody's
   if (grpc_) grpc_->Shutdown(absl::ToChronoTime(deadline));
 }

@@ -11,8 +11,10 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "server/health.h"
 #include "server/rpc/acceptor.h"
 #include "server/rpc/context.h"
+#include "server/rpc/self_check.h"
 #include "server/rpc/services.h"
 
 namespace prefilld {
@@ -25,29 +27,32 @@ struct GrpcOptions {
   absl::Duration connection_age = absl::Minutes(30);  // then a peer is asked to come anew
   int message_bytes_max = 0;
   bool reflection = false;  // each of its streams is a thread
+  bool tls = false;         // what the credentials are
 };
 
 class GrpcServer {
  public:
-  // Serves when it returns. `ready` is the service whose health says whether new work is taken.
-  static absl::StatusOr<std::unique_ptr<GrpcServer>> Start(RpcContext& rpc, GrpcOptions options);
-  ~GrpcServer() { Shutdown(absl::Now()); }
+  // Serves when it returns. Tells gRPC's clients of `health`, and it when the port does not serve.
+  static absl::StatusOr<std::unique_ptr<GrpcServer>> Start(RpcContext& rpc, Health& health,
+                                                           GrpcOptions options);
+  ~GrpcServer();
 
-  // gRPC's health: of the server as a whole, and of whether it takes new work.
-  void SetHealth(bool alive, bool ready);
   // Takes no connection any more; ends calls at the deadline. Blocks until then, or all have ended.
   void Shutdown(absl::Time deadline);
-  Acceptor& acceptor() { return *acceptor_; }
 
  private:
-  explicit GrpcServer(RpcContext& rpc) : prefill_(rpc), handoff_(rpc), models_(rpc) {}
+  GrpcServer(RpcContext& rpc, Health& health)
+      : health_(health), prefill_(rpc), handoff_(rpc), models_(rpc) {}
+  void Check(SelfCheckOptions options);
 
+  Health& health_;
   PrefillServiceImpl prefill_;
   KvHandoffServiceImpl handoff_;
   ModelServiceImpl models_;
   std::unique_ptr<grpc::Server> grpc_;
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> connections_;
   std::unique_ptr<Acceptor> acceptor_;
+  std::unique_ptr<SelfCheck> self_check_;
 };
 
 }  // namespace prefilld
