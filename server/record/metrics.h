@@ -52,8 +52,8 @@ struct Metrics {
   void Rejected(const absl::Status& why);
 
   // --- connections; by the acceptor ---
-  prometheus::Gauge& connections;             // of gRPC, open
-  prometheus::Counter& connections_accepted;  // handed to gRPC
+  prometheus::Gauge& connections;                     // of gRPC, open
+  prometheus::Counter& connections_accepted;          // handed to gRPC
   void ConnectionRefused(const std::string& reason);  // or cut off; one of kConnectionRefusals
   // What of the process's descriptors is used, by kind, and what may be; by on_scrape.
   void SetDescriptors(const std::string& kind, int64_t used, int64_t limit);
@@ -114,7 +114,8 @@ struct Metrics {
       "address",      // of its address likewise
       "rate",         // too many new ones of its address
       "descriptors",  // the process has none left
-      "rapid_reset",  // cut off: it began calls and took them back
+      "rapid_reset",  // cut off: it begins calls and takes them back
+      "streams",      // cut off: it has more open than it was told it may
   };
   static constexpr const char* kTransportRefusals[] = {
       // in the order of v1::TransportRefusal::Reason

@@ -18,7 +18,7 @@ constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
-constexpr int kHandshakeMs = 10'000;      // TLS, and HTTP/2's first words
+constexpr int kHandshakeMs = 20'000;      // TLS, and HTTP/2's first words
 constexpr int kStreamsPerConnectionMax = 128;
 // What runs on a connection that is too old may end in peace for so long.
 constexpr absl::Duration kAgeGrace = absl::Minutes(10);
@@ -81,6 +81,8 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc, H
         connections.HandleNewConnection(&connection);
       },
       rpc.metrics);
+  server->guard_ = std::make_unique<ConnectionGuard>(
+      GuardOptions{.streams = kStreamsPerConnectionMax}, *server->acceptor_);
   server->Check({.listener = checked, .tls = options.tls});
   return server;
 }
@@ -103,6 +105,7 @@ GrpcServer::~GrpcServer() {
 
 void GrpcServer::Shutdown(absl::Time deadline) {
   self_check_.reset();
+  guard_.reset();
   if (acceptor_) acceptor_->Stop();  // what comes later would be nobody's
   if (grpc_) grpc_->Shutdown(absl::ToChronoTime(deadline));
 }

@@ -13,6 +13,7 @@
 #include "absl/time/time.h"
 #include "server/health.h"
 #include "server/rpc/acceptor.h"
+#include "server/rpc/connection_guard.h"
 #include "server/rpc/context.h"
 #include "server/rpc/self_check.h"
 #include "server/rpc/services.h"
@@ -52,6 +53,7 @@ class GrpcServer {
   std::unique_ptr<grpc::Server> grpc_;
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> connections_;
   std::unique_ptr<Acceptor> acceptor_;
+  std::unique_ptr<ConnectionGuard> guard_;
   std::unique_ptr<SelfCheck> self_check_;
 };
 
