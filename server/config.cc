@@ -224,7 +224,7 @@ void AddConnections(CLI::App& app, Config* config) {
   AddDuration(app, "--max_connection_age", &config->connection_age,
               "A connection that is older takes no new calls: its client opens another. What runs "
               "on it has ten minutes to end");
-  AddSize(app, "--rpc_memory", &config->rpc_memory, "an eighth of the machine's, at most 512MiB",
+  AddSize(app, "--rpc_memory", &config->rpc_memory, "512MiB",
           "Memory of messages that arrive and of calls and connections, before calls of clients "
           "that hold most are ended");
   app.add_flag("--reflection", config->reflection,
@@ -317,6 +317,9 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddDuration(app, "--max_lease_ttl", &config.lease_ttl_max, "The longest a caller may ask for");
   AddDuration(app, "--upload_timeout", &config.upload_timeout,
               "An Attend whose peer moves no chunk for this long is given up");
+  AddSize(app, "--min_transfer_rate", &config.transfer_rate_min, "256KiB",
+          "Bytes a second of an Attend's tensors, either way; one that is slower after the first "
+          "--upload_timeout is given up");
   AddDuration(app, "--drain_timeout", &config.drain_timeout,
               "How long SIGTERM waits for work and leases");
   AddDuration(app, "--stall_timeout", &config.stall_timeout,
@@ -350,7 +353,6 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   }
   if (config.kv_memory == 0) config.kv_memory = std::min(8 * kGiB, MachineMemory() / 2);
   if (config.attend_memory == 0) config.attend_memory = std::min(4 * kGiB, MachineMemory() / 4);
-  if (config.rpc_memory == 0) config.rpc_memory = std::min(kGiB / 2, MachineMemory() / 8);
   return parsed;
 }
 

@@ -331,6 +331,7 @@ absl::Status Server::StartGrpc() {
                             .prefills = prefills_,
                             .attends = attends_,
                             .calls = calls_,
+                            .sweeper = sweeper_,
                             .reports = reports_,
                             .metrics = metrics_,
                             .memory = memory_,
@@ -338,6 +339,7 @@ absl::Status Server::StartGrpc() {
                             .limits = limits_,
                             .waiting_jobs_max = config_.waiting_jobs_max,
                             .upload_timeout = config_.upload_timeout,
+                            .transfer_rate_min = config_.transfer_rate_min,
                             .boot_id = boot_id_});
   if (absl::Status status = held_port_->Listen(); !status.ok()) return Explain("--listen", status);
   const int connections = descriptors_.connections;

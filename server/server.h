@@ -1,6 +1,7 @@
 // The server: every part of the process, built once, in order, and taken down in the opposite one.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -66,6 +67,9 @@ class Server {
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;
+  // Often enough for what it looks at.
+  Sweeper sweeper_{
+      std::clamp(config_.upload_timeout / 4, absl::Milliseconds(10), absl::Seconds(1))};
   PrefillRegistry prefills_;
   std::unique_ptr<Backend> backend_;
   Models models_;

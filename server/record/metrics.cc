@@ -26,10 +26,20 @@ constexpr const char* kCodes[] = {
     "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
     "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
     "DATA_LOSS", "UNAUTHENTICATED"};
-constexpr const char* kRejections[] = {"queue_full",          "kv_memory",       "attend_memory",
-                                       "shm_memory",          "draining",        "device_lost",
-                                       "deadline_infeasible", "deadline_passed", "invalid_argument",
-                                       "not_found",           "unimplemented",   "other"};
+constexpr const char* kRejections[] = {"queue_full",
+                                       "uploads",
+                                       "unretained",
+                                       "kv_memory",
+                                       "attend_memory",
+                                       "shm_memory",
+                                       "draining",
+                                       "device_lost",
+                                       "deadline_infeasible",
+                                       "deadline_passed",
+                                       "invalid_argument",
+                                       "not_found",
+                                       "unimplemented",
+                                       "other"};
 
 // 1-2.5-5 from a millisecond to 160 s.
 const Buckets& Seconds() {
@@ -95,6 +105,9 @@ Metrics::Metrics()
                                .Add({})),
       running(Gauges(*registry_, "prefilld_requests_running", "Jobs being computed").Add({})),
       waiting(Gauges(*registry_, "prefilld_requests_waiting", "Admitted jobs not started").Add({})),
+      uploads(Gauges(*registry_, "prefilld_requests_uploading",
+                     "Admitted Attends whose tensors are on their way")
+                  .Add({})),
       queue_tokens(Gauges(*registry_, "prefilld_queue_tokens", "Tokens of waiting jobs").Add({})),
       upload_bytes_inflight(Gauges(*registry_, "prefilld_upload_bytes_inflight",
                                    "Tensor bytes admitted and not arrived yet")

@@ -67,6 +67,7 @@ struct Metrics {
 
   prometheus::Gauge& running;                  // jobs
   prometheus::Gauge& waiting;                  // jobs
+  prometheus::Gauge& uploads;                  // Attends whose tensors are on their way
   prometheus::Gauge& queue_tokens;             // of waiting jobs
   prometheus::Gauge& upload_bytes_inflight;    // admitted and not arrived; by rpc
   prometheus::Histogram& prompt_tokens;        // of every admitted Prefill; by rpc

@@ -15,8 +15,8 @@ AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext
   std::shared_ptr<AttendReactor> reactor(new AttendReactor(rpc, context));
   absl::MutexLock lock(&reactor->mutex_);
   reactor->self_ = reactor;
-  reactor->Watch();
   reactor->StartRead(&reactor->read_);
+  rpc.sweeper.Add(reactor);
   return reactor.get();
 }
 
@@ -129,9 +129,7 @@ void AttendReactor::PlaceTensors(const ValidAttend& valid) {
        {"transport", Name(valid.transport)},
        {"tokens", job_->tokens()},
        {"upload_bytes", bytes_to_come_}});
-  busy_ = false;
-  progress_ = SteadyNow();
-  Watch();
+  BeginTransfer(memory_.region != nullptr ? bytes_to_come_ : 0);
   Write(EncodeMessage(Admission(valid.transport)));
   StartRead(&read_);
 }
@@ -193,6 +191,7 @@ void AttendReactor::OnArrived(const absl::Status& status) {
   const uint64_t to_come = upload_->total_bytes() - upload_->received_bytes();
   rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_ - to_come));
   bytes_to_come_ = to_come;
+  moved_ = upload_->received_bytes();
   if (upload_->complete()) {
     busy_ = true;
     rpc_.scheduler.UploadDone(job_);
@@ -255,12 +254,10 @@ void AttendReactor::LetGoOfInputs() {
 }
 
 void AttendReactor::Answer() {
-  busy_ = false;
-  progress_ = SteadyNow();
+  BeginTransfer(0);
   v1::AttendResponse response;
   *response.mutable_outputs() = outputs_->specs();
   next_ = EncodeMessage(response);
-  Watch();
   WriteNext();
 }
 
@@ -294,6 +291,7 @@ void AttendReactor::OnWriteDone(bool ok) {
   writing_ = false;
   if (ended_) return;
   progress_ = SteadyNow();
+  moved_ += write_.Length();
   if (!ok) return End(WhyCancelled(deadline_));
   WriteNext();
 }
@@ -334,8 +332,7 @@ void AttendReactor::End(const absl::Status& status) {
          {"code", CodeName(wire.error_code())},
          {"message", wire.error_message()}});
   }
-  progress_ = SteadyNow();
-  Watch();  // whether the peer takes the status
+  progress_ = SteadyNow();  // whether the peer takes the status
   Finish(wire);
 }
 
@@ -343,33 +340,39 @@ void AttendReactor::OnDone() {
   std::shared_ptr<AttendReactor> self;  // dropped last, after the lock
   std::shared_ptr<Job> job;
   absl::MutexLock lock(&mutex_);
-  if (alarm_) alarm_->Cancel();
   job.swap(job_);
   outputs_.reset();
   self.swap(self_);
 }
 
-// A peer that stalls holds memory: there is a limit to that, but not while it waits for us.
-void AttendReactor::Watch() {
-  alarm_ = std::make_unique<grpc::Alarm>();
-  alarm_->Set(absl::ToChronoTime(absl::Now() + (rpc_.upload_timeout - Since(progress_))),
-              [weak = weak_from_this()](bool fired) {
-                // Weak: the alarm, which is ours, keeps this function as long as it lives.
-                const auto self = fired ? weak.lock() : nullptr;
-                if (self) self->OnAlarm();
-              });
+void AttendReactor::BeginTransfer(uint64_t moved) {
+  busy_ = false;
+  progress_ = transfer_began_ = SteadyNow();
+  moved_ = moved;
 }
 
-void AttendReactor::OnAlarm() {
+// A peer that stalls, or trickles, holds memory: there is a limit to that, but not while it waits
+// for us.
+void AttendReactor::OnSweep() {
   absl::MutexLock lock(&mutex_);
-  if (!self_) return;            // the call is over, its context gone
-  if (!ended_ && busy_) return;  // whoever has done it watches again
-  if (Since(progress_) < rpc_.upload_timeout) return Watch();
-  if (ended_) return context_->TryCancel();  // the peer does not even take the status
-  const absl::Status status = absl::DeadlineExceededError(
-      absl::StrCat("nothing moved for ", absl::FormatDuration(rpc_.upload_timeout)));
+  if (!self_) return;  // the call is over, its context gone
+  const absl::Duration timeout = rpc_.upload_timeout;
+  const bool stalled = Since(progress_) >= timeout;
+  if (ended_) {
+    if (stalled) context_->TryCancel();  // the peer does not even take the status
+    return;
+  }
+  if (busy_) return;
+  const double rate = static_cast<double>(rpc_.transfer_rate_min);
+  const absl::Duration due = timeout + absl::Seconds(static_cast<double>(moved_) / rate);
+  const absl::Duration age = Since(transfer_began_);
+  if (!stalled && age < due) return;
   const bool stuck = writing_;
-  End(status);
+  End(absl::DeadlineExceededError(
+      stalled ? absl::StrCat("nothing moved for ", absl::FormatDuration(timeout))
+              : absl::StrCat(moved_, " bytes moved in ", absl::FormatDuration(age), ": fewer than ",
+                             rpc_.transfer_rate_min, " a second after the first ",
+                             absl::FormatDuration(timeout))));
   // A reader that takes nothing would not take the status either.
   if (stuck) context_->TryCancel();
 }

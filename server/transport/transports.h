@@ -25,7 +25,7 @@ struct MediumSite {
   std::string owner;  // names this process, never used before
   // An absolute path, or "@" and an abstract name; empty: one of the latter, after the owner.
   std::string cuda_ipc_socket;
-  DescriptorShare segments, cuda_ipc_connections;
+  DescriptorShare segments = DescriptorShare(), cuda_ipc_connections = DescriptorShare();
 };
 
 struct TransportRow {
