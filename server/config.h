@@ -65,7 +65,7 @@ struct Config {
   std::optional<int> connections_max, connections_per_address;
   int connection_rate = 200;                          // new ones a second of one address
   absl::Duration connection_age = absl::Minutes(30);  // then its client is asked to come anew
-  uint64_t rpc_memory = uint64_t{512} << 20;  // bytes
+  uint64_t rpc_memory = uint64_t{512} << 20;          // bytes
   bool reflection = false;
   absl::Duration lease_ttl = absl::Minutes(1);
   absl::Duration lease_ttl_max = absl::Minutes(10);

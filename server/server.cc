@@ -120,10 +120,13 @@ absl::Status Server::StartHttp() {
     for (const Device::Memory& memory : backend_->device().memory()) {
       metrics.SetGpuMemory(memory.kind, memory.bytes);
     }
-    metrics.SetDescriptors("connections", static_cast<int64_t>(metrics.connections.Value()),
-                           descriptors_.connections);
-    metrics.SetDescriptors("segments", descriptors_.segments.used(), descriptors_.segments.limit());
-    metrics.SetDescriptors("cuda_ipc", descriptors_.cuda_ipc.used(), descriptors_.cuda_ipc.limit());
+    metrics.connections.SetDescriptors("connections",
+                                       static_cast<int64_t>(metrics.connections.open.Value()),
+                                       descriptors_.connections);
+    metrics.connections.SetDescriptors("segments", descriptors_.segments.used(),
+                                       descriptors_.segments.limit());
+    metrics.connections.SetDescriptors("cuda_ipc", descriptors_.cuda_ipc.used(),
+                                       descriptors_.cuda_ipc.limit());
     metrics.ready.Set(health_.ready().ok() ? 1 : 0);
     if (!built_.HasBeenNotified()) return;
     metrics.leases_active.Set(static_cast<double>(leases_->active()));
@@ -139,7 +142,7 @@ absl::Status Server::StartHttp() {
       }
     }
   };
-  auto http = HttpServer::Start(config_.http, metrics_, reports_, health_);
+  auto http = HttpServer::Start(config_.http, {metrics_, reports_, health_});
   if (!http.ok()) return Explain("--http", http.status());
   http_ = *std::move(http);
   return absl::OkStatus();

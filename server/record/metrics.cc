@@ -97,21 +97,36 @@ const char* RejectionOf(const absl::Status& why) {
 
 }  // namespace
 
+ConnectionMetrics::ConnectionMetrics(Registry& registry)
+    : open(Gauges(registry, "prefilld_connections", "Open connections of gRPC").Add({})),
+      accepted(Counters(registry, "prefilld_connections_accepted_total",
+                        "Connections that gRPC was given")
+                   .Add({})),
+      refused_(Counters(registry, "prefilld_connections_refused_total",
+                        "Connections closed at once or cut off, by the limit that they were over")),
+      descriptors_(Gauges(registry, "prefilld_descriptors",
+                          "Descriptors of the process: used, and how many may be")) {
+  for (const char* reason : kConnectionRefusals) refused_.Add({{"reason", reason}});
+}
+
+void ConnectionMetrics::Refused(const std::string& reason) {
+  refused_.Add({{"reason", reason}}).Increment();
+}
+
+void ConnectionMetrics::SetDescriptors(const std::string& kind, int64_t used, int64_t limit) {
+  descriptors_.Add({{"kind", kind}, {"state", "used"}}).Set(static_cast<double>(used));
+  descriptors_.Add({{"kind", kind}, {"state", "limit"}}).Set(static_cast<double>(limit));
+}
+
 Metrics::Metrics()
     : registry_(std::make_shared<Registry>()),
-      connections(Gauges(*registry_, "prefilld_connections", "Open connections of gRPC").Add({})),
-      connections_accepted(Counters(*registry_, "prefilld_connections_accepted_total",
-                                    "Connections that gRPC was given")
-                               .Add({})),
+      connections(*registry_),
       running(Gauges(*registry_, "prefilld_requests_running", "Jobs being computed").Add({})),
       waiting(Gauges(*registry_, "prefilld_requests_waiting", "Admitted jobs not started").Add({})),
-      uploads(Gauges(*registry_, "prefilld_requests_uploading",
-                     "Admitted Attends whose tensors are on their way")
-                  .Add({})),
+      uploads(Gauges(*registry_, "prefilld_requests_uploading", "Attends to arrive").Add({})),
       queue_tokens(Gauges(*registry_, "prefilld_queue_tokens", "Tokens of waiting jobs").Add({})),
-      upload_bytes_inflight(Gauges(*registry_, "prefilld_upload_bytes_inflight",
-                                   "Tensor bytes admitted and not arrived yet")
-                                .Add({})),
+      upload_bytes_inflight(
+          Gauges(*registry_, "prefilld_upload_bytes_inflight", "Tensor bytes to come").Add({})),
       prompt_tokens(Histograms(*registry_, "prefilld_prompt_tokens", "Tokens of admitted prompts")
                         .Add({}, Tokens())),
       tokens_total(
@@ -119,9 +134,8 @@ Metrics::Metrics()
       time_to_first_layer(Histograms(*registry_, "prefilld_time_to_first_layer_seconds",
                                      "From a prompt's arrival to its first layer's KV")
                               .Add({}, Seconds())),
-      leases_granted(Counters(*registry_, "prefilld_leases_granted_total",
-                              "Leases given: those that ended and those that live")
-                         .Add({})),
+      leases_granted(
+          Counters(*registry_, "prefilld_leases_granted_total", "Leases, ended or alive").Add({})),
       leases_active(
           Gauges(*registry_, "prefilld_leases_active", "Leases that live: granted and not ended")
               .Add({})),
@@ -129,11 +143,6 @@ Metrics::Metrics()
       log_lines_dropped(Counters(*registry_, "prefilld_log_lines_dropped_total",
                                  "Lines that found the queue to stderr full: its reader is slow")
                             .Add({})),
-      connections_refused_(Counters(*registry_, "prefilld_connections_refused_total",
-                                    "Connections closed at once or cut off, by the limit that "
-                                    "they were over")),
-      descriptors_used_(Gauges(*registry_, "prefilld_descriptors",
-                               "Descriptors of the process: used, and how many may be")),
       requests_(Counters(*registry_, "prefilld_requests_total", "Finished calls")),
       request_duration_(
           Histograms(*registry_, "prefilld_request_duration_seconds", "Length of a call")),
@@ -186,7 +195,6 @@ void Metrics::AddKnown() {
     for (const char* code : kCodes) requests_.Add({{"method", method}, {"code", code}});
     request_duration_.Add({{"method", method}}, Seconds());
   }
-  for (const char* reason : kConnectionRefusals) connections_refused_.Add({{"reason", reason}});
   for (const char* reason : kRejections) rejected_.Add({{"reason", reason}});
   for (const char* phase : kPhaseNames) phase_duration_.Add({{"phase", phase}}, Seconds());
   for (DenseReason reason :
@@ -253,15 +261,6 @@ void Metrics::HandoffFinished(const std::string& transport, double seconds) {
 
 void Metrics::HandoffFailed(const std::string& transport, const std::string& reason) {
   handoff_failures_.Add({{"transport", transport}, {"reason", reason}}).Increment();
-}
-
-void Metrics::ConnectionRefused(const std::string& reason) {
-  connections_refused_.Add({{"reason", reason}}).Increment();
-}
-
-void Metrics::SetDescriptors(const std::string& kind, int64_t used, int64_t limit) {
-  descriptors_used_.Add({{"kind", kind}, {"state", "used"}}).Set(static_cast<double>(used));
-  descriptors_used_.Add({{"kind", kind}, {"state", "limit"}}).Set(static_cast<double>(limit));
 }
 
 void Metrics::ObservePhase(Phase phase, double seconds) {

@@ -28,6 +28,31 @@ namespace prefilld {
 // The model label of requests that bring their own tensors.
 inline constexpr char kAttendModel[] = "attend";
 
+// Of gRPC's port, by the acceptor; and of the process's descriptors.
+struct ConnectionMetrics {
+  explicit ConnectionMetrics(prometheus::Registry& registry);
+
+  static constexpr const char* kConnectionRefusals[] = {
+      "limit",        // all that there may be are there
+      "address",      // of its address likewise
+      "rate",         // too many new ones of its address
+      "descriptors",  // the process has none left
+      "rapid_reset",  // cut off: it begins calls and takes them back
+      "streams",      // cut off: it has more open than it was told it may
+  };
+
+  void Refused(const std::string& reason);  // or cut off; one of kConnectionRefusals
+  // What of the descriptors is used, by kind, and what may be; by on_scrape.
+  void SetDescriptors(const std::string& kind, int64_t used, int64_t limit);
+
+  prometheus::Gauge& open;
+  prometheus::Counter& accepted;  // handed to gRPC
+
+ private:
+  prometheus::Family<prometheus::Counter>& refused_;
+  prometheus::Family<prometheus::Gauge>& descriptors_;
+};
+
 struct Metrics {
  private:
   std::shared_ptr<prometheus::Registry> registry_;  // before everything that registers with it
@@ -51,12 +76,7 @@ struct Metrics {
   // An Attend or a Prefill that got no place; the label is FactsOf(why).reason or follows its code.
   void Rejected(const absl::Status& why);
 
-  // --- connections; by the acceptor ---
-  prometheus::Gauge& connections;                     // of gRPC, open
-  prometheus::Counter& connections_accepted;          // handed to gRPC
-  void ConnectionRefused(const std::string& reason);  // or cut off; one of kConnectionRefusals
-  // What of the process's descriptors is used, by kind, and what may be; by on_scrape.
-  void SetDescriptors(const std::string& kind, int64_t used, int64_t limit);
+  ConnectionMetrics connections;
 
   // --- engine and scheduler ---
   void ObservePhase(Phase phase, double seconds);
@@ -110,14 +130,6 @@ struct Metrics {
       "abandoned",  // released without that, or the callers left
       "expired",    // its time ran out
   };
-  static constexpr const char* kConnectionRefusals[] = {
-      "limit",        // all that there may be are there
-      "address",      // of its address likewise
-      "rate",         // too many new ones of its address
-      "descriptors",  // the process has none left
-      "rapid_reset",  // cut off: it begins calls and takes them back
-      "streams",      // cut off: it has more open than it was told it may
-  };
   static constexpr const char* kTransportRefusals[] = {
       // in the order of v1::TransportRefusal::Reason
       "unspecified", "socket", "peer", "descriptor", "driver"};
@@ -143,8 +155,6 @@ struct Metrics {
   template <typename T>
   using Family = prometheus::Family<T>;
 
-  Family<prometheus::Counter>& connections_refused_;
-  Family<prometheus::Gauge>& descriptors_used_;
   Family<prometheus::Counter>& requests_;
   Family<prometheus::Histogram>& request_duration_;
   Family<prometheus::Counter>& rejected_;

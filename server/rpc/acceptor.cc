@@ -162,8 +162,8 @@ void Acceptor::Take(int listener, int fd, const sockaddr_storage& address) {
       connection.counted = true;
     }
     connections_.emplace(fd, std::move(connection));
-    metrics_.connections_accepted.Increment();
-    metrics_.connections.Set(static_cast<double>(connections_.size()));
+    metrics_.connections.accepted.Increment();
+    metrics_.connections.open.Set(static_cast<double>(connections_.size()));
   }
   serve_(listener, fd);
 }
@@ -198,7 +198,7 @@ void Acceptor::Refill(PerSource& source) const {
 
 void Acceptor::Refuse(int fd, const char* reason) {
   CloseNow(fd);
-  metrics_.ConnectionRefused(reason);
+  metrics_.connections.Refused(reason);
 }
 
 std::optional<Acceptor::Socket> Acceptor::Behind(int fd) {
@@ -213,7 +213,7 @@ void Acceptor::Sweep() {
     const auto connection = it++;
     if (Behind(connection->first) != connection->second.socket) Forget(connection);
   }
-  metrics_.connections.Set(static_cast<double>(connections_.size()));
+  metrics_.connections.open.Set(static_cast<double>(connections_.size()));
   for (auto it = sources_.begin(); it != sources_.end();) {
     const auto source = it++;
     Refill(source->second);
@@ -248,7 +248,7 @@ void Acceptor::Cut(const std::string& peer, const char* why) {
   if (ours) shutdown(fd, SHUT_RDWR);
   close(fd);
   if (!ours) return;
-  metrics_.ConnectionRefused(why);
+  metrics_.connections.Refused(why);
   Log(Level::kWarning, "connection_cut", {{"peer", name}, {"reason", why}});
   if (const auto source = sources_.find(found->second.source); source != sources_.end()) {
     const double cost = kCutCosts * limits_.new_per_second;

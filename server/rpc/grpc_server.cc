@@ -3,6 +3,7 @@
 #include <grpc/support/log.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/server_builder_option.h>
 #include <grpcpp/resource_quota.h>
 
 #include <algorithm>
@@ -30,6 +31,18 @@ void TakeGrpcLog(gpr_log_func_args* args) {
   Log(Level::kWarning, "grpc", {{"file", args->file}, {"message", args->message}});
 }
 
+// Linked in, it is in every server.
+class WithoutReflection : public grpc::ServerBuilderOption {
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    plugins->erase(std::remove_if(plugins->begin(), plugins->end(),
+                                  [](const auto& plugin) {
+                                    return plugin->name().find("reflection") != std::string::npos;
+                                  }),
+                   plugins->end());
+  }
+};
+
 void Bound(const GrpcOptions& options, grpc::ServerBuilder* builder) {
   const auto milliseconds = [](absl::Duration duration) {
     return static_cast<int>(std::min<int64_t>(absl::ToInt64Milliseconds(duration), INT_MAX));
@@ -55,10 +68,11 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc, H
                                                               GrpcOptions options) {
   gpr_set_log_function(DropGrpcLog);
   grpc::EnableDefaultHealthCheckService(true);
-  if (options.reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   std::unique_ptr<GrpcServer> server(new GrpcServer(rpc, health));
   grpc::ServerBuilder builder;
   Bound(options, &builder);
+  if (!options.reflection) builder.SetOption(std::make_unique<WithoutReflection>());
   server->connections_ = builder.experimental().AddExternalConnectionAcceptor(
       grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD, options.credentials);
   builder.RegisterService(&server->prefill_);

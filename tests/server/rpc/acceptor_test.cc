@@ -81,9 +81,9 @@ TEST_F(AcceptorTest, WhoIsClosedMakesRoomForOthers) {
   for (int i = 0; i < 3; ++i) Connect();
   ASSERT_TRUE(Serves(3));
   EXPECT_TRUE(Ended(Connect())) << "one too many";
-  EXPECT_EQ(metrics_.connections.Value(), 3);
+  EXPECT_EQ(metrics_.connections.open.Value(), 3);
   CloseServed();
-  ASSERT_TRUE(Becomes([this] { return metrics_.connections.Value() == 0; }))
+  ASSERT_TRUE(Becomes([this] { return metrics_.connections.open.Value() == 0; }))
       << "it looks by itself";
   for (int i = 0; i < 3; ++i) Connect();
   EXPECT_TRUE(Serves(3));
@@ -95,7 +95,7 @@ TEST_F(AcceptorTest, ANumberThatIsAnothersNowIsNoConnection) {
   ASSERT_TRUE(Serves(1));
   const int number = Served()[0];
   ASSERT_EQ(dup2(listener_, number), number);  // closes it, and is there at once
-  EXPECT_TRUE(Becomes([this] { return metrics_.connections.Value() == 0; }));
+  EXPECT_TRUE(Becomes([this] { return metrics_.connections.open.Value() == 0; }));
 }
 
 TEST_F(AcceptorTest, OneAddressHasItsShareOnly) {
