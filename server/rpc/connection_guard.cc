@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kCallsBetweenLooks = 64;  // fewer cannot have done harm
 constexpr int kShare = 20;  // looking takes no more than one part in so many of a processor
-constexpr size_t kIdleBytes = size_t{64} << 20;  // of malloc's, that nobody uses
+constexpr size_t kIdleBytes = size_t{32} << 20;  // of malloc's, that nobody uses
 constexpr absl::Duration kTrimEvery = absl::Seconds(10);
 
 // What gRPC says; takes the text over.

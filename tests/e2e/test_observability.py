@@ -97,7 +97,6 @@ def test_gauges_show_work_while_it_lasts(server, tiny):
     waiting.admit(attending.header(*attending.small(tokens=77)))
     assert server.metric("prefilld_requests_uploading") == 1
     assert server.metric("prefilld_queue_tokens") == 0
-    assert server.metric("prefilld_queue_tokens") == 77
     waiting.cancel()
     prefilling.release(server, call.admission.lease, prefilling.kv.RELEASE_REASON_ABANDONED)
     with refused({grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED}):
