@@ -28,7 +28,7 @@ RUN cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DPREFILLD_BUILD_TES
 
 FROM debian:12-slim AS runtime
 RUN apt-get update && apt-get install -y --no-install-recommends \
-      libgrpc++1.51 libprotobuf32 libabsl20220623 libprometheus-cpp-core1.0 libcivetweb1 \
+      libgrpc++1.51 libprotobuf32 libabsl20220623 libprometheus-cpp-core1.0 \
       libhwy1 libdnnl2 libisal2 libssl3 libgomp1 \
     && rm -rf /var/lib/apt/lists/*
 USER 65534:65534

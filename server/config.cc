@@ -221,6 +221,32 @@ void AddTls(CLI::App& app, Config* config) {
       "PEM CA that clients' certificates must be signed by; none: clients need no certificate");
 }
 
+// What peers may have of gRPC before a call is looked at.
+void AddConnections(CLI::App& app, Config* config) {
+  app.add_option("--max_connections", config->connections_max,
+                 "gRPC connections; more are closed at once. Each takes a descriptor")
+      ->check(CLI::Range(1, 1 << 20))
+      ->type_name("N")
+      ->default_str("what descriptors (ulimit -Hn) allow, at most 16384");
+  app.add_option("--max_connections_per_address", config->connections_per_address,
+                 "Of these, of one client address (of IPv6, of one /64)")
+      ->check(CLI::Range(1, 1 << 20))
+      ->type_name("N")
+      ->default_str("half of --max_connections");
+  app.add_option("--max_connection_rate", config->connection_rate,
+                 "New connections a second of one address; five seconds' may come at once")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  AddDuration(app, "--max_connection_age", &config->connection_age,
+              "A connection that is older takes no new calls: its client opens another. What runs "
+              "on it has ten minutes to end");
+  AddSize(app, "--rpc_memory", &config->rpc_memory, "512MiB",
+          "Memory of messages that arrive and of calls and connections, before calls of clients "
+          "that hold most are ended");
+  app.add_flag("--reflection", config->reflection,
+               "Serve gRPC's reflection, for grpcurl; each of its streams holds a thread");
+}
+
 // Open to the network only when somebody said so.
 absl::Status CheckExposure(const Config& config, bool insecure_listen) {
   const bool tls = !config.tls_cert.empty();
@@ -296,6 +322,7 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddBackend(app, &config);
   app.add_option("--model", models, "NAME=DIR of a Hugging Face model; repeatable")
       ->type_name("NAME=DIR");
+  AddConnections(app, &config);
   AddTransports(app, &config);
   AddMemory(app, &config);
   app.add_option("--max_waiting_jobs", config.waiting_jobs_max,
@@ -306,6 +333,9 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   AddDuration(app, "--max_lease_ttl", &config.lease_ttl_max, "The longest a caller may ask for");
   AddDuration(app, "--upload_timeout", &config.upload_timeout,
               "An Attend whose peer moves no chunk for this long is given up");
+  AddSize(app, "--min_transfer_rate", &config.transfer_rate_min, "256KiB",
+          "Bytes a second of an Attend's tensors, either way; one that is slower after the first "
+          "--upload_timeout is given up");
   AddDuration(app, "--drain_timeout", &config.drain_timeout,
               "How long SIGTERM waits for work and leases");
   AddDuration(app, "--stall_timeout", &config.stall_timeout,

@@ -61,9 +61,16 @@ struct Config {
 
   std::optional<int64_t> prompt_tokens_max;  // absent: kPromptTokens, or as many as can be served
   int waiting_jobs_max = 256;
+  // Connections of gRPC; absent: as many as descriptors allow, and half of all of one address.
+  std::optional<int> connections_max, connections_per_address;
+  int connection_rate = 200;                          // new ones a second of one address
+  absl::Duration connection_age = absl::Minutes(30);  // then its client is asked to come anew
+  uint64_t rpc_memory = uint64_t{512} << 20;          // bytes
+  bool reflection = false;
   absl::Duration lease_ttl = absl::Minutes(1);
   absl::Duration lease_ttl_max = absl::Minutes(10);
   absl::Duration upload_timeout = absl::Seconds(30);
+  uint64_t transfer_rate_min = uint64_t{256} << 10;  // RpcContext's
   absl::Duration drain_timeout = absl::Seconds(30);
   // Of one step, at least, and twenty times what it was predicted to take; then the process ends.
   absl::Duration stall_timeout = absl::Seconds(30);

@@ -125,6 +125,9 @@ struct Job {
   // By Scheduler::Cancel: honoured between steps, and within attention over many blocks.
   std::atomic<bool> cancelled{false};
 
+  // By the scheduler, under its lock: what the job is counted among.
+  enum class Place { kNone, kUploading, kWaiting } place = Place::kNone;
+
   // By Scheduler::Admit.
   int queue_position = 0;
   absl::Duration estimated_wait;

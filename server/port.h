@@ -13,19 +13,35 @@ namespace prefilld {
 
 class HeldPort {
  public:
-  // Binds and does not listen, so who connects is refused. UNAVAILABLE says why it cannot.
+  // Binds and does not listen, so who connects is refused. UNAVAILABLE says why it cannot. A host
+  // that is 0.0.0.0 or [::] means every address of both kinds, where there are both.
   static absl::StatusOr<HeldPort> Take(const Endpoint& endpoint);
-  HeldPort(HeldPort&& other) noexcept : fds_(std::move(other.fds_)) {}
+  HeldPort(HeldPort&& other) noexcept
+      : endpoint_(std::move(other.endpoint_)),
+        sockets_(std::move(other.sockets_)),
+        name_(std::exchange(other.name_, -1)) {}
   HeldPort& operator=(HeldPort&& other) noexcept {
-    std::swap(fds_, other.fds_);
+    std::swap(endpoint_, other.endpoint_);
+    std::swap(sockets_, other.sockets_);
+    std::swap(name_, other.name_);
     return *this;
   }
-  // Lets go of it, once the one that listens has it: gRPC binds with SO_REUSEADDR too.
   ~HeldPort();
 
+  // From now on the system takes connections; accept does not block. UNAVAILABLE: somebody else
+  // listens on one of the addresses.
+  absl::Status Listen();
+
+  const Endpoint& endpoint() const { return endpoint_; }        // with the real port
+  const std::vector<int>& sockets() const { return sockets_; }  // one an address of the host
+
  private:
-  HeldPort() = default;
-  std::vector<int> fds_;  // one an address of the host, and one of the name
+  explicit HeldPort(Endpoint endpoint) : endpoint_(std::move(endpoint)) {}
+  void Add(int fd);
+
+  Endpoint endpoint_;
+  std::vector<int> sockets_;
+  int name_ = -1;  // says to others that the port is held
 };
 
 }  // namespace prefilld

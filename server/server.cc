@@ -1,9 +1,5 @@
 #include "server/server.h"
 
-#include <grpc/support/log.h>
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
-#include <grpcpp/health_check_service_interface.h>
-#include <grpcpp/server_builder.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -24,21 +20,9 @@
 namespace prefilld {
 namespace {
 
-constexpr char kReadyService[] = "prefilld.v1.PrefillService";
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
 constexpr absl::Duration kGoodbye = absl::Milliseconds(100);  // for what others than we answer
-constexpr int kKeepaliveMs = 60'000;  // a peer that is gone without a word is noticed by then
-constexpr int kKeepaliveTimeoutMs = 20'000;
-constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
-constexpr int kStreamsPerConnectionMax = 1024;
-
-// gRPC's own log is quiet until the server serves (our one line tells why it does not), then ours.
-void DropGrpcLog(gpr_log_func_args*) {}
-void TakeGrpcLog(gpr_log_func_args* args) {
-  if (args->severity != GPR_LOG_SEVERITY_ERROR) return;
-  Log(Level::kWarning, "grpc", {{"file", args->file}, {"message", args->message}});
-}
 
 absl::Status Explain(const char* what, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
@@ -113,7 +97,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   for (const auto& [transport, medium] : server->media_) medium->Introduce(&ours);
   Log(Level::kInfo, "serving",
       {{"version", kVersion},
-       {"listen", server->grpc_endpoint_.ToString()},
+       {"listen", server->grpc_endpoint().ToString()},
        {"http", server->http_->endpoint().ToString()},
        {"backend", std::string(server->backend_->name())},
        {"device", std::string(server->backend_->device().name())},
@@ -136,6 +120,14 @@ absl::Status Server::StartHttp() {
     for (const Device::Memory& memory : backend_->device().memory()) {
       metrics.SetGpuMemory(memory.kind, memory.bytes);
     }
+    metrics.connections.SetDescriptors("connections",
+                                       static_cast<int64_t>(metrics.connections.open.Value()),
+                                       descriptors_.connections);
+    metrics.connections.SetDescriptors("segments", descriptors_.segments.used(),
+                                       descriptors_.segments.limit());
+    metrics.connections.SetDescriptors("cuda_ipc", descriptors_.cuda_ipc.used(),
+                                       descriptors_.cuda_ipc.limit());
+    metrics.ready.Set(health_.ready().ok() ? 1 : 0);
     if (!built_.HasBeenNotified()) return;
     metrics.leases_active.Set(static_cast<double>(leases_->active()));
     if (!pool_) return;
@@ -150,7 +142,7 @@ absl::Status Server::StartHttp() {
       }
     }
   };
-  auto http = HttpServer::Start(config_.http, metrics_, reports_);
+  auto http = HttpServer::Start(config_.http, {metrics_, reports_, health_});
   if (!http.ok()) return Explain("--http", http.status());
   http_ = *std::move(http);
   return absl::OkStatus();
@@ -234,7 +226,9 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
 
 // Callers are served without what is not possible here, unless it was asked for by name.
 absl::Status Server::OpenMedia() {
-  const MediumSite site{backend_->device(), metrics_, boot_id_, config_.cuda_ipc_socket};
+  const MediumSite site{
+      backend_->device(),   metrics_, boot_id_, config_.cuda_ipc_socket, descriptors_.segments,
+      descriptors_.cuda_ipc};
   for (const TransportRow& row : kTransports) {
     const bool named = config_.transports && config_.transports->count(row.transport) > 0;
     if (row.open != nullptr && (named || !config_.transports)) {
@@ -315,6 +309,9 @@ absl::Status Server::PrepareGrpc() {
   auto credentials = Credentials({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
   if (!credentials.ok()) return credentials.status();
   credentials_ = *std::move(credentials);
+  auto shares = ShareDescriptors(DescriptorLimit(), config_.connections_max);
+  if (!shares.ok()) return Explain("--max_connections", shares.status());
+  descriptors_ = *std::move(shares);
   auto port = HeldPort::Take(config_.listen);
   if (!port.ok()) return Explain("--listen", port.status());
   held_port_ = *std::move(port);
@@ -337,6 +334,7 @@ absl::Status Server::StartGrpc() {
                             .prefills = prefills_,
                             .attends = attends_,
                             .calls = calls_,
+                            .sweeper = sweeper_,
                             .reports = reports_,
                             .metrics = metrics_,
                             .memory = memory_,
@@ -344,39 +342,26 @@ absl::Status Server::StartGrpc() {
                             .limits = limits_,
                             .waiting_jobs_max = config_.waiting_jobs_max,
                             .upload_timeout = config_.upload_timeout,
+                            .transfer_rate_min = config_.transfer_rate_min,
                             .boot_id = boot_id_});
-  prefill_service_ = std::make_unique<PrefillServiceImpl>(*rpc_);
-  handoff_service_ = std::make_unique<KvHandoffServiceImpl>(*rpc_);
-  model_service_ = std::make_unique<ModelServiceImpl>(*rpc_);
-
-  gpr_set_log_function(DropGrpcLog);
-  grpc::EnableDefaultHealthCheckService(true);
-  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  grpc::ServerBuilder builder;
-  int port = 0;
-  builder.AddListeningPort(config_.listen.ToString(), credentials_, &port);
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
-                             kPeersKeepaliveMs);
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsPerConnectionMax);
-  builder.SetMaxReceiveMessageSize(MessageBytesMax(Infos(), limits_));
-  builder.RegisterService(prefill_service_.get());
-  builder.RegisterService(handoff_service_.get());
-  builder.RegisterService(model_service_.get());
-  grpc_ = builder.BuildAndStart();
-  if (!grpc_ || port == 0) {
-    return absl::UnavailableError(absl::StrCat("--listen: cannot listen on ",
-                                               config_.listen.ToString(),
-                                               ": did somebody else begin to meanwhile?"));
-  }
-  held_port_.reset();
-  gpr_set_log_function(TakeGrpcLog);
-  grpc_endpoint_ = config_.listen;
-  grpc_endpoint_.port = port;
-  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, true);
-  metrics_.ready.Set(1);
+  if (absl::Status status = held_port_->Listen(); !status.ok()) return Explain("--listen", status);
+  const int connections = descriptors_.connections;
+  const ConnectionLimits limits{
+      .connections = connections,
+      .per_address = config_.connections_per_address.value_or(std::max(1, connections / 2)),
+      .new_per_second = static_cast<double>(config_.connection_rate)};
+  auto grpc = GrpcServer::Start(*rpc_, health_,
+                                {.credentials = credentials_,
+                                 .listeners = held_port_->sockets(),
+                                 .connections = limits,
+                                 .memory_bytes = config_.rpc_memory,
+                                 .connection_age = config_.connection_age,
+                                 .message_bytes_max = MessageBytesMax(Infos(), limits_),
+                                 .reflection = config_.reflection,
+                                 .tls = !config_.tls_cert.empty()});
+  if (!grpc.ok()) return grpc.status();
+  grpc_ = *std::move(grpc);
+  health_.Set(Health::kStarting, "");
   return absl::OkStatus();
 }
 
@@ -387,7 +372,7 @@ void Server::Watch() {
     const std::string_view fault = backend_->device().fault();
     if (!fault.empty()) {
       Log(Level::kError, "device_lost", {{"kind", std::string(fault)}});
-      grpc_->GetHealthCheckService()->SetServingStatus("", false);
+      health_.Set(Health::kDeviceLost, "device lost: " + std::string(fault));
       kill(getpid(), SIGTERM);  // main drains
       return;
     }
@@ -401,10 +386,8 @@ void Server::Watch() {
 // health is to start another server: a file that is still being written may not be loaded yet.
 void Server::CheckModels() {
   for (const auto& [name, model] : models_) {
-    if (model->CheckFiles().ok()) continue;
-    grpc_->GetHealthCheckService()->SetServingStatus("", false);
-    grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
-    metrics_.ready.Set(0);
+    const absl::Status files = model->CheckFiles();
+    if (!files.ok()) return health_.Set(Health::kModelChanged, std::string(files.message()));
   }
 }
 
@@ -428,9 +411,7 @@ void Server::EndStalled(const StalledStep& step) {
        {"predicted_seconds", absl::ToDoubleSeconds(step.predicted)},
        {"limit", absl::FormatDuration(config_.stall_timeout)},
        {"jobs", "end with the process, as UNAVAILABLE"}});
-  grpc_->GetHealthCheckService()->SetServingStatus("", false);
-  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
-  metrics_.ready.Set(0);
+  health_.Set(Health::kStalled, "a step does not end");
   absl::SleepFor(kWatchInterval);  // for those who watch it
   RemoveSegments();
   FlushLog();
@@ -443,8 +424,7 @@ void Server::Drain() {
       SteadyNow() +
       (device_lost() ? std::min(config_.drain_timeout, kLostDeviceTimeout) : config_.drain_timeout);
   Log(Level::kInfo, "draining", {{"leases", leases_->active()}});
-  grpc_->GetHealthCheckService()->SetServingStatus(kReadyService, false);
-  metrics_.ready.Set(0);
+  health_.Set(Health::kDraining, "draining");
   scheduler_->Drain();
   calls_.Drain();
   for (const auto& [transport, segments] : segments_) segments->Close();
@@ -452,7 +432,7 @@ void Server::Drain() {
   const bool leases_ended = leases_->WaitEmpty(deadline);
   const bool calls_ended = calls_.WaitNone(deadline);  // what still sends its last bytes
   // What is left has no end, such as who watches the health: the word of it is on its way.
-  grpc_->Shutdown(GrpcTimeIn(std::min(deadline - SteadyNow(), kGoodbye)));
+  grpc_->Shutdown(std::min(deadline - SteadyNow(), kGoodbye));
   RemoveSegments();
   Log(idle && leases_ended && calls_ended ? Level::kInfo : Level::kWarning, "drained",
       {{"idle", idle}, {"leases_ended", leases_ended}, {"calls_ended", calls_ended}});
@@ -466,7 +446,6 @@ void Server::RemoveSegments() {
 Server::~Server() {
   stopping_.Ring();
   if (watch_.joinable()) watch_.join();
-  if (grpc_) grpc_->Shutdown(GrpcTimeIn(absl::ZeroDuration()));
   grpc_.reset();
   // Nobody waits for what they have not begun; what comes later runs where it comes from.
   memory_->Stop();

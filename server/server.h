@@ -1,8 +1,7 @@
 // The server: every part of the process, built once, in order, and taken down in the opposite one.
 #pragma once
 
-#include <grpcpp/server.h>
-
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -13,10 +12,11 @@
 #include "absl/synchronization/notification.h"
 #include "server/clock.h"
 #include "server/config.h"
+#include "server/health.h"
 #include "server/http.h"
 #include "server/port.h"
 #include "server/rpc/context.h"
-#include "server/rpc/services.h"
+#include "server/rpc/grpc_server.h"
 
 namespace prefilld {
 
@@ -26,7 +26,7 @@ class Server {
   static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config);
   ~Server();
 
-  const Endpoint& grpc_endpoint() const { return grpc_endpoint_; }  // with the real port
+  const Endpoint& grpc_endpoint() const { return held_port_->endpoint(); }  // with the real port
   const Endpoint& http_endpoint() const { return http_->endpoint(); }
 
   // Not ready from now on; finishes what runs and waits until leases are consumed or expired, all
@@ -62,18 +62,23 @@ class Server {
   const Config config_;
   const std::string boot_id_ = NewId();
   std::shared_ptr<grpc::ServerCredentials> credentials_;
-  std::optional<HeldPort> held_port_;  // until gRPC listens
+  std::optional<HeldPort> held_port_;  // listened on from StartGrpc on
   // In the order they are built; each may use those above it.
   Metrics metrics_;
+  Health health_;
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;
+  // Often enough for what it looks at.
+  Sweeper sweeper_{
+      std::clamp(config_.upload_timeout / 4, absl::Milliseconds(10), absl::Seconds(1))};
   PrefillRegistry prefills_;
   std::unique_ptr<Backend> backend_;
   Models models_;
   Media media_;
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
+  DescriptorShares descriptors_;
   RequestLimits limits_;             // each is known when what it limits is built
   std::optional<uint64_t> kv_room_;  // ShareKv's
   std::unique_ptr<BlockPool> pool_;  // null without models
@@ -82,12 +87,8 @@ class Server {
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<RpcContext> rpc_;
-  std::unique_ptr<PrefillServiceImpl> prefill_service_;
-  std::unique_ptr<KvHandoffServiceImpl> handoff_service_;
-  std::unique_ptr<ModelServiceImpl> model_service_;
   std::unique_ptr<HttpServer> http_;
-  std::unique_ptr<grpc::Server> grpc_;
-  Endpoint grpc_endpoint_;
+  std::unique_ptr<GrpcServer> grpc_;
   absl::Notification built_;  // all that metrics ask when they are read, which is from the start
   Bell stopping_;             // for watch_
   std::thread watch_;

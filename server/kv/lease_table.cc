@@ -133,11 +133,17 @@ void LeaseTable::Expire() {
     for (auto it = entries_.begin(); it != entries_.end();) {
       const Entry& entry = it->second;
       // While the engine works on it a lease does not age; it will have its whole ttl afterwards.
+      // What is not retained waits for its consumer, with memory that others could have: pulling
+      // keeps it, words do not.
+      const bool retain = entry.cache->retain();
+      const absl::Duration ttl =
+          retain ? entry.info.ttl : std::min(entry.info.ttl, stalled_reader_grace_);
+      const SteadyTime progress = entry.cache->last_progress();
       const absl::Duration idle =
           entry.cache->computing() ? absl::ZeroDuration()
-                                   : Since(std::max(entry.renewed, entry.cache->last_progress()));
-      if (idle < entry.info.ttl) {
-        next = std::min(next, entry.info.ttl - idle);
+                                   : Since(retain ? std::max(entry.renewed, progress) : progress);
+      if (idle < ttl) {
+        next = std::min(next, ttl - idle);
         ++it;
       } else {
         expired.push_back(std::move(it->second));

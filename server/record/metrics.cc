@@ -28,19 +28,10 @@ constexpr const char* kCodes[] = {
     "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
     "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
     "DATA_LOSS", "UNAUTHENTICATED"};
-constexpr const char* kRejections[] = {"queue_full",
-                                       "kv_memory",
-                                       "attend_memory",
-                                       "shm_memory",
-                                       "draining",
-                                       "device_lost",
-                                       "model_changed",
-                                       "deadline_infeasible",
-                                       "deadline_passed",
-                                       "invalid_argument",
-                                       "not_found",
-                                       "unimplemented",
-                                       "other"};
+constexpr const char* kRejections[] = {
+    "queue_full",      "uploads",          "unretained",  "kv_memory",     "attend_memory",
+    "shm_memory",      "draining",         "device_lost", "model_changed", "deadline_infeasible",
+    "deadline_passed", "invalid_argument", "not_found",   "unimplemented", "other"};
 
 // 1-2.5-5 from a millisecond to 160 s.
 const Buckets& Seconds() {
@@ -98,14 +89,36 @@ const char* RejectionOf(const absl::Status& why) {
 
 }  // namespace
 
+ConnectionMetrics::ConnectionMetrics(Registry& registry)
+    : open(Gauges(registry, "prefilld_connections", "Open connections of gRPC").Add({})),
+      accepted(Counters(registry, "prefilld_connections_accepted_total",
+                        "Connections that gRPC was given")
+                   .Add({})),
+      refused_(Counters(registry, "prefilld_connections_refused_total",
+                        "Connections closed at once or cut off, by the limit that they were over")),
+      descriptors_(Gauges(registry, "prefilld_descriptors",
+                          "Descriptors of the process: used, and how many may be")) {
+  for (const char* reason : kConnectionRefusals) refused_.Add({{"reason", reason}});
+}
+
+void ConnectionMetrics::Refused(const std::string& reason) {
+  refused_.Add({{"reason", reason}}).Increment();
+}
+
+void ConnectionMetrics::SetDescriptors(const std::string& kind, int64_t used, int64_t limit) {
+  descriptors_.Add({{"kind", kind}, {"state", "used"}}).Set(static_cast<double>(used));
+  descriptors_.Add({{"kind", kind}, {"state", "limit"}}).Set(static_cast<double>(limit));
+}
+
 Metrics::Metrics()
     : registry_(std::make_shared<Registry>()),
+      connections(*registry_),
       running(Gauges(*registry_, "prefilld_requests_running", "Jobs being computed").Add({})),
       waiting(Gauges(*registry_, "prefilld_requests_waiting", "Admitted jobs not started").Add({})),
+      uploads(Gauges(*registry_, "prefilld_requests_uploading", "Attends to arrive").Add({})),
       queue_tokens(Gauges(*registry_, "prefilld_queue_tokens", "Tokens of waiting jobs").Add({})),
-      upload_bytes_inflight(Gauges(*registry_, "prefilld_upload_bytes_inflight",
-                                   "Tensor bytes admitted and not arrived yet")
-                                .Add({})),
+      upload_bytes_inflight(
+          Gauges(*registry_, "prefilld_upload_bytes_inflight", "Tensor bytes to come").Add({})),
       prompt_tokens(Histograms(*registry_, "prefilld_prompt_tokens", "Tokens of admitted prompts")
                         .Add({}, Tokens())),
       tokens_total(
@@ -113,9 +126,8 @@ Metrics::Metrics()
       time_to_first_layer(Histograms(*registry_, "prefilld_time_to_first_layer_seconds",
                                      "From a prompt's arrival to its first layer's KV")
                               .Add({}, Seconds())),
-      leases_granted(Counters(*registry_, "prefilld_leases_granted_total",
-                              "Leases given: those that ended and those that live")
-                         .Add({})),
+      leases_granted(
+          Counters(*registry_, "prefilld_leases_granted_total", "Leases, ended or alive").Add({})),
       leases_active(
           Gauges(*registry_, "prefilld_leases_active", "Leases that live: granted and not ended")
               .Add({})),

@@ -28,6 +28,31 @@ namespace prefilld {
 // The model label of requests that bring their own tensors.
 inline constexpr char kAttendModel[] = "attend";
 
+// Of gRPC's port, by the acceptor; and of the process's descriptors.
+struct ConnectionMetrics {
+  explicit ConnectionMetrics(prometheus::Registry& registry);
+
+  static constexpr const char* kConnectionRefusals[] = {
+      "limit",        // all that there may be are there
+      "address",      // of its address likewise
+      "rate",         // too many new ones of its address
+      "descriptors",  // the process has none left
+      "rapid_reset",  // cut off: it begins calls and takes them back
+      "streams",      // cut off: it has more open than it was told it may
+  };
+
+  void Refused(const std::string& reason);  // or cut off; one of kConnectionRefusals
+  // What of the descriptors is used, by kind, and what may be; by on_scrape.
+  void SetDescriptors(const std::string& kind, int64_t used, int64_t limit);
+
+  prometheus::Gauge& open;
+  prometheus::Counter& accepted;  // handed to gRPC
+
+ private:
+  prometheus::Family<prometheus::Counter>& refused_;
+  prometheus::Family<prometheus::Gauge>& descriptors_;
+};
+
 struct Metrics {
  private:
   std::shared_ptr<prometheus::Registry> registry_;  // before everything that registers with it
@@ -51,6 +76,8 @@ struct Metrics {
   // An Attend or a Prefill that got no place; the label is FactsOf(why).reason or follows its code.
   void Rejected(const absl::Status& why);
 
+  ConnectionMetrics connections;
+
   // --- engine and scheduler ---
   void ObservePhase(Phase phase, double seconds);
   void HeadDensity(const std::string& model, Pattern pattern, double density);
@@ -60,6 +87,7 @@ struct Metrics {
 
   prometheus::Gauge& running;                  // jobs
   prometheus::Gauge& waiting;                  // jobs
+  prometheus::Gauge& uploads;                  // Attends whose tensors are on their way
   prometheus::Gauge& queue_tokens;             // of waiting jobs
   prometheus::Gauge& upload_bytes_inflight;    // admitted and not arrived; by rpc
   prometheus::Histogram& prompt_tokens;        // of every admitted Prefill; by rpc

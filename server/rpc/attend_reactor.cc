@@ -24,10 +24,10 @@ AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext
   {
     absl::MutexLock lock(&reactor->mutex_);
     reactor->self_ = reactor;
-    reactor->Watch();
     reactor->StartRead(&reactor->read_);
   }
   rpc.calls.Enter(reactor);
+  rpc.sweeper.Add(reactor);
   return reactor.get();
 }
 
@@ -145,9 +145,7 @@ void AttendReactor::PlaceTensors(const ValidAttend& valid) {
        {"transport", Name(valid.transport)},
        {"tokens", job_->tokens()},
        {"upload_bytes", bytes_to_come_}});
-  busy_ = false;
-  progress_ = SteadyNow();
-  Watch();
+  BeginTransfer(memory_.region != nullptr ? bytes_to_come_ : 0);
   Write(EncodeMessage(Admission(valid.transport)));
   StartRead(&read_);
 }
@@ -209,6 +207,7 @@ void AttendReactor::OnArrived(const absl::Status& status) {
   const uint64_t to_come = upload_->total_bytes() - upload_->received_bytes();
   rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_ - to_come));
   bytes_to_come_ = to_come;
+  moved_ = upload_->received_bytes();
   if (upload_->complete()) {
     busy_ = true;
     rpc_.scheduler.UploadDone(job_);
@@ -271,12 +270,10 @@ void AttendReactor::LetGoOfInputs() {
 }
 
 void AttendReactor::Answer() {
-  busy_ = false;
-  progress_ = SteadyNow();
+  BeginTransfer(0);
   v1::AttendResponse response;
   *response.mutable_outputs() = outputs_->specs();
   next_ = EncodeMessage(response);
-  Watch();
   WriteNext();
 }
 
@@ -310,6 +307,7 @@ void AttendReactor::OnWriteDone(bool ok) {
   writing_ = false;
   if (ended_) return;
   progress_ = SteadyNow();
+  moved_ += write_.Length();
   if (!ok) return End(WhyCancelled(deadline_));
   WriteNext();
 }
@@ -350,8 +348,7 @@ void AttendReactor::End(const absl::Status& status) {
          {"code", CodeName(wire.error_code())},
          {"message", wire.error_message()}});
   }
-  progress_ = SteadyNow();
-  Watch();  // whether the peer takes the status
+  progress_ = SteadyNow();  // whether the peer takes the status
   Finish(wire);
 }
 
@@ -360,7 +357,6 @@ void AttendReactor::OnDone() {
   std::shared_ptr<AttendReactor> self;  // dropped last, after the lock
   std::shared_ptr<Job> job;
   absl::MutexLock lock(&mutex_);
-  if (alarm_) alarm_->Cancel();
   job.swap(job_);
   outputs_.reset();
   self.swap(self_);
@@ -370,9 +366,7 @@ void AttendReactor::OnDone() {
 void AttendReactor::OnDrain() {
   absl::MutexLock lock(&mutex_);
   draining_ = true;
-  if (!self_) return;
-  if (awaits_header_ && !ended_) return Refuse(Draining());
-  if (ended_ || !busy_) Watch();
+  if (self_ && awaits_header_) Refuse(Draining());
 }
 
 absl::Duration AttendReactor::Patience() const {
@@ -381,27 +375,35 @@ absl::Duration AttendReactor::Patience() const {
                                           : rpc_.upload_timeout;
 }
 
-// A peer that stalls holds memory: there is a limit to that, but not while it waits for us.
-void AttendReactor::Watch() {
-  alarm_ = std::make_unique<grpc::Alarm>();
-  alarm_->Set(GrpcTimeIn(Patience() - Since(progress_)), [weak = weak_from_this()](bool fired) {
-    // Weak: the alarm, which is ours, keeps this function as long as it lives.
-    const auto self = fired ? weak.lock() : nullptr;
-    if (self) self->OnAlarm();
-  });
+void AttendReactor::BeginTransfer(uint64_t moved) {
+  busy_ = false;
+  progress_ = transfer_began_ = SteadyNow();
+  moved_ = moved;
 }
 
-void AttendReactor::OnAlarm() {
+// A peer that stalls, or trickles, holds memory: there is a limit to that, but not while it waits
+// for us.
+void AttendReactor::OnSweep() {
   absl::MutexLock lock(&mutex_);
-  if (!self_) return;            // the call is over, its context gone
-  if (!ended_ && busy_) return;  // whoever has done it watches again
-  if (Since(progress_) < Patience()) return Watch();
-  if (ended_) return context_->TryCancel();  // the peer does not even take the status
-  if (Patience() < rpc_.upload_timeout) return End(Draining());
-  const absl::Status status = absl::DeadlineExceededError(
-      absl::StrCat("nothing moved for ", absl::FormatDuration(rpc_.upload_timeout)));
+  if (!self_) return;  // the call is over, its context gone
+  const absl::Duration timeout = rpc_.upload_timeout;
+  const bool stalled = Since(progress_) >= Patience();
+  if (ended_) {
+    if (stalled) context_->TryCancel();  // the peer does not even take the status
+    return;
+  }
+  if (busy_) return;
+  if (stalled && Patience() < timeout) return End(Draining());
+  const double rate = static_cast<double>(rpc_.transfer_rate_min);
+  const absl::Duration due = timeout + absl::Seconds(static_cast<double>(moved_) / rate);
+  const absl::Duration age = Since(transfer_began_);
+  if (!stalled && age < due) return;
   const bool stuck = writing_;
-  End(status);
+  End(absl::DeadlineExceededError(
+      stalled ? absl::StrCat("nothing moved for ", absl::FormatDuration(timeout))
+              : absl::StrCat(moved_, " bytes moved in ", absl::FormatDuration(age), ": fewer than ",
+                             rpc_.transfer_rate_min, " a second after the first ",
+                             absl::FormatDuration(timeout))));
   // A reader that takes nothing would not take the status either.
   if (stuck) context_->TryCancel();
 }

@@ -10,7 +10,6 @@
 // to the upload, which only the single outstanding read touches, or what goes on from it.
 #pragma once
 
-#include <grpcpp/alarm.h>
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/server_callback.h>
@@ -35,6 +34,7 @@ namespace prefilld {
 class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
                             public JobSink,
                             public LiveCalls::Endless,
+                            public Sweeper::Swept,
                             public std::enable_shared_from_this<AttendReactor> {
  public:
   static AttendReactor* Start(RpcContext& rpc, grpc::CallbackServerContext* context);
@@ -48,6 +48,7 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
 
   void OnLayerReady(int, double, double) override {}
   void OnFinished(const absl::Status& status) override;
+  void OnSweep() override;
 
  private:
   AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
@@ -68,9 +69,10 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Refuse(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Watch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void OnAlarm();
+  // How long it may stand still while the peer has to move something.
   absl::Duration Patience() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // What the peer has to move from now on.
+  void BeginTransfer(uint64_t moved) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool copies_region() const { return memory_.region != nullptr && memory_.staging != nullptr; }
 
   RpcContext& rpc_;
@@ -100,7 +102,10 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   grpc::ByteBuffer write_ ABSL_GUARDED_BY(mutex_);                // of the outstanding write
   std::optional<grpc::ByteBuffer> next_ ABSL_GUARDED_BY(mutex_);  // encoded while it is written
   SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
-  std::unique_ptr<grpc::Alarm> alarm_ ABSL_GUARDED_BY(mutex_);
+  // Of tensors that come, or of outputs that go: since when, and bytes that have by now, or of
+  // memory that the peer fills by itself, that will have.
+  SteadyTime transfer_began_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
+  uint64_t moved_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace prefilld

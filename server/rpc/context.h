@@ -16,6 +16,7 @@
 #include "server/rpc/call.h"
 #include "server/rpc/live_ids.h"
 #include "server/rpc/prefill_registry.h"
+#include "server/rpc/sweeper.h"
 #include "server/rpc/validate.h"
 #include "server/scheduler/scheduler.h"
 #include "server/transport/segment_pool.h"
@@ -41,6 +42,7 @@ struct RpcContext {
   PrefillRegistry& prefills;
   LiveIds& attends;
   LiveCalls& calls;
+  Sweeper& sweeper;
   ReportTable& reports;
   Metrics& metrics;
   // Takes memory from the system and gives it back, which may take a second a gigabyte. Shared with
@@ -51,6 +53,8 @@ struct RpcContext {
   int waiting_jobs_max = 0;
   // An Attend whose peer moves no chunk for this long, in either direction, is given up.
   absl::Duration upload_timeout = absl::Seconds(30);
+  // Bytes a second that its tensors move at in the mean, after that time; likewise.
+  uint64_t transfer_rate_min = uint64_t{256} << 10;
   std::string boot_id;
 };
 

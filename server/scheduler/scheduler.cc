@@ -24,6 +24,10 @@ void StartClock(Job& job) {
   job.phases[static_cast<size_t>(Phase::kUpload)] = absl::ToDoubleSeconds(ready - job.arrival);
 }
 
+bool Unretained(const Job& job) {
+  return job.prefill && job.prefill->cache && !job.prefill->cache->retain();
+}
+
 bool MayShareBatch(const Job& a, const Job& b) {
   return b.prefill && a.prefill->model == b.prefill->model && a.policy == b.policy &&
          a.method_unspecified == b.method_unspecified && a.prefill->cache->retain() &&
@@ -77,6 +81,20 @@ absl::Status Scheduler::CheckOpenLocked(const Job& job, double seconds) const {
                                    ", the limit is ", options_.waiting_tokens_max),
                       WaitHint());
   }
+  if (job.attend && uploads_ >= options_.uploads_max) {
+    return RetryLater(
+        absl::StatusCode::kResourceExhausted, "uploads",
+        absl::StrCat(uploads_, " Attends are being uploaded, the limit is ", options_.uploads_max),
+        absl::Seconds(1));
+  }
+  if (Unretained(job) && unretained_ >= options_.waiting_jobs_max) {
+    return RetryLater(absl::StatusCode::kResourceExhausted, "unretained",
+                      absl::StrCat(unretained_,
+                                   " Prefills with retain = false are there, the "
+                                   "limit is ",
+                                   options_.waiting_jobs_max),
+                      WaitHint());
+  }
   return absl::OkStatus();
 }
 
@@ -104,20 +122,37 @@ absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
   job->queue_position = jobs_;
   job->estimated_wait = absl::Seconds(backlog_seconds_);
   ++jobs_;
-  ++waiting_jobs_;
-  waiting_tokens_ += job->tokens();
-  backlog_seconds_ += seconds;
-  metrics_.waiting.Set(waiting_jobs_);
-  metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
+  unretained_ += Unretained(*job) ? 1 : 0;
+  if (job->attend) {
+    job->place = Job::Place::kUploading;
+    metrics_.uploads.Set(++uploads_);
+  } else {
+    Queue(*job);
+    backlog_seconds_ += seconds;
+  }
   if (job->prefill) job->prefill->cache->SetOnSlotFree([bell = bell_] { bell->Ring(); });
   inbox_.push_back({What::kAdmit, job, absl::OkStatus()});
   bell_->Ring();
   return absl::OkStatus();
 }
 
+void Scheduler::Queue(Job& job) {
+  job.place = Job::Place::kWaiting;
+  ++waiting_jobs_;
+  waiting_tokens_ += job.tokens();
+  metrics_.waiting.Set(waiting_jobs_);
+  metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
+}
+
 void Scheduler::UploadDone(const std::shared_ptr<Job>& job) {
+  const double seconds = engine_.PredictSeconds(*job);
   absl::MutexLock lock(&mutex_);
   job->uploaded = SteadyNow();
+  if (job->place == Job::Place::kUploading) {  // else it has ended
+    metrics_.uploads.Set(--uploads_);
+    Queue(*job);
+    backlog_seconds_ += seconds;
+  }
   inbox_.push_back({What::kUploaded, job, absl::OkStatus()});
   bell_->Ring();
 }
@@ -345,8 +380,10 @@ std::shared_ptr<Job> Scheduler::TakeWaiting(size_t index) {
   waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(index));
   absl::MutexLock lock(&mutex_);  // `uploaded` is written under it
   StartClock(*job);
-  --waiting_jobs_;
-  waiting_tokens_ -= job->tokens();
+  const bool uploading = std::exchange(job->place, Job::Place::kNone) == Job::Place::kUploading;
+  (uploading ? uploads_ : waiting_jobs_) -= 1;
+  waiting_tokens_ -= uploading ? 0 : job->tokens();
+  metrics_.uploads.Set(uploads_);
   metrics_.waiting.Set(waiting_jobs_);
   metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
   metrics_.running.Increment();
@@ -380,6 +417,7 @@ void Scheduler::Finish(Job& job, const absl::Status& result) {
   job.sink->OnFinished(status);
   absl::MutexLock lock(&mutex_);
   --jobs_;
+  unretained_ -= Unretained(job) ? 1 : 0;
   ended_.SignalAll();
 }
 
@@ -409,7 +447,9 @@ void Scheduler::PublishLoad() {
   for (const Active& active : active_) {
     for (const auto& job : active.jobs()) seconds += RemainingSeconds(active, *job);
   }
-  for (const Waiting& waiting : waiting_) seconds += engine_.PredictSeconds(*waiting.job);
+  for (const Waiting& waiting : waiting_) {
+    if (waiting.ready) seconds += engine_.PredictSeconds(*waiting.job);
+  }
   absl::MutexLock lock(&mutex_);
   backlog_seconds_ = seconds;
 }

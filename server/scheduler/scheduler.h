@@ -29,8 +29,11 @@
 namespace prefilld {
 
 struct SchedulerOptions {
-  int waiting_jobs_max = 256;                     // more means a longer worst wait before a refusal
-  int64_t waiting_tokens_max = 4 << 20;           // tokens over all waiting jobs
+  int waiting_jobs_max = 256;            // more means a longer worst wait before a refusal
+  int64_t waiting_tokens_max = 4 << 20;  // tokens over all waiting jobs
+  // Attends whose tensors are on their way: they wait for their peers and hold no place in the
+  // queue. As many may find it full when they have arrived, and wait all the same.
+  int uploads_max = 1024;
   uint64_t attend_bytes_max = uint64_t{4} << 30;  // tensors of all Attend jobs in the server
   // Tokens of short prompts that share a batch; at most as many pass a long one.
   int64_t batch_tokens_max = kShortBatchTokens;
@@ -131,6 +134,7 @@ class Scheduler {
 
   absl::Status CheckOpenLocked(const Job& job, double seconds) const
       ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  void Queue(Job& job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Duration WaitHint() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);  // for who is refused
 
   Engine& engine_;
@@ -151,7 +155,9 @@ class Scheduler {
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   int jobs_ ABSL_GUARDED_BY(mutex_) = 0;          // admitted and not ended
-  int waiting_jobs_ ABSL_GUARDED_BY(mutex_) = 0;  // admitted and not started
+  int waiting_jobs_ ABSL_GUARDED_BY(mutex_) = 0;  // admitted, all here, not started
+  int uploads_ ABSL_GUARDED_BY(mutex_) = 0;       // admitted, not all here
+  int unretained_ ABSL_GUARDED_BY(mutex_) = 0;    // Prefills whose callers must keep pace
   int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
   double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
   std::optional<SteadyTime> step_started_ ABSL_GUARDED_BY(mutex_);

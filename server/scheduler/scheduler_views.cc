@@ -17,6 +17,7 @@ double Scheduler::RemainingSeconds(const Active& active, const Job& job) const {
 std::vector<StepView> Scheduler::Views() const {
   std::vector<StepView> views;
   int running[2] = {0, 0};  // batches: short ones, and long ones
+  int waiting_for_consumers = 0;
   for (const Active& active : active_) {
     const auto jobs = active.jobs();
     StepView view;
@@ -33,6 +34,7 @@ std::vector<StepView> Scheduler::Views() const {
       view.runnable &= !active.batch || job->prefill->cache->CanCompute(active.batch->next_layer);
     }
     if (active.batch) {
+      waiting_for_consumers += view.runnable ? 0 : 1;
       // Batches that wait for their consumer do not keep others from starting, up to a point: each
       // holds its residual stream.
       running[Engine::Passes(active.batch->prompts.tokens()) ? 0 : 1] += view.runnable ? 1 : 0;
@@ -46,7 +48,8 @@ std::vector<StepView> Scheduler::Views() const {
   const bool any = running[0] + running[1] > 0;
   const bool room_is_awaited = any && RoomIsAwaited();
   const auto may_start_batch = [&](bool passes) {
-    if (static_cast<int>(active_.size()) >= options_.waiting_jobs_max) return false;
+    const int begun = static_cast<int>(active_.size()) - waiting_for_consumers;
+    if (begun >= options_.waiting_jobs_max) return false;
     // Long ones do not keep short ones from starting, nor does one that waits for memory: they
     // leave it the room that is planned for it.
     const int most = options_.active_batches_max - (passes && room_is_awaited ? 1 : 0);

@@ -266,18 +266,18 @@ bool DescriptorSocket::Admit(int fd) {
     Refuse(fd, why);
     return false;
   }
-  if (*taken_ >= kConnectionsMax || unnamed_ >= kUnnamedMax) {
-    const std::string why =
-        absl::StrCat(taken_->load(), " connections, ", unnamed_, " without a name; the limits are ",
-                     kConnectionsMax, " and ", kUnnamedMax);
+  auto taken = unnamed_ < kUnnamedMax ? options_.connections.Take() : nullptr;
+  if (taken == nullptr) {
+    const std::string why = absl::StrCat(options_.connections.used(), " connections, ", unnamed_,
+                                         " without a name; the limits are ",
+                                         options_.connections.limit(), " and ", kUnnamedMax);
     options_.told(Outcome::kFull);
     WarnOf(why);
     Refuse(fd, why);
     return false;
   }
-  ++*taken_;
   ++unnamed_;
-  connections_.push_back({fd, SteadyNow()});
+  connections_.push_back({.fd = fd, .since = SteadyNow(), .taken = std::move(taken)});
   return true;
 }
 
@@ -309,10 +309,11 @@ bool DescriptorSocket::Answer(Connection& connection) {
 void DescriptorSocket::HangUp(Connections::iterator connection) {
   close(connection->fd);
   unnamed_ -= connection->named ? 0 : 1;
-  releasers_.Post([taken = taken_, share = std::move(connection->share)]() mutable {
-    share.reset();
-    --*taken;
-  });
+  releasers_.Post(
+      [taken = std::move(connection->taken), share = std::move(connection->share)]() mutable {
+        share.reset();
+        taken.reset();
+      });
   connections_.erase(connection);
 }
 

@@ -21,14 +21,14 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "server/clock.h"
+#include "server/descriptors.h"
 #include "server/work_pool.h"
 
 namespace prefilld {
 
 class DescriptorSocket {
  public:
-  static constexpr int kConnectionsMax = 1024;  // until their shares are gone
-  static constexpr int kUnnamedMax = 64;        // of these, that have said no name yet
+  static constexpr int kUnnamedMax = 64;  // connections that have said no name yet
   static constexpr absl::Duration kNameTimeout = absl::Seconds(2);
   static constexpr size_t kNameBytesMax = 64;
 
@@ -47,6 +47,7 @@ class DescriptorSocket {
     std::function<Handout(const std::string& name)> find;
     std::function<void(Outcome)> told;
     absl::Duration name_timeout = kNameTimeout;
+    DescriptorShare connections{1024};  // each has one until its share is gone
   };
 
   // Listens, and answers from now on. A path whose owner is dead is replaced; FAILED_PRECONDITION
@@ -64,6 +65,7 @@ class DescriptorSocket {
     SteadyTime since;
     bool named = false;
     std::shared_ptr<void> share;
+    std::shared_ptr<void> taken;  // goes last
   };
   using Connections = std::list<Connection>;
 
@@ -81,7 +83,6 @@ class DescriptorSocket {
   const int bell_;  // an eventfd
   uint64_t path_device_ = 0, path_inode_ = 0;
   std::atomic<bool> closed_{false}, stopping_{false}, unlinked_{false};
-  std::shared_ptr<std::atomic<int>> taken_ = std::make_shared<std::atomic<int>>(0);
   // The thread's.
   int listener_;
   SteadyTime accept_from_ = absl::InfinitePast();  // after the system had no descriptor for us

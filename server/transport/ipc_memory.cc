@@ -93,7 +93,8 @@ absl::StatusOr<std::unique_ptr<CudaIpc>> CudaIpc::Open(const MediumSite& site) {
        .told =
            [&metrics = site.metrics](DescriptorSocket::Outcome outcome) {
              metrics.DescriptorAsked(Metrics::kDescriptorOutcomes[static_cast<int>(outcome)]);
-           }});
+           },
+       .connections = site.cuda_ipc_connections});
   if (!socket.ok()) {
     return absl::Status(socket.status().code(),
                         absl::StrCat("--cuda_ipc_socket: ", socket.status().message()));

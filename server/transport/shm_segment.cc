@@ -84,7 +84,8 @@ int Reserve(int fd, uint64_t bytes) {
 // A file in /dev/shm, mapped.
 class ShmSegment final : public Region {
  public:
-  ShmSegment(std::string name, int fd) : Region(Transport::kPosixShm), fd_(fd) {
+  ShmSegment(std::string name, int fd, std::shared_ptr<void> taken)
+      : Region(Transport::kPosixShm), taken_(std::move(taken)), fd_(fd) {
     address_.name = std::move(name);
   }
   ~ShmSegment() override {
@@ -115,14 +116,16 @@ class ShmSegment final : public Region {
   }
 
  private:
-  const int fd_;  // holds the lock
+  const std::shared_ptr<void> taken_;  // of the descriptors
+  const int fd_;                       // holds the lock
   std::atomic<bool> linked_{true};
   std::optional<MappingGuard> guard_;  // of what peers may truncate under us
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ShmDomain>> ShmDomain::Open(absl::string_view owner) {
+absl::StatusOr<std::unique_ptr<ShmDomain>> ShmDomain::Open(absl::string_view owner,
+                                                           DescriptorShare descriptors) {
   std::string host;
   struct stat info;
   if (!std::getline(std::ifstream(kHostId), host) || host.empty()) {
@@ -133,7 +136,8 @@ absl::StatusOr<std::unique_ptr<ShmDomain>> ShmDomain::Open(absl::string_view own
   }
   Sweep();
   std::unique_ptr<ShmDomain> domain(new ShmDomain(absl::StrCat(host, ":", info.st_dev),
-                                                  absl::StrCat(kPrefix, owner.substr(0, 12), "-")));
+                                                  absl::StrCat(kPrefix, owner.substr(0, 12), "-"),
+                                                  std::move(descriptors)));
   if (auto probe = domain->Create(1); !probe.ok()) {
     return absl::UnavailableError(probe.status().message());
   }
@@ -148,6 +152,12 @@ absl::StatusOr<std::shared_ptr<Region>> ShmDomain::Create(uint64_t bytes) {
   if (const uint64_t room = Room(); bytes >= room) {
     return Refuse(bytes, absl::StrCat(room, " bytes are free"));
   }
+  const auto taken = descriptors_.Take();
+  if (taken == nullptr) {
+    return Refuse(bytes,
+                  absl::StrCat(descriptors_.used(), " segments are there, and descriptors for ",
+                               descriptors_.limit()));
+  }
   std::shared_ptr<ShmSegment> segment;
   constexpr int kTries = 16;
   for (int i = 0; i < kTries && segment == nullptr; ++i) {
@@ -155,7 +165,7 @@ absl::StatusOr<std::shared_ptr<Region>> ShmDomain::Create(uint64_t bytes) {
     const int fd = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
     if (fd < 0 && errno == EEXIST) continue;
     if (fd < 0) return Refuse(bytes, std::strerror(errno));
-    segment = std::make_shared<ShmSegment>(std::move(name), fd);
+    segment = std::make_shared<ShmSegment>(std::move(name), fd, taken);
     if (!LockIsOurs(fd)) segment.reset();
   }
   if (segment == nullptr) return Refuse(bytes, "somebody else takes them away");
@@ -189,7 +199,7 @@ void ShmDomain::Close() {
 }
 
 absl::StatusOr<std::unique_ptr<Medium>> OpenPosixShm(const MediumSite& site) {
-  return ShmDomain::Open(site.owner);
+  return ShmDomain::Open(site.owner, site.segments);
 }
 
 }  // namespace prefilld

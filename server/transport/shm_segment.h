@@ -17,6 +17,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "server/descriptors.h"
 #include "server/transport/region.h"
 
 namespace prefilld {
@@ -28,14 +29,15 @@ class ShmDomain final : public Medium {
   // Takes away what dead servers left, and makes a segment to see that it can. `owner`: names this
   // process, never used before; segments are named after its first 12 bytes. UNAVAILABLE says why
   // /dev/shm is of no use.
-  static absl::StatusOr<std::unique_ptr<ShmDomain>> Open(absl::string_view owner);
+  static absl::StatusOr<std::unique_ptr<ShmDomain>> Open(
+      absl::string_view owner, DescriptorShare descriptors = DescriptorShare());
 
   // Two processes with the same one see the same /dev/shm.
   const std::string& name() const { return name_; }
 
-  // RESOURCE_EXHAUSTED (reason shm_memory) when there is no room. Takes the memory from the system
-  // at once (a full /dev/shm is told here and not by a signal at first touch), so it blocks for as
-  // long as that takes.
+  // RESOURCE_EXHAUSTED (reason shm_memory) when there is no room, or no descriptor for it. Takes
+  // the memory from the system at once (a full /dev/shm is told here and not by a signal at first
+  // touch), so it blocks for as long as that takes.
   absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes) override;
   uint64_t Room() const override;
   uint64_t Largest() const override;
@@ -47,11 +49,12 @@ class ShmDomain final : public Medium {
   void Close() override;
 
  private:
-  ShmDomain(std::string name, std::string prefix)
-      : name_(std::move(name)), prefix_(std::move(prefix)) {}
+  ShmDomain(std::string name, std::string prefix, DescriptorShare descriptors)
+      : name_(std::move(name)), prefix_(std::move(prefix)), descriptors_(std::move(descriptors)) {}
 
   const std::string name_;
-  const std::string prefix_;  // of the files of our segments
+  const std::string prefix_;           // of the files of our segments
+  const DescriptorShare descriptors_;  // a segment has one
   std::atomic<uint64_t> next_{1};
   std::atomic<bool> closed_{false};
 };

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "kernels/backend.h"
+#include "server/descriptors.h"
 #include "server/transport/region.h"
 
 namespace prefilld {
@@ -24,6 +25,7 @@ struct MediumSite {
   std::string owner;  // names this process, never used before
   // An absolute path, or "@" and an abstract name; empty: one of the latter, after the owner.
   std::string cuda_ipc_socket;
+  DescriptorShare segments = DescriptorShare(), cuda_ipc_connections = DescriptorShare();
 };
 
 struct TransportRow {

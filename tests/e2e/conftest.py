@@ -67,10 +67,11 @@ def start_server(tmp_path):
     """Starts servers of the test's own: start_server("--flag=...", models=[(name, dir)])."""
     count = 0
 
-    def start(*flags, models=()):
+    def start(*flags, models=(), **how):
         nonlocal count
         count += 1
-        return harness.Server(*flags, log_path=tmp_path / f"log{count}.jsonl", models=models)
+        return harness.Server(*flags, log_path=tmp_path / f"log{count}.jsonl", models=models,
+                              **how)
 
     return start
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import threading
@@ -24,7 +25,7 @@ PREFILLCTL = BUILD / "prefillctl"
 START_TIMEOUT_S = 60
 # Gauges that a server without work shows at rest.
 RESTING = ("prefilld_requests_running", "prefilld_requests_waiting", "prefilld_leases_active",
-           "prefilld_upload_bytes_inflight", "prefilld_queue_tokens")
+           "prefilld_upload_bytes_inflight", "prefilld_requests_uploading", "prefilld_queue_tokens")
 
 
 class HttpPort:
@@ -60,15 +61,19 @@ class HttpPort:
 class Server(HttpPort):
     """One prefilld; use as a context manager, which stops it and checks the exit status."""
 
-    def __init__(self, *flags, log_path, models=(), pass_fds=(), program=None):
+    def __init__(self, *flags, log_path, models=(), pass_fds=(), program=None, descriptors=None,
+                 own_addresses=False):
         self.log_path = pathlib.Path(log_path)
-        command = [str(program or PREFILLD), "--listen=127.0.0.1:0", "--http=127.0.0.1:0"]
+        command = [str(program or PREFILLD)]
+        if not own_addresses:
+            command += ["--listen=127.0.0.1:0", "--http=127.0.0.1:0"]
         if not any(flag.startswith("--backend=") for flag in flags):
             command.append("--backend=cpu")
         command += [f"--model={name}={path}" for name, path in models] + list(flags)
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
-                                            pass_fds=pass_fds)
+                                            pass_fds=pass_fds,
+                                            preexec_fn=descriptors and limited_to(descriptors))
         try:
             self.target = self._announced(r"listening on (\S+:\d+)")
             super().__init__(self._announced(r"http on (\S+:\d+)"))
@@ -141,9 +146,18 @@ class Server(HttpPort):
     def descriptors(self):
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def limit_descriptors(self, soft):
+        hard = resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
     def log(self):
         """Every line of stderr, each of which must be one JSON object."""
         return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+
+
+def limited_to(descriptors):
+    """For a child before it runs: its soft and hard limit."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
 
 def channel_options():

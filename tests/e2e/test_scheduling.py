@@ -47,20 +47,29 @@ def waiting_uploads(server, count):
             call.cancel()
 
 
-def test_a_full_queue_is_refused_at_once_with_a_hint(server):
-    most = server.handoff.Negotiate(kv.NegotiateRequest()).limits.max_waiting_jobs
-    rejected = server.metric("prefilld_requests_rejected_total")
-    with waiting_uploads(server, most):
-        assert server.metric("prefilld_requests_waiting") == most
+def test_a_full_queue_is_refused_at_once_with_a_hint(start_server, tiny):
+    with start_server("--max_waiting_jobs=2", models=[("tiny", tiny.directory)]) as server:
+        rejected = server.metric("prefilld_requests_rejected_total")
+        busy = Busy(server)
+        arrays = attending.small(tokens=1)
+        waiting = [attending.Call(server.prefill) for _ in range(2)]
+        for call in waiting:
+            call.admit(attending.header(*arrays))
+            for chunk in attending.chunks(arrays):
+                call.send(chunk)
+        harness.eventually(lambda: server.metric("prefilld_requests_waiting") == 2)
         with refused(RESOURCE_EXHAUSTED) as failure:
-            attending.Call(server.prefill).admit(attending.header(*attending.small(tokens=1)))
+            attending.Call(server.prefill).admit(attending.header(*arrays))
         assert failure[0].retry_after > 0
         with refused(RESOURCE_EXHAUSTED):
             prefilling.start(server, [1, 2, 3])
-    assert server.metric("prefilld_requests_rejected_total") == rejected + 2
-    harness.eventually(lambda: server.metric("prefilld_requests_waiting") == 0)
-    with prefilling.prefilled(server, [1, 2, 3]) as done:
-        assert done.summary
+        assert server.metric("prefilld_requests_rejected_total") == rejected + 2
+        busy.call.cancel()
+        harness.eventually(lambda: server.metric("prefilld_requests_waiting") == 0)
+        with prefilling.prefilled(server, [1, 2, 3]) as done:
+            assert done.summary
+        for call in waiting:
+            call.half_close()
 
 
 def test_an_upload_that_does_not_come_keeps_nobody_waiting(server):

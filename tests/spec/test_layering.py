@@ -29,13 +29,13 @@ ENDS_IN = {
     r"(dnnl|hwy)\b": r"kernels/cpu/",
     r"omp\.h": r"kernels/cpu/|kernels/backend\.cc",
     r"(cuda|cudnn|cublas|nvtx)\w*(\.h|/)": r"kernels/cuda/",
-    r"prometheus/": r"server/record/metrics\.|server/http\.cc",
+    r"prometheus/": r"server/record/metrics\.|server/pages\.cc",
 }
 
 
 def folder(path: str) -> str:
     if re.match(r"server/\w+\.", path):
-        built = re.match(r"server/(config|http|main|port|server|startup_log)\.", path)
+        built = re.match(r"server/(config|http|main|pages|port|server|startup_log)\.", path)
         return "server/process" if built else "server/core"
     return next((name for name in MAY_INCLUDE if path.startswith(name + "/")), "")
 

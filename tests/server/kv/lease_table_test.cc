@@ -150,6 +150,23 @@ TEST_F(LeaseTableTest, RenewalStartsTheTimeAnew) {
   EXPECT_FALSE(table.WaitEmpty(SteadyNow() + absl::Milliseconds(400)));
 }
 
+// It has memory that others could have; only a pull keeps it.
+TEST_F(LeaseTableTest, WordsDoNotKeepWhatIsNotRetained) {
+  LeaseTable table({}, /*stalled_reader_grace=*/absl::Milliseconds(50));
+  auto passing = *KvCache::Create(*pool_, NewCache()->geometry(), /*retain=*/false);
+  Complete(*passing);
+  auto retained = NewCache();
+  Complete(*retained);
+  auto lease = *table.Grant("passing", passing, absl::Hours(1), nullptr);
+  ASSERT_TRUE(table.Grant("retained", retained, absl::Hours(1), nullptr).ok());
+  const SteadyTime deadline = SteadyNow() + absl::Seconds(30);
+  while (table.Renew("passing", lease.generation, absl::Hours(1)).ok()) {
+    ASSERT_LT(SteadyNow(), deadline);
+    absl::SleepFor(absl::Milliseconds(5));
+  }
+  EXPECT_EQ(table.active(), 1);
+}
+
 // What a lease's end reaches into may go then.
 TEST_F(LeaseTableTest, StoppingWaitsForALeaseThatEnds) {
   absl::Notification begun, go_on;

@@ -312,6 +312,7 @@ class AttendOnDeviceTest : public testing::Test {
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;
+  Sweeper sweeper_{absl::Milliseconds(20)};
   PrefillRegistry prefills_;
   Models models_;
   static Media OpenMedia(Device& device, Metrics& metrics) {
@@ -327,9 +328,8 @@ class AttendOnDeviceTest : public testing::Test {
   LeaseTable leases_{{}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {.attend_bytes_max = 32 << 20}};
-  RpcContext rpc_{backend_, models_,    media_,    nullptr,    segments_,
-                  leases_,  scheduler_, prefills_, attends_,   calls_,
-                  reports_, metrics_,   memory_,   transfers_, {}};
+  RpcContext rpc_{backend_, models_, media_,   nullptr,  segments_, leases_, scheduler_, prefills_,
+                  attends_, calls_,  sweeper_, reports_, metrics_,  memory_, transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   int port_ = 0;
@@ -460,7 +460,7 @@ TEST_F(AttendOnDeviceTest, NoMemoryIsTakenForWhoGoesBeforeItsTurn) {
     grpc::ClientContext context;
     auto stream = prefill_->Attend(&context);
     stream->Write(Header(700, v1::TRANSPORT_POSIX_SHM));
-    ASSERT_TRUE(Becomes([this] { return metrics_.waiting.Value() == 1; })) << "it has not come";
+    ASSERT_TRUE(Becomes([this] { return metrics_.uploads.Value() == 1; })) << "it has not come";
     context.TryCancel();
     EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
     ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(30)))

@@ -133,6 +133,7 @@ class KvOnDeviceTest : public testing::Test {
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;
+  Sweeper sweeper_{absl::Milliseconds(20)};
   PrefillRegistry prefills_;
   Models models_;
   Media media_;
@@ -144,9 +145,9 @@ class KvOnDeviceTest : public testing::Test {
   }}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {}};
-  RpcContext rpc_{backend_, models_,    media_,    pool_.get(), pools_,
-                  leases_,  scheduler_, prefills_, attends_,    calls_,
-                  reports_, metrics_,   memory_,   transfers_,  {}};
+  RpcContext rpc_{backend_,   models_,   media_,     pool_.get(), pools_,   leases_,
+                  scheduler_, prefills_, attends_,   calls_,      sweeper_, reports_,
+                  metrics_,   memory_,   transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   std::unique_ptr<grpc::Server> server_;

@@ -76,6 +76,7 @@ class PrefillStreamTest : public testing::Test {
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;
+  Sweeper sweeper_{absl::Milliseconds(20)};
   PrefillRegistry prefills_;
   Models models_;
   Media media_;
@@ -89,9 +90,9 @@ class PrefillStreamTest : public testing::Test {
   }}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_;
-  RpcContext rpc_{backend_, models_,    media_,    pool_.get(), pools_,
-                  leases_,  scheduler_, prefills_, attends_,    calls_,
-                  reports_, metrics_,   memory_,   transfers_,  {}};
+  RpcContext rpc_{backend_,   models_,   media_,     pool_.get(), pools_,   leases_,
+                  scheduler_, prefills_, attends_,   calls_,      sweeper_, reports_,
+                  metrics_,   memory_,   transfers_, {}};
 };
 
 TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {

@@ -129,13 +129,14 @@ TEST_F(SchedulerTest, RejectsWhenFullAndTakesAgainWhenNot) {
   auto waiting = NewAttend();
   ASSERT_TRUE(scheduler.Admit(waiting).ok());
   EXPECT_EQ(waiting->queue_position, 1);
+  EXPECT_TRUE(scheduler.CheckOpen(*NewAttend()).ok()) << "an upload holds no place";
+  scheduler.UploadDone(waiting);
   EXPECT_EQ(FactsOf(scheduler.CheckOpen(*NewAttend())).reason, "queue_full");
   auto refused = scheduler.Admit(NewAttend());
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(FactsOf(refused).reason, "queue_full");
   EXPECT_TRUE(FactsOf(refused).retry_after.has_value());
   backend_.Open();
-  scheduler.UploadDone(waiting);
   EXPECT_TRUE(SinkOf(waiting).Wait().ok());
   EXPECT_TRUE(scheduler.Admit(NewAttend()).ok());
 }

@@ -204,7 +204,7 @@ TEST_F(DescriptorSocketTest, ConnectionsAreBounded) {
   more.rlim_cur = 4096;
   if (setrlimit(RLIMIT_NOFILE, &more) != 0) GTEST_SKIP() << "not so many descriptors";
   std::vector<Importer> importers;
-  for (int i = 0; i < DescriptorSocket::kConnectionsMax; ++i) {
+  for (int i = 0; i < 1024; ++i) {
     importers.emplace_back(socket_->address());
     const auto answer = importers.back().Ask("memory");
     ASSERT_EQ(answer.bytes, kBytes) << i;
