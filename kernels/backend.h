@@ -50,8 +50,8 @@ class Buffer {
 // device.
 //
 // Work is enqueued on streams. Stream{} is the one that the stages run on; beside them run, on
-// upload_stream(), copies for the next job, and on download_stream() those of what is done. On the
-// CPU all run inline.
+// upload_stream(), copies for the next job, and on download_stream() those of what is done, K and V
+// of a layer on their way to its cache. On the CPU all run inline.
 class Device {
  public:
   virtual ~Device() = default;

@@ -192,6 +192,11 @@ void Engine::Remove(Batch& batch, size_t index) {
   batch.jobs.erase(batch.jobs.begin() + static_cast<std::ptrdiff_t>(index));
 }
 
+// A selection sees all queries; and the threads of a CPU share out those of a call.
+bool Engine::DividesQueries(const SparsityPolicy& policy) const {
+  return policy.method == Method::kDense && !backend_.device().host_memory();
+}
+
 std::unique_ptr<AttendRun> Engine::BeginAttend(std::shared_ptr<Job> job) {
   const AttentionShape& shape = job->attend->shape;
   const Decision decision = Decide(*job, shape);
@@ -199,7 +204,7 @@ std::unique_ptr<AttendRun> Engine::BeginAttend(std::shared_ptr<Job> job) {
   run->policy = decision.policy;
   run->dense_reason = decision.dense_reason;
   run->open = decision.open;
-  const bool by_queries = run->policy.method == Method::kDense && shape.sequences() == 1 &&
+  const bool by_queries = DividesQueries(run->policy) && shape.sequences() == 1 &&
                           job->attend->host_count.data() == nullptr;
   run->parts = DivideAttention({.q_heads = shape.q_heads,
                                 .kv_heads = shape.kv_heads,

@@ -200,6 +200,7 @@ class Engine {
   absl::Status ReserveStages();
   absl::Status Prepare(StagesCall& call);
   bool MeasuresPhases(const Batch& batch) const;
+  bool DividesQueries(const SparsityPolicy& policy) const;
   static size_t SlotOf(int64_t tokens) { return Passes(tokens) ? 0 : 1; }
   absl::Status BeginLayer(Batch& batch);
   std::vector<LayerPart> PartsOf(const Batch& batch) const;

@@ -35,12 +35,14 @@ absl::Status Engine::BeginLayer(Batch& batch) {
   const int64_t tokens = batch.prompts.tokens();
   ActiveScratch& scratch = scratch_[SlotOf(tokens)];
   if (scratch.in_use) return absl::InternalError("another batch is in the middle of a layer");
-  const int turns = ScratchTurns(tokens);
+  const int turns = ScratchTurns(tokens, backend_.device().host_memory());
   absl::Status status =
       Grow(backend_.device(), static_cast<size_t>(turns * LayerScratchBytes(info, tokens)),
            scratch.memory);
   if (!status.ok()) return status;
   scratch.turn = (scratch.turn + 1) % turns;
+  // What this waits is counted as the projection's: copies are as slow as layers only where a model
+  // has as many kv heads as query heads.
   const auto& stored = scratch.stored[scratch.turn];
   if (stored != nullptr) status = backend_.device().Wait(kStream, *stored);
   if (!status.ok()) return status;
@@ -69,7 +71,7 @@ std::vector<LayerPart> Engine::PartsOf(const Batch& batch) const {
                       .tokens = tokens,
                       .tile_tokens = batch.model->tile_tokens(),
                       .last = last,
-                      .by_queries = batch.policy.method == Method::kDense,
+                      .by_queries = DividesQueries(batch.policy),
                       .project = linear(info.qkv_weights),
                       .attend = slowness * cost_.AttentionSeconds(attention, choice),
                       .finish = last ? 0 : linear(info.layer_weights - info.qkv_weights)},
@@ -177,9 +179,8 @@ void Engine::Observe(const Flight& flight) {
 // Where a layer is short its marks are a share of it, and it is like the one before: one in a few
 // is measured phase by phase, the others are divided as it was. The last is unlike them.
 bool Engine::MeasuresPhases(const Batch& batch) const {
-  constexpr int64_t kShortTokens = 4096;
   constexpr int kMeasuredEvery = 8;
-  return ahead_ == 0 || batch.prompts.tokens() >= kShortTokens || !batch.layer_phases ||
+  return ahead_ == 0 || !Passes(batch.prompts.tokens()) || !batch.layer_phases ||
          batch.parts.size() > 1 || batch.next_layer % kMeasuredEvery == 0 ||
          batch.next_layer + 1 == batch.model->info().layers;
 }

@@ -13,9 +13,11 @@ namespace prefilld {
 // Batches of up to so many tokens pass longer ones in the middle of a layer: both have their q, k,
 // v and o at the same time.
 inline constexpr int64_t kShortBatchTokens = 4096;
-// Layers that have q, k, v and o in turn: a short one does not wait until K and V of the one before
-// have been read.
-constexpr int ScratchTurns(int64_t tokens) { return tokens <= kShortBatchTokens ? 2 : 1; }
+// Layers that have q, k, v and o in turn: where K and V leave beside what is computed next, a short
+// one does not wait until those of the one before have been read.
+constexpr int ScratchTurns(int64_t tokens, bool host_memory) {
+  return tokens <= kShortBatchTokens && !host_memory ? 2 : 1;
+}
 
 // Query heads: of whole groups that share a kv head, or some of one group. Of one head these
 // queries of the only sequence, or, where they are none, all.

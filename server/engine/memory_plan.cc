@@ -24,7 +24,8 @@ struct HeldRow {
 };
 constexpr HeldRow kHeldRows[kHeldCount] = {
     {"activations", false, "q, k, v and o of a layer, longest prompt"},
-    {"short_activations", false, "the same of up to 4096 tokens, which pass a long prompt, twice"},
+    {"short_activations", false,
+     "the same of up to 4096 tokens, which pass a long prompt; on a GPU twice"},
     {"block_counts", false, "rows of blocks of the longest prompt"},
     {"block_index", false, "square of the longest prompt's blocks"},
     {"workspace", false, "longest prompt, the method that needs most"},
@@ -188,7 +189,8 @@ HeldBytes HeldBy(Backend& backend, const Transformer& model, const std::vector<i
   HeldBytes held = HeldBy(backend, shape, policy);
   const bool passes = ends.back() <= kShortBatchTokens;
   Of(held, passes ? Holding::kShortActivations : Holding::kActivations) =
-      static_cast<size_t>(LayerScratchBytes(info, ends.back()) * ScratchTurns(ends.back()));
+      static_cast<size_t>(LayerScratchBytes(info, ends.back()) *
+                          ScratchTurns(ends.back(), backend.device().host_memory()));
   Of(held, Holding::kKvOut) = (*backend.ops())->WriteKvBytes(kv_bytes);
   Of(held, Holding::kReports) = lengths.size() * info.q_heads * sizeof(HeadReport);
   Of(held, Holding::kBatch) = model.BatchBytes(ends.back());

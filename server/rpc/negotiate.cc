@@ -39,6 +39,14 @@ bool Refuses(const v1::NegotiateRequest& request, const TransportRow& row) {
                      [&](const auto& refusal) { return refusal.transport() == row.wire; });
 }
 
+bool Accepts(const v1::NegotiateRequest& request, const TransportRow& row) {
+  const auto& wanted = request.transports();
+  return !Refuses(request, row) &&
+         (wanted.empty() || std::any_of(wanted.begin(), wanted.end(), [&](int transport) {
+            return transport == row.wire || transport == v1::TRANSPORT_UNSPECIFIED;
+          }));
+}
+
 absl::Status CheckPossible(const RpcContext& rpc, const TransportRow& row,
                            const v1::NegotiateRequest& request, const PeerFacts& peer) {
   const bool for_kv = !request.model().empty();
@@ -106,7 +114,7 @@ void CountRefused(const RpcContext& rpc, const v1::NegotiateRequest& request,
   }
   for (const TransportRow& row : kTransports) {
     const Medium* medium = FindMedium(rpc.media, row.transport);
-    if (peer.device_uuids.empty() || medium == nullptr || Refuses(request, row)) continue;
+    if (medium == nullptr || !Accepts(request, row)) continue;
     if (absl::IsOutOfRange(medium->Reaches(peer))) {
       rpc.metrics.TransportRefused(row.name, Metrics::kOutOfReach);
     }

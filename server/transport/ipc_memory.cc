@@ -132,6 +132,7 @@ absl::Status CudaIpc::Reaches(const PeerFacts& peer) const {
                                                       "' is not the server's '", domain_, "'"));
   }
   const auto& uuids = peer.device_uuids;
+  if (uuids.empty()) return absl::FailedPreconditionError("device_uuids: the caller names no GPU");
   if (std::find(uuids.begin(), uuids.end(), device_.uuid()) != uuids.end()) return absl::OkStatus();
   return absl::OutOfRangeError(absl::StrCat("the server computes on ", std::string(device_.uuid()),
                                             ", which is none of the caller's ", uuids.size(),

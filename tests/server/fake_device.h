@@ -110,9 +110,15 @@ class FakeDevice : public Device {
     Push({stream.handle, std::move(places), std::move(run)});
   }
   absl::Status Wait(Stream, Stream before) override { return Reach(before); }
-  absl::Status Wait(Stream, const Mark& mark) override {
-    return static_cast<const FakeMark&>(mark).Reach();
+  absl::Status Wait(Stream stream, const Mark& mark) override {
+    const auto& fake = static_cast<const FakeMark&>(mark);
+    if (stream.handle != nullptr && fake.recorded() > 0) stages_waited_for_ = fake.recorded();
+    return fake.Reach();
   }
+  // By a copy: rows that the stages write, while nothing has waited for what they were enqueued
+  // with.
+  void ReadRows() { read_too_early_ = read_too_early_ || stages_waited_for_ < marks_recorded_; }
+  bool read_too_early() const { return read_too_early_; }
   absl::Status Synchronize(Stream stream) override {
     if (stream.handle == nullptr) AwaitSteps();
     return Reach(stream);
@@ -249,6 +255,7 @@ class FakeDevice : public Device {
       return absl::OkStatus();
     }
     absl::Status Reach() const { return device_.Reach(stream_, last_); }
+    int recorded() const { return recorded_; }  // number of the mark of the stages' stream; else 0
     absl::Status Await() override {
       if (stream_.handle == nullptr) {
         device_.AwaitSteps();
@@ -311,7 +318,8 @@ class FakeDevice : public Device {
     return bytes;
   }
 
-  std::atomic<bool> lost_{false}, marks_fail_{false};
+  std::atomic<bool> lost_{false}, marks_fail_{false}, read_too_early_{false};
+  std::atomic<int> stages_waited_for_{0};
   std::atomic<int> waits_{0}, marks_recorded_{0}, taken_{0}, registrations_{0}, registered_{0};
   std::atomic<int> zeroed_{0};
   Gate marks_, steps_, frees_;
@@ -378,6 +386,7 @@ class FakeOps : public Ops {
     }
     absl::Status status = ReserveWriteKv(static_cast<size_t>(out));
     if (!status.ok()) return status;
+    device_.ReadRows();
     device_.Enqueue(stream, places, [this, args] { (void)cpu_.WriteKv(args, Stream{}); });
     return absl::OkStatus();
   }

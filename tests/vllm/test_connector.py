@@ -240,7 +240,7 @@ def test_the_cpu_writer_does_what_vllm_does(dtype):
     impl = types.SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto")
     cpu_attn.CPUAttentionBackendImpl.do_kv_cache_update(
         impl, layer, k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous(), theirs,
-        slots.tokens())
+        slots.tokens)
     assert torch.equal(ours, theirs) and ours.abs().sum() > 0
 
 

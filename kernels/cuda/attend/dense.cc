@@ -160,6 +160,8 @@ bool Dense::Plan(const Problem& p) {
   State& state = *state_;
   if (state.handle == nullptr || p.pages != nullptr || p.dtype == DType::kF32) return false;
   if (p.sequences > 1 && p.total_q < kTokensMin * p.sequences) return false;
+  // One head of a long prompt, some of its queries: each such call is of a shape of its own.
+  if (p.sequences == 1 && p.q_heads == 1 && p.total_q < p.total_k) return false;
   if (static_cast<size_t>(p.sequences) > kPlansMax) return false;
   int64_t bytes = 0;
   bool all = true;

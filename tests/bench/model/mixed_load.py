@@ -234,6 +234,8 @@ def put_load(args, load: Load, running) -> tuple[dict[str, float] | None, int]:
         for i, process in enumerate(clients):
             if process is not None and process.is_alive():
                 continue
+            if process is not None and process.exitcode != -signal.SIGKILL:
+                sys.exit(f"mixed_load: a client ended with {process.exitcode}")
             killed += process is not None
             seed += 1
             clients[i] = spawn.Process(target=client, args=(load, seed))

@@ -12,6 +12,7 @@
 //   rest       total less the phases: what the device waited for the host, and the last copies
 //   products   all of them alone, by the same tiles and algorithms (CUDA): of the last layer and of
 //              the logits what the last position needs
+//   handoff    of K and V on a CPU; a GPU copies them beside the layers
 //   floor      by the fastest of all algorithms that cuBLASLt offers
 //   x floor    linear / floor
 //

@@ -8,7 +8,7 @@ figures are medians of the rounds, after one that warms up. Four tables:
 
 prefill   from the call until the summary, with the cache kept for grpc and not pulled, and until K
           and V of every layer can be used, over each transport; and what the server computed for
-          (all its phases but the wait in the queue), of that its phase `handoff`, and its share
+          (all its phases but the wait in the queue; K and V leave beside them)
 layers    from a layer's event (LayerReady) reaching this process until a kernel here has read its
           last element; the first layer, for which the memory is mapped, apart
 blocks    the whole cache into blocks as vLLM has them, in every form that the connector knows,
@@ -96,7 +96,7 @@ def prefill_rows(clients: Clients, ids: np.ndarray, method: str, rounds: int) ->
             return time.perf_counter() - begin, spent
 
     ways = {"kept, not pulled": ("grpc", False)} | {name: (name, True) for name in TRANSPORTS}
-    walls, computed, handoffs = ({name: [] for name in ways} for _ in range(3))
+    walls, computed = ({name: [] for name in ways} for _ in range(2))
     for round_number in range(-1, rounds):
         progress(f"prefill, {method}, round {round_number + 1} of {rounds}")
         for name, way in ways.items():
@@ -105,15 +105,13 @@ def prefill_rows(clients: Clients, ids: np.ndarray, method: str, rounds: int) ->
                 continue
             walls[name].append(wall)
             computed[name].append(sum(spent.values()) - spent["queue"])
-            handoffs[name].append(spent["handoff"])
 
     def middle(of: dict[str, list[float]], name: str) -> float:
         return statistics.median(of[name])
 
     kept = middle(computed, "kept, not pulled")
     return [[method, name, 1e3 * middle(walls, name), 1e3 * middle(computed, name),
-             middle(computed, name) / kept, 1e3 * middle(handoffs, name),
-             f"{middle(handoffs, name) / middle(computed, name):.2%}"] for name in ways]
+             middle(computed, name) / kept] for name in ways]
 
 
 def layer_rows(clients: Clients, ids: np.ndarray, method: str, rounds: int) -> list[list]:
@@ -199,7 +197,7 @@ def block_rows(layers: list[Layer], block: int, rounds: int) -> list[list]:
                 bare_times.append(pair[0])
                 times.append(pair[1])
         keys, _ = kv_writer.block_views(caches[-1], heads, d)
-        place = tuple(part.cuda() for part in (slots.tokens() // block, slots.tokens() % block))
+        place = tuple(part.cuda() for part in (slots.tokens // block, slots.tokens % block))
         if not torch.equal(keys[place].transpose(0, 1), layers[-1].k):
             sys.exit(f"ipc_handoff: blocks of form {name} are not what was written")
         del caches, writers, write, keys
@@ -246,8 +244,7 @@ def main() -> int:
                 blocks = block_rows(layers, args.block, args.rounds)
             del layers
     print(f"{args.model.name}, {args.tokens} tokens, {torch.cuda.get_device_name()}\n")
-    print(table(["method", "cache", "wall ms", "computed ms", "over kept", "handoff ms", "share"],
-                prefills))
+    print(table(["method", "cache", "wall ms", "computed ms", "over kept"], prefills))
     print("\n" + table(["method", "first layer ms", "median ms", "99% ms", "most ms"], waits))
     print("\n" + table(["blocks of vLLM", "GB/s", "ms", "of a bare copy's speed"], blocks))
     for method, layers in wrong.items():

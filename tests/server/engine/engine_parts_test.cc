@@ -121,6 +121,7 @@ TEST_F(EnginePartsTest, KAndVHaveLeftWhenTheirRowsAreWrittenAgain) {
     fake.device().ReleaseMarks();
     engine.completions().Flush();
     EXPECT_TRUE(BytesOf(one) == BytesOf(other));
+    EXPECT_FALSE(fake.device().read_too_early());
   }
 }
 

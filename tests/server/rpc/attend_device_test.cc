@@ -675,8 +675,10 @@ TEST_F(AttendOnDeviceTest, RefusalsAreCountedByTheirReason) {
 }
 
 TEST_F(AttendOnDeviceTest, AGpuThatDoesNotReachOursIsCounted) {
-  const auto negotiate = [&](const std::string& uuid, const std::string& domain) {
+  const auto negotiate = [&](const std::string& uuid, const std::string& domain,
+                             const std::vector<v1::Transport>& transports = {}) {
     v1::NegotiateRequest request;
+    for (const v1::Transport transport : transports) request.add_transports(transport);
     request.set_cuda_ipc_domain(domain);
     if (!uuid.empty()) request.add_device_uuids(uuid);
     v1::NegotiateResponse response;
@@ -687,9 +689,11 @@ TEST_F(AttendOnDeviceTest, AGpuThatDoesNotReachOursIsCounted) {
   negotiate("GPU-fake", here);
   negotiate("", here);
   negotiate("GPU-other", "another host");
+  negotiate("GPU-other", here, {v1::TRANSPORT_GRPC});
   EXPECT_EQ(Refused("reach"), 0);
   negotiate("GPU-other", here);
-  EXPECT_EQ(Refused("reach"), 1);
+  negotiate("GPU-other", here, {v1::TRANSPORT_CUDA_IPC, v1::TRANSPORT_GRPC});
+  EXPECT_EQ(Refused("reach"), 2);
 }
 
 }  // namespace

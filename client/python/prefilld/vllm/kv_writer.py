@@ -29,13 +29,11 @@ class Slots:
         self._blocks = torch.tensor(block_ids, dtype=torch.int64)[tokens // block_size]
         self._offsets = tokens % block_size
         self._block_size = block_size
+        # [count] int64, on the host: block * block_size + offset.
+        self.tokens = self._blocks * block_size + self._offsets
         begin = min(-first % block_size, count)
         self.whole = slice(begin, begin + (count - begin) // block_size * block_size)
         self._places: dict[torch.device, Places] = {}
-
-    def tokens(self) -> torch.Tensor:
-        """[count] int64, on the host: block * block_size + offset."""
-        return self._blocks * self._block_size + self._offsets
 
     def on(self, device: torch.device) -> Places:
         """Sent there once: a layer is written in less time than this takes."""
@@ -76,7 +74,7 @@ def cpu_writer(cache: torch.Tensor, layer: Any) -> Write:
 
     def write(k: torch.Tensor, v: torch.Tensor, slots: Slots) -> None:
         _custom_ops.cpu_attn_reshape_and_cache(
-            k.transpose(0, 1), v.transpose(0, 1), keys, values, slots.tokens(), layer.isa)
+            k.transpose(0, 1), v.transpose(0, 1), keys, values, slots.tokens, layer.isa)
 
     return write
 
