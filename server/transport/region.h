@@ -98,8 +98,8 @@ class Medium {
   virtual uint64_t Largest() const { return std::numeric_limits<uint64_t>::max(); }
   // Writes what a peer has to compare into *ours.
   virtual void Introduce(PeerFacts* ours) const = 0;
-  // FAILED_PRECONDITION says why such a peer cannot open what is made here, OUT_OF_RANGE that no GPU
-  // of its own has access to ours.
+  // FAILED_PRECONDITION says why such a peer cannot open what is made here, OUT_OF_RANGE that no
+  // GPU of its own has access to ours.
   virtual absl::Status Reaches(const PeerFacts& peer) const = 0;
   // For the end of the process: removes the names of all regions, and makes no more.
   virtual void Close() {}

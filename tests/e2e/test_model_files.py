@@ -55,6 +55,9 @@ def test_changed_weights_compute_nothing_more(start_server, tiny, directory, tmp
         harness.eventually(lambda: check_health(server, READY) == 2)
         assert check_health(server, "") == 2
         assert server.metric("prefilld_ready") == 0
+        for page in ("/healthz", "/readyz"):
+            status, why = server.get(page)
+            assert status == 503 and "'m'" in why and str(directory) not in why
         with prefilling.prefilled(server, [1, 2, 3], model="other") as done:
             assert done.summary, "the other model is what it was"
         told, = [line for line in server.log() if line["event"] == "model_changed"]

@@ -24,5 +24,15 @@ TEST(Health, IsReadyWhenNothingSpeaksAgainstIt) {
                       {true, false}, {true, true}, {false, false}, {false, false}, {true, false}}));
 }
 
+TEST(Health, WhatOneTakesBackIsNotAnothers) {
+  Health health;
+  health.Set(Health::kStarting, "");
+  health.Set(Health::kModelChanged, "changed");
+  health.Set(Health::kUnreachable, "deaf");
+  health.Set(Health::kUnreachable, "");
+  EXPECT_EQ(health.alive().message(), "changed");
+  EXPECT_EQ(health.ready().message(), "changed");
+}
+
 }  // namespace
 }  // namespace prefilld

@@ -12,6 +12,12 @@
 namespace prefilld {
 namespace {
 
+// What others have logged is not of this test.
+void Capture() {
+  EXPECT_TRUE(FlushLog());
+  testing::internal::CaptureStderr();
+}
+
 std::string Captured() {
   EXPECT_TRUE(FlushLog());
   return testing::internal::GetCapturedStderr();
@@ -25,7 +31,7 @@ std::vector<nlohmann::json> Lines(const std::string& text) {
 }
 
 TEST(Log, WritesOneJsonObjectALine) {
-  testing::internal::CaptureStderr();
+  Capture();
   Log(Level::kInfo, "first", {{"request_id", "a\nb"}, {"tokens", 7600}});
   Log(Level::kError, "second");
   const auto lines = Lines(Captured());
@@ -39,14 +45,14 @@ TEST(Log, WritesOneJsonObjectALine) {
 }
 
 TEST(Log, SurvivesBytesThatAreNoUtf8) {
-  testing::internal::CaptureStderr();
+  Capture();
   Log(Level::kInfo, "event", {{"message", "\xff\xfe"}});
   EXPECT_EQ(Lines(Captured()).size(), 1u);
 }
 
 // A terminal or a viewer would act on C1 controls, U+2028 and marks that turn the direction.
 TEST(Log, EscapesWhatIsNotAscii) {
-  testing::internal::CaptureStderr();
+  Capture();
   const std::string message = "a\u009b31mb\u2028c\u202ed\x7f";
   Log(Level::kInfo, "event", {{"message", message}});
   const std::string text = Captured();
@@ -57,7 +63,7 @@ TEST(Log, EscapesWhatIsNotAscii) {
 }
 
 TEST(Log, LinesOfThreadsDoNotMix) {
-  testing::internal::CaptureStderr();
+  Capture();
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([] {

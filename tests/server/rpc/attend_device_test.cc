@@ -554,7 +554,7 @@ TEST_F(AttendOnDeviceTest, ItsBytesAreTakenUntilItsMemoryIsGivenBack) {
   EXPECT_EQ(next.stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 
-// The alarm that came while it was computed was not the last one.
+// Who had nothing to do while it was computed is looked at again afterwards.
 TEST_F(AttendOnDeviceTest, AFailureThatTheCallerDoesNotTakeEndsToo) {
   rpc_.upload_timeout = absl::Milliseconds(300);
   grpc::ChannelArguments arguments;  // less is let through unread than an admission has
