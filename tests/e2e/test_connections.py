@@ -72,7 +72,7 @@ def test_more_connections_than_allowed_are_closed_at_once(start_server):
             with connections(server, 1) as more:
                 assert all(http2.ended(connection) for connection in more)
             harness.eventually(lambda: refusals(server, "limit") == 1)
-        serves(server)
+        harness.eventually(lambda: answered(server))  # once the server has seen that they are gone
 
 
 def test_new_connections_of_one_address_are_rationed(start_server):
