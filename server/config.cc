@@ -243,8 +243,9 @@ void AddConnections(CLI::App& app, Config* config) {
   AddSize(app, "--rpc_memory", &config->rpc_memory, "512MiB",
           "Memory of messages that arrive and of calls and connections, before calls of clients "
           "that hold most are ended");
-  app.add_flag("--reflection", config->reflection,
-               "Serve gRPC's reflection, for grpcurl; each of its streams holds a thread");
+  app.add_option("--reflection", config->reflection, "Serve gRPC's reflection, for grpcurl")
+      ->type_name("BOOL")
+      ->capture_default_str();
 }
 
 // Open to the network only when somebody said so.

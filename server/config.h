@@ -66,7 +66,7 @@ struct Config {
   int connection_rate = 200;                          // new ones a second of one address
   absl::Duration connection_age = absl::Minutes(30);  // then its client is asked to come anew
   uint64_t rpc_memory = uint64_t{512} << 20;          // bytes
-  bool reflection = false;
+  bool reflection = true;
   absl::Duration lease_ttl = absl::Minutes(1);
   absl::Duration lease_ttl_max = absl::Minutes(10);
   absl::Duration upload_timeout = absl::Seconds(30);

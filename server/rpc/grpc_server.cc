@@ -22,6 +22,11 @@ constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
 constexpr int kHandshakeMs = 20'000;      // TLS, and HTTP/2's first words
 constexpr int kStreamsPerConnectionMax = 128;
+// gRPC ends a connection, with all who share it, for one call's metadata beyond this.
+constexpr int kMetadataBytesMax = 256 << 10;
+// Of reflection, each of whose streams holds one: the only service that is not ours nor
+// asynchronous.
+constexpr int kSyncThreadsMax = 8;
 // What runs on a connection that is too old may end in peace for so long.
 constexpr absl::Duration kAgeGrace = absl::Minutes(10);
 
@@ -48,7 +53,9 @@ void Bound(const GrpcOptions& options, grpc::ServerBuilder* builder) {
   const auto milliseconds = [](absl::Duration duration) {
     return static_cast<int>(std::min<int64_t>(absl::ToInt64Milliseconds(duration), INT_MAX));
   };
-  builder->SetResourceQuota(grpc::ResourceQuota("prefilld").Resize(options.memory_bytes));
+  builder->SetResourceQuota(
+      grpc::ResourceQuota("prefilld").Resize(options.memory_bytes).SetMaxThreads(kSyncThreadsMax));
+  builder->SetSyncServerOption(grpc::ServerBuilder::NUM_CQS, 1);
   builder->SetMaxReceiveMessageSize(options.message_bytes_max);
   const std::pair<const char*, int> arguments[] = {
       {GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs},
@@ -56,6 +63,7 @@ void Bound(const GrpcOptions& options, grpc::ServerBuilder* builder) {
       {GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kPeersKeepaliveMs},
       {GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeMs},
       {GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsPerConnectionMax},
+      {GRPC_ARG_MAX_METADATA_SIZE, kMetadataBytesMax},
       // gRPC moves each by a tenth at random: peers do not come back all at once.
       {GRPC_ARG_MAX_CONNECTION_AGE_MS, milliseconds(options.connection_age)},
       {GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, milliseconds(kAgeGrace)},
@@ -96,6 +104,9 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc, H
         connections.HandleNewConnection(&connection);
       },
       rpc.metrics);
+  rpc.connected = [acceptor = server->acceptor_.get()](const std::string& peer) {
+    return acceptor->Connected(peer);
+  };
   server->guard_ = std::make_unique<ConnectionGuard>(
       GuardOptions{.streams = kStreamsPerConnectionMax}, *server->acceptor_);
   server->Check({.listener = checked, .tls = options.tls});

@@ -27,8 +27,8 @@ struct GrpcOptions {
   uint64_t memory_bytes = uint64_t{512} << 20;  // of messages that arrive, streams and connections
   absl::Duration connection_age = absl::Minutes(30);  // then a peer is asked to come anew
   int message_bytes_max = 0;
-  bool reflection = false;  // each of its streams is a thread
-  bool tls = false;         // what the credentials are
+  bool reflection = true;
+  bool tls = false;  // what the credentials are
 };
 
 class GrpcServer {

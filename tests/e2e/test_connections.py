@@ -3,6 +3,7 @@ that are taken back, uploads that trickle; and that the server stays reachable m
 
 import contextlib
 import http.client
+import queue
 import re
 import socket
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from e2e import attending, harness, http2, prefilling
 from e2e.harness import refused
+from prefilld.v1 import model_service_pb2
 
 ATTEND = "/prefilld.v1.PrefillService/Attend"
 PREFILL = "/prefilld.v1.PrefillService/Prefill"
@@ -175,20 +177,51 @@ def test_connections_have_an_age(start_server):
         serves(server)
 
 
-def test_reflection_is_served_where_it_was_asked_for(start_server):
-    def listed(server):
-        call = server.channel.stream_stream(
-            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-            request_serializer=bytes, response_deserializer=bytes)
-        return next(iter(call(iter([b"\x3a\x01*"]), timeout=5)))  # list_services: "*"
+def reflection(server, requests):
+    return server.channel.stream_stream(
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        request_serializer=bytes, response_deserializer=bytes)(requests, timeout=20)
 
-    with start_server("--reflection") as server:
-        for service in ("PrefillService", "KvHandoffService", "ModelService"):
-            assert f"prefilld.v1.{service}".encode() in listed(server)
-    with start_server() as server:
+
+LIST_SERVICES = b"\x3a\x01*"
+
+
+def test_reflection(server, start_server):
+    listed = next(iter(reflection(server, iter([LIST_SERVICES]))))
+    for service in ("PrefillService", "KvHandoffService", "ModelService"):
+        assert f"prefilld.v1.{service}".encode() in listed
+    with start_server("--reflection=false") as without:
         with pytest.raises(grpc.RpcError) as unknown:
-            listed(server)
+            next(iter(reflection(without, iter([LIST_SERVICES]))))
         assert unknown.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_idle_streams_of_reflection_are_few_threads(start_server):
+    with start_server() as server:
+        idle = queue.SimpleQueue()
+        before = server.threads()
+        streams = [reflection(server, iter(idle.get, None)) for _ in range(100)]
+        harness.eventually(lambda: sum(s.done() for s in streams) >= 90)
+        assert {s.code() for s in streams if s.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert server.threads() <= before + 8
+        serves(server)
+        for stream in streams:
+            idle.put(None)
+            stream.cancel()
+
+
+@pytest.mark.parametrize("size", [9_000, 40_000, 200_000])
+def test_much_metadata_is_that_calls_own_affair(server, tiny, size):
+    """A stream beside it, on the same connection, goes on."""
+    with prefilling.prefilled(server, tiny.tokens(2000)) as done:
+        pulling = prefilling.open_pull(server, done.ready)
+        chunk = next(pulling)
+        with contextlib.suppress(grpc.RpcError):
+            server.models.ListModels(model_service_pb2.ListModelsRequest(), timeout=10,
+                                     metadata=[("x-trace", "a" * size)])
+        layers, heads, d = 4, 2, 64
+        assert len(chunk.data) + sum(len(chunk.data) for chunk in pulling) == (
+            layers * 2 * heads * 2000 * d * 4)
 
 
 def test_the_check_of_itself_passes_with_and_without_tls(start_server):

@@ -300,7 +300,7 @@ def test_help_names_every_default():
                           check=True).stdout
     options = dict(re.findall(r"^  (?:-h,)?--(\w+)(.*)$", text, re.M))
     assert {name for name, what in options.items() if "=" not in what} == {
-        "help", "version", "config", "insecure_listen", "reflection"}
+        "help", "version", "config", "insecure_listen"}
     for option in ("--kv_memory SIZE=half of the machine's, at most 8GiB\n",
                    "--attend_memory SIZE=a quarter of the machine's, at most 4GiB\n",
                    "--max_prompt_tokens TOKENS:INT in [1 - 1048576]=131072\n",
