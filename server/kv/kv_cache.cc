@@ -17,7 +17,7 @@ KvCache::Transfer::~Transfer() { cache_->Leave(this); }
 
 void KvCache::Transfer::Progress() {
   absl::MutexLock lock(&cache_->mutex_);
-  progress_ = cache_->progress_ = SteadyNow();
+  progress_ = cache_->progress_ = cache_->pulled_ = SteadyNow();
 }
 
 absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
@@ -204,7 +204,7 @@ absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<v
   transfer->abort_ = std::move(abort);
   transfers_.push_back(transfer.get());
   if (told) ++told_;
-  progress_ = SteadyNow();
+  progress_ = pulled_ = SteadyNow();
   return transfer;
 }
 
@@ -265,6 +265,7 @@ void KvCache::Leave(Transfer* transfer) {
   {
     absl::MutexLock lock(&mutex_);
     transfers_.erase(std::find(transfers_.begin(), transfers_.end(), transfer));
+    pulled_ = SteadyNow();
     give_back = FreeIfQuiet();
   }
   give_back();
@@ -310,6 +311,11 @@ bool KvCache::complete() const {
 SteadyTime KvCache::last_progress() const {
   absl::MutexLock lock(&mutex_);
   return progress_;
+}
+
+SteadyTime KvCache::last_pull() const {
+  absl::MutexLock lock(&mutex_);
+  return pulled_;
 }
 
 void KvCache::AbortStalled(absl::Duration idle) {

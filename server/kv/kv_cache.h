@@ -153,6 +153,7 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   bool computing() const;  // layers are still to come and the engine is not waiting for us
   bool complete() const;   // every layer was committed
   SteadyTime last_progress() const;        // of the computation or of any pull
+  SteadyTime last_pull() const;            // progress of one, or its end
   void AbortStalled(absl::Duration idle);  // once closed: ends pulls without progress for so long
 
  private:
@@ -204,6 +205,7 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   int told_ ABSL_GUARDED_BY(mutex_) = 0;  // pulls, of what opens the region
   std::function<void()> on_slot_free_ ABSL_GUARDED_BY(mutex_);
   SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
+  SteadyTime pulled_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
 };
 
 }  // namespace prefilld

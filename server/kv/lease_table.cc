@@ -69,8 +69,24 @@ absl::StatusOr<LeaseInfo> LeaseTable::Renew(absl::string_view name, uint64_t gen
   Entry& entry = entries_.find(name)->second;
   if (ttl > absl::ZeroDuration()) entry.info.ttl = ttl;
   entry.renewed = SteadyNow();
+  entry.was_renewed = true;
   LookAgain();
   return entry.info;
+}
+
+void LeaseTable::SetFollowed(absl::string_view name, uint64_t generation, bool followed) {
+  absl::MutexLock lock(&mutex_);
+  if (!FindLocked(name, generation).ok()) return;
+  Entry& entry = entries_.find(name)->second;
+  entry.followed = followed;
+  entry.renewed = SteadyNow();
+  LookAgain();
+}
+
+bool LeaseTable::WasRenewed(absl::string_view name, uint64_t generation) const {
+  absl::MutexLock lock(&mutex_);
+  const auto found = FindLocked(name, generation);
+  return found.ok() && (*found)->second.was_renewed;
 }
 
 absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generation, LeaseEnd why,
@@ -124,6 +140,16 @@ bool LeaseTable::WaitEmpty(SteadyTime deadline) {
   return signal_.AwaitUntil(deadline, mutex_, empty);
 }
 
+// While the engine works on it for somebody a lease does not age; it will have its whole ttl
+// afterwards. What is not retained waits for its consumer, with memory that others could have:
+// pulling keeps it, words do not.
+SteadyTime LeaseTable::Entry::used() const {
+  const bool awaited = followed || cache->running_transfers() > 0;
+  if (awaited && cache->computing()) return absl::InfiniteFuture();
+  if (!cache->retain()) return cache->last_progress();
+  return std::max(renewed, followed ? cache->last_progress() : cache->last_pull());
+}
+
 void LeaseTable::Expire() {
   mutex_.Lock();
   while (!stop_) {
@@ -132,16 +158,9 @@ void LeaseTable::Expire() {
     std::vector<Entry> expired;
     for (auto it = entries_.begin(); it != entries_.end();) {
       const Entry& entry = it->second;
-      // While the engine works on it a lease does not age; it will have its whole ttl afterwards.
-      // What is not retained waits for its consumer, with memory that others could have: pulling
-      // keeps it, words do not.
-      const bool retain = entry.cache->retain();
       const absl::Duration ttl =
-          retain ? entry.info.ttl : std::min(entry.info.ttl, stalled_reader_grace_);
-      const SteadyTime progress = entry.cache->last_progress();
-      const absl::Duration idle =
-          entry.cache->computing() ? absl::ZeroDuration()
-                                   : Since(retain ? std::max(entry.renewed, progress) : progress);
+          entry.cache->retain() ? entry.info.ttl : std::min(entry.info.ttl, stalled_reader_grace_);
+      const absl::Duration idle = std::max(Since(entry.used()), absl::ZeroDuration());
       if (idle < ttl) {
         next = std::min(next, ttl - idle);
         ++it;

@@ -52,6 +52,12 @@ class LeaseTable {
   // Returns the number of transfers that still run. unmapped: see KvCache::Close.
   absl::StatusOr<int> Release(absl::string_view name, uint64_t generation, LeaseEnd why,
                               bool unmapped = false);
+  // Whether somebody follows the computation, as one does from the start. Where nobody does, and
+  // nobody pulls, a lease ages while the engine works on its cache, too. Harmless when it has
+  // ended.
+  void SetFollowed(absl::string_view name, uint64_t generation, bool followed);
+  // Whether it was ever renewed: somebody wants it, whoever follows. False when it has ended.
+  bool WasRenewed(absl::string_view name, uint64_t generation) const;
   void ReleaseAll(LeaseEnd why);
   // Joins the thread: what it has begun to end has ended then, and no other lease expires. To be
   // called before what `ended` and `abandon` reach into goes.
@@ -66,7 +72,10 @@ class LeaseTable {
     LeaseInfo info;
     std::shared_ptr<KvCache> cache;
     std::function<void()> abandon;
-    SteadyTime renewed;
+    SteadyTime renewed;  // or granted, or left by who followed it
+    bool was_renewed = false;
+    bool followed = true;
+    SteadyTime used() const;  // it ages from then on; infinite: it does not yet
   };
   using Entries = std::map<std::string, Entry, std::less<>>;
   absl::StatusOr<Entries::const_iterator> FindLocked(absl::string_view name,

@@ -2,6 +2,7 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -233,14 +234,28 @@ void Acceptor::Expect(const sockaddr_storage& self) {
   expected_ = PeerOf(self);
 }
 
+std::unordered_map<int, Acceptor::Connection>::iterator Acceptor::Find(const std::string& peer) {
+  const std::string name = absl::StrReplaceAll(peer, {{"%5B", "["}, {"%5D", "]"}});
+  return std::find_if(connections_.begin(), connections_.end(),
+                      [&](const auto& connection) { return connection.second.peer == name; });
+}
+
+bool Acceptor::Connected(const std::string& peer) {
+  absl::MutexLock lock(&mutex_);
+  const auto found = Find(peer);
+  if (found == connections_.end()) return false;
+  tcp_info info{};
+  socklen_t bytes = sizeof info;
+  const int fd = found->first;
+  return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &bytes) == 0 &&
+         info.tcpi_state == TCP_ESTABLISHED && Behind(fd) == found->second.socket;
+}
+
 // gRPC may close the descriptor at any time, and its number may be another's then: what is shut
 // down is what a descriptor of our own shows to be the connection.
 void Acceptor::Cut(const std::string& peer, const char* why) {
-  const std::string name = absl::StrReplaceAll(peer, {{"%5B", "["}, {"%5D", "]"}});
   absl::MutexLock lock(&mutex_);
-  const auto found =
-      std::find_if(connections_.begin(), connections_.end(),
-                   [&](const auto& connection) { return connection.second.peer == name; });
+  const auto found = Find(peer);
   if (found == connections_.end()) return;
   const int fd = fcntl(found->first, F_DUPFD_CLOEXEC, 0);
   if (fd < 0) return;
@@ -249,7 +264,7 @@ void Acceptor::Cut(const std::string& peer, const char* why) {
   close(fd);
   if (!ours) return;
   metrics_.connections.Refused(why);
-  Log(Level::kWarning, "connection_cut", {{"peer", name}, {"reason", why}});
+  Log(Level::kWarning, "connection_cut", {{"peer", found->second.peer}, {"reason", why}});
   if (const auto source = sources_.find(found->second.source); source != sources_.end()) {
     const double cost = kCutCosts * limits_.new_per_second;
     source->second.tokens = std::max(source->second.tokens, 0.0) - cost;

@@ -50,6 +50,8 @@ class Acceptor {
 
   // The next connection from exactly this address is the server's own, and under no limit.
   void Expect(const sockaddr_storage& self);
+  // Whether the connection of a peer (grpc::ServerContext::peer()'s words) is open at both ends.
+  bool Connected(const std::string& peer);
   // Ends the connection of a peer (grpc::ServerContext::peer()'s words), which pays for it with the
   // new ones that its address may have in the next seconds.
   void Cut(const std::string& peer, const char* why);
@@ -82,6 +84,9 @@ class Acceptor {
   void Take(int listener, int fd, const sockaddr_storage& address);
   void Refuse(int fd, const char* reason) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Sweep() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // By grpc::ServerContext::peer()'s words.
+  std::unordered_map<int, Connection>::iterator Find(const std::string& peer)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Forget(std::unordered_map<int, Connection>::iterator connection)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   const char* Against(const Source& source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

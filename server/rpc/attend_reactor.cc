@@ -17,6 +17,9 @@ namespace {
 // With who uploads, or does not take the status, while the server drains.
 constexpr absl::Duration kDrainPatience = absl::Seconds(1);
 
+// Of grpc::ServerContext::peer(), without the port.
+std::string SourceOf(const std::string& peer) { return peer.substr(0, peer.rfind(':')); }
+
 }  // namespace
 
 AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context) {
@@ -72,7 +75,7 @@ void AttendReactor::OnHeader() {
   if (!valid.ok()) return Refuse(valid.status());
   if (ended_) {  // meanwhile; End did not know of the job
     rpc_.scheduler.Cancel(valid->job);
-    rpc_.attends.Release(valid->job->request_id);
+    rpc_.attends.Release(valid->job->request_id, this);
     return;
   }
   job_ = valid->job;
@@ -109,12 +112,15 @@ absl::StatusOr<ValidAttend> AttendReactor::Admit() {
   }
   job.deadline = deadline_;
   job.sink = shared_from_this();
-  if (!rpc_.attends.Claim(job.request_id)) {
-    return absl::AlreadyExistsError(
-        absl::StrCat("an Attend with request_id '", job.request_id, "' is running"));
+  const auto give_way = [weak = weak_from_this()] {
+    if (const auto self = weak.lock()) self->GiveWay();
+  };
+  if (!rpc_.attends.Claim(job.request_id, SourceOf(context_->peer()), this, give_way)) {
+    return absl::AlreadyExistsError(absl::StrCat("an Attend of another peer with request_id '",
+                                                 job.request_id, "' is running"));
   }
   if (status = rpc_.scheduler.Admit(valid->job); !status.ok()) {
-    rpc_.attends.Release(job.request_id);
+    rpc_.attends.Release(job.request_id, this);
     return status;
   }
   return valid;
@@ -317,6 +323,14 @@ void AttendReactor::OnCancel() {
   End(WhyCancelled(deadline_));
 }
 
+// The peer may be gone without a word: what it holds is not kept until that is noticed.
+void AttendReactor::GiveWay() {
+  absl::MutexLock lock(&mutex_);
+  if (!self_ || ended_) return;
+  End(absl::AbortedError("a later call with this request_id took its place"));
+  context_->TryCancel();
+}
+
 void AttendReactor::Refuse(const absl::Status& status) {
   rpc_.metrics.Rejected(status);
   End(status);
@@ -330,7 +344,7 @@ void AttendReactor::End(const absl::Status& status) {
   if (memory_.region != nullptr) memory_.region->Unlink();  // the job may still compute in it
   if (job_ && !job_ended_) rpc_.scheduler.Cancel(job_, status);
   const grpc::Status wire = record_.End(status);
-  if (job_) rpc_.attends.Release(job_->request_id);
+  if (job_) rpc_.attends.Release(job_->request_id, this);
   if (admitted_) {
     Log(status.ok() ? Level::kInfo : Level::kWarning, "attend_finished",
         {{"request_id", job_->request_id},

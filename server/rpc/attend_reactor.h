@@ -53,6 +53,7 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
  private:
   AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
 
+  void GiveWay();  // to a later call with the same id
   void OnHeader();
   absl::StatusOr<ValidAttend> Admit();
   absl::Status OnTensors();

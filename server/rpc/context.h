@@ -1,6 +1,7 @@
 // What every RPC works on. Owned by the server, outlives every call; the parts are thread-safe.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -56,6 +57,9 @@ struct RpcContext {
   // Bytes a second that its tensors move at in the mean, after that time; likewise.
   uint64_t transfer_rate_min = uint64_t{256} << 10;
   std::string boot_id;
+  // Whether the connection of a call's peer (grpc::ServerContext::peer()) is there: a call that
+  // ends on one was taken back, else it broke. By GrpcServer.
+  std::function<bool(const std::string& peer)> connected;
 };
 
 }  // namespace prefilld

@@ -30,7 +30,10 @@ PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerConte
 }
 
 PrefillReactor::PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
-    : rpc_(rpc), deadline_(DeadlineOf(*context)), record_(rpc.metrics, "Prefill", rpc.calls) {}
+    : rpc_(rpc),
+      context_(context),
+      deadline_(DeadlineOf(*context)),
+      record_(rpc.metrics, "Prefill", rpc.calls) {}
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
     const v1::PrefillRequest& request) {
@@ -86,6 +89,7 @@ void PrefillReactor::OnWriteDone(bool ok) {
 }
 
 void PrefillReactor::OnCancel() {
+  broke_ = !rpc_.connected(context_->peer());
   absl::MutexLock lock(&mutex_);
   End(WhyCancelled(deadline_));
 }

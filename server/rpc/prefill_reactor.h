@@ -5,6 +5,7 @@
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
+#include <atomic>
 #include <memory>
 
 #include "absl/base/thread_annotations.h"
@@ -28,6 +29,7 @@ class PrefillReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   void OnDone() override;
   void OnEvents() override;
   SteadyTime deadline() const override { return deadline_; }
+  bool broke() const override { return broke_; }
 
  private:
   PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context);
@@ -37,7 +39,9 @@ class PrefillReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   RpcContext& rpc_;
+  grpc::CallbackServerContext* const context_;  // until OnDone
   const SteadyTime deadline_;
+  std::atomic<bool> broke_{false};
   absl::Mutex mutex_;
   std::shared_ptr<PrefillReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   std::shared_ptr<PrefillStream> stream_ ABSL_GUARDED_BY(mutex_);

@@ -183,6 +183,7 @@ bool PrefillStream::Attach(const std::shared_ptr<Reader>& reader) {
   if (given_up_ || (ended_ && lease_.generation == 0)) return false;
   readers_.push_back(reader);
   if (job_) job_->deadline.MoveTo(reader->deadline());
+  if (lease_.generation != 0) rpc_.leases.SetFollowed(lease_.name, lease_.generation, true);
   return true;
 }
 
@@ -198,6 +199,11 @@ void PrefillStream::Detach(const Reader* reader) {
     gone = std::move(*found);
     readers_.erase(found);
     if (!readers_.empty() || ended_) return;
+    if (lease_.generation != 0 &&
+        (reader->broke() || rpc_.leases.WasRenewed(lease_.name, lease_.generation))) {
+      rpc_.leases.SetFollowed(lease_.name, lease_.generation, false);
+      return;
+    }
     given_up_ = true;
     abandoned = lease_;
     if (abandoned.generation == 0) {  // nothing has begun, and nothing will

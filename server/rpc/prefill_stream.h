@@ -1,6 +1,6 @@
 // What happened to one prompt, as events that any number of callers read from the start: the
 // history that makes a request_id idempotent. It is the job's sink, lives in the registry until its
-// lease ends, and ends the lease when the computation fails or its last reader leaves too early.
+// lease ends, and ends the lease when the computation fails or its last reader takes its call back.
 // Thread-safe; never blocks.
 #pragma once
 
@@ -30,6 +30,7 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
     virtual ~Reader() = default;
     virtual void OnEvents() = 0;              // more can be read; any thread
     virtual SteadyTime deadline() const = 0;  // it waits until then
+    virtual bool broke() const = 0;           // it did not leave: its connection broke
   };
 
   // Takes blocks, a place in the queue and a lease, all or none, for `reader`. `content` is
@@ -48,6 +49,9 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   // The work's deadline is the latest of its readers'.
   // False: it ended before it began, or its last reader has given it up; it is of use to nobody.
   bool Attach(const std::shared_ptr<Reader>& reader);
+  // Where the last reader takes its call back, the work ends: nobody waits for it. Where its
+  // connection broke, or somebody has renewed the lease, it goes on while the lease lives, whose
+  // ttl starts: the reader, or another, comes again.
   void Detach(const Reader* reader);
 
   // Event `index`, which stays where it is while the stream lives; or null when it has not

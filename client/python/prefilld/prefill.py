@@ -136,9 +136,18 @@ class Prefill:
             self.cancel()
 
     def detach(self) -> Lease:
-        """Leaves the lease to somebody else: it is no longer released here."""
+        """Leaves the lease to somebody else: it is no longer released here, and the computation
+        goes on when this process closes its connection, for the lease's TTL or as long as somebody
+        pulls."""
         with self._changed:
             self._owned = False
+            computing = self._summary is None
+        if computing:
+            try:
+                self._renew(self.lease)
+            except PrefilldError as error:
+                if error.code is not grpc.StatusCode.NOT_FOUND:  # else somebody has released it
+                    raise
         return self.lease
 
     def __enter__(self) -> Prefill:

@@ -117,6 +117,35 @@ TEST_F(LeaseTableTest, ALeaseDoesNotAgeWhileItsCacheIsComputed) {
   EXPECT_TRUE(ended.WaitForNotificationWithTimeout(absl::Seconds(10)));
 }
 
+TEST_F(LeaseTableTest, ALeaseThatNobodyFollowsAgesWhileItsCacheIsComputed) {
+  absl::Notification ended, abandoned;
+  LeaseTable table({.ended = [&](const LeaseInfo&, LeaseEnd why) {
+    EXPECT_EQ(why, LeaseEnd::kExpired);
+    ended.Notify();
+  }});
+  auto cache = NewCache();
+  auto lease = *table.Grant("a", cache, absl::Milliseconds(50), [&] { abandoned.Notify(); });
+  table.SetFollowed("a", lease.generation, false);
+  table.SetFollowed("a", lease.generation, true);
+  EXPECT_FALSE(ended.WaitForNotificationWithTimeout(absl::Milliseconds(200)));
+  table.SetFollowed("a", lease.generation, false);
+  auto pull = *cache->Open(nullptr);
+  EXPECT_FALSE(ended.WaitForNotificationWithTimeout(absl::Milliseconds(200))) << "it is pulled";
+  pull.reset();
+  EXPECT_TRUE(ended.WaitForNotificationWithTimeout(absl::Seconds(10)));
+  EXPECT_TRUE(abandoned.WaitForNotificationWithTimeout(absl::Seconds(10)));
+}
+
+TEST_F(LeaseTableTest, WhoRenewsALeaseWantsIt) {
+  LeaseTable table({});
+  auto lease = *table.Grant("a", NewCache(), absl::Hours(1), nullptr);
+  EXPECT_FALSE(table.WasRenewed("a", lease.generation));
+  ASSERT_TRUE(table.Renew("a", lease.generation, absl::ZeroDuration()).ok());
+  EXPECT_TRUE(table.WasRenewed("a", lease.generation));
+  EXPECT_FALSE(table.WasRenewed("a", lease.generation + 1));
+  table.ReleaseAll(LeaseEnd::kAbandoned);
+}
+
 TEST_F(LeaseTableTest, AbandoningUnfinishedWorkStopsIt) {
   LeaseTable table({});
   bool abandoned = false;

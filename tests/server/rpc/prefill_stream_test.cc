@@ -27,12 +27,15 @@ namespace {
 
 class Caller : public PrefillStream::Reader {
  public:
-  explicit Caller(absl::Time deadline = absl::InfiniteFuture()) : deadline_(deadline) {}
+  explicit Caller(absl::Time deadline = absl::InfiniteFuture(), bool broke = false)
+      : deadline_(deadline), broke_(broke) {}
   void OnEvents() override {}
   absl::Time deadline() const override { return deadline_; }
+  bool broke() const override { return broke_; }
 
  private:
   const absl::Time deadline_;
+  const bool broke_;
 };
 
 // Has no memory, and counts who asks.

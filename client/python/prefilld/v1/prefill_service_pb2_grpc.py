@@ -64,7 +64,9 @@ class PrefillServiceServicer(object):
     def Attend(self, request_iterator, context):
         """Attention over the caller's own tensors. The client sends one header, waits for `admission`,
         then sends the chunks of every tensor, tensor after tensor. The server answers with admission,
-        the chunks of every output tensor, then the summary.
+        the chunks of every output tensor, then the summary. A later call of the same source address
+        with the same request_id takes the place of this one, which ends with ABORTED; of another
+        address it is ALREADY_EXISTS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,7 +74,9 @@ class PrefillServiceServicer(object):
 
     def Prefill(self, request, context):
         """Runs a prompt through a model. The KV cache is leased to the caller, who pulls it with
-        KvHandoffService.PullKv, at once (it follows the computation) or later.
+        KvHandoffService.PullKv, at once (it follows the computation) or later. Taking the call back
+        ends the work, unless the lease was renewed. Where the connection breaks the lease's TTL starts
+        and the work goes on while it lives: the same request again attaches to it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
