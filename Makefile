@@ -47,8 +47,8 @@ test: build build/venv/.complete  ## unit tests, those that need a GPU, then end
 	@rm -rf $(REPORTS) && mkdir $(REPORTS)
 	@worst=0; \
 	for label in unit gpu e2e; do \
-		[ $$label = gpu ] && none=ignore || none=error; \
-		ctest --test-dir build --output-on-failure --no-tests=$$none -L $$label --output-junit test-reports/ctest-$$label.xml \
+		[ $$label = gpu ] && none=ignore jobs=1 || none=error jobs=$(JOBS); \
+		ctest --test-dir build -j$$jobs --output-on-failure --no-tests=$$none -L $$label --output-junit test-reports/ctest-$$label.xml \
 			|| worst=$$(( $$? > worst ? $$? : worst )); \
 	done; \
 	$(PYTHON) tests/summary.py $(REPORTS); \
