@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 JOBS := $(shell nproc)
+FUZZ_SECONDS := 60
 PYTHON := build/venv/bin/python
 BENCH_PYTHON := build/bench-venv/bin/python
 VLLM_PYTHON := build/vllm-venv/bin/python
@@ -46,8 +47,8 @@ test: build build/venv/.complete  ## unit tests, those that need a GPU, then end
 	@rm -rf $(REPORTS) && mkdir $(REPORTS)
 	@worst=0; \
 	for label in unit gpu e2e; do \
-		[ $$label = gpu ] && none=ignore || none=error; \
-		ctest --test-dir build --output-on-failure --no-tests=$$none -L $$label --output-junit test-reports/ctest-$$label.xml \
+		[ $$label = gpu ] && none=ignore jobs=1 || none=error jobs=$(JOBS); \
+		ctest --test-dir build -j$$jobs --output-on-failure --no-tests=$$none -L $$label --output-junit test-reports/ctest-$$label.xml \
 			|| worst=$$(( $$? > worst ? $$? : worst )); \
 	done; \
 	$(PYTHON) tests/summary.py $(REPORTS); \
@@ -62,6 +63,13 @@ test-sanitized: packages  ## unit tests under the address and undefined-behaviou
 	@cmake --preset dev
 	@cmake --build --preset dev -j$(JOBS)
 	@ctest --preset dev --no-tests=error
+
+.PHONY: fuzz
+fuzz: build/venv/.complete  ## every fuzzer of tests/fuzz for FUZZ_SECONDS (60), as many at a time as there are processors
+	@deploy/install-packages.sh clang libclang-rt-dev
+	@cmake --preset fuzz
+	@cmake --build --preset fuzz -j$(JOBS)
+	@$(PYTHON) tests/fuzz/run.py --seconds=$(FUZZ_SECONDS)
 
 .PHONY: sanitize-gpu
 sanitize-gpu: with-a-gpu configured  ## the small GPU tests under compute-sanitizer's memcheck, racecheck and synccheck

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Installs what is missing of packages.txt, asking nothing. Does nothing when all of it is there.
+# Installs what is missing of packages.txt and of its arguments, asking nothing. Does nothing when all
+# of it is there.
 set -eu
-packages=$(grep -v '^#' "$(dirname "$0")/packages.txt")
+packages="$(grep -v '^#' "$(dirname "$0")/packages.txt") $*"
 
 if ! command -v dpkg-query > /dev/null; then
   echo "install-packages.sh: this is not Debian or Ubuntu; install what these provide:" $packages >&2

@@ -1,157 +1,176 @@
-// prefillctl bench: a closed loop of `concurrency` requests at a time, for each prompt length.
+// prefillctl bench: closed loops of `concurrency` requests at a time or open loops of `rate`
+// requests a second, for each prompt length or a mix of lengths.
 #include <algorithm>
-#include <map>
 #include <memory>
-#include <optional>
-#include <thread>
+#include <string>
 #include <vector>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "client/cli/command.h"
 #include "client/cli/load.h"
+#include "client/cli/load_report.h"
+#include "client/cli/load_run.h"
 #include "client/cli/policy.h"
 #include "client/cli/progress.h"
 #include "client/cli/report.h"
-#include "client/cpp/errors.h"
 
 namespace prefilld::cli {
 namespace {
 
 struct BenchFlags {
   std::string model, shape, transport;
-  std::vector<uint32_t> tokens, concurrency = {1};
+  std::vector<std::string> tokens;
+  std::vector<uint32_t> concurrency;
+  std::vector<double> rates;
   double duration_s = 10;
+  std::string deadline;
+  uint32_t peers = 1, seed = 1;
+  bool retry = false;
   PolicyFlags policy;
 };
 
-// What a loop of requests showed.
-struct Row {
-  uint32_t tokens = 0, concurrency = 0;
-  double seconds = 0;
-  std::vector<double> ttft;  // seconds, ascending
-  double density_sum = 0;
-  std::map<std::string, int> errors;  // by code
-  absl::Status last_error;
-
-  size_t requests() const { return ttft.size(); }
-  double requests_per_second() const { return static_cast<double>(requests()) / seconds; }
-  double density() const {
-    return requests() == 0 ? 0 : density_sum / static_cast<double>(requests());
-  }
-  // The least value that `fraction` of the requests do not exceed; 0 without requests.
-  double Ttft(double fraction) const {
-    if (ttft.empty()) return 0;
-    const auto rank = static_cast<size_t>(fraction * static_cast<double>(ttft.size() - 1) + 0.5);
-    return ttft[rank];
-  }
+// Lengths of one run.
+struct Mix {
+  struct Part {
+    uint32_t tokens;
+    double weight;
+  };
+  std::string text;  // as it was given
+  std::vector<Part> parts;
 };
 
-Row RunLoop(client::PrefillClient& client, const Session& session, Load& load, uint32_t tokens,
-            uint32_t concurrency, double duration_s) {
-  client::CallOptions options = session.Options();
-  options.retry.tries_max = 1;  // refusals are part of the result
-  Row row{.tokens = tokens, .concurrency = concurrency};
-  absl::Mutex mutex;  // of `row`
+// "1024,4096": a run each. "512:8,2048:1": one run, of eight times as many short ones.
+absl::StatusOr<std::vector<Mix>> ParseTokens(const std::vector<std::string>& texts) {
+  constexpr uint32_t kTokensMax = 1 << 24;
+  std::vector<Mix> runs;
+  Mix mix{.text = absl::StrJoin(texts, ",")};
+  for (const std::string& text : texts) {
+    const std::vector<std::string> fields = absl::StrSplit(text, ':');
+    Mix::Part part{.tokens = 0, .weight = 1};
+    if (fields.size() > 2 || !absl::SimpleAtoi(fields[0], &part.tokens) || part.tokens < 1 ||
+        part.tokens > kTokensMax ||
+        (fields.size() == 2 &&
+         !(absl::SimpleAtod(fields[1], &part.weight) && part.weight > 0 && part.weight <= 1e9))) {
+      return absl::InvalidArgumentError(absl::StrCat("--tokens: '", text,
+                                                     "' is neither a length from 1 to ", kTokensMax,
+                                                     " nor LENGTH:WEIGHT"));
+    }
+    fields.size() == 2 ? mix.parts.push_back(part) : runs.push_back({text, {part}});
+  }
+  if (mix.parts.empty()) return runs;
+  if (!runs.empty()) {
+    return absl::InvalidArgumentError("--tokens: all lengths have a weight, or none");
+  }
+  return std::vector<Mix>{mix};
+}
+
+// The server's callers and what they send, for all runs.
+struct Bench {
+  std::function<std::unique_ptr<Load>(uint32_t tokens)> make_load;
+  std::vector<std::unique_ptr<Peer>> peers;
+  absl::Duration deadline = absl::InfiniteDuration();
+};
+
+LoadRow RunRow(const Bench& bench, const Session& session, const BenchFlags& flags, const Mix& mix,
+               LoadRow row) {
+  std::vector<std::unique_ptr<Load>> loads;
+  LoadRun run;
+  for (const Mix::Part& part : mix.parts) {
+    loads.push_back(bench.make_load(part.tokens));
+    run.mix.push_back({loads.back().get(), part.tokens, part.weight});
+  }
+  for (const auto& peer : bench.peers) run.peers.push_back(peer.get());
+  run.concurrency = row.concurrency;
+  run.rate = row.rate;
+  run.duration = absl::Seconds(flags.duration_s);
+  run.deadline = bench.deadline;
+  run.options = session.Options();
+  if (!flags.retry) run.options.retry.tries_max = 1;  // refusals are part of the result
+  run.seed = flags.seed;
+  row.tokens = mix.text;
   Progress progress(session.io.err, session.io.err_is_terminal);
-  const absl::Time start = client::SteadyNow();
-  const absl::Time end = start + absl::Seconds(duration_s);
-  const auto work = [&](uint32_t seed) {
-    std::mt19937 rng(seed);
-    do {
-      const auto sample = load.Send(client, rng, options);
-      {
-        absl::MutexLock lock(&mutex);
-        if (sample.ok()) {
-          row.ttft.push_back(sample->ttft_seconds);
-          row.density_sum += sample->density;
-        } else {
-          ++row.errors[absl::StatusCodeToString(sample.status().code())];
-          row.last_error = sample.status();
-        }
-      }
-      progress.Update(absl::StrCat(tokens, " x ", concurrency),
-                      absl::ToDoubleSeconds(client::SteadyNow() - start), duration_s);
-      // A server that asks for a pause gets it; one that fails at once is not hammered.
-      if (!sample.ok()) {
-        session.io.cancellation.WaitFor(
-            client::RetryDelay(sample.status()).value_or(absl::Milliseconds(100)));
-      }
-    } while (client::SteadyNow() < end && !session.io.cancellation.cancelled());
+  run.on_progress = [&](absl::Duration since) {
+    progress.Update(absl::StrCat(row.tokens, " x ", LoadText(row)), absl::ToDoubleSeconds(since),
+                    flags.duration_s);
   };
-  std::vector<std::thread> workers;
-  for (uint32_t i = 0; i < concurrency; ++i) workers.emplace_back(work, i);
-  for (std::thread& worker : workers) worker.join();
-  row.seconds = absl::ToDoubleSeconds(client::SteadyNow() - start);
-  std::sort(row.ttft.begin(), row.ttft.end());
+  const Finished finished = RunLoad(run);
+  row.seconds = finished.seconds;
+  row.stats = Summarize(finished.outcomes, bench.deadline);
+  for (size_t i = 0; bench.peers.size() > 1 && i < bench.peers.size(); ++i) {
+    row.peers.emplace_back(bench.peers[i]->source(),
+                           SummarizePeer(finished.outcomes, bench.deadline, i));
+  }
   return row;
 }
 
-nlohmann::ordered_json ToJson(const Row& row) {
-  return {{"tokens", row.tokens},
-          {"concurrency", row.concurrency},
-          {"requests", row.requests()},
-          {"seconds", row.seconds},
-          {"requests_per_second", row.requests_per_second()},
-          {"tokens_per_second", row.requests_per_second() * row.tokens},
-          {"ttft_seconds", {{"p50", row.Ttft(.5)}, {"p95", row.Ttft(.95)}, {"p99", row.Ttft(.99)}}},
-          {"density", row.density()},
-          {"errors", row.errors}};
-}
-
-void PrintHeader(std::ostream& out) {
-  out << absl::StrFormat("%8s %11s %8s %10s %10s %9s %9s %9s %8s  %s\n", "tokens", "concurrency",
-                         "requests", "requests/s", "tokens/s", "TTFT p50", "p95", "p99 (s)",
-                         "density", "errors");
-}
-
-void PrintRow(const Row& row, std::ostream& out) {
-  const std::string errors = absl::StrJoin(row.errors, " ", absl::PairFormatter("="));
-  out << absl::StrFormat("%8d %11d %8d %10.2f %10.0f %9.4f %9.4f %9.4f %8.4f  %s\n", row.tokens,
-                         row.concurrency, row.requests(), row.requests_per_second(),
-                         row.requests_per_second() * row.tokens, row.Ttft(.5), row.Ttft(.95),
-                         row.Ttft(.99), row.density(), errors.empty() ? "-" : errors)
-      << std::flush;
-}
-
-absl::Status RunBench(client::PrefillClient& client, const Session& session,
-                      const BenchFlags& flags) {
+// What is to be sent, by the flags and the server's word.
+absl::StatusOr<Bench> MakeBench(client::PrefillClient& client, const Session& session,
+                                const BenchFlags& flags) {
   const auto policy = ToPolicy(flags.policy);
   if (!policy.ok()) return policy.status();
+  Bench bench;
+  if (!flags.deadline.empty() && (!absl::ParseDuration(flags.deadline, &bench.deadline) ||
+                                  bench.deadline <= absl::ZeroDuration())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--deadline: '", flags.deadline, "' is no duration such as 10s or 500ms"));
+  }
+  if (flags.peers > 1) {
+    auto peers = MakePeers(session.target, flags.peers);
+    if (!peers.ok()) return peers.status();
+    bench.peers = *std::move(peers);
+  } else {
+    bench.peers.push_back(std::make_unique<Peer>(client));
+  }
   v1::Transport transport = v1::TRANSPORT_UNSPECIFIED;
   if (!flags.transport.empty() &&
       !v1::Transport_Parse("TRANSPORT_" + absl::AsciiStrToUpper(flags.transport), &transport)) {
     return absl::InvalidArgumentError(absl::StrCat("there is no transport ", flags.transport));
   }
-  v1::Model model;
-  AttendLoadShape shape;
-  if (!flags.model.empty()) {
-    auto found = client.GetModel(flags.model, session.Options());
-    if (!found.ok()) return found.status();
-    model = *std::move(found);
-    if (model.vocab_size() == 0) return absl::DataLossError("the model has no vocabulary");
-  } else {
-    const auto parsed = ParseShape(flags.shape);
-    if (!parsed.ok()) return parsed.status();
-    shape = *parsed;
+  if (flags.model.empty()) {
+    const auto shape = ParseShape(flags.shape);
+    if (!shape.ok()) return shape.status();
+    bench.make_load = [=](uint32_t tokens) { return MakeAttendLoad(*shape, tokens, *policy); };
+    return bench;
   }
+  const auto model = client.GetModel(flags.model, session.Options());
+  if (!model.ok()) return model.status();
+  if (model->vocab_size() == 0) return absl::DataLossError("the model has no vocabulary");
+  bench.make_load = [=](uint32_t tokens) {
+    return MakePrefillLoad(*model, tokens, transport, *policy);
+  };
+  return bench;
+}
+
+absl::Status RunBench(client::PrefillClient& client, const Session& session,
+                      const BenchFlags& flags) {
+  const auto mixes = ParseTokens(flags.tokens);
+  if (!mixes.ok()) return mixes.status();
+  const auto bench = MakeBench(client, session, flags);
+  if (!bench.ok()) return bench.status();
+  std::vector<LoadRow> loads;
+  for (const double rate : flags.rates) loads.push_back({.rate = rate});
+  for (const uint32_t concurrency : flags.concurrency) {
+    loads.push_back({.concurrency = concurrency});
+  }
+  if (loads.empty()) loads.push_back({.concurrency = 1});
 
   nlohmann::ordered_json rows = nlohmann::ordered_json::array();
   absl::Status status;
   if (!session.json) PrintHeader(session.io.out);
-  for (uint32_t tokens : flags.tokens) {
-    const auto load = flags.model.empty() ? MakeAttendLoad(shape, tokens, *policy)
-                                          : MakePrefillLoad(model, tokens, transport, *policy);
-    for (uint32_t concurrency : flags.concurrency) {
-      const Row row = RunLoop(client, session, *load, tokens, concurrency, flags.duration_s);
+  for (const Mix& mix : *mixes) {
+    for (const LoadRow& load : loads) {
+      const LoadRow row = RunRow(*bench, session, flags, mix, load);
       if (session.io.cancellation.cancelled()) return absl::CancelledError("bench was stopped");
-      if (row.requests() == 0) {
+      if (row.stats.sent > 0 && row.stats.succeeded() == 0) {
         status.Update(absl::Status(
-            row.last_error.code(),
-            absl::StrCat("no request of ", tokens, " tokens, ", concurrency,
-                         " at a time, succeeded; the last: ", row.last_error.message())));
+            row.stats.last_failure.code(),
+            absl::StrCat("no request of ", row.tokens, " tokens, ", LoadText(row),
+                         row.rate > 0 ? "" : " at a time",
+                         ", succeeded; the last: ", row.stats.last_failure.message())));
       }
       rows.push_back(ToJson(row));
       if (!session.json) PrintRow(row, session.io.out);
@@ -164,28 +183,56 @@ absl::Status RunBench(client::PrefillClient& client, const Session& session,
 }  // namespace
 
 void AddBench(CLI::App& app, Session& session) {
-  CLI::App* command =
-      app.add_subcommand("bench", "Load: requests per second, time to first token, density");
+  CLI::App* command = app.add_subcommand(
+      "bench", "Load: goodput, time to first token, latency, refusals by their reason");
   command->footer(
-      "Example: prefillctl bench --model=smol --tokens=256,1024 --concurrency=1,2 --duration=2");
+      "Example: prefillctl bench --model=smol --tokens=256:8,2048:1 --rate=5 --deadline=10s");
   const auto flags = std::make_shared<BenchFlags>();
   CLI::App* what = command->add_option_group("Load");
   what->add_option("--model", flags->model, "Prefill random prompts through this model");
   what->add_option("--shape", flags->shape,
                    "Or attend random BF16 tensors: Q_HEADS/KV_HEADS/HEAD_DIM, e.g. 32/8/128");
   what->require_option(1);
-  command->add_option("--tokens", flags->tokens, "Lengths of prompts in tokens, e.g. 1024,4096")
+  command
+      ->add_option("--tokens", flags->tokens,
+                   "Lengths of prompts in tokens, a run each, e.g. 1024,4096; or with weights one "
+                   "run of a mix, e.g. 512:8,2048:1")
       ->type_name("N,...")
       ->delimiter(',')
-      ->check(CLI::Range(1u, 1u << 24))
       ->required();
-  command->add_option("--concurrency", flags->concurrency, "Requests at a time, e.g. 1,4")
-      ->type_name("N,...")
+  CLI::Option* concurrency = command
+                                 ->add_option("--concurrency", flags->concurrency,
+                                              "A closed loop: requests at a time, e.g. 1,4 [1]")
+                                 ->type_name("N,...")
+                                 ->delimiter(',')
+                                 ->check(CLI::Range(1u, 1024u));
+  command
+      ->add_option(
+          "--rate", flags->rates,
+          "Or an open loop: requests a second at random moments, whatever becomes of them; "
+          "times are counted from those moments [no open loop]")
+      ->type_name("R,...")
       ->delimiter(',')
+      ->check(CLI::Range(1e-3, 1e5))
+      ->excludes(concurrency);
+  command
+      ->add_option("--duration", flags->duration_s,
+                   "For each run; an open loop waits for what it has sent")
+      ->type_name("SECONDS")
+      ->capture_default_str();
+  command->add_option("--deadline", flags->deadline, "Of each request, e.g. 10s [none]")
+      ->type_name("DURATION");
+  command
+      ->add_option("--peers", flags->peers,
+                   "Connections that requests go to in turn; to a server on loopback each from an "
+                   "address of its own (127.0.1.1, ...)")
+      ->type_name("N")
       ->check(CLI::Range(1u, 1024u))
       ->capture_default_str();
-  command->add_option("--duration", flags->duration_s, "For each pair of length and concurrency")
-      ->type_name("SECONDS")
+  command->add_flag("--retry", flags->retry,
+                    "Try again as the C++ client does, where the server asks for it");
+  command->add_option("--seed", flags->seed, "Of prompts, lengths and moments")
+      ->type_name("N")
       ->capture_default_str();
   command->add_option("--transport", flags->transport,
                       "How caches could be pulled: grpc or posix_shm [in every way that the server "

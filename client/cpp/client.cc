@@ -55,9 +55,11 @@ std::string NewRequestId() {
 }
 
 PrefillClient::PrefillClient(const std::string& target)
-    : channel_(
-          grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), ChannelOptions())),
-      stubs_(std::make_unique<Stubs>(channel_)) {}
+    : PrefillClient(grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(),
+                                              ChannelOptions())) {}
+
+PrefillClient::PrefillClient(std::shared_ptr<grpc::Channel> channel)
+    : channel_(std::move(channel)), stubs_(std::make_unique<Stubs>(channel_)) {}
 
 PrefillClient::~PrefillClient() = default;
 

@@ -65,6 +65,8 @@ class PrefillClient {
  public:
   // Connects lazily: an unreachable server shows as UNAVAILABLE of the first call. Plain text.
   explicit PrefillClient(const std::string& target);
+  // Over a channel of the caller's making.
+  explicit PrefillClient(std::shared_ptr<grpc::Channel> channel);
   ~PrefillClient();
 
   // Uploads only after admission. Checks every chunk that comes back.

@@ -41,6 +41,11 @@ std::optional<absl::Duration> RetryDelay(const absl::Status& status) {
   return absl::Seconds(delay.seconds()) + absl::Nanoseconds(delay.nanos());
 }
 
+std::string ErrorReason(const absl::Status& status) {
+  const auto info = Detail<google::rpc::ErrorInfo>(status);
+  return info.has_value() ? info->reason() : "";
+}
+
 std::vector<std::string> DetailLines(const absl::Status& status) {
   std::vector<std::string> lines;
   if (const auto bad = Detail<google::rpc::BadRequest>(status)) {
@@ -53,8 +58,8 @@ std::vector<std::string> DetailLines(const absl::Status& status) {
   if (const auto resource = Detail<google::rpc::ResourceInfo>(status)) {
     lines.push_back(absl::StrCat(resource->resource_type(), ": ", resource->resource_name()));
   }
-  if (const auto info = Detail<google::rpc::ErrorInfo>(status)) {
-    lines.push_back(absl::StrCat("reason: ", info->reason()));
+  if (const std::string reason = ErrorReason(status); !reason.empty()) {
+    lines.push_back(absl::StrCat("reason: ", reason));
   }
   if (const auto delay = RetryDelay(status)) {
     lines.push_back(absl::StrCat("retry in ", absl::FormatDuration(*delay)));

@@ -19,6 +19,9 @@ absl::Status FromGrpc(const grpc::Status& status);
 // where the code itself says so (UNAVAILABLE).
 std::optional<absl::Duration> RetryDelay(const absl::Status& status);
 
+// ErrorInfo: why, in a word such as QUEUE_FULL; empty where the server gave none.
+std::string ErrorReason(const absl::Status& status);
+
 // The details one per line, for people: "sparsity.gamma: 2 is not below 1", "retry in 500ms".
 std::vector<std::string> DetailLines(const absl::Status& status);
 

@@ -65,9 +65,15 @@ absl::StatusOr<InputTensor> ReadEntry(const std::string& path, const std::string
   const auto bad = [&](absl::string_view what) {
     return Bad(path, absl::StrCat("tensor ", name, ": ", what));
   };
-  const json shape = entry.is_object() ? entry.value("shape", json()) : json();
-  const json offsets = entry.is_object() ? entry.value("data_offsets", json()) : json();
-  const json dtype = entry.is_object() ? entry.value("dtype", json()) : json();
+  // Not copied before it is known to be flat: a copy goes as deep as lists lie in each other.
+  const json absent;
+  const auto field = [&](const char* key) -> const json& {
+    const auto found = entry.find(key);  // of what is no object: none
+    return found == entry.end() ? absent : *found;
+  };
+  const json& shape = field("shape");
+  const json& offsets = field("data_offsets");
+  const json& dtype = field("dtype");
   if (!dtype.is_string() || !shape.is_array() || !offsets.is_array() || offsets.size() != 2 ||
       !std::all_of(shape.begin(), shape.end(), IsUint) ||
       !std::all_of(offsets.begin(), offsets.end(), IsUint)) {

@@ -276,7 +276,7 @@ absl::StatusOr<ParsedChunk> ParseChunk(const grpc::ByteBuffer& buffer, int outer
       return absl::InvalidArgumentError("a TensorChunk with `buffer` where bytes are sent");
     }
     if (!ReadField(reader, field, type, chunk)) return Malformed(field);
-    if (field > kData) continue;  // unknown: protobuf lets those repeat
+    if (field > kLast && field != kData) continue;  // unknown: protobuf lets those repeat
     if (seen & (1u << field)) {
       return absl::InvalidArgumentError(absl::StrCat("TensorChunk field ", field, " repeated"));
     }

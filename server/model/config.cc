@@ -225,7 +225,7 @@ absl::Status CheckOtherKeys(const json& config, const ObjectReader& reader, cons
     if (reader.WasRead(key)) continue;
     if (std::find(harmless.begin(), harmless.end(), key) != harmless.end()) continue;
     const auto neutral = std::find_if(family.neutral_keys.begin(), family.neutral_keys.end(),
-                                      [&](const NeutralKey& k) { return k.key == key; });
+                                      [&key = key](const NeutralKey& k) { return k.key == key; });
     if (neutral != family.neutral_keys.end()) {
       if (value.is_null() || value == json::parse(neutral->value)) continue;
       return absl::InvalidArgumentError(source + ": " + key + " = " + Show(value) +

@@ -173,6 +173,9 @@ class FakeServer::Prefills : public v1::PrefillService::Service {
     {
       std::lock_guard lock(server_.mutex_);
       server_.script_.prefills.push_back(*request);
+      const std::string peer = context->peer();  // "ipv4:127.0.0.1:40000"
+      const size_t begin = peer.find(':') + 1;
+      server_.script_.sources.insert(peer.substr(begin, peer.rfind(':') - begin));
       hang = server_.script_.hang_after_admission;
       if (Status refusal = server_.NextRefusal(); !refusal.ok()) return refusal;
       lease.set_boot_id(server_.script_.boot_id);

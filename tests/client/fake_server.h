@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,7 @@ class FakeServer {
     std::vector<v1::PullKvRequest> pulls;
     std::vector<v1::ReleaseLeaseRequest> releases;
     std::vector<std::string> models_asked;
+    std::set<std::string> sources;  // addresses that Prefills came from, without ports
   };
 
   FakeServer();

@@ -124,4 +124,5 @@ def test_blocks_run_when_pasted_in_order(document, after_make_demo):
 
 
 def test_the_readme_has_blocks_to_run():
-    assert [b.language for b in RUNNABLE[harness.ROOT / "README.md"]] == ["bash", "bash", "python"]
+    assert [b.language for b in RUNNABLE[harness.ROOT / "README.md"]] == [
+        "bash", "bash", "bash", "python"]

@@ -150,10 +150,11 @@ TEST(ParseChunk, ReadsWhatProtobufWritesHoweverItIsSliced) {
 }
 
 TEST(ParseChunk, AcceptsAnyOrderOfFieldsAndUnknownOnes) {
-  // data, unknown varint 8, last, unknown bytes 100 (twice), unknown fixed64 7, tensor_index.
+  // data, unknown varint 8 (twice), last, unknown bytes 100 (twice), unknown fixed64 7,
+  // tensor_index.
   const std::string bytes =
-      std::string("\x7a\x03xyz\x40\x05\x28\x01\xa2\x06\x01u\xa2\x06\x01u\x39", 18) + "12345678" +
-      "\x08\x02";
+      std::string("\x7a\x03xyz\x40\x05\x40\x06\x28\x01\xa2\x06\x01u\xa2\x06\x01u\x39", 20) +
+      "12345678" + "\x08\x02";
   const auto chunk = ParseChunk(BufferOf(bytes, 1), kBareChunk);
   ASSERT_TRUE(chunk.ok()) << chunk.status();
   EXPECT_EQ(PayloadOf(*chunk), "xyz");

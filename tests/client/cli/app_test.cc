@@ -377,8 +377,53 @@ TEST_F(AppTest, BenchMeasuresBothLoads) {
   EXPECT_GT(runs[0]["requests"], 0);
   EXPECT_GT(runs[0]["tokens_per_second"], 0);
   EXPECT_EQ(runs[0]["density"], 0.25);
-  EXPECT_EQ(runs[0]["errors"]["RESOURCE_EXHAUSTED"], 1);
+  EXPECT_EQ(runs[0]["failures"]["RESOURCE_EXHAUSTED"]["count"], 1);
   EXPECT_GE(runs[0]["ttft_seconds"]["p99"], runs[0]["ttft_seconds"]["p50"]);
+  EXPECT_GE(runs[0]["latency_seconds"]["p50"], runs[0]["ttft_seconds"]["p50"]);
+  EXPECT_EQ(runs[0]["goodput"]["requests"], runs[0]["requests"]) << "without a deadline";
+}
+
+TEST_F(AppTest, BenchSendsAMixAtAnOpenRateFromSeveralPeers) {
+  script_.refusals = {RetryLaterStatus(grpc::StatusCode::RESOURCE_EXHAUSTED, 1)};
+  ASSERT_EQ(Run({"bench", "--model=tiny", "--tokens=16:3,32:1", "--rate=300", "--duration=0.3",
+                 "--peers=3", "--deadline=1m", "--seed=2", "--json"}),
+            0)
+      << err_;
+  const auto run = Printed()["runs"][0];
+  const size_t sent = run["sent"];
+  EXPECT_GT(sent, 40u);
+  EXPECT_LT(sent, 160u) << "90 in the mean";
+  EXPECT_EQ(run["requests"], sent - 1) << "a refusal is not tried again";
+  EXPECT_EQ(run["goodput"]["requests"], sent - 1);
+  EXPECT_EQ(run["tokens"], "16:3,32:1");
+  EXPECT_EQ(run["rate"], 300.0);
+  ASSERT_EQ(run["peers"].size(), 3u);
+  EXPECT_EQ(run["peers"][2]["source"], "127.0.1.3");
+  size_t short_ones = 0, from_peers = 0;
+  for (const auto& peer : run["peers"]) from_peers += peer["sent"].get<size_t>();
+  EXPECT_EQ(from_peers, sent);
+  for (const auto& prefill : script_.prefills) short_ones += prefill.token_ids_size() == 16;
+  EXPECT_GT(short_ones, script_.prefills.size() / 2) << "three of four";
+  EXPECT_LT(short_ones, script_.prefills.size());
+  EXPECT_EQ(script_.sources, (std::set<std::string>{"127.0.1.1", "127.0.1.2", "127.0.1.3"}));
+}
+
+TEST_F(AppTest, BenchTriesAgainWhereItIsTold) {
+  script_.refusals = {RetryLaterStatus(grpc::StatusCode::RESOURCE_EXHAUSTED, 1)};
+  ASSERT_EQ(Run({"bench", "--model=tiny", "--tokens=16", "--duration=0.05", "--retry", "--json"}),
+            0)
+      << err_;
+  EXPECT_EQ(Printed()["runs"][0]["failures"].size(), 0u);
+}
+
+TEST_F(AppTest, BenchCountsWhatEndsBehindItsDeadlineAsFailed) {
+  script_.hang_after_admission = true;
+  EXPECT_EQ(Run({"bench", "--model=tiny", "--tokens=16", "--rate=100", "--duration=0.1",
+                 "--deadline=100ms", "--json"}),
+            1);
+  const auto run = Printed()["runs"][0];
+  EXPECT_EQ(run["failures"]["DEADLINE_EXCEEDED"]["count"], run["sent"]);
+  EXPECT_GE(run["failures"]["DEADLINE_EXCEEDED"]["p99_seconds"], 0.09);
 }
 
 TEST_F(AppTest, BenchFailsWhereNothingSucceeds) {
@@ -387,6 +432,15 @@ TEST_F(AppTest, BenchFailsWhereNothingSucceeds) {
   EXPECT_THAT(out_, HasSubstr("INTERNAL="));
   EXPECT_THAT(err_, AllOf(HasSubstr("INTERNAL: "), HasSubstr("a reason")));
   EXPECT_EQ(Run({"bench", "--shape=4/2", "--tokens=100"}), 1);
+  for (const char* flag : {"--tokens=0", "--tokens=5:0", "--tokens=5:nan", "--tokens=5:1:1",
+                           "--tokens=x", "--tokens=5,6:1", "--deadline=soon"}) {
+    EXPECT_EQ(Run({"bench", "--shape=4/2/64", "--tokens=100", flag}), 1) << flag;
+    EXPECT_THAT(err_, StartsWith("prefillctl: INVALID_ARGUMENT: --")) << flag;
+  }
+  EXPECT_EQ(RunAsWritten({"prefillctl", "--target=localhost:1", "bench", "--model=m", "--tokens=1",
+                          "--peers=2"}),
+            1);
+  EXPECT_THAT(err_, HasSubstr("--peers needs a --target of IPV4:PORT"));
   EXPECT_EQ(Run({"bench", "--model=tiny", "--tokens=1", "--transport=pigeon"}), 1);
   EXPECT_THAT(err_, StartsWith("prefillctl: INVALID_ARGUMENT: "));
 }
@@ -404,7 +458,7 @@ TEST_F(AppTest, AWrongCommandLineExitsWith2) {
       {"sparsity"},
       {"bench", "--tokens=1"},
       {"bench", "--model=x", "--shape=1/1/64", "--tokens=1"},
-      {"bench", "--model=x", "--tokens=0"},
+      {"bench", "--model=x", "--tokens=1", "--concurrency=1", "--rate=1"},
       {"bench", "--model=x", "--tokens=1", "--concurrency=0"},
       {"health", "--target=http://127.0.0.1:50051"},
       {"health", "--target=127.0.0.1"},

@@ -121,6 +121,17 @@ TEST(SafetensorsFile, RefusesBrokenFiles) {
   EXPECT_FALSE(SafetensorsFile::Open(dir / ".").ok());
 }
 
+TEST(SafetensorsFile, SurvivesListsThatLieDeepInEachOther) {
+  const TempDir dir;
+  const size_t depth = 500'000;  // a stack that goes as deep ends far before
+  const std::string shape = std::string(depth, '[') + std::string(depth, ']');
+  const auto file = SafetensorsFile::Open(dir.Write(
+      "a",
+      File(absl::StrCat(R"({"a":{"dtype":"F32","shape":)", shape, R"(,"data_offsets":[0,4]}})"),
+           "abcd")));
+  EXPECT_EQ(file.status().code(), absl::StatusCode::kInvalidArgument);
+}
+
 TEST(SafetensorsFile, SurvivesDamagedBytes) {
   const TempDir dir;
   const std::string good = File(R"({"a":{"dtype":"U8","shape":[2,2],"data_offsets":[0,4]},)"

@@ -15,7 +15,9 @@ HERE = Settings(targets=("127.0.0.1:1",), min_tokens=16)
     ({"min_tokens": True}, "min_tokens"), ({"timeout_s": -1}, "timeout_s"),
     ({"timeout_s": float("nan")}, "timeout_s"), ({"method": "fast"}, "'fast' is not one of"),
     ({"gamma": "high"}, "gamma"), ({"transport": "carrier"}, "carrier"),
-    ({"model": ""}, "model"), ({"max_loads": 1.5}, "max_loads")])
+    ({"model": ""}, "model"), ({"max_loads": 1.5}, "max_loads"), ({"target": 7}, "not HOST:PORT"),
+    ({"target": "a:\u0661"}, "not HOST:PORT"), ({"transport": {}}, "not one of"),
+    ({"block_size": 64.5}, "policy: "), ({"model": "\ud800"}, "model")])
 def test_a_wrong_setting_is_refused_by_name(extra, message):
     with pytest.raises(ValueError, match=message):
         Settings.from_config(extra)
@@ -43,7 +45,10 @@ def test_settings_are_the_policy_of_prompts_unless_they_say_otherwise():
     {"lease": 1}, {"lease": {"name": "l"}}, {"lease": {**LEASE, "layers": -1}},
     {"lease": {**LEASE, "generation": True}}, {"lease": {**LEASE, "name": "x" * 200}},
     {"lease": {**LEASE, "ttl": "long"}}, {"lease": LEASE, "tokens": 41},
-    {"lease": LEASE, "fingerprint": 5}, {"lease": LEASE, "target": "elsewhere:1"}])
+    {"lease": LEASE, "fingerprint": 5}, {"lease": LEASE, "target": "elsewhere:1"},
+    {"block_size": 2**32}, {"min_budget_tokens": 0.5}, {"model": "\ud800"},
+    {"lease": {**LEASE, "generation": 2**64}}, {"lease": {**LEASE, "ttl": float("inf")}},
+    {"lease": {**LEASE, "ttl": float("nan")}}, {"lease": {**LEASE, "name": "\ud800"}}])
 def test_hostile_parameters_are_a_failed_load_with_a_reason(params):
     plan = plan_request(params, HERE)
     assert plan.error.startswith("kv_transfer_params: ") and len(plan.error) < 600

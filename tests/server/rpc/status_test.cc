@@ -48,6 +48,22 @@ TEST(ToGrpcStatus, NotFoundNamesTheResource) {
   EXPECT_EQ(resource.resource_name(), "abc");
 }
 
+TEST(ToGrpcStatus, WordsOfARequestNeverSpoilTheDetails) {
+  // Cut in the middle of a character by whoever quotes them, or at the limit of what is sent.
+  const std::string cut = "'\xc3\xa9\xc3'", name = "x" + std::string(600, '\xc3');
+  std::string accents = "x";
+  for (int i = 0; i < 600; ++i) accents += "\xc3\xa9";
+  google::rpc::BadRequest bad;
+  ASSERT_TRUE(Find(ToGrpcStatus(InvalidField("tensors[0].name", cut)), &bad));
+  EXPECT_EQ(bad.field_violations(0).description(), "tensors[0].name: '\xc3\xa9?'");
+  for (const std::string& text :
+       {name, accents, std::string("\xed\xa0\x80\xf4\x90\x80\x80\xc0\x80")}) {
+    google::rpc::ResourceInfo resource;
+    ASSERT_TRUE(Find(ToGrpcStatus(ResourceNotFound("model", text)), &resource));
+    EXPECT_LE(resource.resource_name().size(), 1024u);
+  }
+}
+
 TEST(ToGrpcStatus, OnlyWhatMaySucceedLaterPromisesARetry) {
   google::rpc::RetryInfo retry;
   google::rpc::ErrorInfo error;

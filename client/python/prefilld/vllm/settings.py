@@ -11,12 +11,13 @@ import grpc
 
 from ..errors import PrefilldError
 from ..pull import Lease
-from ..sparsity import METHODS, REPORT_LEVELS, Policy
+from ..sparsity import METHODS, REPORT_LEVELS, Policy, policy_message
 from ..transport import TRANSPORTS
 
 POLICY_KEYS = tuple(Policy.__annotations__)
 SPARSE_BY_DEFAULT = "joint"  # what prefilld runs when no method is named
 _ID_BYTES_MAX = 128
+_NUMBERS_END = 2**64  # of a lease
 
 
 class BadParams(ValueError):
@@ -60,9 +61,10 @@ class Settings:
             raise ValueError(f"kv_connector_extra_config: unknown {', '.join(unknown)}; known are "
                              f"{', '.join(sorted(known))}")
         target = extra.get("target") or ()
-        targets = (target,) if isinstance(target, str) else tuple(target)
+        targets = tuple(target) if isinstance(target, (list, tuple)) else (target,)
         transport = extra.get("transport")
-        if transport is not None and transport not in TRANSPORTS:
+        if transport is not None and (not isinstance(transport, str)
+                                      or transport not in TRANSPORTS):
             raise ValueError(f"transport {transport!r} is not one of {', '.join(TRANSPORTS)}")
         try:
             return cls(
@@ -130,9 +132,9 @@ def _handed_over(params: Mapping[str, Any], settings: Settings) -> Plan:
         raise BadParams(f"lease needs exactly {', '.join(fields)}")
     for key, kind in fields.items():
         value = raw[key]
-        good = (isinstance(value, str) and len(value) <= _ID_BYTES_MAX if kind == "str"
+        good = (_is_text(value) if kind == "str"
                 else isinstance(value, (int, float)) and not isinstance(value, bool)
-                and value >= 0 and (kind == "float" or isinstance(value, int)))
+                and 0 <= value < _NUMBERS_END and (kind == "float" or isinstance(value, int)))
         if not good:
             raise BadParams(f"lease.{key} is {str(value)[:64]!r}, not a {kind}")
     lease = Lease(**raw)
@@ -140,7 +142,7 @@ def _handed_over(params: Mapping[str, Any], settings: Settings) -> Plan:
     if tokens != lease.tokens:
         raise BadParams(f"tokens is {tokens}, the lease has {lease.tokens}")
     fingerprint = params.get("fingerprint") or ""
-    if not isinstance(fingerprint, str) or len(fingerprint) > _ID_BYTES_MAX:
+    if not _is_text(fingerprint):
         raise BadParams(f"fingerprint is no string of at most {_ID_BYTES_MAX} bytes")
     return Plan(target=_allowed(params.get("target"), settings),
                 model=_name(params, "model") or settings.model, policy=_policy(params),
@@ -159,9 +161,9 @@ def _allowed(target: Any, settings: Settings) -> str:
 
 
 def _target(value: Any) -> str:
-    host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    if not host or not colon or not port.isdecimal() or not 0 < int(port) < 65536 \
-            or "/" in host or len(host) > 255:
+    host, _, port = value.rpartition(":") if _is_text(value, most=255) else ("", "", "")
+    if not host or "/" in host or not (port.isascii() and port.isdecimal()) \
+            or not 0 < int(port) < 65536:
         raise BadParams(f"target {str(value)[:128]!r} is not HOST:PORT")
     return value
 
@@ -176,12 +178,24 @@ def _policy(source: Mapping[str, Any]) -> Policy:
         if key not in ("method", "report_level") and (
                 not isinstance(value, (int, float)) or isinstance(value, bool)):
             raise BadParams(f"{key} is {str(value)[:64]!r}, not a number")
+    try:
+        policy_message(Policy(**policy))
+    except (TypeError, ValueError) as error:  # a fraction, or beyond 32 bits, where it has no place
+        raise BadParams(f"policy: {str(error)[:256]}") from None
     return Policy(**policy)
+
+
+def _is_text(value: Any, most: int = _ID_BYTES_MAX) -> bool:
+    """Of at most so many bytes, and such as messages can carry."""
+    try:
+        return isinstance(value, str) and len(value.encode()) <= most
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _name(source: Mapping[str, Any], key: str) -> str | None:
     value = source.get(key)
-    if value is not None and (not isinstance(value, str) or not 0 < len(value) <= _ID_BYTES_MAX):
+    if value is not None and (not value or not _is_text(value)):
         raise BadParams(f"{key} is no name of 1 to {_ID_BYTES_MAX} bytes")
     return value
 
