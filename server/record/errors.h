@@ -27,7 +27,7 @@ absl::Status DeadlineInfeasible(absl::string_view message);
 struct ErrorFacts {
   std::string field;
   std::string resource_type, resource_name;
-  std::string reason;  // "queue_full", "kv_memory", "attend_memory", "shm_memory", "draining", ...
+  std::string reason;  // "queue_full", "backlog", "kv_memory", "draining", ...: a metric's label
   std::optional<absl::Duration> retry_after;
 };
 ErrorFacts FactsOf(const absl::Status& status);

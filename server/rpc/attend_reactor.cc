@@ -10,6 +10,7 @@
 #include "server/record/errors.h"
 #include "server/record/log.h"
 #include "server/rpc/messages.h"
+#include "server/rpc/peer.h"
 
 namespace prefilld {
 namespace {
@@ -108,6 +109,7 @@ absl::StatusOr<ValidAttend> AttendReactor::Admit() {
     return absl::IsInvalidArgument(status) ? InvalidField("tensors", status.message()) : status;
   }
   job.deadline = deadline_;
+  job.peer = PeerOf(*context_);
   job.sink = shared_from_this();
   if (!rpc_.attends.Claim(job.request_id)) {
     return absl::AlreadyExistsError(

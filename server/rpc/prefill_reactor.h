@@ -6,6 +6,7 @@
 #include <grpcpp/support/server_callback.h>
 
 #include <memory>
+#include <string>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
@@ -38,6 +39,7 @@ class PrefillReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   RpcContext& rpc_;
   const SteadyTime deadline_;
+  const std::string peer_;
   absl::Mutex mutex_;
   std::shared_ptr<PrefillReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   std::shared_ptr<PrefillStream> stream_ ABSL_GUARDED_BY(mutex_);

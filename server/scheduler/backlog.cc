@@ -28,7 +28,7 @@ Outlook Backlog::OutlookOf(const std::string& peer, const Work& more, SteadyTime
   outlook.wait = WaitOf(peer, more, now);
   const SteadyTime earliest =
       now + kPromisedTimes * (outlook.wait + more.remaining) + kPromisedMore;
-  outlook.promise = PromiseFrom(earliest, more, now);
+  outlook.promise = PromiseFrom(earliest, more.remaining, now);
   outlook.wait += (outlook.promise - earliest) / kPromisedTimes;
   const absl::Duration late = LateWith(peer, more, now);
   if (now + more.remaining > more.deadline) {
@@ -62,24 +62,24 @@ absl::Duration Backlog::WaitOf(const std::string& peer, const Work& more, Steady
 }
 
 // Each of those that are due later has to leave it twice its work.
-SteadyTime Backlog::PromiseFrom(SteadyTime earliest, const Work& more, SteadyTime now) const {
+SteadyTime Backlog::PromiseFrom(SteadyTime earliest, absl::Duration work, SteadyTime now) const {
   std::vector<const Work*> given;
   for (const auto& [name, of] : peers_) {
-    for (const Work& work : of.work) {
-      if (work.promise != absl::InfiniteFuture()) given.push_back(&work);
+    for (const Work& other : of.work) {
+      if (other.promise != absl::InfiniteFuture()) given.push_back(&other);
     }
   }
   std::sort(given.begin(), given.end(),
             [](const Work* a, const Work* b) { return a->promise < b->promise; });
   SteadyTime promise = earliest, busy = now;
-  for (const Work* work : given) {
-    busy += 2 * work->remaining;
-    const bool in_its_way = work->promise >= promise && busy + 2 * more.remaining > work->promise;
-    if (work->promise < promise || in_its_way) {
-      promise = std::max({promise, work->promise, busy + 2 * more.remaining});
+  for (const Work* other : given) {
+    busy += 2 * other->remaining;
+    const bool in_its_way = other->promise >= promise && busy + 2 * work > other->promise;
+    if (other->promise < promise || in_its_way) {
+      promise = std::max({promise, other->promise, busy + 2 * work});
     }
   }
-  return std::max(promise, now + 2 * more.remaining);
+  return std::max(promise, now + 2 * work);
 }
 
 // By what is due first, which finds an order in time where there is one.

@@ -29,6 +29,8 @@ class Backlog {
 
   // Whether it would be done in time, and with it all that would be without.
   Outlook OutlookOf(const std::string& peer, const Work& more, SteadyTime now) const;
+  // The first promise from `earliest` on that can be kept beside those that were given.
+  SteadyTime PromiseFrom(SteadyTime earliest, absl::Duration work, SteadyTime now) const;
 
  private:
   struct OfPeer {
@@ -38,8 +40,6 @@ class Backlog {
   // How long `more` will wait for others: for what its peer has that ranks before it, and for what
   // other peers' shares are meanwhile.
   absl::Duration WaitOf(const std::string& peer, const Work& more, SteadyTime now) const;
-  // The first from `earliest` on that can be kept beside those that were given.
-  SteadyTime PromiseFrom(SteadyTime earliest, const Work& more, SteadyTime now) const;
   // By how much `more` would be late, or with it work of its peer that is in time without.
   absl::Duration LateWith(const std::string& peer, const Work& more, SteadyTime now) const;
   // When a peer has had so much of the engine, if it always has work.

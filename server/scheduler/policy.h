@@ -38,7 +38,7 @@ inline bool Hopeless(const Work& work, SteadyTime now) {
 // job.
 struct StepView {
   Work work;
-  double served = 0;  // FairShares's, of its peer
+  double served = 0;     // FairShares's, of its peer
   bool runnable = true;  // uploaded, and with room for its next step
   // It is not runnable because of what that view holds, which is as urgent as it, then.
   std::optional<size_t> waits_for;

@@ -1,5 +1,5 @@
-// A limit that peers share: the last eighth of it is for those that have less than an eighth, so that
-// one that takes what it can get leaves others a place. Pure.
+// A limit that peers share: the last eighth of it is for those that have less than an eighth, so
+// that one that takes what it can get leaves others a place. Pure.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ class SharedLimit {
     const auto found = by_peer_.find(peer);
     const int64_t has = found == by_peer_.end() ? 0 : found->second, reserved = most_ / 8;
     const int64_t most = has + amount <= reserved ? most_ : most_ - reserved;
-    return used_ == 0 || used_ + amount <= most;
+    return (used_ == 0 && most_ > 0) || used_ + amount <= most;
   }
   void Take(const std::string& peer, int64_t amount) {
     used_ += amount;

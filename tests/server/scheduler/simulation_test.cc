@@ -112,8 +112,7 @@ class Simulation {
   }
 
   void End(const Job& job, Outcome::End end) {
-    outcomes_.push_back({end, job.peer, job.seconds,
-                         absl::ToDoubleSeconds(now_ - job.work.arrival),
+    outcomes_.push_back({end, job.peer, job.seconds, absl::ToDoubleSeconds(now_ - job.work.arrival),
                          absl::ToDoubleSeconds(job.work.promise - job.work.arrival)});
   }
 
@@ -161,8 +160,8 @@ TEST_F(SimulationTest, GoodputDoesNotFallWithTheLoad) {
   for (const double load : {0.9, 1.0, 2.0, 3.0, 5.0, 20.0}) {
     // Predictions are off by a fifth either way.
     Simulation simulation([this] { return Uniform(0.8, 1.2); });
-    const auto arrivals =
-        Poisson("a", load / 0.35, 5000, [this] { return Uniform(0.1, 0.6); }, 10);
+    const auto arrivals = Poisson(
+        "a", load / 0.35, 5000, [this] { return Uniform(0.1, 0.6); }, 10);
     double good = 0;
     int dropped = 0, done = 0;
     for (const Outcome& outcome : simulation.Run(arrivals)) {
@@ -182,7 +181,8 @@ TEST_F(SimulationTest, NobodyWaitsForLongerThanPromised) {
   const auto mixed = [this] { return Uniform(0, 1) < 0.02 ? Uniform(2, 10) : Uniform(0.02, 0.2); };
   const auto arrivals = Merge({Poisson("a", 2, 25000, mixed), Poisson("b", 2, 25000, mixed, 30),
                                Poisson("c", 2, 25000, [this] { return Uniform(0.01, 0.3); }),
-                               Poisson("d", 2, 25000, [this] { return Uniform(0.1, 0.3); }, 5)});
+                               Poisson(
+                                   "d", 2, 25000, [this] { return Uniform(0.1, 0.3); }, 5)});
   size_t done = 0;
   double worst = 0;
   for (const Outcome& outcome : Simulation().Run(arrivals)) {
@@ -197,8 +197,10 @@ TEST_F(SimulationTest, NobodyWaitsForLongerThanPromised) {
 
 TEST_F(SimulationTest, TwoPeersThatWantAllHaveHalfEach) {
   Simulation simulation;
-  simulation.Run(Merge({Poisson("many", 10, 10000, [this] { return Uniform(0.05, 0.2); }, 20),
-                        Poisson("long", 1, 1000, [this] { return Uniform(2, 8); }, 20)}));
+  simulation.Run(Merge({Poisson(
+                            "many", 10, 10000, [this] { return Uniform(0.05, 0.2); }, 20),
+                        Poisson(
+                            "long", 1, 1000, [this] { return Uniform(2, 8); }, 20)}));
   EXPECT_NEAR(simulation.served("many") / simulation.served("long"), 1, 0.05);
 }
 
