@@ -91,6 +91,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   SchedulerOptions options;
   options.waiting_jobs_max = config.waiting_jobs_max;
   options.attend_bytes_max = config.attend_memory;
+  options.measures_again = faulty == nullptr;  // it would be what breaks, or hangs
   if (absl::Status status = server->PlanMemory(options); !status.ok()) return status;
   server->scheduler_ = std::make_unique<Scheduler>(*server->engine_, server->metrics_, options);
 

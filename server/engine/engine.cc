@@ -30,7 +30,14 @@ void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& h
 }
 
 absl::Status Engine::Calibrate(bool models) {
-  return prefilld::Calibrate({backend_, stages_, clock_, models}, cost_);
+  absl::Status status = prefilld::Calibrate({backend_, stages_, clock_, models}, cost_);
+  if (status.ok() && backend_.device().host_memory()) calibrated_models_ = models;
+  return status;
+}
+
+// What fails here fails for a job too, which has somebody to tell.
+void Engine::Recalibrate() {
+  (void)prefilld::Recalibrate({backend_, stages_, clock_, *calibrated_models_}, cost_);
 }
 
 absl::Status Engine::Reserve(const MemoryPlan& plan) {

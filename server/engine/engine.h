@@ -104,6 +104,11 @@ class Engine {
   // Times calls of a few lengths to learn this device's rates, of linear layers too where it serves
   // models; less than two seconds.
   absl::Status Calibrate(bool models);
+  // Whether Recalibrate finds out anything.
+  bool recalibrates() const { return calibrated_models_.has_value(); }
+  // Looks again how fast a device is that computes in host memory, as others may have kept it busy:
+  // while there is nothing to do, less than a tenth of a second. Not before Calibrate.
+  void Recalibrate();
 
   // Takes all that the plan holds, before the first job: prompts that are of it take nothing then.
   // A plan without models holds nothing, and says what is spare.
@@ -236,7 +241,8 @@ class Engine {
   std::deque<Flight> flights_;  // at most ahead_ + 1
   ActiveScratch scratch_[2];    // of batches of up to kShortBatchTokens, and of longer ones
   std::optional<Reserved> reserved_;
-  std::unique_ptr<Arena> batches_;  // what batches hold; null: nothing is reserved for them
+  std::unique_ptr<Arena> batches_;         // what batches hold; null: nothing is reserved for them
+  std::optional<bool> calibrated_models_;  // of the host, with models or without
   bool fault_noted_ = false;
   CompletionQueue completions_;  // goes first: what it runs uses the others
 };

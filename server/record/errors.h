@@ -21,6 +21,7 @@ absl::Status RetryLater(absl::StatusCode code, absl::string_view reason, absl::s
 // UNAVAILABLE: no new work while the server shuts down.
 absl::Status Draining();
 // RESOURCE_EXHAUSTED without retry: the deadline cannot be met by the cost model.
+inline constexpr char kDeadlineInfeasible[] = "deadline_infeasible";
 absl::Status DeadlineInfeasible(absl::string_view message);
 
 // What a status carries of the above.

@@ -122,7 +122,7 @@ absl::Status Admission::CheckBlocks(const Job& job) const {
 }
 
 Backlog Admission::BacklogNow(SteadyTime now) const {
-  Backlog backlog;
+  Backlog backlog(std::max(absl::ZeroDuration(), step_end_ - now));
   for (const auto& [job, live] : live_) {
     Work work = live.work;
     if (job->place == Job::Place::kUploading && now - work.arrival > kUploadCounts) continue;

@@ -20,7 +20,7 @@
 
 namespace prefilld {
 
-// Of all that follow, but for the last two, the last eighth is for peers that have less than that.
+// Of all limits on what waits, the last eighth is for peers that have less than that.
 struct SchedulerOptions {
   int waiting_jobs_max = 256;            // more means a longer worst wait before a refusal
   int64_t waiting_tokens_max = 4 << 20;  // tokens over all waiting jobs
@@ -36,6 +36,7 @@ struct SchedulerOptions {
   // Of the residual streams of batches in progress. Long ones leave room for a batch of short ones,
   // and those that are not retained, and may have to wait for their callers, have half of it.
   uint64_t batch_bytes_max = std::numeric_limits<uint64_t>::max();
+  bool measures_again = true;  // Engine::Recalibrate, when there is nothing else to do
 };
 
 class Admission {
@@ -50,6 +51,8 @@ class Admission {
   absl::Status Take(Job& job, absl::Duration work);
   void Uploaded(Job& job, absl::Duration work);  // all tensors of an Attend are here
   void Started(Job& job);                        // it waits no more
+  // A step is begun that takes so long by prediction.
+  void SetStep(SteadyTime begin, absl::Duration predicted) { step_end_ = begin + predicted; }
   void Progressed(const Job& job, absl::Duration remaining);
   void Ended(const Job& job);
 
@@ -82,6 +85,7 @@ class Admission {
   Metrics& metrics_;
   SharedLimit waiting_, tokens_, blocks_, uploads_, unretained_;
   const std::shared_ptr<AttendBytes> attend_bytes_;
+  SteadyTime step_end_ = absl::InfinitePast();  // by prediction
   std::unordered_map<const Job*, Live> live_;
 };
 

@@ -58,7 +58,7 @@ absl::Duration Backlog::WaitOf(const std::string& peer, const Work& more, Steady
       if (RankOf(work, now) < rank) before += work.remaining;
     }
   }
-  return EndOf(peer, before + more.remaining) - more.remaining;
+  return std::max(step_, EndOf(peer, before + more.remaining) - more.remaining);
 }
 
 // Each of those that are due later has to leave it twice its work.
@@ -96,7 +96,7 @@ absl::Duration Backlog::LateWith(const std::string& peer, const Work& more, Stea
       }
     }
   }
-  const absl::Duration end = EndOf(peer, before + more.remaining);
+  const absl::Duration end = std::max(step_ + more.remaining, EndOf(peer, before + more.remaining));
   // Who waits for nobody need not leave anything to what predictions are off by.
   const double planned = end > more.remaining ? kPlannedShare : 1;
   absl::Duration late = end - planned * (more.deadline - now);

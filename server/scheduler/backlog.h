@@ -25,6 +25,9 @@ struct Outlook {
 
 class Backlog {
  public:
+  // step: what is left of the one that runs, which nobody passes.
+  explicit Backlog(absl::Duration step = absl::ZeroDuration()) : step_(step) {}
+
   void Add(const std::string& peer, const Work& work);
 
   // Whether it would be done in time, and with it all that would be without.
@@ -45,6 +48,7 @@ class Backlog {
   // When a peer has had so much of the engine, if it always has work.
   absl::Duration EndOf(const std::string& peer, absl::Duration needed) const;
 
+  const absl::Duration step_;
   std::map<std::string, OfPeer> peers_;
 };
 

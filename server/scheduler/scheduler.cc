@@ -52,7 +52,11 @@ absl::Status Scheduler::CheckOpen(const Job& job) const {
 absl::Status Scheduler::CheckOpenLocked(const Job& job, absl::Duration work) const {
   if (draining_ || stop_) return Draining();
   if (absl::Status lost = engine_.CheckDevice(); !lost.ok()) return lost;
-  return admission_.Check(job, work);
+  absl::Status status = admission_.Check(job, work);
+  if (FactsOf(status).reason == kDeadlineInfeasible && !refused_as_infeasible_.exchange(true)) {
+    bell_->Ring();
+  }
+  return status;
 }
 
 bool Scheduler::MayTakeAhead(const BlockPool& pool, int64_t blocks) const {
@@ -115,8 +119,10 @@ void Scheduler::Loop() {
     }
     Receive(std::move(inbox));
     DropLate(SteadyNow());
-    const bool ran = RunOneStep();
-    if (!ran) bell_->Await(NextDeadline());
+    if (RunOneStep()) continue;
+    const bool idle = waiting_.empty() && active_.empty();
+    const SteadyTime next = idle ? MeasureAgain() : absl::InfiniteFuture();
+    bell_->Await(std::min(NextDeadline(), next));
   }
   std::vector<Message> inbox;
   {
@@ -177,6 +183,21 @@ void Scheduler::DropLate(SteadyTime now) {
   }
 }
 
+// A machine may have been busy with something else when it was measured: it is looked at again,
+// ever more seldom, and when somebody was refused for what was measured. Returns when next.
+SteadyTime Scheduler::MeasureAgain() {
+  constexpr absl::Duration kFirst = absl::Milliseconds(500);
+  if (!options_.measures_again || !engine_.recalibrates()) return absl::InfiniteFuture();
+  const bool asked = refused_as_infeasible_;
+  SteadyTime next = measured_ + (asked ? kFirst : measure_again_in_);
+  if (SteadyNow() < next) return next;
+  engine_.Recalibrate();
+  refused_as_infeasible_ = false;
+  measure_again_in_ = asked ? kFirst : 2 * measure_again_in_;
+  measured_ = SteadyNow();
+  return measured_ + measure_again_in_;
+}
+
 // Only an idle loop waits for it: while steps run, deadlines are looked at between them.
 SteadyTime Scheduler::NextDeadline() const {
   SteadyTime next = absl::InfiniteFuture();
@@ -198,6 +219,7 @@ bool Scheduler::RunOneStep() {
     absl::MutexLock lock(&mutex_);
     step_started_ = SteadyNow();
     if (next) step_predicted_ = Predict(*next);  // else of what is on its way
+    if (next) admission_.SetStep(*step_started_, step_predicted_);
   }
   bool ran = true;
   if (!next) {

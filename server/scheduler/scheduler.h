@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -102,6 +103,7 @@ class Scheduler {
   void Receive(std::vector<Message> inbox);
   void DropLate(SteadyTime now);
   SteadyTime NextDeadline() const;
+  SteadyTime MeasureAgain();
   bool RunOneStep();  // false: nothing could run
   absl::Duration Predict(size_t view) const;
   std::vector<StalledStep::Part> PartsOf(std::optional<size_t> view) const;
@@ -145,6 +147,9 @@ class Scheduler {
   FairShares shares_;
   PromiseTurns turns_;
   bool promised_ = false;  // the step that runs goes before its turn
+  SteadyTime measured_ = SteadyNow();
+  absl::Duration measure_again_in_ = absl::Milliseconds(500);
+  mutable std::atomic<bool> refused_as_infeasible_{false};  // since it was measured
 
   mutable absl::Mutex mutex_;
   SteadyCondition ended_;  // a job has
