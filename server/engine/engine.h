@@ -34,6 +34,8 @@ namespace prefilld {
 // What a step should take at most: who arrives meanwhile waits for two. More parts than it takes
 // cost a long prompt a few percent.
 inline constexpr double kStepSeconds = 0.1;
+// On a CPU, and of a head of an Attend: its keys are converted anew for every part of it.
+inline constexpr double kHostStepSeconds = 0.5;
 
 // q, k, v and o of the layer that a batch is in the middle of, and of the one before where layers
 // have them in turn (ScratchTurns).
@@ -88,6 +90,9 @@ struct AttendRun {
   std::vector<AttendRange> parts;
   size_t next_part = 0;
   std::vector<HeadReport> report;  // [sequences, heads], of the parts done
+  // Of the head that is divided by rows and not done.
+  KeptIndex kept;
+  PhaseSeconds head_phases{};
 
   bool done() const { return next_part == parts.size(); }
 };
@@ -99,8 +104,12 @@ void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& h
 class Engine {
  public:
   // step_seconds: what a step should take at most, where a layer can be divided.
-  Engine(Backend& backend, Metrics& metrics, double step_seconds = kStepSeconds)
-      : backend_(backend), metrics_(metrics), step_seconds_(step_seconds) {}
+  Engine(Backend& backend, Metrics& metrics, double step_seconds = kStepSeconds,
+         double host_step_seconds = kHostStepSeconds)
+      : backend_(backend),
+        metrics_(metrics),
+        step_seconds_(step_seconds),
+        host_step_seconds_(host_step_seconds) {}
   // Times calls of a few lengths to learn this device's rates, of linear layers too where it serves
   // models; less than two seconds.
   absl::Status Calibrate(bool models);
@@ -217,9 +226,10 @@ class Engine {
   absl::Status Launch(Batch& batch);
   absl::Status EnqueuePart(Flight& flight);
   void Observe(const Flight& flight);
-  StagesCall PartCall(const AttendRun& run);
+  StagesCall PartCall(AttendRun& run);
   static void SetOutputs(const AttendRun& run, StagesCall& call);
   absl::Status EnqueueAttend(const AttendRun& run, StagesCall& call);
+  void CollectAttend(AttendRun& run, StagesCall& call);
   void CollectUntil(size_t left);
   absl::Status Collect(Flight& flight);
   static std::vector<RowRange> RowsToFinish(const Batch& batch, const Flight& flight);
@@ -228,7 +238,7 @@ class Engine {
 
   Backend& backend_;
   Metrics& metrics_;
-  const double step_seconds_;
+  const double step_seconds_, host_step_seconds_;
   CostModel cost_;
   // Steps that may be on their way when the engine waits for one.
   const size_t ahead_ = backend_.device().host_memory() ? 0 : 1;
