@@ -132,9 +132,16 @@ struct AttentionArgs {
   // host's all the same, from Device::AllocateHost: the stages write it there, and it can be read
   // after Synchronize.
   HeadReport* report = nullptr;
-  // When it turns true, stage 3 may stop early and leave o and lse unspecified. May be null.
+  // Stage 3 computes these rows of the block index alone, of every head; none: all. In host memory
+  // only: elsewhere it is what queries there are that says so.
+  int64_t first_row = 0, row_count = 0;
+  // When it turns true, any stage may stop early and leave what it writes unspecified: none that
+  // follows may be called then. May be null.
   const std::atomic<bool>* cancelled = nullptr;
 };
+inline bool Cancelled(const AttentionArgs& args) {
+  return args.cancelled != nullptr && args.cancelled->load(std::memory_order_relaxed);
+}
 inline const SparsityPolicy& PolicyOf(const AttentionArgs& args, int h) {
   const HeadPolicies& heads = args.per_head;
   return heads.of_head.empty() ? args.policy : heads.policies[heads.of_head[h]];

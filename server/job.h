@@ -110,6 +110,7 @@ struct Job {
 
   // Set before admission, constant afterwards.
   std::string request_id;
+  std::string peer;  // whose share of the engine its work is
   int priority = 0;  // higher first
   SteadyTime arrival = SteadyNow();
   SparsityPolicy policy;
@@ -131,6 +132,9 @@ struct Job {
   // By Scheduler::Admit.
   int queue_position = 0;
   absl::Duration estimated_wait;
+  // It is done by then (policy.h), later by what its caller keeps it waiting; of an Attend from
+  // UploadDone on. Then the scheduler's thread's.
+  SteadyTime promise = absl::InfiniteFuture();
 
   // By the scheduler's thread until OnFinished.
   PhaseSeconds phases{};

@@ -22,6 +22,10 @@ namespace {
 
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kLostDeviceTimeout = absl::Seconds(5);
+// Batches of long prompts that may be in progress; shorter ones, as many more as have that room.
+constexpr int kBatchesPlanned = 4;
+// What waiting prompts may need of KV memory, of what there is: it comes back as they end.
+constexpr int64_t kQueuedPools = 4;
 constexpr absl::Duration kGoodbye = absl::Milliseconds(100);  // for what others than we answer
 
 absl::Status Explain(const char* what, const absl::Status& status) {
@@ -87,6 +91,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
   SchedulerOptions options;
   options.waiting_jobs_max = config.waiting_jobs_max;
   options.attend_bytes_max = config.attend_memory;
+  options.measures_again = faulty == nullptr;  // it would be what breaks, or hangs
   if (absl::Status status = server->PlanMemory(options); !status.ok()) return status;
   server->scheduler_ = std::make_unique<Scheduler>(*server->engine_, server->metrics_, options);
 
@@ -171,7 +176,7 @@ absl::Status Server::LoadModels() {
 
 // What prompts will need is known now, and taken: a prompt that is admitted does not fail for want
 // of it. The CPU's pages are taken from the system at first touch.
-absl::Status Server::PlanMemory(const SchedulerOptions& options) {
+absl::Status Server::PlanMemory(SchedulerOptions& options) {
   const ModelInfos infos = Infos();
   int64_t positions = 0;
   for (const ModelInfo* info : infos) positions = std::max(positions, info->max_positions);
@@ -180,7 +185,7 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
       .prompt_tokens = config_.prompt_tokens_max.value_or(std::min(kPromptTokens, positions)),
       .batch_tokens = options.batch_tokens_max,
       .batch_jobs = options.waiting_jobs_max,
-      .batches = options.active_batches_max,
+      .batches = kBatchesPlanned,
       .attend_bytes = config_.attend_memory,
       .free = backend_->device().free_bytes()};
   if (pool_) {
@@ -216,6 +221,8 @@ absl::Status Server::PlanMemory(const SchedulerOptions& options) {
                      *plan.free >> 20, "MiB are free; what helps: a smaller --attend_memory"));
   }
   limits_.prompt_tokens_max = plan.prompt_tokens;
+  if (!models_.empty()) options.batch_bytes_max = plan.batches;
+  if (pool_) options.waiting_blocks_max = kQueuedPools * pool_->total();
   if (on_device && config_.kv_device_memory != 0) {
     MakePool(on_device->transport, inputs.kv_device_bytes);
   }

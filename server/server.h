@@ -47,7 +47,8 @@ class Server {
   absl::Status PrepareGrpc();
   absl::Status StartHttp();
   absl::Status LoadModels();
-  absl::Status PlanMemory(const SchedulerOptions& options);
+  // What it finds out of memory is written to the options.
+  absl::Status PlanMemory(SchedulerOptions& options);
   absl::Status OpenMedia();
   // The transport whose caches lie in a pool in this memory, if any: the device's, or the host's.
   const TransportRow* PooledRow(bool on_device) const;

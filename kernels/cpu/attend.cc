@@ -16,14 +16,21 @@ namespace {
 // sequence is taken one kv head at a time, which bounds the workspace.
 constexpr int64_t kPassFloats = (int64_t{32} << 20) / sizeof(float);
 
+// Rows of one sequence that are to be computed.
+struct Rows {
+  const SequenceBlocks* sequence;
+  int64_t first, end;  // of the sequence's
+  int64_t keys;        // that they may see, from the first on
+
+  int64_t tiles() const { return (keys + kTileKeys - 1) / kTileKeys; }
+};
+
 // One kv head of one sequence, with its place in the workspace.
 struct KvHead {
-  const SequenceBlocks* sequence;
+  const Rows* rows;
   int g;
   float* keys;
   float* values;
-
-  int64_t tiles() const { return (sequence->sk + kTileKeys - 1) / kTileKeys; }
 };
 
 struct Task {
@@ -41,8 +48,9 @@ void PackTile(const AttentionArgs& args, const KvHead& head, int64_t tile) {
   const AttentionShape& shape = args.shape;
   const int64_t d = shape.head_dim;
   const int64_t first = tile * kTileKeys;
-  const int64_t token = head.sequence->k_begin + first;
-  const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, head.sequence->sk - first));
+  const SequenceBlocks& sequence = *head.rows->sequence;
+  const int64_t token = sequence.k_begin + first;
+  const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, sequence.sk - first));
   PackKeysTransposed(
       At(args.k.data, token * args.k.token_stride + head.g * args.k.head_stride, shape.dtype),
       shape.dtype, args.k.token_stride, keys, shape.head_dim, head.keys + first * d);
@@ -53,7 +61,7 @@ void PackTile(const AttentionArgs& args, const KvHead& head, int64_t tile) {
 
 QueryBlock MakeQueryBlock(const AttentionArgs& args, const KvHead& head, const Task& task) {
   const AttentionShape& shape = args.shape;
-  const SequenceBlocks& sequence = *head.sequence;
+  const SequenceBlocks& sequence = *head.rows->sequence;
   const int64_t block_size = args.policy.block_size;
   const int64_t row = sequence.row_begin + task.row;
   // The first block of queries starts where the prefix ends, inside a block of positions.
@@ -85,9 +93,10 @@ std::vector<Task> ListTasks(const AttentionArgs& args, const std::vector<KvHead>
   const int group = args.shape.q_heads / args.shape.kv_heads;
   std::vector<Task> tasks;
   for (int i = 0; i < static_cast<int>(heads.size()); ++i) {
-    const SequenceBlocks& sequence = *heads[i].sequence;
+    const Rows& rows = *heads[i].rows;
+    const SequenceBlocks& sequence = *rows.sequence;
     for (int h = heads[i].g * group; h < (heads[i].g + 1) * group; ++h) {
-      for (int64_t row = 0; row < sequence.q_blocks; ++row) {
+      for (int64_t row = rows.first; row < rows.end; ++row) {
         tasks.push_back({i, h, row, args.index.count_at(h, sequence.row_begin + row)});
       }
     }
@@ -101,7 +110,7 @@ void RunPass(const AttentionArgs& args, const std::vector<KvHead>& heads, float*
              int threads) {
   std::vector<std::pair<int, int64_t>> tiles;
   for (int i = 0; i < static_cast<int>(heads.size()); ++i) {
-    for (int64_t tile = 0; tile < heads[i].tiles(); ++tile) tiles.emplace_back(i, tile);
+    for (int64_t tile = 0; tile < heads[i].rows->tiles(); ++tile) tiles.emplace_back(i, tile);
   }
   const std::vector<Task> tasks = ListTasks(args, heads);
   const int64_t scratch_floats = static_cast<int64_t>(Scratch::Floats(args.shape.head_dim));
@@ -109,15 +118,30 @@ void RunPass(const AttentionArgs& args, const std::vector<KvHead>& heads, float*
   {
 #pragma omp for schedule(dynamic, 4)
     for (size_t i = 0; i < tiles.size(); ++i) {
+      if (Cancelled(args)) continue;
       PackTile(args, heads[tiles[i].first], tiles[i].second);
     }
     const Scratch mine(scratch + omp_get_thread_num() * scratch_floats, args.shape.head_dim);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); ++i) {
-      if (args.cancelled != nullptr && args.cancelled->load(std::memory_order_relaxed)) continue;
+      if (Cancelled(args)) continue;
       AttendBlock(MakeQueryBlock(args, heads[tasks[i].kv_head], tasks[i]), mine);
     }
   }
+}
+
+std::vector<Rows> RowsOf(const AttentionArgs& args, const std::vector<SequenceBlocks>& sequences) {
+  const int64_t begin = args.first_row;
+  const int64_t end = args.row_count > 0 ? begin + args.row_count : TotalRows(sequences);
+  std::vector<Rows> all;
+  for (const SequenceBlocks& sequence : sequences) {
+    const int64_t first = std::max<int64_t>(0, begin - sequence.row_begin);
+    const int64_t last = std::min(sequence.q_blocks, end - sequence.row_begin);
+    if (first >= last) continue;
+    const int64_t seen = (sequence.first_q_block + last) * args.policy.block_size;
+    all.push_back({&sequence, first, last, std::min(sequence.sk, seen)});
+  }
+  return all;
 }
 
 }  // namespace
@@ -136,13 +160,10 @@ absl::Status Attention::Reserve(size_t bytes) {
 absl::Status Attention::Run(const AttentionArgs& args) {
   const std::vector<SequenceBlocks> sequences = SplitIntoBlocks(args.shape, args.policy.block_size);
   const int64_t d = args.shape.head_dim;
-  const auto packed_floats = [d](const SequenceBlocks& sequence) {
-    return 2 * d * ((sequence.sk + kTileKeys - 1) / kTileKeys * kTileKeys);
-  };
+  const std::vector<Rows> all = RowsOf(args, sequences);
+  const auto packed_floats = [d](const Rows& rows) { return 2 * d * rows.tiles() * kTileKeys; };
   int64_t largest = kPassFloats;
-  for (const SequenceBlocks& sequence : sequences) {
-    largest = std::max(largest, packed_floats(sequence));
-  }
+  for (const Rows& rows : all) largest = std::max(largest, packed_floats(rows));
   const int64_t scratch_floats =
       threads_ * static_cast<int64_t>(Scratch::Floats(args.shape.head_dim));
   absl::Status status = Reserve(static_cast<size_t>(scratch_floats + largest) * sizeof(float));
@@ -152,15 +173,15 @@ absl::Status Attention::Run(const AttentionArgs& args) {
 
   std::vector<KvHead> heads;
   int64_t used = 0;
-  for (const SequenceBlocks& sequence : sequences) {
-    const int64_t floats = packed_floats(sequence);
+  for (const Rows& rows : all) {
+    const int64_t floats = packed_floats(rows);
     for (int g = 0; g < args.shape.kv_heads; ++g) {
       if (used + floats > largest) {
         RunPass(args, heads, scratch, threads_);
         heads.clear();
         used = 0;
       }
-      heads.push_back({&sequence, g, packed + used, packed + used + floats / 2});
+      heads.push_back({&rows, g, packed + used, packed + used + floats / 2});
       used += floats;
     }
   }

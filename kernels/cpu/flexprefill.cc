@@ -96,7 +96,7 @@ class ProbeOfLastRows {
   template <typename Visit>
   void ForEachRow(Visit visit) {
     const int d = head_.d;
-    for (int64_t key = 0; key < head_.blocks.sk; key += kTileKeys) {
+    for (int64_t key = 0; key < head_.blocks.sk && !head_.cancelled(); key += kTileKeys) {
       const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, head_.blocks.sk - key));
       head_.PackKeys(key, keys, tile_.data());
       const int64_t begin = std::max<int64_t>(0, key - first_);
@@ -166,11 +166,11 @@ std::vector<uint8_t> PooledBlocks(const Head& head, double gamma) {
   PooledMap map(head, head.block_size, 1 / std::sqrt(static_cast<double>(head.d)));
   std::vector<double> all, row;
   all.reserve(n * (n + 1) / 2);
-  for (int64_t I = 0; I < n; ++I) {
+  for (int64_t I = 0; I < n && !head.cancelled(); ++I) {
     map.BlockRow(I, &row);
     all.insert(all.end(), row.begin(), row.end());
   }
-  std::vector<uint8_t> keep(all.size());
+  std::vector<uint8_t> keep(n * (n + 1) / 2);
   for (int64_t x : Largest(all, CountWithin(all, gamma * n))) keep[x] = 1;
   return keep;
 }

@@ -26,7 +26,8 @@ Head::Head(const AttentionArgs& args, const SequenceBlocks& blocks_in, int h_in)
       k_stride_(args.k.token_stride),
       count_(&args.index.count_at(h, blocks.row_begin)),
       index_(args.index.row_at(h, blocks.row_begin)),
-      index_stride_(args.index.stride) {}
+      index_stride_(args.index.stride),
+      cancelled_(args.cancelled) {}
 
 void Head::WidenQueries(int64_t begin, int64_t rows, float* dst) const {
   const int64_t offset = begin * q_stride_ * static_cast<int64_t>(SizeOf(dtype_));
@@ -69,6 +70,7 @@ void ForEachHead(const AttentionArgs& args, std::span<const int> heads, int thre
   const int64_t count = static_cast<int64_t>(sequences.size()) * per_sequence;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t x = 0; x < count; ++x) {
+    if (Cancelled(args)) continue;
     body(Head(args, sequences[x / per_sequence], heads[x % per_sequence]));
   }
 }

@@ -2,6 +2,7 @@
 // and where its rows of blocks go. Cheap to copy; points into AttentionArgs.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -26,6 +27,8 @@ struct Head {
   int64_t WriteRow(int64_t I, const std::vector<uint8_t>& keep) const;
   // Every causal block in every row. Returns their number.
   int64_t WriteCausal() const;
+  // Nobody waits for it any more, and what is not written yet need not be.
+  bool cancelled() const { return cancelled_ != nullptr && *cancelled_; }
 
   SequenceBlocks blocks;
   int h;
@@ -42,6 +45,7 @@ struct Head {
   int32_t* count_;               // [q_blocks]
   uint16_t* index_;              // [q_blocks, index_stride_]
   int64_t index_stride_;
+  const std::atomic<bool>* cancelled_;
 };
 
 // What stage 2 gave a head.
@@ -52,7 +56,7 @@ struct HeadChoice {
 };
 
 // Calls `body` for these query heads of every sequence, on `threads` threads. Heads differ much in
-// their work, so each is handed out as a thread comes free.
+// their work, so each is handed out as a thread comes free. Once the call is cancelled none is.
 void ForEachHead(const AttentionArgs& args, std::span<const int> heads, int threads,
                  const std::function<void(const Head&)>& body);
 

@@ -216,7 +216,7 @@ HeadChoice SelectJoint(const Head& head, const SparsityPolicy& policy, const Joi
   HeadChoice choice = {.pattern = Pattern::kJoint};
   std::vector<uint8_t> keep(n);
   std::vector<double> pooled;
-  for (int64_t I = head.blocks.first_q_block; I < n; ++I) {
+  for (int64_t I = head.blocks.first_q_block; I < n && !head.cancelled(); ++I) {
     for (int64_t J = 0; J <= I; ++J) keep[J] = lines.Keep(I, J);
     if (pooled_map) pooled_map->BlockRow(I, &pooled);
     if (repair) Repair(pooled, policy.gamma, &keep);

@@ -92,6 +92,7 @@ void BlockMass::Probe(const AttentionArgs& args, std::span<const int> heads, Row
   const int64_t count = static_cast<int64_t>(tiles.size());
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t x = 0; x < count; ++x) {
+    if (Cancelled(args)) continue;
     ProbeTile(args, sequences_[tiles[x].sequence], tiles[x].kv, tiles[x].key);
   }
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -32,11 +33,6 @@ struct Tensors {
 struct Points {
   CostCurve::Point dense, sparse, select;
 };
-
-double Median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
 
 // Uniform in [-1, 1), of a dtype that is as wide as F32 or its upper half.
 std::vector<char> RandomValues(size_t count, DType dtype) {
@@ -112,41 +108,52 @@ StagesCall DenseCallOf(const Trial& trial, const Tensors& tensors, int64_t token
   return call;
 }
 
-// Dense and the default method in turn, the median of each.
+// Dense and the default method in turn, the best of each: what is slower was disturbed.
 absl::StatusOr<Points> TimeLength(Stages& stages, StepClock& clock, const Trial& trial,
                                   const Tensors& tensors, int64_t tokens) {
-  std::vector<double> dense_seconds, sparse_seconds, select_seconds;
-  double density = 1;
+  constexpr double kNone = std::numeric_limits<double>::infinity();
+  double dense_seconds = kNone, sparse_seconds = kNone, select_seconds = kNone, density = 1;
   for (int round = 0; round < trial.rounds; ++round) {
     auto dense = TimeCall(stages, clock, DenseCallOf(trial, tensors, tokens));
     if (!dense.ok()) return dense.status();
     auto sparse = TimeCall(stages, clock, CallOf(trial, tensors, tokens));
     if (!sparse.ok()) return sparse.status();
     if (round == 0) continue;
-    dense_seconds.push_back(Of(dense->phases, Phase::kAttention));
-    sparse_seconds.push_back(Of(sparse->phases, Phase::kAttention));
-    select_seconds.push_back(Of(sparse->phases, Phase::kEstimate) +
-                             Of(sparse->phases, Phase::kSelect));
+    dense_seconds = std::min(dense_seconds, Of(dense->phases, Phase::kAttention));
+    sparse_seconds = std::min(sparse_seconds, Of(sparse->phases, Phase::kAttention));
+    select_seconds = std::min(
+        select_seconds, Of(sparse->phases, Phase::kEstimate) + Of(sparse->phases, Phase::kSelect));
     density = sparse->density;
   }
   const CostModel::Work work = CostModel::WorkOf(trial.q_heads, trial.head_dim, tokens, tokens);
-  return Points{.dense = {work.dense, Median(dense_seconds)},
-                .sparse = {work.dense * density, Median(sparse_seconds)},
-                .select = {work.select, Median(select_seconds)}};
+  return Points{.dense = {work.dense, dense_seconds},
+                .sparse = {work.dense * density, sparse_seconds},
+                .select = {work.select, select_seconds}};
 }
 
-// Dense attention and selection over random sequences.
-absl::Status CalibrateAttention(Device& device, Stages& stages, StepClock& clock, CostModel& cost) {
-  const Trial& trial = device.host_memory() ? kHostTrial : kDeviceTrial;
+// Dense attention and selection over random sequences, of each length of the trial.
+absl::StatusOr<std::vector<Points>> TimeAttention(Device& device, Stages& stages, StepClock& clock,
+                                                  const Trial& trial) {
   auto tensors = MakeTensors(device, trial);
   if (!tensors.ok()) return tensors.status();
-  std::vector<CostCurve::Point> dense, sparse, select;
+  std::vector<Points> all;
   for (const int64_t tokens : trial.lengths) {
     auto points = TimeLength(stages, clock, trial, *tensors, tokens);
     if (!points.ok()) return points.status();
-    dense.push_back(points->dense);
-    sparse.push_back(points->sparse);
-    select.push_back(points->select);
+    all.push_back(*points);
+  }
+  return all;
+}
+
+absl::Status CalibrateAttention(Device& device, Stages& stages, StepClock& clock, CostModel& cost) {
+  const auto points =
+      TimeAttention(device, stages, clock, device.host_memory() ? kHostTrial : kDeviceTrial);
+  if (!points.ok()) return points.status();
+  std::vector<CostCurve::Point> dense, sparse, select;
+  for (const Points& point : *points) {
+    dense.push_back(point.dense);
+    sparse.push_back(point.sparse);
+    select.push_back(point.select);
   }
   cost.SetCurves(std::move(dense), std::move(sparse), std::move(select));
   return absl::OkStatus();
@@ -160,7 +167,8 @@ struct LinearTrial {
 const LinearTrial kHostLinear = {DType::kF32, 512};
 const LinearTrial kDeviceLinear = {DType::kBF16, 4096};
 
-absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost) {
+// The best of a few.
+absl::StatusOr<CostCurve::Point> TimeLinear(Backend& backend, StepClock& clock) {
   Device& device = backend.device();
   auto found = backend.ops();
   if (!found.ok()) return found.status();
@@ -176,7 +184,9 @@ absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost
   auto memory = device.Allocate(2 * static_cast<size_t>(width) * width * SizeOf(rows));
   if (!memory.ok()) return memory.status();
   const Rows x = {memory->data(), rows, width};
-  for (int round = 0; round < 3; ++round) {
+  const double flops = 2.0 * width * width * width;
+  CostCurve::Point best{flops, std::numeric_limits<double>::infinity()};
+  for (int round = 0; round < 5; ++round) {
     absl::Status status = clock.Start();
     if (status.ok()) {
       status = ops.AddProduct(
@@ -184,11 +194,15 @@ absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost
     }
     if (status.ok()) status = clock.End(Phase::kLinear);
     if (status = clock.Await(status); !status.ok()) return status;
-    const double seconds = Of(clock.Read(), Phase::kLinear);
-    for (int follow = 0; follow < 10 * round; ++follow) {
-      cost.ObserveLinear(width, int64_t{width} * width, seconds);
-    }
+    best.seconds = std::min(best.seconds, Of(clock.Read(), Phase::kLinear));
   }
+  return best;
+}
+
+absl::Status CalibrateLinear(Backend& backend, StepClock& clock, CostModel& cost) {
+  const auto best = TimeLinear(backend, clock);
+  if (!best.ok()) return best.status();
+  cost.SetLinear(*best);
   return absl::OkStatus();
 }
 
@@ -220,6 +234,19 @@ absl::Status Calibrate(const Calibrated& of, CostModel& cost) {
   }
   if (status.ok() && of.models) status = CalibrateLinear(of.backend, of.clock, cost);
   return status;
+}
+
+absl::Status Recalibrate(const Calibrated& of, CostModel& cost) {
+  Trial trial = kHostTrial;
+  trial.rounds = 3;
+  const auto points = TimeAttention(of.backend.device(), of.stages, of.clock, trial);
+  if (!points.ok()) return points.status();
+  for (const Points& point : *points) cost.NotSlowerThan(point.dense, point.sparse, point.select);
+  if (!of.models) return absl::OkStatus();
+  const auto linear = TimeLinear(of.backend, of.clock);
+  if (!linear.ok()) return linear.status();
+  cost.LinearNotSlowerThan(*linear);
+  return absl::OkStatus();
 }
 
 }  // namespace prefilld

@@ -71,6 +71,10 @@ void CostCurve::Observe(double flops, double seconds) {
   Follow(speed_, Measured(flops) / seconds, 0.1, 2);
 }
 
+void CostCurve::NotSlowerThan(const Point& seen) {
+  speed_ = std::max(speed_.load(), Measured(seen.flops) / seen.seconds);
+}
+
 CostModel::Work CostModel::WorkOf(int q_heads, int head_dim, int64_t sq, int64_t sk) {
   return {.dense = AttentionFlops(q_heads, head_dim, sq, sk),
           .select = SelectFlops(q_heads, head_dim, sk),

@@ -3,6 +3,7 @@
 // where the selection of blocks would cost more than it saves. Thread-safe but for the start-up.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -28,6 +29,8 @@ class CostCurve {
   // Moves the rate of the whole curve by a tenth towards what was seen. What is much shorter than
   // the first measured point tells of overheads, not of a rate, and is not learned.
   void Observe(double flops, double seconds);
+  // The whole curve is at least as fast as this says, which was seen.
+  void NotSlowerThan(const Point& seen);
 
  private:
   double Measured(double flops) const;
@@ -85,6 +88,16 @@ class CostModel {
 
   void SetCurves(std::vector<CostCurve::Point> dense, std::vector<CostCurve::Point> sparse,
                  std::vector<CostCurve::Point> select);
+  void SetLinear(const CostCurve::Point& point) { linear_flops_ = point.flops / point.seconds; }
+  void NotSlowerThan(const CostCurve::Point& dense, const CostCurve::Point& sparse,
+                     const CostCurve::Point& select) {
+    dense_.NotSlowerThan(dense);
+    sparse_.NotSlowerThan(sparse);
+    select_.NotSlowerThan(select);
+  }
+  void LinearNotSlowerThan(const CostCurve::Point& seen) {
+    linear_flops_ = std::max(linear_flops_.load(), seen.flops / seen.seconds);
+  }
   void ObserveDense(const Work& work, double seconds) { dense_.Observe(work.dense, seconds); }
   void ObserveSparse(const Work& work, double density, double seconds) {
     sparse_.Observe(work.dense * density, seconds);

@@ -30,7 +30,14 @@ void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& h
 }
 
 absl::Status Engine::Calibrate(bool models) {
-  return prefilld::Calibrate({backend_, stages_, clock_, models}, cost_);
+  absl::Status status = prefilld::Calibrate({backend_, stages_, clock_, models}, cost_);
+  if (status.ok() && backend_.device().host_memory()) calibrated_models_ = models;
+  return status;
+}
+
+// What fails here fails for a job too, which has somebody to tell.
+void Engine::Recalibrate() {
+  (void)prefilld::Recalibrate({backend_, stages_, clock_, *calibrated_models_}, cost_);
 }
 
 absl::Status Engine::Reserve(const MemoryPlan& plan) {
@@ -206,20 +213,29 @@ std::unique_ptr<AttendRun> Engine::BeginAttend(std::shared_ptr<Job> job) {
   run->open = decision.open;
   const bool by_queries = DividesQueries(run->policy) && shape.sequences() == 1 &&
                           job->attend->host_count.data() == nullptr;
-  run->parts = DivideAttention({.q_heads = shape.q_heads,
-                                .kv_heads = shape.kv_heads,
-                                .seconds = PredictSeconds(*job),
-                                .by_queries = by_queries ? shape.total_q() : 0,
-                                .prefix = shape.total_k() - shape.total_q()},
-                               step_seconds_);
+  AttentionWork work = {.q_heads = shape.q_heads,
+                        .kv_heads = shape.kv_heads,
+                        .seconds = PredictSeconds(*job),
+                        .by_queries = by_queries ? shape.total_q() : 0,
+                        .prefix = shape.total_k() - shape.total_q()};
+  if (backend_.device().host_memory()) {
+    for (const SequenceBlocks& blocks : SplitIntoBlocks(shape, run->policy.block_size)) {
+      for (int64_t row = 0; row < blocks.q_blocks; ++row) {
+        work.row_blocks.push_back(blocks.first_q_block + row + 1);
+      }
+    }
+    work.row_seconds = host_step_seconds_;
+  }
+  run->parts = DivideAttention(work, step_seconds_);
   run->report.resize(static_cast<size_t>(shape.sequences()) * shape.q_heads);
   run->job = std::move(job);
   return run;
 }
 
 // Attention of the next part.
-StagesCall Engine::PartCall(const AttendRun& run) {
+StagesCall Engine::PartCall(AttendRun& run) {
   const AttendWork& work = *run.job->attend;
+  const AttendRange& part = run.parts[run.next_part];
   const AttentionShape& shape = work.shape;
   const int d = shape.head_dim;
   StagesCall call;
@@ -235,8 +251,14 @@ StagesCall Engine::PartCall(const AttendRun& run) {
   args.v = {work.v.data(), int64_t{shape.kv_heads} * d, d};
   args.o = {work.o.data(), int64_t{shape.q_heads} * d, d};
   args.lse = work.lse.as<float>();
-  NarrowTo(run.parts[run.next_part], args);
+  NarrowTo(part, args);
+  args.first_row = part.rows.first;
+  args.row_count = part.rows.count;
   args.cancelled = &run.job->cancelled;
+  if (part.selection || part.rows.count > 0) {
+    call.of = part.selection ? StagesCall::Of::kSelection : StagesCall::Of::kAttention;
+    call.kept = &run.kept;
+  }
   return call;
 }
 
@@ -253,7 +275,7 @@ absl::Status Engine::EnqueueAttend(const AttendRun& run, StagesCall& call) {
 // Where the part's index goes; with the last part all of o and lse is there.
 void Engine::SetOutputs(const AttendRun& run, StagesCall& call) {
   const AttendWork& work = *run.job->attend;
-  if (work.host_count.data() != nullptr) {
+  if (work.host_count.data() != nullptr && call.of != StagesCall::Of::kAttention) {
     const int64_t rows = run.parts[run.next_part].first * call.args.index.rows;
     call.host_count = work.host_count.as<int32_t>() + rows;
     call.host_index = work.host_index.as<uint16_t>() + rows * call.args.index.stride;
@@ -265,6 +287,32 @@ void Engine::SetOutputs(const AttendRun& run, StagesCall& call) {
   call.host_lse = work.host_lse.data();
   call.lse = work.lse.data();
   call.lse_bytes = work.lse.bytes();
+}
+
+// What a part has found out, and what it teaches: of a head in several, all of them.
+void Engine::CollectAttend(AttendRun& run, StagesCall& call) {
+  const PhaseSeconds phases = clock_.Read();
+  Add(phases, run.job->phases);
+  Add(phases, run.head_phases);
+  // What the first heads kept decides for the others.
+  run.policy = call.args.policy;
+  run.dense_reason = call.dense_reason;
+  run.open = false;
+  const AttendRange& heads = run.parts[run.next_part];
+  const AttentionShape& shape = run.job->attend->shape;
+  for (int sequence = 0; sequence < shape.sequences(); ++sequence) {
+    const auto ours = run.report.begin() + int64_t{sequence} * shape.q_heads + heads.first;
+    const auto theirs = call.report.begin() + int64_t{sequence} * heads.count;
+    if (call.of == StagesCall::Of::kAttention) {
+      std::copy_n(ours, heads.count, theirs);
+    } else {
+      std::copy_n(theirs, heads.count, ours);
+    }
+  }
+  const size_t next = run.next_part + 1;
+  if (next < run.parts.size() && run.parts[next].rows.count > 0) return;
+  stages_.Observe(call, run.head_phases);
+  run.head_phases = {};
 }
 
 absl::Status Engine::RunStep(AttendRun& run) {
@@ -279,21 +327,11 @@ absl::Status Engine::RunStep(AttendRun& run) {
   status = AfterStep(clock_.Await(status));
   if (status.ok()) status = stages_.Collect(call);
   if (!status.ok()) return status;
-  stages_.Observe(call, clock_.Read());
-  Job& job = *run.job;
-  Add(clock_.Read(), job.phases);
-  // What the first heads kept decides for the others.
-  run.policy = call.args.policy;
-  run.dense_reason = call.dense_reason;
-  run.open = false;
-  const AttendRange& heads = run.parts[run.next_part];
-  const AttentionShape& shape = job.attend->shape;
-  for (int sequence = 0; sequence < shape.sequences(); ++sequence) {
-    std::copy_n(call.report.begin() + int64_t{sequence} * heads.count, heads.count,
-                run.report.begin() + int64_t{sequence} * shape.q_heads + heads.first);
-  }
+  CollectAttend(run, call);
   ++run.next_part;
   if (!run.done()) return absl::OkStatus();
+  Job& job = *run.job;
+  const AttentionShape& shape = job.attend->shape;
   job.report = {.layers = shape.sequences(),
                 .heads = shape.q_heads,
                 .entries = std::move(run.report),

@@ -34,6 +34,8 @@ namespace prefilld {
 // What a step should take at most: who arrives meanwhile waits for two. More parts than it takes
 // cost a long prompt a few percent.
 inline constexpr double kStepSeconds = 0.1;
+// On a CPU, and of a head of an Attend: its keys are converted anew for every part of it.
+inline constexpr double kHostStepSeconds = 0.5;
 
 // q, k, v and o of the layer that a batch is in the middle of, and of the one before where layers
 // have them in turn (ScratchTurns).
@@ -88,6 +90,9 @@ struct AttendRun {
   std::vector<AttendRange> parts;
   size_t next_part = 0;
   std::vector<HeadReport> report;  // [sequences, heads], of the parts done
+  // Of the head that is divided by rows and not done.
+  KeptIndex kept;
+  PhaseSeconds head_phases{};
 
   bool done() const { return next_part == parts.size(); }
 };
@@ -99,11 +104,20 @@ void ObserveHead(Metrics& metrics, const std::string& model, const HeadReport& h
 class Engine {
  public:
   // step_seconds: what a step should take at most, where a layer can be divided.
-  Engine(Backend& backend, Metrics& metrics, double step_seconds = kStepSeconds)
-      : backend_(backend), metrics_(metrics), step_seconds_(step_seconds) {}
+  Engine(Backend& backend, Metrics& metrics, double step_seconds = kStepSeconds,
+         double host_step_seconds = kHostStepSeconds)
+      : backend_(backend),
+        metrics_(metrics),
+        step_seconds_(step_seconds),
+        host_step_seconds_(host_step_seconds) {}
   // Times calls of a few lengths to learn this device's rates, of linear layers too where it serves
   // models; less than two seconds.
   absl::Status Calibrate(bool models);
+  // Whether Recalibrate finds out anything.
+  bool recalibrates() const { return calibrated_models_.has_value(); }
+  // Looks again how fast a device is that computes in host memory, as others may have kept it busy:
+  // while there is nothing to do, less than a tenth of a second. Not before Calibrate.
+  void Recalibrate();
 
   // Takes all that the plan holds, before the first job: prompts that are of it take nothing then.
   // A plan without models holds nothing, and says what is spare.
@@ -212,9 +226,10 @@ class Engine {
   absl::Status Launch(Batch& batch);
   absl::Status EnqueuePart(Flight& flight);
   void Observe(const Flight& flight);
-  StagesCall PartCall(const AttendRun& run);
+  StagesCall PartCall(AttendRun& run);
   static void SetOutputs(const AttendRun& run, StagesCall& call);
   absl::Status EnqueueAttend(const AttendRun& run, StagesCall& call);
+  void CollectAttend(AttendRun& run, StagesCall& call);
   void CollectUntil(size_t left);
   absl::Status Collect(Flight& flight);
   static std::vector<RowRange> RowsToFinish(const Batch& batch, const Flight& flight);
@@ -223,7 +238,7 @@ class Engine {
 
   Backend& backend_;
   Metrics& metrics_;
-  const double step_seconds_;
+  const double step_seconds_, host_step_seconds_;
   CostModel cost_;
   // Steps that may be on their way when the engine waits for one.
   const size_t ahead_ = backend_.device().host_memory() ? 0 : 1;
@@ -236,7 +251,8 @@ class Engine {
   std::deque<Flight> flights_;  // at most ahead_ + 1
   ActiveScratch scratch_[2];    // of batches of up to kShortBatchTokens, and of longer ones
   std::optional<Reserved> reserved_;
-  std::unique_ptr<Arena> batches_;  // what batches hold; null: nothing is reserved for them
+  std::unique_ptr<Arena> batches_;         // what batches hold; null: nothing is reserved for them
+  std::optional<bool> calibrated_models_;  // of the host, with models or without
   bool fault_noted_ = false;
   CompletionQueue completions_;  // goes first: what it runs uses the others
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "server/kv/block_pool.h"
 
@@ -40,6 +41,10 @@ class Filling {
       for (int head = 0; head < heads; ++head) AddQueries(head, each, work);
       return;
     }
+    if (!work.row_blocks.empty() && each > work.row_seconds) {
+      for (int head = 0; head < heads; ++head) AddRows(head, each, work);
+      return;
+    }
     const int piece = each * group <= most_ ? group : 1;
     for (int first = 0; first < heads; first += piece) {
       const bool other_group = piece < group && first > 0 && first % group == 0;
@@ -68,6 +73,23 @@ class Filling {
       const bool other_range = !parts_.empty() && parts_.back().attend.count > 0;
       For(seconds / ranges, other_range).attend = {head, 1, {first, count}};
       first += count;
+    }
+  }
+
+  // The selection, then rows that have as many causal blocks together as those of other parts.
+  void AddRows(int head, double seconds, const AttentionWork& work) {
+    const auto& blocks = work.row_blocks;
+    const auto rows = static_cast<int64_t>(blocks.size());
+    const double all = std::accumulate(blocks.begin(), blocks.end(), 0.0);
+    const double most = all * work.row_seconds / seconds;
+    parts_.push_back({.attend = {.first = head, .count = 1, .selection = true}});
+    double taken = 0;
+    for (int64_t first = 0, row = 0; row < rows; ++row) {
+      taken += static_cast<double>(blocks[row]);
+      if (taken < most && row + 1 < rows) continue;
+      parts_.push_back({.attend = {.first = head, .count = 1, .rows = {first, row + 1 - first}}});
+      first = row + 1;
+      taken = 0;
     }
   }
 

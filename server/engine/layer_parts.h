@@ -24,6 +24,9 @@ constexpr int ScratchTurns(int64_t tokens, bool host_memory) {
 struct AttendRange {
   int first = 0, count = 0;
   RowRange queries;
+  // Of one head whose stage 3 is divided by rows of its block index: the selection, or these rows.
+  bool selection = false;
+  RowRange rows;
 };
 
 // What one step enqueues of a layer, in this order; a range may be empty.
@@ -48,6 +51,10 @@ struct AttentionWork {
   int q_heads = 0, kv_heads = 0;
   double seconds = 0;                  // of all heads
   int64_t by_queries = 0, prefix = 0;  // of the only sequence, and keys before them; 0: not
+  // Causal blocks of every row of the block index, by which a head is divided that takes longer
+  // than so many seconds; empty: it is not.
+  std::vector<int64_t> row_blocks;
+  double row_seconds = 0;
 };
 
 // Parts of at most `most` seconds each, where no piece takes longer. A piece of attention is a

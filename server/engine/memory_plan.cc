@@ -126,7 +126,7 @@ MemoryPlan PlanFor(const PlanInputs& inputs, int64_t prompt_tokens) {
     plan.rows.push_back({"tiles", name, device, device ? When::kLoaded : When::kLater,
                          model->tile_bytes(), "widths of the model, tokens of a tile"});
     Cover(HeldByModel(inputs, *model, longest), plan.held);
-    plan.batches = std::max(plan.batches, BatchesOf(inputs, *model, longest, /*every=*/false));
+    plan.batches = std::max(plan.batches, BatchesOf(inputs, *model, longest, /*every=*/!device));
   }
   for (size_t i = 0; i < kHeldCount && !inputs.models.empty(); ++i) {
     const HeldRow& row = kHeldRows[i];

@@ -13,8 +13,7 @@ size_t ReportEntries(const AttentionArgs& args) {
 }
 
 absl::Status CheckCancelled(const AttentionArgs& args) {
-  const bool cancelled = args.cancelled != nullptr && *args.cancelled;
-  return cancelled ? absl::CancelledError("cancelled") : absl::OkStatus();
+  return Cancelled(args) ? absl::CancelledError("cancelled") : absl::OkStatus();
 }
 
 }  // namespace
@@ -63,16 +62,18 @@ absl::Status Stages::Prepare(StagesCall& call) {
   args.index.stride = MaxKeyBlocks(sequences);
   const size_t rows = static_cast<size_t>(args.shape.q_heads) * args.index.rows;
   Buffer& report = reports_[next_report_];
-  absl::Status status = Grow(device, rows * sizeof(int32_t), index_count_);
-  if (status.ok()) status = Grow(device, rows * args.index.stride * sizeof(uint16_t), index_);
+  Buffer& count = call.kept != nullptr ? call.kept->count : index_count_;
+  Buffer& index = call.kept != nullptr ? call.kept->index : index_;
+  absl::Status status = Grow(device, rows * sizeof(int32_t), count);
+  if (status.ok()) status = Grow(device, rows * args.index.stride * sizeof(uint16_t), index);
   if (status.ok()) status = GrowHost(device, ReportEntries(args) * sizeof(HeadReport), report);
   if (status.ok()) {
     status = backend_.ReserveWorkspace(backend_.WorkspaceBytes(args.shape, args.policy));
   }
   if (!status.ok()) return status;
   next_report_ = 1 - next_report_;
-  args.index.count = index_count_.as<int32_t>();
-  args.index.index = index_.as<uint16_t>();
+  args.index.count = count.as<int32_t>();
+  args.index.index = index.as<uint16_t>();
   args.report = report.as<HeadReport>();
   return absl::OkStatus();
 }
@@ -80,16 +81,32 @@ absl::Status Stages::Prepare(StagesCall& call) {
 absl::Status Stages::Enqueue(StagesCall& call) {
   AttentionArgs& args = call.args;
   StepClock& clock = *call.clock;
+  absl::Status status;
+  if (call.of != StagesCall::Of::kAttention) status = EstimateAndSelect(call);
+  if (status.ok() && call.of != StagesCall::Of::kSelection) {
+    status = backend_.Attend(args, kStream);
+    if (status.ok()) status = clock.End(Phase::kAttention);
+  }
+  if (status.ok()) status = CopyOut(call);
+  return status.ok() ? CheckCancelled(args) : status;
+}
+
+// What was cancelled in one stage has left nothing for the next.
+absl::Status Stages::EstimateAndSelect(StagesCall& call) {
+  AttentionArgs& args = call.args;
+  StepClock& clock = *call.clock;
   const bool selects = args.policy.method != Method::kDense;  // else it is part of attention
   absl::Status status = backend_.EstimatePattern(args, kStream);
   if (status.ok() && selects) status = clock.End(Phase::kEstimate);
+  if (status.ok()) status = CheckCancelled(args);
   if (status.ok()) status = Select(call);
+  if (status.ok()) status = CheckCancelled(args);
   if (status.ok() && Measures(args)) status = backend_.MeasureCapturedMass(args, kStream);
   if (status.ok() && selects) status = clock.End(Phase::kSelect);
-  if (status.ok()) status = backend_.Attend(args, kStream);
-  if (status.ok()) status = clock.End(Phase::kAttention);
-  if (status.ok()) status = CopyOut(call);
-  return status.ok() ? CheckCancelled(args) : status;
+  if (status.ok() && !selects && call.of == StagesCall::Of::kSelection) {
+    status = clock.End(Phase::kAttention);
+  }
+  return status;
 }
 
 absl::Status Stages::CopyOut(const StagesCall& call) {

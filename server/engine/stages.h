@@ -13,7 +13,15 @@
 
 namespace prefilld {
 
+// A block index that outlives its call, as stage 3 of it is divided among several.
+struct KeptIndex {
+  Buffer count, index;
+};
+
 struct StagesCall {
+  // Of several calls over one index the first selects, the others attend.
+  enum class Of { kAll, kSelection, kAttention } of = Of::kAll;
+  KeptIndex* kept = nullptr;   // theirs
   StepClock* clock = nullptr;  // of the step that the call belongs to
   AttentionArgs args;          // all but index and report
   bool open = false;           // the method was left open: dense may still take its place
@@ -48,6 +56,7 @@ class Stages {
   void Observe(const StagesCall& call, const PhaseSeconds& phases);
 
  private:
+  absl::Status EstimateAndSelect(StagesCall& call);
   absl::Status Select(StagesCall& call);
   absl::Status CopyOut(const StagesCall& call);
 

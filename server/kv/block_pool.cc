@@ -52,11 +52,26 @@ absl::StatusOr<std::vector<int32_t>> BlockPool::Take(int64_t count) {
 }
 
 void BlockPool::GiveBack(const std::vector<int32_t>& blocks, BlockState from) {
+  std::function<void()> on_give_back;
+  {
+    absl::MutexLock lock(&mutex_);
+    free_.insert(free_.end(), blocks.begin(), blocks.end());
+    given_back_.SignalAll();
+    counts_[static_cast<int>(from)] -= static_cast<int64_t>(blocks.size());
+    counts_[static_cast<int>(BlockState::kFree)] += static_cast<int64_t>(blocks.size());
+    on_give_back = on_give_back_;
+  }
+  if (on_give_back) on_give_back();
+}
+
+void BlockPool::SetOnGiveBack(std::function<void()> on_give_back) {
   absl::MutexLock lock(&mutex_);
-  free_.insert(free_.end(), blocks.begin(), blocks.end());
-  given_back_.SignalAll();
-  counts_[static_cast<int>(from)] -= static_cast<int64_t>(blocks.size());
-  counts_[static_cast<int>(BlockState::kFree)] += static_cast<int64_t>(blocks.size());
+  on_give_back_ = std::move(on_give_back);
+}
+
+int64_t BlockPool::free() const {
+  absl::MutexLock lock(&mutex_);
+  return static_cast<int64_t>(free_.size());
 }
 
 void BlockPool::Move(int64_t count, BlockState from, BlockState to) {

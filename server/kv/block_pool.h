@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -41,6 +42,9 @@ class BlockPool {
   // names what is free; when the pool could never hold `count`, it carries no retry.
   absl::StatusOr<std::vector<int32_t>> Take(int64_t count);
   void GiveBack(const std::vector<int32_t>& blocks, BlockState from);
+  // Called whenever blocks have come back, on whichever thread gives them; must not block.
+  void SetOnGiveBack(std::function<void()> on_give_back);
+  int64_t free() const;
   void Move(int64_t count, BlockState from, BlockState to);
   // Taken blocks that nobody will read or write before they are given back: their memory goes back
   // to the system, but where it is pinned.
@@ -63,6 +67,7 @@ class BlockPool {
   mutable absl::Mutex mutex_;
   SteadyCondition given_back_;
   std::vector<int32_t> free_ ABSL_GUARDED_BY(mutex_);
+  std::function<void()> on_give_back_ ABSL_GUARDED_BY(mutex_);
   std::array<int64_t, 4> counts_ ABSL_GUARDED_BY(mutex_){};
 };
 

@@ -22,32 +22,56 @@ void KvCache::Transfer::Progress() {
 
 absl::StatusOr<std::shared_ptr<KvCache>> KvCache::Create(BlockPool& pool,
                                                          const KvGeometry& geometry, bool retain) {
-  auto blocks = pool.Take(geometry.layers_held(retain) * geometry.blocks_per_layer());
-  if (!blocks.ok()) return blocks.status();
-  return std::shared_ptr<KvCache>(new KvCache(pool, geometry, retain, *blocks));
+  auto cache = CreateWaiting(pool, geometry, retain);
+  if (absl::Status status = cache->TakeBlocks(); !status.ok()) return status;
+  return cache;
+}
+
+std::shared_ptr<KvCache> KvCache::CreateWaiting(BlockPool& pool, const KvGeometry& geometry,
+                                                bool retain) {
+  std::shared_ptr<KvCache> cache(new KvCache(pool, geometry, retain));
+  absl::MutexLock lock(&cache->mutex_);
+  cache->awaits_blocks_ = true;
+  return cache;
 }
 
 std::shared_ptr<KvCache> KvCache::CreateIn(std::shared_ptr<Region> region, Later later,
                                            BlockPool& pool, const KvGeometry& geometry) {
-  std::shared_ptr<KvCache> cache(new KvCache(pool, geometry, /*retain=*/true, {}));
-  {
-    absl::MutexLock lock(&cache->mutex_);
-    cache->slots_.resize(geometry.layers);
-  }
+  std::shared_ptr<KvCache> cache(new KvCache(pool, geometry, /*retain=*/true));
   cache->LieIn(std::move(region), std::move(later));
   return cache;
 }
 
-KvCache::KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain,
-                 const std::vector<int32_t>& blocks)
+KvCache::KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain)
     : pool_(pool),
       geometry_(geometry),
       retain_(retain),
-      layers_(geometry.layers, LayerState::kPending) {
-  const int64_t per_slot = geometry.blocks_per_layer();
-  for (auto begin = blocks.begin(); begin != blocks.end(); begin += per_slot) {
-    slots_.emplace_back().blocks.assign(begin, begin + per_slot);
+      slots_(static_cast<size_t>(geometry.layers_held(retain))),
+      layers_(geometry.layers, LayerState::kPending) {}
+
+absl::Status KvCache::TakeBlocks() {
+  absl::MutexLock lock(&mutex_);
+  if (!awaits_blocks_) return absl::OkStatus();
+  auto blocks = pool_.Take(AllBlocks());
+  if (!blocks.ok()) return blocks.status();
+  awaits_blocks_ = false;
+  const int64_t per_slot = geometry_.blocks_per_layer();
+  auto begin = blocks->begin();
+  for (Slot& slot : slots_) {
+    slot.blocks.assign(begin, begin + per_slot);
+    begin += per_slot;
   }
+  return absl::OkStatus();
+}
+
+int64_t KvCache::blocks_awaited() const {
+  absl::MutexLock lock(&mutex_);
+  return awaits_blocks_ ? AllBlocks() : 0;
+}
+
+int64_t KvCache::blocks_held() const {
+  absl::MutexLock lock(&mutex_);
+  return freed_ || slots_[0].blocks.empty() ? 0 : AllBlocks();
 }
 
 void KvCache::LieIn(std::shared_ptr<Region> region, Later later) {

@@ -114,6 +114,9 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   // in turn: layer L + 2 waits until layer L is delivered. RESOURCE_EXHAUSTED as BlockPool::Take.
   static absl::StatusOr<std::shared_ptr<KvCache>> Create(BlockPool& pool,
                                                          const KvGeometry& geometry, bool retain);
+  // Takes none of them yet: TakeBlocks does, before anybody computes it. For a prompt that waits.
+  static std::shared_ptr<KvCache> CreateWaiting(BlockPool& pool, const KvGeometry& geometry,
+                                                bool retain);
   // Runs what takes long, such as giving gigabytes back to the system, on a thread that may.
   using Later = std::function<void(std::function<void()>)>;
   // A retained cache that takes no blocks: it lies in `region`, as below, from the start.
@@ -126,6 +129,12 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   // may take long. `later` lets go of the region in the end; empty: whoever is last does, be it the
   // engine's thread, gRPC's or the one that commits.
   void LieIn(std::shared_ptr<Region> region, Later later = nullptr);
+
+  // RESOURCE_EXHAUSTED as BlockPool::Take, and then it still waits.
+  absl::Status TakeBlocks();
+  int64_t blocks_awaited() const;  // that TakeBlocks will take
+  int64_t blocks_held() const;
+  BlockPool& pool() const { return pool_; }
 
   const KvGeometry& geometry() const { return geometry_; }
   bool retain() const { return retain_; }
@@ -165,8 +174,10 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   };
   enum class LayerState : uint8_t { kPending, kReady, kDelivered };
 
-  KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain,
-          const std::vector<int32_t>& blocks);
+  KvCache(BlockPool& pool, const KvGeometry& geometry, bool retain);
+  int64_t AllBlocks() const ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return static_cast<int64_t>(slots_.size()) * geometry_.blocks_per_layer();
+  }
   std::byte* TileAt(const std::vector<int32_t>& blocks, const Region* region, int layer, int64_t b,
                     int kv_head, bool value) const;
   const Slot& SlotOf(int layer) const ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
@@ -198,6 +209,7 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   std::vector<Slot> slots_ ABSL_GUARDED_BY(mutex_);
   std::vector<LayerState> layers_ ABSL_GUARDED_BY(mutex_);
   int committed_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool awaits_blocks_ ABSL_GUARDED_BY(mutex_) = false;
   bool freed_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failed_ ABSL_GUARDED_BY(mutex_);
   absl::Status closed_ ABSL_GUARDED_BY(mutex_);

@@ -49,7 +49,7 @@ absl::Status Draining() {
 
 absl::Status DeadlineInfeasible(absl::string_view message) {
   absl::Status status = absl::ResourceExhaustedError(message);
-  status.SetPayload(kReason, absl::Cord("DEADLINE_INFEASIBLE"));
+  status.SetPayload(kReason, absl::Cord(kDeadlineInfeasible));
   return status;
 }
 

@@ -21,13 +21,14 @@ absl::Status RetryLater(absl::StatusCode code, absl::string_view reason, absl::s
 // UNAVAILABLE: no new work while the server shuts down.
 absl::Status Draining();
 // RESOURCE_EXHAUSTED without retry: the deadline cannot be met by the cost model.
+inline constexpr char kDeadlineInfeasible[] = "deadline_infeasible";
 absl::Status DeadlineInfeasible(absl::string_view message);
 
 // What a status carries of the above.
 struct ErrorFacts {
   std::string field;
   std::string resource_type, resource_name;
-  std::string reason;  // "queue_full", "kv_memory", "attend_memory", "shm_memory", "draining", ...
+  std::string reason;  // "queue_full", "backlog", "kv_memory", "draining", ...: a metric's label
   std::optional<absl::Duration> retry_after;
 };
 ErrorFacts FactsOf(const absl::Status& status);

@@ -28,10 +28,22 @@ constexpr const char* kCodes[] = {
     "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
     "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
     "DATA_LOSS", "UNAUTHENTICATED"};
-constexpr const char* kRejections[] = {
-    "queue_full",      "uploads",          "unretained",  "kv_memory",     "attend_memory",
-    "shm_memory",      "draining",         "device_lost", "model_changed", "deadline_infeasible",
-    "deadline_passed", "invalid_argument", "not_found",   "unimplemented", "other"};
+constexpr const char* kRejections[] = {"queue_full",
+                                       "backlog",
+                                       "uploads",
+                                       "unretained",
+                                       "kv_memory",
+                                       "attend_memory",
+                                       "shm_memory",
+                                       "draining",
+                                       "device_lost",
+                                       "model_changed",
+                                       "deadline_infeasible",
+                                       "deadline_passed",
+                                       "invalid_argument",
+                                       "not_found",
+                                       "unimplemented",
+                                       "other"};
 
 // 1-2.5-5 from a millisecond to 160 s.
 const Buckets& Seconds() {
@@ -71,7 +83,6 @@ const char* OneOf(const Names& names, absl::string_view name, const char* otherw
 
 const char* RejectionOf(const absl::Status& why) {
   const std::string reason = FactsOf(why).reason;
-  if (reason == "DEADLINE_INFEASIBLE") return "deadline_infeasible";
   if (!reason.empty()) return OneOf(kRejections, reason, "other");
   switch (why.code()) {
     case absl::StatusCode::kInvalidArgument:

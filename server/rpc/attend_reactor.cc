@@ -10,6 +10,7 @@
 #include "server/record/errors.h"
 #include "server/record/log.h"
 #include "server/rpc/messages.h"
+#include "server/rpc/peer.h"
 
 namespace prefilld {
 namespace {
@@ -111,6 +112,7 @@ absl::StatusOr<ValidAttend> AttendReactor::Admit() {
     return absl::IsInvalidArgument(status) ? InvalidField("tensors", status.message()) : status;
   }
   job.deadline = deadline_;
+  job.peer = PeerOf(*context_);
   job.sink = shared_from_this();
   const auto give_way = [weak = weak_from_this()] {
     if (const auto self = weak.lock()) self->GiveWay();

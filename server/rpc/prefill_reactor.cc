@@ -4,6 +4,7 @@
 
 #include "server/record/errors.h"
 #include "server/record/log.h"
+#include "server/rpc/peer.h"
 #include "server/rpc/validate.h"
 
 namespace prefilld {
@@ -33,6 +34,7 @@ PrefillReactor::PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* con
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
+      peer_(PeerOf(*context)),
       record_(rpc.metrics, "Prefill", rpc.calls) {}
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
@@ -54,6 +56,7 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
   if (request.validate_only()) return std::shared_ptr<PrefillStream>();
 
   valid->job->deadline = deadline_;
+  valid->job->peer = peer_;
   const std::string request_id = valid->job->request_id;
   const std::string content = request.SerializeAsString();
   const auto self = shared_from_this();

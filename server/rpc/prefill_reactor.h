@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <memory>
+#include <string>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
@@ -42,6 +43,7 @@ class PrefillReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   grpc::CallbackServerContext* const context_;  // until OnDone
   const SteadyTime deadline_;
   std::atomic<bool> broke_{false};
+  const std::string peer_;
   absl::Mutex mutex_;
   std::shared_ptr<PrefillReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   std::shared_ptr<PrefillStream> stream_ ABSL_GUARDED_BY(mutex_);

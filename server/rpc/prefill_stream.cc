@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "server/kv/kv_cache.h"
 #include "server/record/errors.h"
 #include "server/record/log.h"
@@ -18,8 +19,24 @@ KvGeometry GeometryFor(const Job& job) {
   return GeometryOf(job.prefill->model->info(), job.tokens());
 }
 
-absl::Status TakeBlocks(RpcContext& rpc, const ValidPrefill& valid) {
-  auto cache = KvCache::Create(*rpc.pool, GeometryFor(*valid.job), valid.retain);
+// It takes its blocks when the prompt starts.
+void WaitForBlocks(RpcContext& rpc, const ValidPrefill& valid) {
+  valid.job->prefill->cache =
+      KvCache::CreateWaiting(*rpc.pool, GeometryFor(*valid.job), valid.retain);
+}
+
+// A region stands for blocks and is made at admission: so that waiting prompts do not have them
+// all, a few have theirs. The others' caches are sent, where that is possible.
+absl::Status TakeBlocksAhead(RpcContext& rpc, const ValidPrefill& valid) {
+  const KvGeometry geometry = GeometryFor(*valid.job);
+  const int64_t blocks = geometry.layers_held(valid.retain) * geometry.blocks_per_layer();
+  if (!rpc.scheduler.MayTakeAhead(*rpc.pool, blocks)) {
+    return RetryLater(absl::StatusCode::kResourceExhausted, "kv_memory",
+                      absl::StrCat("the KV cache needs ", blocks, " of ", rpc.pool->total(),
+                                   " blocks, waiting prompts have a quarter of them"),
+                      absl::Seconds(1));
+  }
+  auto cache = KvCache::Create(*rpc.pool, geometry, valid.retain);
   if (cache.ok()) valid.job->prefill->cache = *std::move(cache);
   return cache.status();
 }
@@ -51,8 +68,15 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(
   absl::Status status = rpc.scheduler.CheckOpen(*job);
   Medium* medium = FindMedium(rpc.media, valid.transport);
   SegmentPool* const pool = medium == nullptr ? nullptr : FindPool(rpc.segments, valid.transport);
-  if (status.ok() && pool == nullptr) status = TakeBlocks(rpc, valid);
+  if (status.ok() && pool == nullptr && medium != nullptr) {
+    status = TakeBlocksAhead(rpc, valid);
+    if (FactsOf(status).retry_after && !valid.pinned) {
+      status = absl::OkStatus();
+      medium = nullptr;
+    }
+  }
   if (!status.ok()) return status;
+  if (medium == nullptr) WaitForBlocks(rpc, valid);
   const bool ready = medium == nullptr || (pool != nullptr && LieInReady(rpc, *pool, valid));
   std::shared_ptr<PrefillStream> stream(new PrefillStream(rpc, job, std::move(content)));
   job->sink = stream;
@@ -77,7 +101,8 @@ absl::Status PrefillStream::Place(Medium& medium, const ValidPrefill& valid) {
   if (!region.ok()) {
     rpc_.metrics.TransportRefused(Name(valid.transport), Metrics::kNoMemory);
     if (valid.pinned) return region.status();
-    return cache ? absl::OkStatus() : TakeBlocks(rpc_, valid);  // the caller can do without
+    if (!cache) WaitForBlocks(rpc_, valid);  // the caller can do without
+    return absl::OkStatus();
   }
   if (GivenUp()) return absl::OkStatus();
   if (cache) {

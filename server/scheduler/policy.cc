@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <tuple>
+#include <numeric>
 
 namespace prefilld {
 namespace {
@@ -23,28 +23,52 @@ int SlackClass(absl::Duration slack, absl::Duration remaining) {
 
 }  // namespace
 
-std::optional<size_t> PickNext(std::vector<StepView> views, SteadyTime now,
-                               absl::Duration passed_over_max) {
+Rank RankOf(const Work& work, SteadyTime now) {
+  return {SlackClass(work.deadline - now - work.remaining, work.remaining), -work.priority,
+          work.remaining, work.arrival};
+}
+
+std::optional<size_t> DuePromise(const std::vector<StepView>& views, SteadyTime now) {
+  std::vector<size_t> order(views.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return views[a].work.promise < views[b].work.promise; });
+  std::optional<size_t> first;
+  absl::Duration ahead;
+  for (const size_t i : order) {
+    if (!views[i].runnable) continue;
+    if (!first) first = i;
+    ahead += views[i].work.remaining;
+    if (now + 2 * ahead >= views[i].work.promise) return first;
+  }
+  return std::nullopt;
+}
+
+std::optional<Choice> PickNext(std::vector<StepView> views, SteadyTime now, bool promises) {
   for (const StepView& view : views) {
     if (!view.waits_for) continue;
     StepView& holder = views[*view.waits_for];
-    holder.priority = std::max(holder.priority, view.priority);
-    holder.deadline = std::min(holder.deadline, view.deadline);
+    holder.served = std::min(holder.served, view.served);
+    holder.work.promise = std::min(holder.work.promise, view.work.promise);
+    holder.work.priority = std::max(holder.work.priority, view.work.priority);
+    holder.work.deadline = std::min(holder.work.deadline, view.work.deadline);
   }
-  // Smaller is earlier, member by member.
-  const auto key = [&](const StepView& view) {
-    const absl::Duration waited = view.waited * view.parts;
-    const bool starving = waited > passed_over_max;
-    return std::make_tuple(!starving, starving ? -waited : absl::ZeroDuration(),
-                           SlackClass(view.deadline - now - view.remaining, view.remaining),
-                           -view.priority, view.remaining, view.arrival);
-  };
+  if (promises) {
+    if (const auto due = DuePromise(views, now)) return Choice{*due, true};
+  }
   std::optional<size_t> best;
+  Rank best_rank;
   for (size_t i = 0; i < views.size(); ++i) {
     if (!views[i].runnable) continue;
-    if (!best || key(views[i]) < key(views[*best])) best = i;
+    if (best && views[i].served > views[*best].served) continue;
+    const Rank rank = RankOf(views[i].work, now);
+    if (!best || views[i].served < views[*best].served || rank < best_rank) {
+      best = i;
+      best_rank = rank;
+    }
   }
-  return best;
+  if (!best) return std::nullopt;
+  return Choice{*best, false};
 }
 
 }  // namespace prefilld

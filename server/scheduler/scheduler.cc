@@ -10,22 +10,11 @@
 namespace prefilld {
 namespace {
 
-// A deadline is called infeasible only when the job's own predicted work exceeds what is left by
-// this factor: the cost model may be off, a wrong refusal is worse than a late answer.
-constexpr double kInfeasibleFactor = 1.5;
-
-// A step that takes so many times its prediction does not end.
-constexpr double kStalledFactor = 20;
-
 void StartClock(Job& job) {
   const SteadyTime now = SteadyNow();
   const SteadyTime ready = job.attend ? std::min(job.uploaded, now) : job.arrival;
   job.phases[static_cast<size_t>(Phase::kQueue)] = absl::ToDoubleSeconds(now - ready);
   job.phases[static_cast<size_t>(Phase::kUpload)] = absl::ToDoubleSeconds(ready - job.arrival);
-}
-
-bool Unretained(const Job& job) {
-  return job.prefill && job.prefill->cache && !job.prefill->cache->retain();
 }
 
 bool MayShareBatch(const Job& a, const Job& b) {
@@ -37,7 +26,11 @@ bool MayShareBatch(const Job& a, const Job& b) {
 }  // namespace
 
 Scheduler::Scheduler(Engine& engine, Metrics& metrics, SchedulerOptions options)
-    : engine_(engine), metrics_(metrics), options_(options), thread_([this] { Loop(); }) {}
+    : engine_(engine),
+      metrics_(metrics),
+      options_(options),
+      admission_(options, metrics),
+      thread_([this] { Loop(); }) {}
 
 Scheduler::~Scheduler() {
   {
@@ -51,108 +44,46 @@ Scheduler::~Scheduler() {
 
 absl::Status Scheduler::CheckOpen(const Job& job) const {
   if (absl::Status status = engine_.CheckFits(job); !status.ok()) return status;
-  const double seconds = engine_.PredictSeconds(job);
+  const absl::Duration work = absl::Seconds(engine_.PredictSeconds(job));
   absl::MutexLock lock(&mutex_);
-  return CheckOpenLocked(job, seconds);
+  return CheckOpenLocked(job, work);
 }
 
-absl::Status Scheduler::CheckOpenLocked(const Job& job, double seconds) const {
-  const SteadyTime now = SteadyNow();
+absl::Status Scheduler::CheckOpenLocked(const Job& job, absl::Duration work) const {
   if (draining_ || stop_) return Draining();
   if (absl::Status lost = engine_.CheckDevice(); !lost.ok()) return lost;
-  // gRPC rounds a deadline up: less than a millisecond left is none.
-  if (job.deadline.at() <= now + absl::Milliseconds(1)) {
-    return absl::DeadlineExceededError("the deadline has passed already");
+  absl::Status status = admission_.Check(job, work);
+  if (FactsOf(status).reason == kDeadlineInfeasible && !refused_as_infeasible_.exchange(true)) {
+    bell_->Ring();
   }
-  if (now + absl::Seconds(seconds / kInfeasibleFactor) > job.deadline.at()) {
-    return DeadlineInfeasible(
-        absl::StrCat("the work takes about ", absl::FormatDuration(absl::Seconds(seconds)),
-                     ", the deadline is in ", absl::FormatDuration(job.deadline.at() - now)));
-  }
-  if (waiting_jobs_ >= options_.waiting_jobs_max) {
-    return RetryLater(
-        absl::StatusCode::kResourceExhausted, "queue_full",
-        absl::StrCat(waiting_jobs_, " jobs wait, the limit is ", options_.waiting_jobs_max),
-        WaitHint());
-  }
-  if (waiting_jobs_ > 0 && waiting_tokens_ + job.tokens() > options_.waiting_tokens_max) {
-    return RetryLater(absl::StatusCode::kResourceExhausted, "queue_full",
-                      absl::StrCat(waiting_tokens_, " tokens wait, this job has ", job.tokens(),
-                                   ", the limit is ", options_.waiting_tokens_max),
-                      WaitHint());
-  }
-  if (job.attend && uploads_ >= options_.uploads_max) {
-    return RetryLater(
-        absl::StatusCode::kResourceExhausted, "uploads",
-        absl::StrCat(uploads_, " Attends are being uploaded, the limit is ", options_.uploads_max),
-        absl::Seconds(1));
-  }
-  if (Unretained(job) && unretained_ >= options_.waiting_jobs_max) {
-    return RetryLater(absl::StatusCode::kResourceExhausted, "unretained",
-                      absl::StrCat(unretained_,
-                                   " Prefills with retain = false are there, the "
-                                   "limit is ",
-                                   options_.waiting_jobs_max),
-                      WaitHint());
-  }
-  return absl::OkStatus();
+  return status;
 }
 
-absl::Duration Scheduler::WaitHint() const {
-  return std::clamp(absl::Seconds(backlog_seconds_), absl::Milliseconds(100), absl::Seconds(60));
+bool Scheduler::MayTakeAhead(const BlockPool& pool, int64_t blocks) const {
+  absl::MutexLock lock(&mutex_);
+  const int64_t ahead = admission_.BlocksAhead();
+  return ahead == 0 || 4 * (ahead + blocks) <= pool.total();
 }
 
 absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {
   if (absl::Status status = engine_.CheckFits(*job); !status.ok()) return status;
-  const double seconds = engine_.PredictSeconds(*job);
+  const absl::Duration work = absl::Seconds(engine_.PredictSeconds(*job));
+  const auto ring = [bell = bell_] { bell->Ring(); };
+  if (job->prefill) job->prefill->cache->pool().SetOnGiveBack(ring);
   absl::MutexLock lock(&mutex_);
-  if (absl::Status status = CheckOpenLocked(*job, seconds); !status.ok()) return status;
-  const uint64_t bytes = job->held_bytes;
-  if (*attend_bytes_ + bytes > options_.attend_bytes_max) {
-    return RetryLater(absl::StatusCode::kResourceExhausted, "attend_memory",
-                      absl::StrCat("this Attend holds ", bytes, " bytes, ", attend_bytes_->load(),
-                                   " of ", options_.attend_bytes_max, " are taken"),
-                      WaitHint());
-  }
-  if (bytes > 0) {
-    *attend_bytes_ += bytes;
-    job->budget =
-        std::shared_ptr<void>(nullptr, [held = attend_bytes_, bytes](void*) { *held -= bytes; });
-  }
-  job->queue_position = jobs_;
-  job->estimated_wait = absl::Seconds(backlog_seconds_);
-  ++jobs_;
-  unretained_ += Unretained(*job) ? 1 : 0;
-  if (job->attend) {
-    job->place = Job::Place::kUploading;
-    metrics_.uploads.Set(++uploads_);
-  } else {
-    Queue(*job);
-    backlog_seconds_ += seconds;
-  }
-  if (job->prefill) job->prefill->cache->SetOnSlotFree([bell = bell_] { bell->Ring(); });
+  absl::Status status = CheckOpenLocked(*job, work);
+  if (status.ok()) status = admission_.Take(*job, work);
+  if (!status.ok()) return status;
+  if (job->prefill) job->prefill->cache->SetOnSlotFree(ring);
   inbox_.push_back({What::kAdmit, job, absl::OkStatus()});
   bell_->Ring();
   return absl::OkStatus();
 }
 
-void Scheduler::Queue(Job& job) {
-  job.place = Job::Place::kWaiting;
-  ++waiting_jobs_;
-  waiting_tokens_ += job.tokens();
-  metrics_.waiting.Set(waiting_jobs_);
-  metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
-}
-
 void Scheduler::UploadDone(const std::shared_ptr<Job>& job) {
-  const double seconds = engine_.PredictSeconds(*job);
+  const absl::Duration work = absl::Seconds(engine_.PredictSeconds(*job));
   absl::MutexLock lock(&mutex_);
-  job->uploaded = SteadyNow();
-  if (job->place == Job::Place::kUploading) {  // else it has ended
-    metrics_.uploads.Set(--uploads_);
-    Queue(*job);
-    backlog_seconds_ += seconds;
-  }
+  admission_.Uploaded(*job, work);
   inbox_.push_back({What::kUploaded, job, absl::OkStatus()});
   bell_->Ring();
 }
@@ -172,15 +103,8 @@ void Scheduler::Drain() {
 
 bool Scheduler::WaitIdle(SteadyTime deadline) {
   absl::MutexLock lock(&mutex_);
-  const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return jobs_ == 0; };
+  const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return admission_.jobs() == 0; };
   return ended_.AwaitUntil(deadline, mutex_, idle);
-}
-
-std::optional<StalledStep> Scheduler::Stalled(absl::Duration least, absl::Duration period) {
-  absl::MutexLock lock(&mutex_);
-  const absl::Duration seen = step_watch_.Look(step_started_, SteadyNow(), period);
-  if (seen <= std::max(least, kStalledFactor * step_predicted_)) return std::nullopt;
-  return StalledStep{.parts = step_parts_, .waited = seen, .predicted = step_predicted_};
 }
 
 void Scheduler::Loop() {
@@ -195,9 +119,10 @@ void Scheduler::Loop() {
     }
     Receive(std::move(inbox));
     DropLate(SteadyNow());
-    const bool ran = RunOneStep();
-    PublishLoad();
-    if (!ran) bell_->Await(NextDeadline());
+    if (RunOneStep()) continue;
+    const bool idle = waiting_.empty() && active_.empty();
+    const SteadyTime next = idle ? MeasureAgain() : absl::InfiniteFuture();
+    bell_->Await(std::min(NextDeadline(), next));
   }
   std::vector<Message> inbox;
   {
@@ -228,19 +153,49 @@ void Scheduler::Receive(std::vector<Message> inbox) {
   }
 }
 
+// Before it starts, what cannot be done in time any more is not begun; what has begun may still be
+// faster than predicted.
 void Scheduler::DropLate(SteadyTime now) {
-  std::vector<std::shared_ptr<Job>> late;
+  constexpr double kFasterAtMost = 0.5;
+  std::vector<std::shared_ptr<Job>> late, hopeless;
   for (const Waiting& waiting : waiting_) {
-    if (waiting.job->deadline.at() <= now) late.push_back(waiting.job);
+    const SteadyTime deadline = waiting.job->deadline.at();
+    const double seconds = waiting.ready ? engine_.PredictSeconds(*waiting.job) : 0;
+    if (now + absl::Seconds(seconds) >= deadline) {
+      (now >= deadline ? late : hopeless).push_back(waiting.job);
+    }
   }
   for (const Active& active : active_) {
     for (const auto& job : active.jobs()) {
-      if (job->deadline.at() <= now) late.push_back(job);
+      const double seconds = kFasterAtMost * RemainingSeconds(active, *job);
+      if (now >= job->deadline.at()) {
+        late.push_back(job);
+      } else if (now + absl::Seconds(seconds) >= job->deadline.at()) {
+        hopeless.push_back(job);
+      }
     }
   }
   for (const auto& job : late) {
     EndWherever(job, absl::DeadlineExceededError("the deadline passed before the work was done"));
   }
+  for (const auto& job : hopeless) {
+    EndWherever(job, absl::DeadlineExceededError("the work would not be done by the deadline"));
+  }
+}
+
+// A machine may have been busy with something else when it was measured: it is looked at again,
+// ever more seldom, and when somebody was refused for what was measured. Returns when next.
+SteadyTime Scheduler::MeasureAgain() {
+  constexpr absl::Duration kFirst = absl::Milliseconds(500);
+  if (!options_.measures_again || !engine_.recalibrates()) return absl::InfiniteFuture();
+  const bool asked = refused_as_infeasible_;
+  SteadyTime next = measured_ + (asked ? kFirst : measure_again_in_);
+  if (SteadyNow() < next) return next;
+  engine_.Recalibrate();
+  refused_as_infeasible_ = false;
+  measure_again_in_ = asked ? kFirst : 2 * measure_again_in_;
+  measured_ = SteadyNow();
+  return measured_ + measure_again_in_;
 }
 
 // Only an idle loop waits for it: while steps run, deadlines are looked at between them.
@@ -254,93 +209,60 @@ SteadyTime Scheduler::NextDeadline() const {
 }
 
 bool Scheduler::RunOneStep() {
-  const auto next = PickNext(Views(), SteadyNow(), options_.passed_over_max);
+  NoteWaits(SteadyNow());
+  const std::vector<StepView> views = Views();
+  SetBusy(views);
+  const auto choice = PickNext(views, SteadyNow(), turns_.due());
+  const auto next = choice ? std::optional(choice->view) : std::nullopt;
   NoteParts(next);
   {
     absl::MutexLock lock(&mutex_);
     step_started_ = SteadyNow();
     if (next) step_predicted_ = Predict(*next);  // else of what is on its way
+    if (next) admission_.SetStep(*step_started_, step_predicted_);
   }
   bool ran = true;
   if (!next) {
     ran = engine_.Settle();
-  } else if (*next < active_.size()) {
-    Advance(*next);
-  } else if (waiting_[*next - active_.size()].job->attend) {
-    StartAttend(*next - active_.size());
   } else {
-    StartBatch(*next - active_.size());
+    promised_ = choice->promised;
+    if (*next < active_.size()) {
+      Advance(*next);
+    } else if (waiting_[*next - active_.size()].job->attend) {
+      StartAttend(*next - active_.size());
+    } else {
+      StartBatch(*next - active_.size());
+    }
   }
   absl::MutexLock lock(&mutex_);
   step_started_.reset();
   return ran;
 }
 
-// How long the step of a view may take by the cost model, and what it may wait for: an Attend, or a
-// layer and the one before it; of what is in parts, its share.
-absl::Duration Scheduler::Predict(size_t view) const {
-  const bool waits = view >= active_.size();
-  const auto jobs = waits ? std::vector{waiting_[view - active_.size()].job} : active_[view].jobs();
-  double seconds = 0;
-  for (const auto& job : jobs) {
-    seconds += job->attend ? engine_.PredictSeconds(*job) : 2 * engine_.PredictLayerSeconds(*job);
-  }
-  return absl::Seconds(waits ? seconds : seconds / static_cast<double>(active_[view].parts()));
-}
-
-// The layers that are on their way, and the step of the view behind them: of a batch that is still
-// to begin, by the job that it begins with.
-std::vector<StalledStep::Part> Scheduler::PartsOf(std::optional<size_t> view) const {
-  std::vector<StalledStep::Part> parts;
-  const auto add = [&](const Batch& batch, int layer) {
-    const bool same = !parts.empty() && parts.back().layer == layer &&
-                      parts.back().request_ids.front() == batch.jobs.front()->request_id;
-    if (same) return;  // another part of it
-    StalledStep::Part& part = parts.emplace_back();
-    for (const auto& job : batch.jobs) part.request_ids.push_back(job->request_id);
-    part.model = batch.model->info().name;
-    part.layer = layer;
-  };
-  for (const auto& [batch, layer] : engine_.OnTheirWay()) add(*batch, layer);
-  if (!view) return parts;
-  const bool waits = *view >= active_.size();
-  if (!waits && active_[*view].batch) {
-    add(*active_[*view].batch, active_[*view].batch->next_layer);
-    return parts;
-  }
-  const Job& job = waits ? *waiting_[*view - active_.size()].job : *active_[*view].attend->job;
-  StalledStep::Part& part = parts.emplace_back();
-  part.request_ids.push_back(job.request_id);
-  part.model = kAttendModel;
-  if (job.attend) return parts;
-  part.model = job.prefill->model->info().name;
-  part.layer = 0;
-  return parts;
-}
-
-void Scheduler::NoteParts(std::optional<size_t> view) {
-  auto parts = PartsOf(view);
-  absl::MutexLock lock(&mutex_);
-  step_parts_.swap(parts);
-}
-
-// The chosen job, and the short ones that may come along while the token budget lasts.
+// The chosen job, and short ones that may come along while the budgets last, of tokens and of the
+// time that the first then waits for the others.
 void Scheduler::StartBatch(size_t first) {
+  constexpr double kBatchSeconds = 0.5;
   std::vector<std::shared_ptr<Job>> jobs = {TakeWaiting(first)};
   int64_t tokens = jobs[0]->tokens();
-  for (size_t i = 0; i < waiting_.size();) {
+  double seconds = engine_.PredictSeconds(*jobs[0]);
+  absl::Status status = jobs[0]->prefill->cache->TakeBlocks();
+  for (size_t i = 0; status.ok() && i < waiting_.size();) {
     const Job& other = *waiting_[i].job;
+    const double more = engine_.PredictSeconds(other);
     if (waiting_[i].ready && MayShareBatch(*jobs[0], other) &&
-        tokens + other.tokens() <= options_.batch_tokens_max &&
+        tokens + other.tokens() <= options_.batch_tokens_max && seconds + more <= kBatchSeconds &&
         engine_.CanStep(tokens + other.tokens()) &&
-        engine_.HasRoom(*other.prefill->model, tokens + other.tokens())) {
+        HasRoom(*other.prefill->model, tokens + other.tokens(), /*retain=*/true) &&
+        other.prefill->cache->TakeBlocks().ok()) {
       tokens += other.tokens();
+      seconds += more;
       jobs.push_back(TakeWaiting(i));
     } else {
       ++i;
     }
   }
-  auto batch = engine_.Begin(jobs);
+  auto batch = status.ok() ? engine_.Begin(jobs) : status;
   if (!batch.ok()) {
     for (const auto& job : jobs) End(job, batch.status());
     return;
@@ -348,13 +270,13 @@ void Scheduler::StartBatch(size_t first) {
   (*batch)->on_failed = [this](const std::shared_ptr<Job>& job, const absl::Status& why) {
     Cancel(job, why);
   };
-  active_.push_back({.batch = *std::move(batch), .last_run = SteadyNow()});
+  active_.push_back({.batch = *std::move(batch)});
   NoteParts(active_.size() - 1);  // with all of its jobs
   Advance(active_.size() - 1);
 }
 
 void Scheduler::StartAttend(size_t index) {
-  active_.push_back({.attend = engine_.BeginAttend(TakeWaiting(index)), .last_run = SteadyNow()});
+  active_.push_back({.attend = engine_.BeginAttend(TakeWaiting(index))});
   Advance(active_.size() - 1);
 }
 
@@ -362,12 +284,27 @@ void Scheduler::Advance(size_t index) {
   Active& active = active_[index];
   absl::Status status =
       active.batch ? engine_.RunStep(*active.batch) : engine_.RunStep(*active.attend);
-  active.last_run = SteadyNow();
+  Charge(active);
   if (status.ok() && !active.done()) return;
   if (status.ok() && active.batch) status = engine_.Finish(*active.batch);
   const auto jobs = active.jobs();
   Leave(index);
   for (const auto& job : jobs) End(job, status);
+}
+
+// A step was taken, for these peers.
+void Scheduler::Charge(const Active& active) {
+  double all = 0;
+  absl::MutexLock lock(&mutex_);
+  for (const auto& job : active.jobs()) {
+    const double whole =
+        job->attend ? engine_.PredictSeconds(*job) : engine_.PredictLayerSeconds(*job);
+    const double seconds = whole / static_cast<double>(active.parts());
+    shares_.Serve(job->peer, seconds);
+    admission_.Progressed(*job, absl::Seconds(RemainingSeconds(active, *job)));
+    all += seconds;
+  }
+  turns_.Ran(promised_, all);
 }
 
 void Scheduler::Leave(size_t index) {
@@ -380,18 +317,17 @@ std::shared_ptr<Job> Scheduler::TakeWaiting(size_t index) {
   waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(index));
   absl::MutexLock lock(&mutex_);  // `uploaded` is written under it
   StartClock(*job);
-  const bool uploading = std::exchange(job->place, Job::Place::kNone) == Job::Place::kUploading;
-  (uploading ? uploads_ : waiting_jobs_) -= 1;
-  waiting_tokens_ -= uploading ? 0 : job->tokens();
-  metrics_.uploads.Set(uploads_);
-  metrics_.waiting.Set(waiting_jobs_);
-  metrics_.queue_tokens.Set(static_cast<double>(waiting_tokens_));
+  admission_.Started(*job);
   metrics_.running.Increment();
   return job;
 }
 
 // A started job leaves the server, behind its layers that are on their way.
 void Scheduler::End(std::shared_ptr<Job> job, absl::Status result) {
+  {
+    absl::MutexLock lock(&mutex_);
+    admission_.Progressed(*job, absl::ZeroDuration());
+  }
   engine_.completions().Post(nullptr, [this, job = std::move(job), result = std::move(result)](
                                           const absl::Status&) { Finish(*job, result); });
 }
@@ -416,8 +352,7 @@ void Scheduler::Finish(Job& job, const absl::Status& result) {
   }
   job.sink->OnFinished(status);
   absl::MutexLock lock(&mutex_);
-  --jobs_;
-  unretained_ -= Unretained(job) ? 1 : 0;
+  admission_.Ended(job);
   ended_.SignalAll();
 }
 
@@ -440,18 +375,6 @@ bool Scheduler::EndWherever(const std::shared_ptr<Job>& job, const absl::Status&
     return true;
   }
   return false;
-}
-
-void Scheduler::PublishLoad() {
-  double seconds = 0;
-  for (const Active& active : active_) {
-    for (const auto& job : active.jobs()) seconds += RemainingSeconds(active, *job);
-  }
-  for (const Waiting& waiting : waiting_) {
-    if (waiting.ready) seconds += engine_.PredictSeconds(*waiting.job);
-  }
-  absl::MutexLock lock(&mutex_);
-  backlog_seconds_ = seconds;
 }
 
 }  // namespace prefilld

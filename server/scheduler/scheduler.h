@@ -1,7 +1,8 @@
 // The scheduler: a bounded queue in front of one thread that owns the engine. The thread takes
 // ready jobs, groups short prompts into ragged batches, and runs one step at a time: a layer of one
-// batch, or a part of it where it is long, or one Attend. Which step is next is policy.h's
-// decision. Cancellation and deadlines are honoured between steps. RPC threads call Admit,
+// batch, or of an Attend, or a part of it where it is long. Who may come in is admission.h's
+// decision, which step is next policy.h's. A prompt gets the blocks of its cache when it starts.
+// Cancellation and deadlines are honoured between steps. RPC threads call Admit,
 // UploadDone and Cancel; none of them waits for a step. Jobs end, and their sinks hear of it, on
 // the engine's completion thread.
 #pragma once
@@ -23,26 +24,12 @@
 #include "server/engine/engine.h"
 #include "server/job.h"
 #include "server/record/metrics.h"
+#include "server/scheduler/admission.h"
+#include "server/scheduler/fair_shares.h"
 #include "server/scheduler/policy.h"
 #include "server/scheduler/step_watch.h"
 
 namespace prefilld {
-
-struct SchedulerOptions {
-  int waiting_jobs_max = 256;            // more means a longer worst wait before a refusal
-  int64_t waiting_tokens_max = 4 << 20;  // tokens over all waiting jobs
-  // Attends whose tensors are on their way: they wait for their peers and hold no place in the
-  // queue. As many may find it full when they have arrived, and wait all the same.
-  int uploads_max = 1024;
-  uint64_t attend_bytes_max = uint64_t{4} << 30;  // tensors of all Attend jobs in the server
-  // Tokens of short prompts that share a batch; at most as many pass a long one.
-  int64_t batch_tokens_max = kShortBatchTokens;
-  int active_batches_max = 4;  // batches in progress, of short prompts and of long ones; each holds
-                               // its residual stream
-  // A step that waited for this long goes first, whatever the others' slack or priority.
-  // What is in parts waits for as long again within its layer.
-  absl::Duration passed_over_max = absl::Seconds(5);
-};
 
 // What the engine waits for: what was enqueued first is first.
 struct StalledStep {
@@ -62,15 +49,18 @@ class Scheduler {
 
   // Takes a share of the job on OK only: then the sink hears OnFinished exactly once. An Attend job
   // is not run before UploadDone. UNAVAILABLE when draining, DEADLINE_EXCEEDED when late,
-  // RESOURCE_EXHAUSTED when full or when the deadline cannot be met (errors.h has the facts),
-  // INVALID_ARGUMENT when no memory would do (Engine::CheckFits).
+  // RESOURCE_EXHAUSTED when full or when the deadline cannot be met, by itself or for what is there
+  // already (errors.h has the facts), INVALID_ARGUMENT when no memory would do (Engine::CheckFits).
   absl::Status Admit(const std::shared_ptr<Job>& job);
   // Engine::CheckFits, which Admit and CheckOpen ask too.
   absl::Status CheckFits(const Job& job) const { return engine_.CheckFits(job); }
-  // Whether Admit would take the job, but for an Attend's bytes: it can ever fit, not draining, not
-  // late, not hopeless, the device there, a place in the queue. It reserves none: ask before memory
-  // is taken for the job, and Admit afterwards.
+  // Whether Admit would take the job, but for an Attend's bytes and a cache's blocks: it can ever
+  // fit, not draining, in time, the device there, a place in the queue. It reserves none: ask
+  // before memory is taken for the job, and Admit afterwards.
   absl::Status CheckOpen(const Job& job) const;
+  // Whether a waiting prompt may have so many blocks before it starts. Most of them are left to
+  // those that do start.
+  bool MayTakeAhead(const BlockPool& pool, int64_t blocks) const;
   void UploadDone(const std::shared_ptr<Job>& job);
   // Ends the job with `why` before its next step. Harmless when it has ended.
   void Cancel(const std::shared_ptr<Job>& job,
@@ -96,7 +86,8 @@ class Scheduler {
   struct Active {  // one of the two
     std::unique_ptr<Batch> batch;
     std::unique_ptr<AttendRun> attend;
-    SteadyTime last_run;
+    // Since when it waits for its callers to take layers, if it does.
+    std::optional<SteadyTime> kept_waiting;
 
     std::vector<std::shared_ptr<Job>> jobs() const {
       return batch ? batch->jobs : std::vector{attend->job};
@@ -104,7 +95,6 @@ class Scheduler {
     size_t parts() const {  // of the layer that it is in, or of the Attend; 1 at least
       return std::max<size_t>(1, batch ? batch->parts.size() : attend->parts.size());
     }
-    bool begun() const { return batch ? batch->scratch != nullptr : true; }  // that layer
     bool done() const { return batch ? batch->done() : attend->done(); }
   };
 
@@ -113,15 +103,27 @@ class Scheduler {
   void Receive(std::vector<Message> inbox);
   void DropLate(SteadyTime now);
   SteadyTime NextDeadline() const;
+  SteadyTime MeasureAgain();
   bool RunOneStep();  // false: nothing could run
   absl::Duration Predict(size_t view) const;
   std::vector<StalledStep::Part> PartsOf(std::optional<size_t> view) const;
   void NoteParts(std::optional<size_t> view);  // before the engine may wait for them
+  void NoteWaits(SteadyTime now);              // for callers
   std::vector<StepView> Views() const;
+  void SetBusy(const std::vector<StepView>& views);
   double RemainingSeconds(const Active& active, const Job& job) const;
   std::optional<size_t> HolderFor(int64_t tokens) const;
-  bool HasRoom(const Job& job) const;  // to begin a batch with this Prefill
-  bool RoomIsAwaited() const;
+  bool Computable(const Active& active) const;
+  // Whether a batch of so many tokens may begin, beside those that have.
+  bool HasRoom(const Transformer& model, int64_t tokens, bool retain) const;
+  bool HasBlocks(const Job& job) const;
+  bool PromiseIsDue(const Job& job, SteadyTime now) const;  // of one that waits
+  // What a waiting prompt lacks whose promise is due: then it is left to that.
+  struct Awaited {
+    bool room = false, blocks = false;
+  };
+  Awaited AwaitedByPromises(SteadyTime now) const;
+  bool MayStart(const Job& job, const Awaited& awaited) const;
   void StartBatch(size_t first);
   void Advance(size_t active);
   void Leave(size_t active);
@@ -130,12 +132,10 @@ class Scheduler {
   void End(std::shared_ptr<Job> job, absl::Status result);
   void Finish(Job& job, const absl::Status& result);
   bool EndWherever(const std::shared_ptr<Job>& job, const absl::Status& status);
-  void PublishLoad();
+  void Charge(const Active& active);
 
-  absl::Status CheckOpenLocked(const Job& job, double seconds) const
+  absl::Status CheckOpenLocked(const Job& job, absl::Duration work) const
       ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  void Queue(Job& job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Duration WaitHint() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);  // for who is refused
 
   Engine& engine_;
   Metrics& metrics_;
@@ -144,22 +144,19 @@ class Scheduler {
   const std::shared_ptr<Bell> bell_ = std::make_shared<Bell>();
   std::vector<Waiting> waiting_;
   std::vector<Active> active_;
-
-  // Of all Attend jobs that live, in the scheduler or not; shared with their budgets.
-  const std::shared_ptr<std::atomic<uint64_t>> attend_bytes_ =
-      std::make_shared<std::atomic<uint64_t>>(0);
+  FairShares shares_;
+  PromiseTurns turns_;
+  bool promised_ = false;  // the step that runs goes before its turn
+  SteadyTime measured_ = SteadyNow();
+  absl::Duration measure_again_in_ = absl::Milliseconds(500);
+  mutable std::atomic<bool> refused_as_infeasible_{false};  // since it was measured
 
   mutable absl::Mutex mutex_;
-  SteadyCondition ended_;  // jobs_ went down
+  SteadyCondition ended_;  // a job has
   std::vector<Message> inbox_ ABSL_GUARDED_BY(mutex_);
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
-  int jobs_ ABSL_GUARDED_BY(mutex_) = 0;          // admitted and not ended
-  int waiting_jobs_ ABSL_GUARDED_BY(mutex_) = 0;  // admitted, all here, not started
-  int uploads_ ABSL_GUARDED_BY(mutex_) = 0;       // admitted, not all here
-  int unretained_ ABSL_GUARDED_BY(mutex_) = 0;    // Prefills whose callers must keep pace
-  int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
-  double backlog_seconds_ ABSL_GUARDED_BY(mutex_) = 0;  // predicted work of all jobs
+  Admission admission_ ABSL_GUARDED_BY(mutex_);
   std::optional<SteadyTime> step_started_ ABSL_GUARDED_BY(mutex_);
   absl::Duration step_predicted_ ABSL_GUARDED_BY(mutex_);
   std::vector<StalledStep::Part> step_parts_ ABSL_GUARDED_BY(mutex_);

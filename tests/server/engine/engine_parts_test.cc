@@ -180,14 +180,46 @@ TEST_F(EnginePartsTest, ADenseAttendInQueriesIsTheWhole) {
   }
 }
 
+// Outputs, block index and reports.
+void ExpectSame(const Job& one, const Job& other) {
+  const AttendWork &want = *one.attend, &got = *other.attend;
+  for (const auto& [a, b] :
+       {std::pair(&want.host_o, &got.host_o), std::pair(&want.host_lse, &got.host_lse),
+        std::pair(&want.host_count, &got.host_count)}) {
+    EXPECT_EQ(std::memcmp(a->data(), b->data(), a->bytes()), 0);
+  }
+  const auto sequences = SplitIntoBlocks(want.shape, 128);
+  const int64_t rows = TotalRows(sequences), stride = MaxKeyBlocks(sequences);
+  for (int64_t row = 0; row < 4 * rows; ++row) {
+    EXPECT_EQ(std::memcmp(want.host_index.as<uint16_t>() + row * stride,
+                          got.host_index.as<uint16_t>() + row * stride,
+                          want.host_count.as<int32_t>()[row] * sizeof(uint16_t)),
+              0);
+  }
+  ASSERT_EQ(other.report.entries.size(), 4 * sequences.size());
+  EXPECT_EQ(other.report.captured_mass_measured, one.report.captured_mass_measured);
+  for (size_t i = 0; i < other.report.entries.size(); ++i) {
+    const HeadReport &a = one.report.entries[i], &b = other.report.entries[i];
+    EXPECT_EQ(a.density, b.density) << i;
+    EXPECT_EQ(a.captured_mass, b.captured_mass) << i;
+    EXPECT_EQ(a.pattern, b.pattern) << i;
+  }
+  EXPECT_GT(other.phases[static_cast<size_t>(Phase::kAttention)], 0);
+}
+
+struct AttendCase {
+  Method method;
+  std::vector<int64_t> ends;
+};
+const AttendCase kAttendCases[] = {{Method::kDense, {0, 900}},
+                                   {Method::kJoint, {0, 900}},
+                                   {Method::kFlexPrefill, {0, 900}},
+                                   {Method::kJoint, {0, 10, 500, 900}}};
+
 TEST_F(EnginePartsTest, AnAttendInPartsIsTheWhole) {
   FakeBackend fake;
   Engine whole(fake, metrics_), divided(fake, metrics_, kPieceByPiece);
-  for (const auto& [method, ends] :
-       {std::pair(Method::kDense, std::vector<int64_t>{0, 900}),
-        std::pair(Method::kJoint, std::vector<int64_t>{0, 900}),
-        std::pair(Method::kFlexPrefill, std::vector<int64_t>{0, 900}),
-        std::pair(Method::kJoint, std::vector<int64_t>{0, 10, 500, 900})}) {
+  for (const auto& [method, ends] : kAttendCases) {
     SCOPED_TRACE(Name(method));
     const auto one = NewAttend(fake, ends, {.method = method});
     const auto other = NewAttend(fake, ends, {.method = method});
@@ -195,29 +227,31 @@ TEST_F(EnginePartsTest, AnAttendInPartsIsTheWhole) {
     const auto run = divided.BeginAttend(other);
     EXPECT_EQ(run->parts.size(), 4u);
     while (!run->done()) ASSERT_TRUE(divided.RunStep(*run).ok());
-    const AttendWork &want = *one->attend, &got = *other->attend;
-    for (const auto& [a, b] :
-         {std::pair(&want.host_o, &got.host_o), std::pair(&want.host_lse, &got.host_lse),
-          std::pair(&want.host_count, &got.host_count)}) {
-      EXPECT_EQ(std::memcmp(a->data(), b->data(), a->bytes()), 0);
+    ExpectSame(*one, *other);
+  }
+}
+
+// On a CPU stage 3 of a head that takes long is divided too, and what others select between two of
+// its parts is theirs.
+TEST_F(EnginePartsTest, AHeadInRowsIsTheWhole) {
+  const auto cpu = *CreateBackend("cpu", 2);
+  Engine whole(*cpu, metrics_), divided(*cpu, metrics_, kPieceByPiece, kPieceByPiece);
+  for (const auto& [method, ends] : kAttendCases) {
+    SCOPED_TRACE(Name(method));
+    const auto one = NewAttend(*cpu, ends, {.method = method});
+    const auto other = NewAttend(*cpu, ends, {.method = method});
+    ASSERT_TRUE(RunAttend(whole, one).ok());
+    const auto run = divided.BeginAttend(other);
+    const auto rows = TotalRows(SplitIntoBlocks(one->attend->shape, 128));
+    EXPECT_EQ(run->parts.size(), static_cast<size_t>(4 * (1 + rows)));
+    for (int step = 0; !run->done(); ++step) {
+      ASSERT_TRUE(divided.RunStep(*run).ok());
+      if (step % 10 != 0) continue;
+      const auto meanwhile = NewAttend(*cpu, {0, 700}, {.method = Method::kDense});
+      const auto passing = divided.BeginAttend(meanwhile);
+      ASSERT_TRUE(divided.RunStep(*passing).ok());
     }
-    const auto sequences = SplitIntoBlocks(want.shape, 128);
-    const int64_t rows = TotalRows(sequences), stride = MaxKeyBlocks(sequences);
-    for (int64_t row = 0; row < 4 * rows; ++row) {
-      EXPECT_EQ(std::memcmp(want.host_index.as<uint16_t>() + row * stride,
-                            got.host_index.as<uint16_t>() + row * stride,
-                            want.host_count.as<int32_t>()[row] * sizeof(uint16_t)),
-                0);
-    }
-    ASSERT_EQ(other->report.entries.size(), 4 * (ends.size() - 1));
-    EXPECT_EQ(other->report.captured_mass_measured, one->report.captured_mass_measured);
-    for (size_t i = 0; i < other->report.entries.size(); ++i) {
-      const HeadReport &a = one->report.entries[i], &b = other->report.entries[i];
-      EXPECT_EQ(a.density, b.density) << i;
-      EXPECT_EQ(a.captured_mass, b.captured_mass) << i;
-      EXPECT_EQ(a.pattern, b.pattern) << i;
-    }
-    EXPECT_GT(other->phases[static_cast<size_t>(Phase::kAttention)], 0);
+    ExpectSame(*one, *other);
   }
 }
 

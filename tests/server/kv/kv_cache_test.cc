@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "server/kv/layout.h"
+#include "server/record/errors.h"
 #include "server/transport/shm_segment.h"
 #include "tests/server/kv/compute_tile.h"
 
@@ -175,6 +176,41 @@ TEST_F(KvCacheTest, TooLargeForTheRestOfThePoolTakesNothing) {
   EXPECT_FALSE(KvCache::Create(*pool_, geometry_, true).ok());
   EXPECT_EQ(Free(), 4);
   pool_->GiveBack(taken, BlockState::kComputing);
+}
+
+// A prompt that waits owns nothing, and takes all that it needs or none of it.
+TEST_F(KvCacheTest, OneThatWaitsTakesItsBlocksWhenItIsToldTo) {
+  int given_back = 0;
+  pool_->SetOnGiveBack([&] { ++given_back; });
+  auto cache = KvCache::CreateWaiting(*pool_, geometry_, true);
+  EXPECT_EQ(Free(), 64);
+  EXPECT_EQ(cache->blocks_awaited(), 12);
+  EXPECT_EQ(cache->blocks_held(), 0);
+  auto taken = *pool_->Take(60);
+  EXPECT_EQ(FactsOf(cache->TakeBlocks()).reason, "kv_memory");
+  EXPECT_EQ(cache->blocks_awaited(), 12);
+  pool_->GiveBack(taken, BlockState::kComputing);
+  EXPECT_EQ(given_back, 1);
+  ASSERT_TRUE(cache->TakeBlocks().ok());
+  EXPECT_EQ(Free(), 64 - 12);
+  EXPECT_EQ(cache->blocks_awaited(), 0);
+  EXPECT_EQ(cache->blocks_held(), 12);
+  ASSERT_TRUE(cache->TakeBlocks().ok()) << "it has them";
+  EXPECT_EQ(Free(), 64 - 12);
+  cache->Commit(0);
+  cache.reset();
+  EXPECT_EQ(Free(), 64);
+  EXPECT_EQ(given_back, 5) << "of every layer";
+  pool_->SetOnGiveBack(nullptr);
+}
+
+TEST_F(KvCacheTest, OneThatNeverGotItsBlocksGivesNoneBack) {
+  auto cache = KvCache::CreateWaiting(*pool_, geometry_, false);
+  EXPECT_EQ(cache->blocks_awaited(), 6) << "two layers in turn";
+  cache->Fail(absl::CancelledError("test"));
+  cache->Close(absl::FailedPreconditionError("released"));
+  EXPECT_EQ(cache->blocks_held(), 0);
+  EXPECT_EQ(Free(), 64);
 }
 
 // --- in a segment ---

@@ -176,7 +176,7 @@ TEST_F(SchedulerTest, RefusesADeadlineThatIsPastOrCannotBeMet) {
   hopeless->attend->shape.cu_seqlens_q = hopeless->attend->shape.cu_seqlens_k = {0, 1 << 17};
   hopeless->deadline = SteadyNow() + absl::Milliseconds(50);
   const absl::Status refused = scheduler.Admit(hopeless);
-  EXPECT_EQ(FactsOf(refused).reason, "DEADLINE_INFEASIBLE") << refused;
+  EXPECT_EQ(FactsOf(refused).reason, "deadline_infeasible") << refused;
   EXPECT_FALSE(FactsOf(refused).retry_after.has_value());
 }
 
@@ -268,7 +268,7 @@ TEST_F(SchedulerTest, AShortPromptPassesALongOneInTheMiddleOfALayer) {
   longer->policy = {.method = Method::kDense, .measure_captured_mass = false};
   shorter->sink = short_sink;
   Engine engine(backend_, metrics_, /*step_seconds=*/0);
-  Scheduler scheduler(engine, metrics_, {.active_batches_max = 1});  // of each
+  Scheduler scheduler(engine, metrics_, {});
   ASSERT_TRUE(scheduler.Admit(longer).ok());
   backend_.AwaitEntered();  // its first head
   ASSERT_TRUE(scheduler.Admit(shorter).ok());
@@ -384,8 +384,7 @@ TEST_F(PrefillTest, APromptWaitsForRoomAndAShortOnePassesIt) {
                                 .batch_jobs = 8,
                                 .batches = 2});
   ASSERT_TRUE(engine_.Reserve(plan).ok());
-  // Who waits for room has waited for long at once.
-  Scheduler scheduler(engine_, metrics_, {.passed_over_max = absl::ZeroDuration()});
+  Scheduler scheduler(engine_, metrics_, {});
   auto second = prompts_.New(longest, 7), third = prompts_.New(140, 9);
   ASSERT_TRUE(scheduler.Admit(first).ok());
   Stream(*first->prefill->cache, [&] {
