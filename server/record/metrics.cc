@@ -63,6 +63,12 @@ auto& Histograms(Registry& registry, const char* name, const char* help) {
   return prometheus::BuildHistogram().Name(name).Help(help).Register(registry);
 }
 
+Gauge& Stale(Registry& registry, const char* kind) {
+  return Gauges(registry, "prefilld_credentials_stale",
+                "Files that have changed and cannot be used: what was there before is")
+      .Add({{"kind", kind}});
+}
+
 template <typename Names>
 const char* OneOf(const Names& names, absl::string_view name, const char* otherwise) {
   const auto found = std::find(std::begin(names), std::end(names), name);
@@ -113,6 +119,8 @@ void ConnectionMetrics::SetDescriptors(const std::string& kind, int64_t used, in
 Metrics::Metrics()
     : registry_(std::make_shared<Registry>()),
       connections(*registry_),
+      credentials_stale_tls(Stale(*registry_, "tls")),
+      credentials_stale_tokens(Stale(*registry_, "tokens")),
       running(Gauges(*registry_, "prefilld_requests_running", "Jobs being computed").Add({})),
       waiting(Gauges(*registry_, "prefilld_requests_waiting", "Admitted jobs not started").Add({})),
       uploads(Gauges(*registry_, "prefilld_requests_uploading", "Attends to arrive").Add({})),
@@ -135,6 +143,8 @@ Metrics::Metrics()
       log_lines_dropped(Counters(*registry_, "prefilld_log_lines_dropped_total",
                                  "Lines that found the queue to stderr full: its reader is slow")
                             .Add({})),
+      access_refused_(Counters(*registry_, "prefilld_access_refused_total",
+                               "Calls, pages and handshakes refused for who asked")),
       requests_(Counters(*registry_, "prefilld_requests_total", "Finished calls")),
       request_duration_(
           Histograms(*registry_, "prefilld_request_duration_seconds", "Length of a call")),
@@ -187,6 +197,7 @@ void Metrics::AddKnown() {
     for (const char* code : kCodes) requests_.Add({{"method", method}, {"code", code}});
     request_duration_.Add({{"method", method}}, Seconds());
   }
+  for (const char* reason : kAccessRefusals) access_refused_.Add({{"reason", reason}});
   for (const char* reason : kRejections) rejected_.Add({{"reason", reason}});
   for (const char* phase : kPhaseNames) phase_duration_.Add({{"phase", phase}}, Seconds());
   for (DenseReason reason :
@@ -226,6 +237,10 @@ void Metrics::PlannedMemory(const std::string& what, const std::string& model, b
 void Metrics::Request(const std::string& method, const std::string& code, double seconds) {
   requests_.Add({{"method", method}, {"code", code}}).Increment();
   request_duration_.Add({{"method", method}}, Seconds()).Observe(seconds);
+}
+
+void Metrics::AccessRefused(const std::string& reason) {
+  access_refused_.Add({{"reason", reason}}).Increment();
 }
 
 void Metrics::Rejected(const absl::Status& why) {

@@ -78,6 +78,12 @@ struct Metrics {
 
   ConnectionMetrics connections;
 
+  // --- access; by rpc/access and the server ---
+  void AccessRefused(const std::string& reason);  // one of kAccessRefusals
+  // Files that have changed and cannot be used, so that what was there before is.
+  prometheus::Gauge& credentials_stale_tls;
+  prometheus::Gauge& credentials_stale_tokens;
+
   // --- engine and scheduler ---
   void ObservePhase(Phase phase, double seconds);
   void HeadDensity(const std::string& model, Pattern pattern, double density);
@@ -125,6 +131,19 @@ struct Metrics {
   std::function<void(Metrics&)> on_scrape;
   std::vector<prometheus::MetricFamily> Collect();
 
+  static constexpr const char* kAccessRefusals[] = {
+      // in the order of Denial
+      "no_credentials",  // and some are needed
+      "certificate",     // is no identity's
+      "token",           // likewise
+      "clear",           // a token that came without TLS
+      "tenant",          // not named by a proxy, or by who is none
+      "method",          // not this identity's
+      "model",           // likewise
+      "lease",           // another's
+      "report",          // of another tenant
+      "handshake",       // of TLS: another CA, an expired certificate, no TLS at all
+  };
   static constexpr const char* kLeaseEnds[] = {
       // in the order of LeaseEnd
       "consumed",   // released by who has all he wants
@@ -160,6 +179,7 @@ struct Metrics {
   template <typename T>
   using Family = prometheus::Family<T>;
 
+  Family<prometheus::Counter>& access_refused_;
   Family<prometheus::Counter>& requests_;
   Family<prometheus::Histogram>& request_duration_;
   Family<prometheus::Counter>& rejected_;

@@ -24,6 +24,10 @@ AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext
   {
     absl::MutexLock lock(&reactor->mutex_);
     reactor->self_ = reactor;
+    if (!reactor->record_.caller().ok()) {
+      reactor->End(reactor->record_.caller().status());
+      return reactor.get();
+    }
     reactor->StartRead(&reactor->read_);
   }
   rpc.calls.Enter(reactor);
@@ -35,7 +39,7 @@ AttendReactor::AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* conte
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
-      record_(rpc.metrics, "Attend", rpc.calls) {}
+      record_(rpc, *context, Rpc::kAttend) {}
 
 void AttendReactor::OnReadDone(bool ok) {
   bool header = false;
@@ -72,7 +76,7 @@ void AttendReactor::OnHeader() {
   if (!valid.ok()) return Refuse(valid.status());
   if (ended_) {  // meanwhile; End did not know of the job
     rpc_.scheduler.Cancel(valid->job);
-    rpc_.attends.Release(valid->job->request_id);
+    rpc_.attends.Release(OwnId(valid->job->request_id));
     return;
   }
   job_ = valid->job;
@@ -109,12 +113,12 @@ absl::StatusOr<ValidAttend> AttendReactor::Admit() {
   }
   job.deadline = deadline_;
   job.sink = shared_from_this();
-  if (!rpc_.attends.Claim(job.request_id)) {
+  if (!rpc_.attends.Claim(OwnId(job.request_id))) {
     return absl::AlreadyExistsError(
         absl::StrCat("an Attend with request_id '", job.request_id, "' is running"));
   }
   if (status = rpc_.scheduler.Admit(valid->job); !status.ok()) {
-    rpc_.attends.Release(job.request_id);
+    rpc_.attends.Release(OwnId(job.request_id));
     return status;
   }
   return valid;
@@ -231,8 +235,8 @@ void AttendReactor::Conclude(const absl::Status& result) {
     job = job_;
   }
   const JobReport& report = job->report;
-  rpc_.reports.Add({job->request_id, kAttendModel, job->policy.method, job->policy.gamma,
-                    job->tokens(), report});
+  rpc_.reports.Add({record_.caller()->tenant, job->request_id, kAttendModel, job->policy.method,
+                    job->policy.gamma, job->tokens(), report});
   for (const HeadReport& head : report.entries) {
     ObserveHead(rpc_.metrics, kAttendModel, head, report.captured_mass_measured);
   }
@@ -330,7 +334,7 @@ void AttendReactor::End(const absl::Status& status) {
   if (memory_.region != nullptr) memory_.region->Unlink();  // the job may still compute in it
   if (job_ && !job_ended_) rpc_.scheduler.Cancel(job_, status);
   const grpc::Status wire = record_.End(status);
-  if (job_) rpc_.attends.Release(job_->request_id);
+  if (job_) rpc_.attends.Release(OwnId(job_->request_id));
   if (admitted_) {
     Log(status.ok() ? Level::kInfo : Level::kWarning, "attend_finished",
         {{"request_id", job_->request_id},
@@ -342,7 +346,7 @@ void AttendReactor::End(const absl::Status& status) {
          {"captured_mass", job_ended_ && job_->report.captured_mass_measured
                                ? nlohmann::json(job_->report.MeanCapturedMass())
                                : nlohmann::json()}});
-  } else {
+  } else if (record_.caller().ok()) {  // else access has its line
     Log(Level::kWarning, "attend_refused",
         {{"request_id", request_id_},
          {"code", CodeName(wire.error_code())},

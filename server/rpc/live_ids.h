@@ -1,7 +1,8 @@
-// The request_ids of the Attend calls that live: an upload cannot be shared, so a second call with
-// the same id is refused instead of run twice. Thread-safe.
+// The request_ids of the Attend calls that live, each caller's own: an upload cannot be shared, so
+// a second call with the same id is refused instead of run twice. Thread-safe.
 #pragma once
 
+#include <array>
 #include <set>
 #include <string>
 
@@ -12,18 +13,20 @@ namespace prefilld {
 
 class LiveIds {
  public:
-  bool Claim(const std::string& id) {  // false: it lives
+  using Id = std::array<std::string, 3>;  // tenant, identity, request_id
+
+  bool Claim(const Id& id) {  // false: it lives
     absl::MutexLock lock(&mutex_);
     return ids_.insert(id).second;
   }
-  void Release(const std::string& id) {
+  void Release(const Id& id) {
     absl::MutexLock lock(&mutex_);
     ids_.erase(id);
   }
 
  private:
   absl::Mutex mutex_;
-  std::set<std::string> ids_ ABSL_GUARDED_BY(mutex_);
+  std::set<Id> ids_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace prefilld

@@ -1,5 +1,7 @@
 #include "server/rpc/prefill_reactor.h"
 
+#include <openssl/sha.h>
+
 #include <utility>
 
 #include "server/record/errors.h"
@@ -7,16 +9,30 @@
 #include "server/rpc/validate.h"
 
 namespace prefilld {
+namespace {
+
+// To compare two says nothing of how much of one is right in the other.
+std::string HashOf(const std::string& request) {
+  std::string hash(SHA256_DIGEST_LENGTH, '\0');
+  SHA256(reinterpret_cast<const uint8_t*>(request.data()), request.size(),
+         reinterpret_cast<uint8_t*>(hash.data()));
+  return hash;
+}
+
+}  // namespace
 
 PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context,
                                       const grpc::ByteBuffer& bytes) {
   std::shared_ptr<PrefillReactor> reactor(new PrefillReactor(rpc, context));
   v1::PrefillRequest request;
-  const absl::Status parsed = Parse(bytes, &request);
+  const bool may = reactor->record_.caller().ok();
+  const absl::Status parsed = may ? Parse(bytes, &request) : reactor->record_.caller().status();
   auto stream = parsed.ok() ? reactor->Admit(request) : parsed;
   absl::MutexLock lock(&reactor->mutex_);
   reactor->self_ = reactor;
-  if (!stream.ok()) {
+  if (!may) {
+    reactor->End(stream.status());
+  } else if (!stream.ok()) {
     rpc.metrics.Rejected(stream.status());
     PrefillStream::LogRefusal(request.request_id().substr(0, kRequestIdBytesMax), stream.status());
     reactor->End(stream.status());
@@ -30,11 +46,12 @@ PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerConte
 }
 
 PrefillReactor::PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
-    : rpc_(rpc), deadline_(DeadlineOf(*context)), record_(rpc.metrics, "Prefill", rpc.calls) {}
+    : rpc_(rpc), deadline_(DeadlineOf(*context)), record_(rpc, *context, Rpc::kPrefill) {}
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
     const v1::PrefillRequest& request) {
-  auto model = FindModel(rpc_.models, request.model(), "model");
+  const Caller& caller = *record_.caller();
+  auto model = FindModel(rpc_, Rpc::kPrefill, caller, request.model(), "model");
   if (!model.ok()) return model.status();
   if (absl::Status status = (*model)->files(); !status.ok()) return status;
   const ModelInfo& info = (*model)->info();
@@ -52,10 +69,10 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
 
   valid->job->deadline = deadline_;
   const std::string request_id = valid->job->request_id;
-  const std::string content = request.SerializeAsString();
+  const std::string content = HashOf(request.SerializeAsString());
   const auto self = shared_from_this();
-  return rpc_.prefills.FindOrStart(request_id, content, self, [&] {
-    return PrefillStream::Start(rpc_, *std::move(valid), content, self);
+  return rpc_.prefills.FindOrStart(caller, request_id, content, self, [&] {
+    return PrefillStream::Start(rpc_, caller, *std::move(valid), content, self);
   });
 }
 

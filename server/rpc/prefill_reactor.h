@@ -38,10 +38,10 @@ class PrefillReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   RpcContext& rpc_;
   const SteadyTime deadline_;
+  CallRecord record_;  // ended under the lock
   absl::Mutex mutex_;
   std::shared_ptr<PrefillReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   std::shared_ptr<PrefillStream> stream_ ABSL_GUARDED_BY(mutex_);
-  CallRecord record_ ABSL_GUARDED_BY(mutex_);
   size_t next_ ABSL_GUARDED_BY(mutex_) = 0;  // event to write
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   grpc::ByteBuffer write_ ABSL_GUARDED_BY(mutex_);  // of the outstanding write
