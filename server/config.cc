@@ -17,6 +17,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "server/version.h"
 
 namespace prefilld {
@@ -357,6 +358,11 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
     app.exit(success, std::cout, std::cerr);
     parsed.exit = true;
     return parsed;
+  } catch (const CLI::ConfigError& error) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--config: ", absl::StrReplaceAll(error.what(), {{"INI was not able to parse ", "there is "
+                                                                                        "no flag "},
+                                                         {".++", ""}})));
   } catch (const CLI::ParseError& error) {
     return absl::InvalidArgumentError(error.what());
   }

@@ -3,6 +3,8 @@
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
 
+#include <string>
+
 namespace prefilld {
 namespace {
 
@@ -26,8 +28,9 @@ class TlsCredentials final : public grpc::ServerCredentials {
     if (pem == credentials.fetched_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
     credentials.fetched_ = pem;
     const grpc_ssl_pem_key_cert_pair pair{pem->key.c_str(), pem->cert.c_str()};
-    *config = grpc_ssl_server_certificate_config_create(
-        pem->client_ca.empty() ? nullptr : pem->client_ca.c_str(), &pair, 1);
+    // It wants some roots, also where nobody is asked for a certificate of them.
+    const std::string& roots = pem->client_ca.empty() ? pem->cert : pem->client_ca;
+    *config = grpc_ssl_server_certificate_config_create(roots.c_str(), &pair, 1);
     return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
   }
   int AddPortToServer(const std::string& address, grpc_server* server) override {

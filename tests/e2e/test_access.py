@@ -1,5 +1,5 @@
-"""Who may do what: leases that cannot be guessed, the access policy, and tokens that change. What is
-refused has the right status, serves nothing, is counted, and has one line in the log."""
+"""Who may do what: leases that cannot be guessed, the access policy, and tokens that change. What
+is refused has the right status, serves nothing, is counted, and has one line in the log."""
 
 import contextlib
 import json
