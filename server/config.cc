@@ -359,10 +359,11 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
     parsed.exit = true;
     return parsed;
   } catch (const CLI::ConfigError& error) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--config: ", absl::StrReplaceAll(error.what(), {{"INI was not able to parse ", "there is "
-                                                                                        "no flag "},
-                                                         {".++", ""}})));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--config: ", absl::StrReplaceAll(error.what(), {{"INI was not able to parse ",
+                                                                       "there is "
+                                                                       "no flag "},
+                                                                      {".++", ""}})));
   } catch (const CLI::ParseError& error) {
     return absl::InvalidArgumentError(error.what());
   }
