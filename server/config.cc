@@ -276,6 +276,13 @@ absl::Status CheckExposure(const Config& config, bool insecure_listen) {
   return absl::OkStatus();
 }
 
+// Of a key in --config, from CLI11's words for it.
+absl::Status NoFlag(const char* told) {
+  return absl::InvalidArgumentError(absl::StrCat(
+      "--config: ", absl::StrReplaceAll(told, {{"INI was not able to parse ", "there is no flag "},
+                                               {".++", ""}})));  // of a section
+}
+
 }  // namespace
 
 bool Endpoint::loopback() const {
@@ -359,11 +366,7 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
     parsed.exit = true;
     return parsed;
   } catch (const CLI::ConfigError& error) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--config: ", absl::StrReplaceAll(error.what(), {{"INI was not able to parse ",
-                                                                       "there is "
-                                                                       "no flag "},
-                                                                      {".++", ""}})));
+    return NoFlag(error.what());
   } catch (const CLI::ParseError& error) {
     return absl::InvalidArgumentError(error.what());
   }

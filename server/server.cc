@@ -399,7 +399,7 @@ void Server::Watch() {
 // Whoever rotates certificates and tokens does not restart us.
 void Server::RefreshCredentials() {
   access_->Refresh();
-  if (tls_) metrics_.credentials_stale_tls.Set(tls_->Refresh() ? 0 : 1);
+  if (tls_) metrics_.access.stale_tls.Set(tls_->Refresh() ? 0 : 1);
 }
 
 // A model whose files have changed is none any more. The others go on, but whoever looks at the

@@ -116,11 +116,22 @@ void ConnectionMetrics::SetDescriptors(const std::string& kind, int64_t used, in
   descriptors_.Add({{"kind", kind}, {"state", "limit"}}).Set(static_cast<double>(limit));
 }
 
+AccessMetrics::AccessMetrics(Registry& registry)
+    : stale_tls(Stale(registry, "tls")),
+      stale_tokens(Stale(registry, "tokens")),
+      refused_(Counters(registry, "prefilld_access_refused_total",
+                        "Calls, pages and handshakes refused for who asked")) {
+  for (const char* reason : kRefusals) refused_.Add({{"reason", reason}});
+}
+
+void AccessMetrics::Refused(const std::string& reason) {
+  refused_.Add({{"reason", reason}}).Increment();
+}
+
 Metrics::Metrics()
     : registry_(std::make_shared<Registry>()),
       connections(*registry_),
-      credentials_stale_tls(Stale(*registry_, "tls")),
-      credentials_stale_tokens(Stale(*registry_, "tokens")),
+      access(*registry_),
       running(Gauges(*registry_, "prefilld_requests_running", "Jobs being computed").Add({})),
       waiting(Gauges(*registry_, "prefilld_requests_waiting", "Admitted jobs not started").Add({})),
       uploads(Gauges(*registry_, "prefilld_requests_uploading", "Attends to arrive").Add({})),
@@ -143,8 +154,6 @@ Metrics::Metrics()
       log_lines_dropped(Counters(*registry_, "prefilld_log_lines_dropped_total",
                                  "Lines that found the queue to stderr full: its reader is slow")
                             .Add({})),
-      access_refused_(Counters(*registry_, "prefilld_access_refused_total",
-                               "Calls, pages and handshakes refused for who asked")),
       requests_(Counters(*registry_, "prefilld_requests_total", "Finished calls")),
       request_duration_(
           Histograms(*registry_, "prefilld_request_duration_seconds", "Length of a call")),
@@ -161,8 +170,7 @@ Metrics::Metrics()
       dense_fallback_(Counters(*registry_, "prefilld_dense_fallback_heads_total",
                                "Heads run dense although a sparse method was asked for")),
       leases_ended_(Counters(*registry_, "prefilld_leases_ended_total",
-                             "Leases that ended, each once: released as consumed or abandoned, or "
-                             "expired")),
+                             "Leases that ended, each once: consumed, abandoned or expired")),
       kv_blocks_(Gauges(*registry_, "prefilld_kv_blocks", "Blocks of the KV pool")),
       segments_(Gauges(*registry_, "prefilld_kv_segment_bytes",
                        "Of the pools of segments that KV caches over posix_shm and cuda_ipc lie "
@@ -197,7 +205,6 @@ void Metrics::AddKnown() {
     for (const char* code : kCodes) requests_.Add({{"method", method}, {"code", code}});
     request_duration_.Add({{"method", method}}, Seconds());
   }
-  for (const char* reason : kAccessRefusals) access_refused_.Add({{"reason", reason}});
   for (const char* reason : kRejections) rejected_.Add({{"reason", reason}});
   for (const char* phase : kPhaseNames) phase_duration_.Add({{"phase", phase}}, Seconds());
   for (DenseReason reason :
@@ -237,10 +244,6 @@ void Metrics::PlannedMemory(const std::string& what, const std::string& model, b
 void Metrics::Request(const std::string& method, const std::string& code, double seconds) {
   requests_.Add({{"method", method}, {"code", code}}).Increment();
   request_duration_.Add({{"method", method}}, Seconds()).Observe(seconds);
-}
-
-void Metrics::AccessRefused(const std::string& reason) {
-  access_refused_.Add({{"reason", reason}}).Increment();
 }
 
 void Metrics::Rejected(const absl::Status& why) {

@@ -42,8 +42,8 @@ struct Access::Refused {
 };
 
 void Access::Refuse(const Refused& refused) {
-  const char* reason = Metrics::kAccessRefusals[static_cast<int>(refused.denial)];
-  metrics_.AccessRefused(reason);
+  const char* reason = AccessMetrics::kRefusals[static_cast<int>(refused.denial)];
+  metrics_.Refused(reason);
   {
     absl::MutexLock lock(&mutex_);
     const SteadyTime now = SteadyNow();
@@ -69,7 +69,7 @@ void Access::Refuse(const Refused& refused) {
 }
 
 void Access::Refresh() {
-  if (policy_) metrics_.credentials_stale_tokens.Set(policy_->Refresh());
+  if (policy_) metrics_.stale_tokens.Set(policy_->Refresh());
   int64_t unlogged = 0;
   {
     absl::MutexLock lock(&mutex_);

@@ -29,7 +29,7 @@ class Access {
  public:
   // policy: null: everybody may do everything.
   explicit Access(Metrics& metrics, std::unique_ptr<AccessPolicy> policy = nullptr)
-      : metrics_(metrics), policy_(std::move(policy)) {}
+      : metrics_(metrics.access), policy_(std::move(policy)) {}
 
   bool has_policy() const { return policy_ != nullptr; }
 
@@ -53,7 +53,7 @@ class Access {
   struct Refused;  // what its line says
   void Refuse(const Refused& refused);
 
-  Metrics& metrics_;
+  AccessMetrics& metrics_;
   const std::unique_ptr<AccessPolicy> policy_;
   absl::Mutex mutex_;
   // Lines that the log may have at once; as many come back as time passes.

@@ -196,6 +196,7 @@ def test_who_may_not_call_a_method_is_told_so(guarded):
         As(guarded, "monitor").models.ListModels(models.ListModelsRequest())
     with one_line(guarded, "method", "Attend"), refused(DENIED):
         attending.attend(As(guarded, "decoder").prefill, *attending.small(tokens=20))
+    attending.attend(As(guarded, "router").prefill, *attending.small(tokens=20))
 
 
 def test_models_that_are_not_its_are_neither_served_nor_listed(guarded):
