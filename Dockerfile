@@ -1,7 +1,10 @@
 # prefilld in two small images that run as nobody, built beside their compilers.
 #   docker build -t prefilld .                       # for CPUs
 #   docker build -t prefilld-cuda --target=cuda .    # and for GPUs: docker run --gpus=1 ...
-#   docker run -p 50051:50051 -p 9464:9464 -v /path/to/model:/models/m:ro prefilld --model=m=/models/m
+# It listens on the container's own loopback until it is told where, and how (docs/access.md):
+#   docker run -p 50051:50051 -p 9464:9464 -v /path/to/model:/models/m:ro -v /path/to/tls:/tls:ro prefilld \
+#     --model=m=/models/m --listen=0.0.0.0:50051 --http=0.0.0.0:9464 --tls_cert=/tls/tls.crt --tls_key=/tls/tls.key
+# or, in the clear, --insecure_listen in place of the last two.
 FROM debian:12-slim AS packages
 COPY deploy/packages.txt /tmp/
 RUN apt-get update \
@@ -34,7 +37,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
 USER 65534:65534
 EXPOSE 50051 9464
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["prefilld", "--listen=0.0.0.0:50051", "--http=0.0.0.0:9464", "--insecure_listen"]
+ENTRYPOINT ["prefilld"]
 
 # The driver comes from the host; cuDNN and what it loads, and cuBLASLt, from the toolkit.
 FROM runtime AS cuda

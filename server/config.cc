@@ -17,6 +17,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "server/version.h"
 
 namespace prefilld {
@@ -149,6 +150,7 @@ void AddTransports(CLI::App& app, Config* config) {
          },
          "How tensors travel; grpc is always there, cuda_ipc needs the cuda backend")
       ->delimiter(',')
+      ->take_all()
       ->type_name("NAMES")
       ->default_str(TransportNames(","));
   app.add_option(
@@ -211,14 +213,20 @@ void AddMemory(CLI::App& app, Config* config) {
       ->default_str(std::to_string(kPromptTokens));
 }
 
-void AddTls(CLI::App& app, Config* config) {
+void AddAccess(CLI::App& app, Config* config) {
   const auto add = [&](const char* flag, std::string* path, const char* help) {
     app.add_option(flag, *path, help)->type_name("FILE")->default_str("none");
   };
-  add("--tls_cert", &config->tls_cert, "PEM certificate chain: serve TLS; none: plaintext");
+  add("--tls_cert", &config->tls_cert,
+      "PEM certificate chain: serve TLS, over HTTP too; none: plaintext. This file and the next "
+      "two may change while the server runs: new connections see it");
   add("--tls_key", &config->tls_key, "PEM private key of --tls_cert, without a passphrase");
   add("--tls_client_ca", &config->tls_client_ca,
-      "PEM CA that clients' certificates must be signed by; none: clients need no certificate");
+      "PEM CA that clients' certificates must be signed by; none: clients need no certificate. "
+      "Over gRPC they need one, unless --access_policy says who may do what");
+  add("--access_policy", &config->access_policy,
+      "JSON: which certificates and bearer tokens may do what (docs/access.md); none: who "
+      "connects may do everything");
 }
 
 // What peers may have of gRPC before a call is looked at.
@@ -257,19 +265,23 @@ absl::Status CheckExposure(const Config& config, bool insecure_listen) {
   if (!tls && !config.tls_client_ca.empty()) {
     return absl::InvalidArgumentError("--tls_client_ca needs --tls_cert and --tls_key");
   }
-  if (insecure_listen) return absl::OkStatus();
-  if (!tls && !config.listen.loopback()) {
+  if (tls || insecure_listen) return absl::OkStatus();
+  for (const auto& [flag, endpoint] :
+       {std::pair("--listen=", &config.listen), std::pair("--http=", &config.http)}) {
+    if (endpoint->loopback()) continue;
     return absl::InvalidArgumentError(
-        absl::StrCat("--listen=", config.listen.ToString(),
-                     " is open to the network: give --tls_cert and --tls_key, or allow it with "
-                     "--insecure_listen"));
-  }
-  if (!config.http.loopback()) {
-    return absl::InvalidArgumentError(absl::StrCat("--http=", config.http.ToString(),
-                                                   " is open to the network: allow it with "
-                                                   "--insecure_listen"));
+        absl::StrCat(flag, endpoint->ToString(),
+                     " is open to the network, in the clear: give --tls_cert and --tls_key, or "
+                     "allow it with --insecure_listen"));
   }
   return absl::OkStatus();
+}
+
+// Of a key in --config, from CLI11's words for it.
+absl::Status NoFlag(const char* told) {
+  return absl::InvalidArgumentError(absl::StrCat(
+      "--config: ", absl::StrReplaceAll(told, {{"INI was not able to parse ", "there is no flag "},
+                                               {".++", ""}})));  // of a section
 }
 
 }  // namespace
@@ -317,11 +329,14 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
   app.set_version_flag("--version", kVersion);
   app.set_config("--config", "", "Reads the flags below from a TOML or INI file");
   app.allow_config_extras(CLI::config_extras_mode::error);  // a misspelt key is not a default
+  // Of a flag that is there twice the last one counts: who starts us with some may be given more.
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   AddEndpoint(app, "--listen", &config.listen, "gRPC address; port 0 picks one");
   AddEndpoint(app, "--http", &config.http, "Address of /metrics and /debug/sparsity");
   app.add_flag("--insecure_listen", insecure_listen, "Allow addresses beyond loopback without TLS");
   AddBackend(app, &config);
   app.add_option("--model", models, "NAME=DIR of a Hugging Face model; repeatable")
+      ->take_all()
       ->type_name("NAME=DIR");
   AddConnections(app, &config);
   AddTransports(app, &config);
@@ -343,7 +358,7 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
               "A step (a layer of a batch or a part of it, or of an Attend) that runs for longer "
               "than this and than "
               "twenty times its prediction ends the process: callers see UNAVAILABLE");
-  AddTls(app, &config);
+  AddAccess(app, &config);
 
   try {
     app.parse(argc, argv);
@@ -351,6 +366,8 @@ absl::StatusOr<ParsedConfig> ParseConfig(int argc, const char* const* argv) {
     app.exit(success, std::cout, std::cerr);
     parsed.exit = true;
     return parsed;
+  } catch (const CLI::ConfigError& error) {
+    return NoFlag(error.what());
   } catch (const CLI::ParseError& error) {
     return absl::InvalidArgumentError(error.what());
   }

@@ -75,8 +75,10 @@ struct Config {
   // Of one step, at least, and twenty times what it was predicted to take; then the process ends.
   absl::Duration stall_timeout = absl::Seconds(30);
 
-  // PEM files. cert and key: TLS; client_ca too: only clients with a certificate of that CA.
+  // PEM files. cert and key: TLS; client_ca too: only clients with a certificate of that CA, or,
+  // with an access policy, with that or a token of it.
   std::string tls_cert, tls_key, tls_client_ca;
+  std::string access_policy;  // AccessPolicy's file; empty: everybody may do everything
 };
 
 struct ParsedConfig {

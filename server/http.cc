@@ -1,15 +1,18 @@
 #include "server/http.h"
 
 #include <poll.h>
+#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
@@ -24,19 +27,41 @@ constexpr absl::Duration kAnswerTime = absl::Seconds(30);
 constexpr absl::Duration kLook = absl::Milliseconds(500);
 constexpr absl::Duration kAcceptAgain = absl::Milliseconds(100);
 
+// The value of a header; empty where it is there more than once.
+std::optional<std::string> HeaderOf(const std::string& request, absl::string_view name) {
+  std::optional<std::string> value;
+  for (const absl::string_view line : absl::StrSplit(request, "\r\n")) {
+    const std::pair<absl::string_view, absl::string_view> parts =
+        absl::StrSplit(line, absl::MaxSplits(':', 1));
+    if (!absl::EqualsIgnoreCase(parts.first, name)) continue;
+    value = value ? "" : std::string(absl::StripAsciiWhitespace(parts.second));
+  }
+  return value;
+}
+
+Credentials CredentialsOf(const std::string& request, const HttpStream& stream) {
+  return {.certificate = stream.CertificateNames(),
+          .authorization = HeaderOf(request, "authorization"),
+          .tenant = HeaderOf(request, "prefilld-tenant"),
+          .overheard = !stream.is_tls() && !stream.peer_is_local(),
+          .peer = stream.peer()};
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Endpoint& listen,
-                                                              const Pages& pages) {
+                                                              const Pages& pages,
+                                                              const TlsFiles* tls) {
   auto port = HeldPort::Take(listen);
   if (!port.ok()) return port.status();
   if (absl::Status status = port->Listen(); !status.ok()) return status;
-  return std::unique_ptr<HttpServer>(new HttpServer(*std::move(port), pages));
+  return std::unique_ptr<HttpServer>(new HttpServer(*std::move(port), pages, tls));
 }
 
-HttpServer::HttpServer(HeldPort port, const Pages& pages)
+HttpServer::HttpServer(HeldPort port, const Pages& pages, const TlsFiles* tls)
     : port_(std::move(port)),
       pages_(pages),
+      tls_(tls),
       bell_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       thread_([this] { Loop(); }) {}
 
@@ -44,11 +69,14 @@ HttpServer::~HttpServer() {
   const uint64_t one = 1;
   (void)!write(bell_, &one, sizeof one);
   thread_.join();
-  for (const Connection& connection : connections_) close(connection.fd);
   close(bell_);
 }
 
 void HttpServer::Loop() {
+  sigset_t pipe;  // OpenSSL writes to who has hung up
+  sigemptyset(&pipe);
+  sigaddset(&pipe, SIGPIPE);
+  pthread_sigmask(SIG_BLOCK, &pipe, nullptr);
   for (;;) {
     std::vector<pollfd> polled = {{bell_, POLLIN, 0}};
     const bool accepts = SteadyNow() >= accept_from_;
@@ -57,7 +85,8 @@ void HttpServer::Loop() {
     }
     for (const Connection& connection : connections_) {
       const bool sends = connection.state == Connection::kAnswering;
-      polled.push_back({connection.fd, static_cast<int16_t>(sends ? POLLOUT : POLLIN), 0});
+      const HttpStream& stream = connection.stream;
+      polled.push_back({stream.fd(), stream.wants(sends ? POLLOUT : POLLIN), 0});
     }
     const bool idle = connections_.empty() && accepts;
     poll(polled.data(), polled.size(), idle ? -1 : static_cast<int>(kLook / absl::Milliseconds(1)));
@@ -70,9 +99,7 @@ void HttpServer::Loop() {
       if (lives && polled[at].revents != 0) {
         lives = connection->state == Connection::kAnswering ? Send(*connection) : Read(*connection);
       }
-      if (lives) continue;
-      close(connection->fd);
-      connections_.erase(connection);
+      if (!lives) connections_.erase(connection);
     }
     for (size_t i = 0; i < port_.sockets().size(); ++i) {
       if (polled[1 + i].revents != 0) AcceptAll(port_.sockets()[i]);
@@ -88,43 +115,47 @@ void HttpServer::AcceptAll(int listener) {
       if (errno != EAGAIN) accept_from_ = SteadyNow() + kAcceptAgain;
       return;
     }
-    if (connections_.size() >= kConnections) {
-      close(connections_.front().fd);
-      connections_.pop_front();
-    }
-    connections_.push_back({.fd = fd, .since = SteadyNow()});
-    Connection& connection = connections_.back();
-    if (Read(connection)) continue;  // most have said it all by now
-    close(fd);
-    connections_.pop_back();
+    if (connections_.size() >= kConnections) connections_.pop_front();
+    connections_.emplace_back(fd, tls_ == nullptr ? nullptr : tls_->current());
+    if (!Read(connections_.back())) connections_.pop_back();  // most have said it all by now
   }
 }
 
 bool HttpServer::Read(Connection& connection) {
-  char bytes[4096];
-  const ssize_t count = recv(connection.fd, bytes, sizeof bytes, 0);
-  if (count < 0 && (errno == EAGAIN || errno == EINTR)) return true;
-  if (count <= 0) return false;
-  if (connection.state == Connection::kEnding) return true;
-  std::string& request = connection.request;
-  request.append(bytes, static_cast<size_t>(count));
-  if (!absl::StrContains(request, "\r\n\r\n") && request.size() < kRequestBytes) return true;
-  connection.answer = AnswerTo(std::exchange(request, {}));
-  connection.state = Connection::kAnswering;
-  return Send(connection);
+  HttpStream& stream = connection.stream;
+  do {
+    char bytes[4096];
+    const ssize_t count = stream.Read(bytes, sizeof bytes);
+    if (count < 0) return true;
+    if (count == 0) {
+      if (!stream.failure().empty()) {
+        pages_.access.HandshakeFailed("http", stream.peer(), stream.failure());
+      }
+      return false;
+    }
+    if (connection.state == Connection::kEnding) continue;
+    std::string& request = connection.request;
+    request.append(bytes, static_cast<size_t>(count));
+    if (absl::StrContains(request, "\r\n\r\n") || request.size() >= kRequestBytes) {
+      connection.answer = AnswerTo(std::exchange(request, {}), stream);
+      connection.state = Connection::kAnswering;
+      return Send(connection);
+    }
+  } while (stream.pending());
+  return true;
 }
 
 bool HttpServer::Send(Connection& connection) {
   const absl::string_view rest = absl::string_view(connection.answer).substr(connection.sent);
-  const ssize_t count = send(connection.fd, rest.data(), rest.size(), MSG_NOSIGNAL);
-  if (count < 0) return errno == EAGAIN || errno == EINTR;
+  const ssize_t count = connection.stream.Write(rest.data(), rest.size());
+  if (count <= 0) return count < 0;
   connection.sent += static_cast<size_t>(count);
   if (connection.sent < connection.answer.size()) return true;
   connection.state = Connection::kEnding;
-  return shutdown(connection.fd, SHUT_WR) == 0;
+  return connection.stream.EndWriting();
 }
 
-std::string HttpServer::AnswerTo(const std::string& request) const {
+std::string HttpServer::AnswerTo(const std::string& request, const HttpStream& stream) const {
   const absl::string_view line = absl::string_view(request).substr(0, request.find("\r\n"));
   const std::vector<absl::string_view> words = absl::StrSplit(line, ' ');
   const bool whole = absl::StrContains(request, "\r\n\r\n") && words.size() == 3 &&
@@ -135,7 +166,7 @@ std::string HttpServer::AnswerTo(const std::string& request) const {
   } else if (words[0] != "GET" && words[0] != "HEAD") {
     answer = {.status = "405 Method Not Allowed\r\nAllow: GET, HEAD", .body = "GET and HEAD\n"};
   } else {
-    answer = Show(pages_, words[1]);
+    answer = Show(pages_, words[1], CredentialsOf(request, stream));
   }
   const bool body = !whole || words[0] != "HEAD";
   return absl::StrCat("HTTP/1.1 ", answer.status, "\r\nContent-Type: ", answer.type,

@@ -111,6 +111,7 @@ struct Job {
   // Set before admission, constant afterwards.
   std::string request_id;
   std::string peer;  // whose share of the engine its work is
+  double share = 1;  // how large that is beside others'
   int priority = 0;  // higher first
   SteadyTime arrival = SteadyNow();
   SparsityPolicy policy;

@@ -42,7 +42,7 @@ nlohmann::ordered_json ToJson(const RequestReport& request) {
 }
 
 // ?format=json is all there is; ?request=ID shows one request only.
-HttpAnswer Sparsity(const ReportTable& reports, absl::string_view query) {
+HttpAnswer Sparsity(const ReportTable& reports, absl::string_view query, const Caller& reader) {
   std::map<std::string, std::string> asked;
   for (const absl::string_view part : absl::StrSplit(query, '&')) {
     asked.insert(absl::StrSplit(part, absl::MaxSplits('=', 1)));
@@ -52,7 +52,7 @@ HttpAnswer Sparsity(const ReportTable& reports, absl::string_view query) {
   }
   nlohmann::ordered_json json;
   json["requests"] = nlohmann::json::array();  // newest first
-  for (const auto& report : reports.All()) {
+  for (const auto& report : reports.All(reader)) {
     const bool shown = asked.count("request") == 0 || report->request_id == asked["request"];
     if (shown) json["requests"].push_back(ToJson(*report));
   }
@@ -64,9 +64,15 @@ HttpAnswer Tell(const absl::Status& health) {
   return {.status = "503 Service Unavailable", .body = std::string(health.message()) + "\n"};
 }
 
+HttpAnswer Refuse(const absl::Status& why) {
+  const char* status = absl::IsUnauthenticated(why) ? "401 Unauthorized\r\nWWW-Authenticate: Bearer"
+                                                    : "403 Forbidden";
+  return {.status = status, .body = std::string(why.message()) + "\n"};
+}
+
 }  // namespace
 
-HttpAnswer Show(const Pages& pages, absl::string_view target) {
+HttpAnswer Show(const Pages& pages, absl::string_view target, const Credentials& credentials) {
   const std::pair<absl::string_view, absl::string_view> parts =
       absl::StrSplit(target, absl::MaxSplits('?', 1));
   const auto& [path, query] = parts;
@@ -74,7 +80,10 @@ HttpAnswer Show(const Pages& pages, absl::string_view target) {
     return {.type = "text/plain; version=0.0.4; charset=utf-8",
             .body = prometheus::TextSerializer().Serialize(pages.metrics.Collect())};
   }
-  if (path == "/debug/sparsity") return Sparsity(pages.reports, query);
+  if (path == "/debug/sparsity") {
+    const auto reader = pages.access.Admit(Rpc::kGetSparsityReport, credentials);
+    return reader.ok() ? Sparsity(pages.reports, query, *reader) : Refuse(reader.status());
+  }
   if (path == "/healthz") return Tell(pages.health.alive());
   if (path == "/readyz") return Tell(pages.health.ready());
   return {.status = "404 Not Found", .body = "not found\n"};

@@ -80,8 +80,10 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
         const char* reason = Metrics::kLeaseEnds[static_cast<int>(why)];
         s->metrics_.LeaseEnded(reason);
         Log(Level::kInfo, "lease_ended",
-            {{"request_id", lease.name}, {"generation", lease.generation}, {"reason", reason}});
-        s->prefills_.Remove(lease.name, lease.generation);
+            {{"request_id", lease.request_id},
+             {"generation", lease.generation},
+             {"reason", reason}});
+        s->prefills_.Remove(lease.owner, lease.request_id, lease.generation);
       }});
   server->engine_ = std::make_unique<Engine>(*server->backend_, server->metrics_);
   if (absl::Status status = server->engine_->Calibrate(!server->models_.empty()); !status.ok()) {
@@ -147,7 +149,7 @@ absl::Status Server::StartHttp() {
       }
     }
   };
-  auto http = HttpServer::Start(config_.http, {metrics_, reports_, health_});
+  auto http = HttpServer::Start(config_.http, {metrics_, reports_, health_, *access_}, tls_.get());
   if (!http.ok()) return Explain("--http", http.status());
   http_ = *std::move(http);
   return absl::OkStatus();
@@ -313,9 +315,19 @@ ModelInfos Server::Infos() const {
 
 // What can be wrong with them is told before models are loaded. Until then nobody listens.
 absl::Status Server::PrepareGrpc() {
-  auto credentials = Credentials({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
-  if (!credentials.ok()) return credentials.status();
-  credentials_ = *std::move(credentials);
+  if (!config_.tls_cert.empty()) {
+    auto tls = TlsFiles::Open({config_.tls_cert, config_.tls_key, config_.tls_client_ca});
+    if (!tls.ok()) return tls.status();
+    tls_ = *std::move(tls);
+  }
+  std::unique_ptr<AccessPolicy> policy;
+  if (!config_.access_policy.empty()) {
+    auto loaded = AccessPolicy::Load(config_.access_policy);
+    if (!loaded.ok()) return Explain("--access_policy", loaded.status());
+    policy = *std::move(loaded);
+  }
+  access_ = std::make_unique<Access>(metrics_, std::move(policy));
+  credentials_ = ServerCredentialsOf(tls_.get(), /*need_certificate=*/!access_->has_policy());
   auto shares = ShareDescriptors(DescriptorLimit(), config_.connections_max);
   if (!shares.ok()) return Explain("--max_connections", shares.status());
   descriptors_ = *std::move(shares);
@@ -344,6 +356,7 @@ absl::Status Server::StartGrpc() {
                             .sweeper = sweeper_,
                             .reports = reports_,
                             .metrics = metrics_,
+                            .access = *access_,
                             .memory = memory_,
                             .transfers = transfers_,
                             .limits = limits_,
@@ -386,7 +399,14 @@ void Server::Watch() {
     const auto stalled = scheduler_->Stalled(config_.stall_timeout, kWatchInterval);
     if (stalled) EndStalled(*stalled);
     CheckModels();
+    RefreshCredentials();
   }
+}
+
+// Whoever rotates certificates and tokens does not restart us.
+void Server::RefreshCredentials() {
+  access_->Refresh();
+  if (tls_) metrics_.access.stale_tls.Set(tls_->Refresh() ? 0 : 1);
 }
 
 // A model whose files have changed is none any more. The others go on, but whoever looks at the

@@ -17,6 +17,7 @@
 #include "server/port.h"
 #include "server/rpc/context.h"
 #include "server/rpc/grpc_server.h"
+#include "server/rpc/tls_files.h"
 
 namespace prefilld {
 
@@ -58,14 +59,17 @@ class Server {
   absl::Status StartGrpc();
   void Watch();
   void CheckModels();
+  void RefreshCredentials();
   [[noreturn]] void EndStalled(const StalledStep& step);
 
   const Config config_;
   const std::string boot_id_ = NewId();
+  std::unique_ptr<TlsFiles> tls_;  // null: plaintext
   std::shared_ptr<grpc::ServerCredentials> credentials_;
   std::optional<HeldPort> held_port_;  // listened on from StartGrpc on
   // In the order they are built; each may use those above it.
   Metrics metrics_;
+  std::unique_ptr<Access> access_;
   Health health_;
   ReportTable reports_;
   LiveIds attends_;

@@ -4,13 +4,24 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "server/capability.h"
 #include "server/record/errors.h"
 
 namespace prefilld {
+namespace {
+
+absl::Status NoLease() { return ResourceNotFound("lease", ""); }
+
+// Another one in each process. Not 0, which stands for none; small enough for who reads numbers of
+// JSON as doubles.
+uint64_t FirstGeneration() { return 1 + (absl::Uint128Low64(RandomBits()) >> 16); }
+
+}  // namespace
 
 LeaseTable::LeaseTable(Events events, absl::Duration stalled_reader_grace)
     : events_(std::move(events)),
       stalled_reader_grace_(stalled_reader_grace),
+      next_generation_(FirstGeneration()),
       thread_([this] { Expire(); }) {}
 
 LeaseTable::~LeaseTable() { Stop(); }
@@ -25,48 +36,63 @@ void LeaseTable::Stop() {
   thread_.join();
 }
 
-absl::StatusOr<LeaseInfo> LeaseTable::Grant(absl::string_view name, std::shared_ptr<KvCache> cache,
-                                            absl::Duration ttl, std::function<void()> abandon) {
+LeaseInfo LeaseTable::Grant(std::string request_id, Caller owner, std::shared_ptr<KvCache> cache,
+                            absl::Duration ttl, std::function<void()> abandon) {
+  const absl::uint128 bits = RandomBits();
   absl::MutexLock lock(&mutex_);
-  if (entries_.find(name) != entries_.end()) {
-    return absl::AlreadyExistsError(absl::StrCat("lease '", name, "' still lives"));
-  }
-  Entry entry{{std::string(name), next_generation_++, ttl},
+  Entry entry{{.name = CapabilityName(bits),
+               .generation = next_generation_++,
+               .ttl = ttl,
+               .request_id = std::move(request_id),
+               .owner = std::move(owner)},
               std::move(cache),
               std::move(abandon),
               SteadyNow()};
-  const LeaseInfo info = entry.info;
-  entries_.emplace(info.name, std::move(entry));
+  LeaseInfo info = entry.info;
+  entries_.emplace(bits, std::move(entry));
   LookAgain();
   return info;
 }
 
-absl::StatusOr<LeaseTable::Entries::const_iterator> LeaseTable::FindLocked(
-    absl::string_view name, uint64_t generation) const {
-  auto found = entries_.find(name);
-  if (found == entries_.end()) return ResourceNotFound("lease", name);
-  if (found->second.info.generation != generation) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("lease '", name, "' has generation ", found->second.info.generation,
-                     ", not the generation ", generation, " that was asked for"));
-  }
-  return found;
+const LeaseTable::Entry* LeaseTable::FindName(absl::string_view name) const {
+  const auto bits = CapabilityBits(name);
+  const auto found = bits ? entries_.find(*bits) : entries_.end();
+  return found == entries_.end() ? nullptr : &found->second;
 }
 
-absl::StatusOr<std::shared_ptr<KvCache>> LeaseTable::Find(absl::string_view name,
-                                                          uint64_t generation) const {
+absl::StatusOr<absl::uint128> LeaseTable::FindLocked(absl::string_view name,
+                                                     uint64_t generation) const {
+  const Entry* const found = FindName(name);
+  if (found == nullptr) return NoLease();
+  if (found->info.generation != generation) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the lease is of another generation than ", generation));
+  }
+  return *CapabilityBits(name);
+}
+
+std::optional<Caller> LeaseTable::OwnerOf(absl::string_view name) const {
   absl::MutexLock lock(&mutex_);
-  auto found = FindLocked(name, generation);
-  if (!found.ok()) return found.status();
-  return (*found)->second.cache;
+  const Entry* const found = FindName(name);
+  if (found == nullptr) return std::nullopt;
+  return found->info.owner;
+}
+
+absl::StatusOr<LeaseTable::Found> LeaseTable::Find(absl::string_view name,
+                                                   uint64_t generation) const {
+  absl::MutexLock lock(&mutex_);
+  auto bits = FindLocked(name, generation);
+  if (!bits.ok()) return bits.status();
+  const Entry& entry = entries_.at(*bits);
+  return Found{entry.cache, entry.info.request_id};
 }
 
 absl::StatusOr<LeaseInfo> LeaseTable::Renew(absl::string_view name, uint64_t generation,
                                             absl::Duration ttl) {
   absl::MutexLock lock(&mutex_);
-  auto found = FindLocked(name, generation);
-  if (!found.ok()) return found.status();
-  Entry& entry = entries_.find(name)->second;
+  auto bits = FindLocked(name, generation);
+  if (!bits.ok()) return bits.status();
+  Entry& entry = entries_.at(*bits);
   if (ttl > absl::ZeroDuration()) entry.info.ttl = ttl;
   entry.renewed = SteadyNow();
   entry.was_renewed = true;
@@ -94,9 +120,10 @@ absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generat
   Entry entry;
   {
     absl::MutexLock lock(&mutex_);
-    auto found = FindLocked(name, generation);
-    if (!found.ok()) return found.status();
-    entry = std::move(entries_.extract(*found).mapped());
+    auto bits = FindLocked(name, generation);
+    if (!bits.ok()) return bits.status();
+    entry = std::move(entries_.at(*bits));
+    entries_.erase(*bits);
     signal_.SignalAll();
   }
   const std::shared_ptr<KvCache> cache = entry.cache;
@@ -111,15 +138,13 @@ void LeaseTable::ReleaseAll(LeaseEnd why) {
     all.swap(entries_);
     signal_.SignalAll();
   }
-  for (auto& [name, entry] : all) End(std::move(entry), why);
+  for (auto& [bits, entry] : all) End(std::move(entry), why);
 }
 
 // New pulls stop at once; the cache frees its blocks when the running ones have ended.
 void LeaseTable::End(Entry entry, LeaseEnd why, bool unmapped) {
-  const char* verb = why == LeaseEnd::kExpired ? "expired" : "was released";
-  entry.cache->Close(
-      absl::FailedPreconditionError(absl::StrCat("lease '", entry.info.name, "' ", verb)),
-      unmapped);
+  const char* verb = why == LeaseEnd::kExpired ? "has expired" : "was released";
+  entry.cache->Close(absl::FailedPreconditionError(absl::StrCat("the lease ", verb)), unmapped);
   if (events_.ended) events_.ended(entry.info, why);  // the name is free before the job hears of it
   if (!entry.cache->complete() && entry.abandon) entry.abandon();
   if (entry.cache->running_transfers() > 0) {
@@ -166,7 +191,7 @@ void LeaseTable::Expire() {
         ++it;
       } else {
         expired.push_back(std::move(it->second));
-        it = entries_.erase(it);
+        entries_.erase(it++);
       }
     }
     // Caches whose lease has ended while somebody reads them: a reader that stalls is cut off.

@@ -1,32 +1,37 @@
-// Leases: who may pull which cache, and until when. A lease is its name (the request_id), a
-// generation (another run of the same name has a higher one) and a time to live, counted from the
-// last progress of its computation, of a pull, or its renewal. Owns one thread that expires leases.
-// Thread-safe.
+// Leases: who may pull which cache, and until when. A lease is its name, a capability; a
+// generation, which rises from lease to lease, from a random number on; and a time to live, counted
+// from the last progress of its computation, of a pull, or its renewal. Logs and reports know it by
+// the request_id of its prompt. Owns one thread that expires leases. Thread-safe.
 #pragma once
 
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/numeric/int128.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "server/caller.h"
 #include "server/clock.h"
 #include "server/kv/kv_cache.h"
 
 namespace prefilld {
 
 struct LeaseInfo {
-  std::string name;
+  std::string name;  // see server/capability.h
   uint64_t generation = 0;
   absl::Duration ttl;
+  std::string request_id;
+  Caller owner;
 };
 
 enum class LeaseEnd { kConsumed, kAbandoned, kExpired };
@@ -41,12 +46,18 @@ class LeaseTable {
   explicit LeaseTable(Events events, absl::Duration stalled_reader_grace = absl::Seconds(30));
   ~LeaseTable();
 
-  // `abandon` is called once if the lease ends before the cache is complete: stop the work. A lease
-  // of that name that still lives is ALREADY_EXISTS.
-  absl::StatusOr<LeaseInfo> Grant(absl::string_view name, std::shared_ptr<KvCache> cache,
-                                  absl::Duration ttl, std::function<void()> abandon);
-  // NOT_FOUND for an unknown name, FAILED_PRECONDITION for another generation.
-  absl::StatusOr<std::shared_ptr<KvCache>> Find(absl::string_view name, uint64_t generation) const;
+  // `abandon` is called once if the lease ends before the cache is complete: stop the work.
+  LeaseInfo Grant(std::string request_id, Caller owner, std::shared_ptr<KvCache> cache,
+                  absl::Duration ttl, std::function<void()> abandon);
+  // Of a living lease, whatever its generation.
+  std::optional<Caller> OwnerOf(absl::string_view name) const;
+  // NOT_FOUND for an unknown name, FAILED_PRECONDITION for another generation; neither says the
+  // name, nor the right generation.
+  struct Found {
+    std::shared_ptr<KvCache> cache;
+    std::string request_id;
+  };
+  absl::StatusOr<Found> Find(absl::string_view name, uint64_t generation) const;
   absl::StatusOr<LeaseInfo> Renew(absl::string_view name, uint64_t generation,
                                   absl::Duration ttl /* zero: its own */);
   // Returns the number of transfers that still run. unmapped: see KvCache::Close.
@@ -77,9 +88,10 @@ class LeaseTable {
     bool followed = true;
     SteadyTime used() const;  // it ages from then on; infinite: it does not yet
   };
-  using Entries = std::map<std::string, Entry, std::less<>>;
-  absl::StatusOr<Entries::const_iterator> FindLocked(absl::string_view name,
-                                                     uint64_t generation) const
+  using Entries = absl::flat_hash_map<absl::uint128, Entry>;  // by the bits of the name
+  // Null: there is none.
+  const Entry* FindName(absl::string_view name) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  absl::StatusOr<absl::uint128> FindLocked(absl::string_view name, uint64_t generation) const
       ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   void End(Entry entry, LeaseEnd why, bool unmapped = false);
   void Expire();  // the thread
@@ -94,7 +106,7 @@ class LeaseTable {
   SteadyCondition signal_;  // changed_, or fewer entries
   Entries entries_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::pair<std::shared_ptr<KvCache>, absl::Duration>> closing_ ABSL_GUARDED_BY(mutex_);
-  uint64_t next_generation_ ABSL_GUARDED_BY(mutex_) = 1;
+  uint64_t next_generation_ ABSL_GUARDED_BY(mutex_);
   bool changed_ ABSL_GUARDED_BY(mutex_) = false;  // the thread must look again
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;

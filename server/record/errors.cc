@@ -27,7 +27,8 @@ absl::Status InvalidField(absl::string_view field, absl::string_view message) {
 }
 
 absl::Status ResourceNotFound(absl::string_view type, absl::string_view name) {
-  absl::Status status = absl::NotFoundError(absl::StrCat("no ", type, " '", name, "'"));
+  absl::Status status = absl::NotFoundError(
+      name.empty() ? absl::StrCat("no such ", type) : absl::StrCat("no ", type, " '", name, "'"));
   status.SetPayload(kResourceType, absl::Cord(type));
   status.SetPayload(kResourceName, absl::Cord(name));
   return status;

@@ -13,7 +13,7 @@ namespace prefilld {
 
 // INVALID_ARGUMENT about one field of the request, named by its path ("sparsity.gamma").
 absl::Status InvalidField(absl::string_view field, absl::string_view message);
-// NOT_FOUND of a "model", "lease" or "request".
+// NOT_FOUND of a "model", "lease" or "request". A lease's name is left out, it may be a secret.
 absl::Status ResourceNotFound(absl::string_view type, absl::string_view name);
 // RESOURCE_EXHAUSTED or UNAVAILABLE that may succeed later. `reason` is a metric label.
 absl::Status RetryLater(absl::StatusCode code, absl::string_view reason, absl::string_view message,

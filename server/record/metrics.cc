@@ -75,6 +75,12 @@ auto& Histograms(Registry& registry, const char* name, const char* help) {
   return prometheus::BuildHistogram().Name(name).Help(help).Register(registry);
 }
 
+Gauge& Stale(Registry& registry, const char* kind) {
+  return Gauges(registry, "prefilld_credentials_stale",
+                "Files that have changed and cannot be used: what was there before is")
+      .Add({{"kind", kind}});
+}
+
 template <typename Names>
 const char* OneOf(const Names& names, absl::string_view name, const char* otherwise) {
   const auto found = std::find(std::begin(names), std::end(names), name);
@@ -121,9 +127,22 @@ void ConnectionMetrics::SetDescriptors(const std::string& kind, int64_t used, in
   descriptors_.Add({{"kind", kind}, {"state", "limit"}}).Set(static_cast<double>(limit));
 }
 
+AccessMetrics::AccessMetrics(Registry& registry)
+    : stale_tls(Stale(registry, "tls")),
+      stale_tokens(Stale(registry, "tokens")),
+      refused_(Counters(registry, "prefilld_access_refused_total",
+                        "Calls, pages and handshakes refused for who asked")) {
+  for (const char* reason : kRefusals) refused_.Add({{"reason", reason}});
+}
+
+void AccessMetrics::Refused(const std::string& reason) {
+  refused_.Add({{"reason", reason}}).Increment();
+}
+
 Metrics::Metrics()
     : registry_(std::make_shared<Registry>()),
       connections(*registry_),
+      access(*registry_),
       running(Gauges(*registry_, "prefilld_requests_running", "Jobs being computed").Add({})),
       waiting(Gauges(*registry_, "prefilld_requests_waiting", "Admitted jobs not started").Add({})),
       uploads(Gauges(*registry_, "prefilld_requests_uploading", "Attends to arrive").Add({})),
@@ -162,8 +181,7 @@ Metrics::Metrics()
       dense_fallback_(Counters(*registry_, "prefilld_dense_fallback_heads_total",
                                "Heads run dense although a sparse method was asked for")),
       leases_ended_(Counters(*registry_, "prefilld_leases_ended_total",
-                             "Leases that ended, each once: released as consumed or abandoned, or "
-                             "expired")),
+                             "Leases that ended, each once: consumed, abandoned or expired")),
       kv_blocks_(Gauges(*registry_, "prefilld_kv_blocks", "Blocks of the KV pool")),
       segments_(Gauges(*registry_, "prefilld_kv_segment_bytes",
                        "Of the pools of segments that KV caches over posix_shm and cuda_ipc lie "

@@ -53,6 +53,33 @@ struct ConnectionMetrics {
   prometheus::Family<prometheus::Gauge>& descriptors_;
 };
 
+// Of who may do what, by rpc/access and the server.
+struct AccessMetrics {
+  explicit AccessMetrics(prometheus::Registry& registry);
+
+  static constexpr const char* kRefusals[] = {
+      // in the order of Denial
+      "no_credentials",  // and some are needed
+      "certificate",     // is no identity's
+      "token",           // likewise
+      "clear",           // a token that came without TLS
+      "tenant",          // not named by a proxy, or by who is none
+      "method",          // not this identity's
+      "model",           // likewise
+      "lease",           // another's
+      "report",          // of another tenant
+      "handshake",       // of TLS: another CA, an expired certificate, no TLS at all
+  };
+
+  void Refused(const std::string& reason);  // one of kRefusals
+  // Files that have changed and cannot be used, so that what was there before is.
+  prometheus::Gauge& stale_tls;
+  prometheus::Gauge& stale_tokens;
+
+ private:
+  prometheus::Family<prometheus::Counter>& refused_;
+};
+
 struct Metrics {
  private:
   std::shared_ptr<prometheus::Registry> registry_;  // before everything that registers with it
@@ -77,6 +104,8 @@ struct Metrics {
   void Rejected(const absl::Status& why);
 
   ConnectionMetrics connections;
+
+  AccessMetrics access;
 
   // --- engine and scheduler ---
   void ObservePhase(Phase phase, double seconds);

@@ -15,17 +15,22 @@ void ReportTable::Add(RequestReport report) {
   }
 }
 
-std::shared_ptr<const RequestReport> ReportTable::Find(absl::string_view request_id) const {
+std::shared_ptr<const RequestReport> ReportTable::Find(absl::string_view request_id,
+                                                       const Caller& reader) const {
   absl::MutexLock lock(&mutex_);
   for (const auto& report : reports_) {
-    if (report->request_id == request_id) return report;
+    if (report->request_id == request_id && reader.MayReadReportsOf(report->tenant)) return report;
   }
   return nullptr;
 }
 
-std::vector<std::shared_ptr<const RequestReport>> ReportTable::All() const {
+std::vector<std::shared_ptr<const RequestReport>> ReportTable::All(const Caller& reader) const {
   absl::MutexLock lock(&mutex_);
-  return {reports_.begin(), reports_.end()};
+  std::vector<std::shared_ptr<const RequestReport>> all;
+  for (const auto& report : reports_) {
+    if (reader.MayReadReportsOf(report->tenant)) all.push_back(report);
+  }
+  return all;
 }
 
 }  // namespace prefilld

@@ -11,11 +11,13 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
+#include "server/caller.h"
 #include "server/job.h"
 
 namespace prefilld {
 
 struct RequestReport {
+  std::string tenant;  // whose request it was, see Caller
   std::string request_id;
   std::string model;  // kAttendModel for an Attend
   Method method = Method::kDense;
@@ -30,9 +32,11 @@ class ReportTable {
   static constexpr size_t kEntriesMax = 1 << 20;  // heads of all reports: 20 MiB
 
   void Add(RequestReport report);
-  // The newest report of that request, or null.
-  std::shared_ptr<const RequestReport> Find(absl::string_view request_id) const;
-  std::vector<std::shared_ptr<const RequestReport>> All() const;  // newest first
+  // The newest report of that request that the reader may see, or null.
+  std::shared_ptr<const RequestReport> Find(absl::string_view request_id,
+                                            const Caller& reader) const;
+  // All that it may see, newest first.
+  std::vector<std::shared_ptr<const RequestReport>> All(const Caller& reader) const;
 
  private:
   mutable absl::Mutex mutex_;

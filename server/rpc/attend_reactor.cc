@@ -18,9 +18,6 @@ namespace {
 // With who uploads, or does not take the status, while the server drains.
 constexpr absl::Duration kDrainPatience = absl::Seconds(1);
 
-// Of grpc::ServerContext::peer(), without the port.
-std::string SourceOf(const std::string& peer) { return peer.substr(0, peer.rfind(':')); }
-
 }  // namespace
 
 AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context) {
@@ -28,6 +25,10 @@ AttendReactor* AttendReactor::Start(RpcContext& rpc, grpc::CallbackServerContext
   {
     absl::MutexLock lock(&reactor->mutex_);
     reactor->self_ = reactor;
+    if (!reactor->record_.caller().ok()) {
+      reactor->End(reactor->record_.caller().status());
+      return reactor.get();
+    }
     reactor->StartRead(&reactor->read_);
   }
   rpc.calls.Enter(reactor);
@@ -39,7 +40,7 @@ AttendReactor::AttendReactor(RpcContext& rpc, grpc::CallbackServerContext* conte
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
-      record_(rpc.metrics, "Attend", rpc.calls) {}
+      record_(rpc, *context, Rpc::kAttend) {}
 
 void AttendReactor::OnReadDone(bool ok) {
   bool header = false;
@@ -76,7 +77,7 @@ void AttendReactor::OnHeader() {
   if (!valid.ok()) return Refuse(valid.status());
   if (ended_) {  // meanwhile; End did not know of the job
     rpc_.scheduler.Cancel(valid->job);
-    rpc_.attends.Release(valid->job->request_id, this);
+    rpc_.attends.Release(OwnId(valid->job->request_id), this);
     return;
   }
   job_ = valid->job;
@@ -112,17 +113,14 @@ absl::StatusOr<ValidAttend> AttendReactor::Admit() {
     return absl::IsInvalidArgument(status) ? InvalidField("tensors", status.message()) : status;
   }
   job.deadline = deadline_;
-  job.peer = PeerOf(*context_);
+  job.peer = PeerOf(*record_.caller());
+  job.share = record_.caller()->weight;
   job.sink = shared_from_this();
-  const auto give_way = [weak = weak_from_this()] {
+  rpc_.attends.Claim(OwnId(job.request_id), this, [weak = weak_from_this()] {
     if (const auto self = weak.lock()) self->GiveWay();
-  };
-  if (!rpc_.attends.Claim(job.request_id, SourceOf(context_->peer()), this, give_way)) {
-    return absl::AlreadyExistsError(absl::StrCat("an Attend of another peer with request_id '",
-                                                 job.request_id, "' is running"));
-  }
+  });
   if (status = rpc_.scheduler.Admit(valid->job); !status.ok()) {
-    rpc_.attends.Release(job.request_id, this);
+    rpc_.attends.Release(OwnId(job.request_id), this);
     return status;
   }
   return valid;
@@ -239,8 +237,8 @@ void AttendReactor::Conclude(const absl::Status& result) {
     job = job_;
   }
   const JobReport& report = job->report;
-  rpc_.reports.Add({job->request_id, kAttendModel, job->policy.method, job->policy.gamma,
-                    job->tokens(), report});
+  rpc_.reports.Add({record_.caller()->tenant, job->request_id, kAttendModel, job->policy.method,
+                    job->policy.gamma, job->tokens(), report});
   for (const HeadReport& head : report.entries) {
     ObserveHead(rpc_.metrics, kAttendModel, head, report.captured_mass_measured);
   }
@@ -346,7 +344,7 @@ void AttendReactor::End(const absl::Status& status) {
   if (memory_.region != nullptr) memory_.region->Unlink();  // the job may still compute in it
   if (job_ && !job_ended_) rpc_.scheduler.Cancel(job_, status);
   const grpc::Status wire = record_.End(status);
-  if (job_) rpc_.attends.Release(job_->request_id, this);
+  if (job_) rpc_.attends.Release(OwnId(job_->request_id), this);
   if (admitted_) {
     Log(status.ok() ? Level::kInfo : Level::kWarning, "attend_finished",
         {{"request_id", job_->request_id},
@@ -358,7 +356,7 @@ void AttendReactor::End(const absl::Status& status) {
          {"captured_mass", job_ended_ && job_->report.captured_mass_measured
                                ? nlohmann::json(job_->report.MeanCapturedMass())
                                : nlohmann::json()}});
-  } else {
+  } else if (record_.caller().ok()) {  // else access has its line
     Log(Level::kWarning, "attend_refused",
         {{"request_id", request_id_},
          {"code", CodeName(wire.error_code())},

@@ -74,6 +74,10 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   absl::Duration Patience() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // What the peer has to move from now on.
   void BeginTransfer(uint64_t moved) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Ids are each caller's own.
+  LiveIds::Id OwnId(const std::string& request_id) const {
+    return {PeerOf(*record_.caller()), record_.caller()->identity, request_id};
+  }
   bool copies_region() const { return memory_.region != nullptr && memory_.staging != nullptr; }
 
   RpcContext& rpc_;
@@ -84,10 +88,10 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   bool ragged_ = false;           // set once, before the first tensor is read, as is the memory
   AttendMemory memory_;
 
+  CallRecord record_;  // ended under the lock
   absl::Mutex mutex_;
   std::shared_ptr<AttendReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
-  CallRecord record_ ABSL_GUARDED_BY(mutex_);
-  std::string request_id_ ABSL_GUARDED_BY(mutex_);  // for the log
+  std::string request_id_ ABSL_GUARDED_BY(mutex_);               // for the log
   bool awaits_header_ ABSL_GUARDED_BY(mutex_) = true;
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // once in the budget, until OnDone

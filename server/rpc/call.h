@@ -1,5 +1,6 @@
-// What all calls have in common: they are counted while they live and once at their end, their
-// deadline is read from the call, and a message that is none is refused.
+// What all calls have in common: whether who calls may, is asked first; they are counted while they
+// live and once at their end, their deadline is read from the call, and a message that is none is
+// refused.
 #pragma once
 
 #include <grpc/support/time.h>
@@ -14,16 +15,21 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "proto/wire/chunk.h"
+#include "server/caller.h"
 #include "server/clock.h"
 #include "server/record/errors.h"
 #include "server/record/metrics.h"
+#include "server/rpc/rpcs.h"
 #include "server/rpc/status.h"
 
 namespace prefilld {
+
+struct RpcContext;
 
 // The calls of this server's services that live: of others, such as health's Watch, some have no
 // end. Thread-safe.
@@ -86,28 +92,30 @@ class LiveCalls {
 // One call from its arrival to its end. Not thread-safe.
 class CallRecord {
  public:
-  // live: that the call is counted in, as long as its record lives.
-  CallRecord(Metrics& metrics, const char* method, LiveCalls& live)
-      : metrics_(metrics), method_(method), live_(live) {
-    live_.Add(1);
-  }
+  // The call is counted in as long as its record lives.
+  CallRecord(RpcContext& rpc, const grpc::CallbackServerContext& context, Rpc which);
   CallRecord(const CallRecord&) = delete;
   CallRecord& operator=(const CallRecord&) = delete;
   ~CallRecord() { live_.Add(-1); }
+
+  // Who calls, or why it may not: then nothing of the call is looked at, and its refusal has its
+  // line in the log.
+  const absl::StatusOr<Caller>& caller() const { return caller_; }
 
   absl::Duration age() const { return Since(begin_); }
   // Counts the call and returns what to finish it with. Once.
   grpc::Status End(const absl::Status& status) {
     grpc::Status wire = ToGrpcStatus(status);
-    metrics_.Request(method_, CodeName(wire.error_code()), absl::ToDoubleSeconds(age()));
+    metrics_.Request(NameOf(rpc_), CodeName(wire.error_code()), absl::ToDoubleSeconds(age()));
     return wire;
   }
 
  private:
   Metrics& metrics_;
-  const char* const method_;
   LiveCalls& live_;
+  const Rpc rpc_;
   const SteadyTime begin_ = SteadyNow();
+  const absl::StatusOr<Caller> caller_;
 };
 
 // Infinite when the caller set none.
@@ -140,24 +148,25 @@ absl::Status Parse(grpc::ByteBuffer bytes, Message* message) {
   return InvalidField("request", absl::StrCat("the message is no ", Message::descriptor()->name()));
 }
 
-// A call that is answered at once by `handler`, which takes a Request and a Response to fill, and
-// returns an absl::Status.
+// A call that is answered at once by `handler`, which takes a Request, the Caller and a Response to
+// fill, and returns an absl::Status.
 template <typename Request, typename Response, typename Handler>
-grpc::ServerUnaryReactor* Answer(Metrics& metrics, LiveCalls& calls, const char* method,
-                                 const grpc::ByteBuffer& request, grpc::ByteBuffer* response,
-                                 Handler&& handler) {
+grpc::ServerUnaryReactor* Answer(RpcContext& rpc, const grpc::CallbackServerContext& context,
+                                 Rpc which, const grpc::ByteBuffer& request,
+                                 grpc::ByteBuffer* response, Handler&& handler) {
   struct Reactor final : grpc::ServerUnaryReactor {
-    Reactor(Metrics& metrics, const char* method, LiveCalls& live)
-        : record(metrics, method, live) {}
+    Reactor(RpcContext& rpc, const grpc::CallbackServerContext& context, Rpc which)
+        : record(rpc, context, which) {}
     void OnDone() override { delete this; }
     CallRecord record;
   };
-  auto* reactor = new Reactor(metrics, method, calls);
+  auto* reactor = new Reactor(rpc, context, which);
   Request asked;
-  absl::Status status = Parse(request, &asked);
+  absl::Status status = reactor->record.caller().status();
+  if (status.ok()) status = Parse(request, &asked);
   if (status.ok()) {
     Response answer;
-    status = std::forward<Handler>(handler)(asked, &answer);
+    status = std::forward<Handler>(handler)(asked, *reactor->record.caller(), &answer);
     if (status.ok()) *response = EncodeMessage(answer);
   }
   reactor->Finish(reactor->record.End(status));

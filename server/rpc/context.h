@@ -14,6 +14,7 @@
 #include "server/model/transformer.h"
 #include "server/record/metrics.h"
 #include "server/record/reports.h"
+#include "server/rpc/access.h"
 #include "server/rpc/call.h"
 #include "server/rpc/live_ids.h"
 #include "server/rpc/prefill_registry.h"
@@ -27,10 +28,6 @@
 namespace prefilld {
 
 using Models = std::map<std::string, std::unique_ptr<Transformer>>;  // by name, set at start
-
-// INVALID_ARGUMENT about `field` for a name that no model can have, else NOT_FOUND.
-absl::StatusOr<Transformer*> FindModel(const Models& models, const std::string& name,
-                                       const char* field);
 
 struct RpcContext {
   Backend& backend;
@@ -46,6 +43,7 @@ struct RpcContext {
   Sweeper& sweeper;
   ReportTable& reports;
   Metrics& metrics;
+  Access& access;
   // Takes memory from the system and gives it back, which may take a second a gigabyte. Shared with
   // what may be let go of after the server.
   std::shared_ptr<WorkPool> memory;
@@ -61,5 +59,14 @@ struct RpcContext {
   // ends on one was taken back, else it broke. By GrpcServer.
   std::function<bool(const std::string& peer)> connected;
 };
+
+// INVALID_ARGUMENT about `field` for a name that no model can have, PERMISSION_DENIED for one that
+// the caller may not use, else NOT_FOUND, with those that it may.
+absl::StatusOr<Transformer*> FindModel(const RpcContext& rpc, Rpc which, const Caller& caller,
+                                       const std::string& name, const char* field);
+// Of the caller, or of somebody whose caches it may have: else NOT_FOUND. FAILED_PRECONDITION for
+// another generation.
+absl::StatusOr<LeaseTable::Found> FindLease(const RpcContext& rpc, Rpc which, const Caller& caller,
+                                            const std::string& name, uint64_t generation);
 
 }  // namespace prefilld

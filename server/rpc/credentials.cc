@@ -1,106 +1,56 @@
 #include "server/rpc/credentials.h"
 
-#include <openssl/err.h>
-#include <openssl/pem.h>
-#include <openssl/x509.h>
+#include <grpc/grpc.h>
+#include <grpc/grpc_security.h>
 
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <string_view>
-#include <system_error>
-#include <utility>
-
-#include "absl/strings/str_cat.h"
+#include <string>
 
 namespace prefilld {
 namespace {
 
-absl::StatusOr<std::string> ReadFile(const std::string& path, const char* flag) {
-  const auto refuse = [&](std::string_view why) {
-    return absl::NotFoundError(absl::StrCat(flag, ": cannot read '", path,
-                                            "': ", absl::string_view(why.data(), why.size())));
-  };
-  std::error_code error;
-  if (std::filesystem::is_directory(path, error)) return refuse("it is a directory");
-  errno = 0;
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return refuse(std::strerror(errno));
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (text.empty()) return refuse("it is empty");
-  return text;
-}
+// gRPC asks for what is new at the begin of each handshake, which is on the acceptor's thread.
+class TlsCredentials final : public grpc::ServerCredentials {
+ public:
+  TlsCredentials(const TlsFiles& files, grpc_ssl_client_certificate_request_type request)
+      : files_(files),
+        core_(grpc_ssl_server_credentials_create_with_options(
+            grpc_ssl_server_credentials_create_options_using_config_fetcher(request, Fetch,
+                                                                            this))) {}
+  ~TlsCredentials() override { grpc_server_credentials_release(core_); }
 
-template <auto kFree>
-struct FreeWith {
-  template <typename T>
-  void operator()(T* owned) const {
-    kFree(owned);
+  void SetAuthMetadataProcessor(const std::shared_ptr<grpc::AuthMetadataProcessor>&) override {}
+
+ private:
+  static grpc_ssl_certificate_config_reload_status Fetch(
+      void* self, grpc_ssl_server_certificate_config** config) {
+    TlsCredentials& credentials = *static_cast<TlsCredentials*>(self);
+    const auto pem = credentials.files_.current();
+    if (pem == credentials.fetched_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
+    credentials.fetched_ = pem;
+    const grpc_ssl_pem_key_cert_pair pair{pem->key.c_str(), pem->cert.c_str()};
+    // It wants some roots, also where nobody is asked for a certificate of them.
+    const std::string& roots = pem->client_ca.empty() ? pem->cert : pem->client_ca;
+    *config = grpc_ssl_server_certificate_config_create(roots.c_str(), &pair, 1);
+    return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
   }
+  int AddPortToServer(const std::string& address, grpc_server* server) override {
+    return grpc_server_add_http2_port(server, address.c_str(), core_);
+  }
+
+  const TlsFiles& files_;
+  std::shared_ptr<const TlsFiles::Pem> fetched_;
+  grpc_server_credentials* const core_;
 };
-using OwnedBio = std::unique_ptr<BIO, FreeWith<BIO_free>>;
-using OwnedCertificate = std::unique_ptr<X509, FreeWith<X509_free>>;
-using OwnedKey = std::unique_ptr<EVP_PKEY, FreeWith<EVP_PKEY_free>>;
-
-// The first of the text; null: there is none.
-OwnedCertificate CertificateOf(const std::string& pem) {
-  const OwnedBio bio(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())));
-  return OwnedCertificate(PEM_read_bio_X509(bio.get(), nullptr, nullptr, nullptr));
-}
-
-OwnedKey KeyOf(const std::string& pem) {
-  const OwnedBio bio(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())));
-  const auto no_passphrase = [](char*, int, int, void*) { return -1; };  // nobody is asked
-  return OwnedKey(PEM_read_bio_PrivateKey(bio.get(), nullptr, no_passphrase, nullptr));
-}
-
-// gRPC looks at them when it begins to listen, and does not say what is wrong.
-absl::Status CheckPem(const TlsFiles& tls, const grpc::SslServerCredentialsOptions& options) {
-  const auto& pair = options.pem_key_cert_pairs[0];
-  const OwnedCertificate certificate = CertificateOf(pair.cert_chain);
-  const OwnedKey key = KeyOf(pair.private_key);
-  const bool fits = certificate && key && X509_check_private_key(certificate.get(), key.get()) == 1;
-  const bool ca = tls.client_ca.empty() || CertificateOf(options.pem_root_certs) != nullptr;
-  ERR_clear_error();
-  if (!certificate) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--tls_cert: '", tls.cert, "' holds no PEM certificate"));
-  }
-  if (!key) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--tls_key: '", tls.key, "' holds no PEM private key, or one with a passphrase"));
-  }
-  if (!fits) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--tls_key: '", tls.key, "' is not the key of '", tls.cert, "'"));
-  }
-  if (!ca) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--tls_client_ca: '", tls.client_ca, "' holds no PEM certificate"));
-  }
-  return absl::OkStatus();
-}
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFiles& tls) {
-  if (tls.cert.empty()) return grpc::InsecureServerCredentials();
-  auto cert = ReadFile(tls.cert, "--tls_cert");
-  if (!cert.ok()) return cert.status();
-  auto key = ReadFile(tls.key, "--tls_key");
-  if (!key.ok()) return key.status();
-  grpc::SslServerCredentialsOptions options;
-  options.pem_key_cert_pairs.push_back({*std::move(key), *std::move(cert)});
-  if (!tls.client_ca.empty()) {
-    auto ca = ReadFile(tls.client_ca, "--tls_client_ca");
-    if (!ca.ok()) return ca.status();
-    options.pem_root_certs = *std::move(ca);
-    options.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
-  }
-  if (absl::Status status = CheckPem(tls, options); !status.ok()) return status;
-  return grpc::SslServerCredentials(options);
+std::shared_ptr<grpc::ServerCredentials> ServerCredentialsOf(const TlsFiles* tls,
+                                                             bool need_certificate) {
+  if (tls == nullptr) return grpc::InsecureServerCredentials();
+  return std::make_shared<TlsCredentials>(
+      *tls, tls->current()->client_ca.empty() ? GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE
+            : need_certificate ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
+                               : GRPC_SSL_REQUEST_CLIENT_CERTIFICATE_AND_VERIFY);
 }
 
 }  // namespace prefilld

@@ -1,22 +1,17 @@
-// TLS: who may connect. Read once, at start, before models are.
+// gRPC's credentials: TLS by files that may change, or none.
 #pragma once
 
 #include <grpcpp/security/server_credentials.h>
 
 #include <memory>
-#include <string>
 
-#include "absl/status/statusor.h"
+#include "server/rpc/tls_files.h"
 
 namespace prefilld {
 
-// PEM files. cert and key: TLS, empty: none; client_ca too: only clients with a certificate of it.
-struct TlsFiles {
-  std::string cert, key, client_ca;
-};
-
-// NOT_FOUND names the flag whose file cannot be read, INVALID_ARGUMENT the one whose file holds no
-// PEM of its kind, or a key that is not the certificate's.
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const TlsFiles& tls);
+// tls: null: plaintext; outlives them. need_certificate: where a client CA is named, who has no
+// certificate of it is not let in; else it is let in as nobody.
+std::shared_ptr<grpc::ServerCredentials> ServerCredentialsOf(const TlsFiles* tls,
+                                                             bool need_certificate);
 
 }  // namespace prefilld

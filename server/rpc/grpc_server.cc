@@ -10,6 +10,9 @@
 #include <climits>
 #include <utility>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/match.h"
+#include "absl/synchronization/mutex.h"
 #include "server/record/log.h"
 #include "server/rpc/call.h"
 
@@ -32,8 +35,23 @@ constexpr absl::Duration kAgeGrace = absl::Minutes(10);
 
 // gRPC's own log is quiet until the server serves (our one line tells why it does not), then ours.
 void DropGrpcLog(gpr_log_func_args*) {}
+// It belongs to the process. What it says of handshakes is the only word of who did not get in.
+ABSL_CONST_INIT absl::Mutex handshakes_mutex(absl::kConstInit);
+Access* handshakes_access ABSL_GUARDED_BY(handshakes_mutex) = nullptr;
+
+void TellOfHandshakes(Access* access) {
+  absl::MutexLock lock(&handshakes_mutex);
+  handshakes_access = access;
+}
+
 void TakeGrpcLog(gpr_log_func_args* args) {
   if (args->severity != GPR_LOG_SEVERITY_ERROR) return;
+  if (absl::EndsWith(args->file, "ssl_transport_security.cc") &&
+      absl::StrContains(args->message, "Handshake failed")) {
+    absl::MutexLock lock(&handshakes_mutex);
+    if (handshakes_access != nullptr) handshakes_access->HandshakeFailed("grpc", "", args->message);
+    return;
+  }
   Log(Level::kWarning, "grpc", {{"file", args->file}, {"message", args->message}});
 }
 
@@ -89,6 +107,7 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc, H
   builder.RegisterService(&server->models_);
   server->grpc_ = builder.BuildAndStart();
   if (!server->grpc_) return absl::InternalError("gRPC does not start");
+  TellOfHandshakes(&rpc.access);
   gpr_set_log_function(TakeGrpcLog);
   health.Tell([service = server->grpc_->GetHealthCheckService()](bool alive, bool ready) {
     service->SetServingStatus("", alive);
@@ -127,6 +146,7 @@ void GrpcServer::Check(SelfCheckOptions options) {
 GrpcServer::~GrpcServer() {
   health_.Tell(nullptr);
   Shutdown(absl::ZeroDuration());
+  TellOfHandshakes(nullptr);
 }
 
 void GrpcServer::Shutdown(absl::Duration most) {

@@ -180,8 +180,8 @@ void FillLimits(const RpcContext& rpc, const ModelInfo* model, Transport transpo
 
 }  // namespace
 
-absl::Status Negotiate(const RpcContext& rpc, const v1::NegotiateRequest& request,
-                       v1::NegotiateResponse* response) {
+absl::Status Negotiate(const RpcContext& rpc, const Caller& caller,
+                       const v1::NegotiateRequest& request, v1::NegotiateResponse* response) {
   auto transport = PickTransport(rpc, request);
   if (!transport.ok()) return transport.status();
   response->set_transport(ProtoOf(*transport));
@@ -190,7 +190,7 @@ absl::Status Negotiate(const RpcContext& rpc, const v1::NegotiateRequest& reques
   response->set_server_version(kVersion);
   const ModelInfo* info = nullptr;
   if (!request.model().empty()) {
-    auto model = FindModel(rpc.models, request.model(), "model");
+    auto model = FindModel(rpc, Rpc::kNegotiate, caller, request.model(), "model");
     if (!model.ok()) return model.status();
     info = &(*model)->info();
     auto form = ValidateLayout(request.layout(), "layout", GeometryOf(*info, 0));

@@ -10,7 +10,7 @@ namespace prefilld {
 
 // INVALID_ARGUMENT by field, NOT_FOUND of the model, FAILED_PRECONDITION for what is legal and not
 // possible here: it names both sides.
-absl::Status Negotiate(const RpcContext& rpc, const v1::NegotiateRequest& request,
-                       v1::NegotiateResponse* response);
+absl::Status Negotiate(const RpcContext& rpc, const Caller& caller,
+                       const v1::NegotiateRequest& request, v1::NegotiateResponse* response);
 
 }  // namespace prefilld

@@ -36,6 +36,8 @@ std::string PeerOfAddress(absl::string_view address) {
   return NetworkOf(host);
 }
 
-std::string PeerOf(const grpc::ServerContextBase& context) { return PeerOfAddress(context.peer()); }
+std::string PeerOf(const Caller& caller) {
+  return caller.tenant.empty() ? PeerOfAddress(caller.peer) : "tenant:" + caller.tenant;
+}
 
 }  // namespace prefilld

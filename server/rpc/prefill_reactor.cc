@@ -1,5 +1,7 @@
 #include "server/rpc/prefill_reactor.h"
 
+#include <openssl/sha.h>
+
 #include <utility>
 
 #include "server/record/errors.h"
@@ -8,16 +10,30 @@
 #include "server/rpc/validate.h"
 
 namespace prefilld {
+namespace {
+
+// To compare two says nothing of how much of one is right in the other.
+std::string HashOf(const std::string& request) {
+  std::string hash(SHA256_DIGEST_LENGTH, '\0');
+  SHA256(reinterpret_cast<const uint8_t*>(request.data()), request.size(),
+         reinterpret_cast<uint8_t*>(hash.data()));
+  return hash;
+}
+
+}  // namespace
 
 PrefillReactor* PrefillReactor::Start(RpcContext& rpc, grpc::CallbackServerContext* context,
                                       const grpc::ByteBuffer& bytes) {
   std::shared_ptr<PrefillReactor> reactor(new PrefillReactor(rpc, context));
   v1::PrefillRequest request;
-  const absl::Status parsed = Parse(bytes, &request);
+  const bool may = reactor->record_.caller().ok();
+  const absl::Status parsed = may ? Parse(bytes, &request) : reactor->record_.caller().status();
   auto stream = parsed.ok() ? reactor->Admit(request) : parsed;
   absl::MutexLock lock(&reactor->mutex_);
   reactor->self_ = reactor;
-  if (!stream.ok()) {
+  if (!may) {
+    reactor->End(stream.status());
+  } else if (!stream.ok()) {
     rpc.metrics.Rejected(stream.status());
     PrefillStream::LogRefusal(request.request_id().substr(0, kRequestIdBytesMax), stream.status());
     reactor->End(stream.status());
@@ -34,12 +50,12 @@ PrefillReactor::PrefillReactor(RpcContext& rpc, grpc::CallbackServerContext* con
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
-      peer_(PeerOf(*context)),
-      record_(rpc.metrics, "Prefill", rpc.calls) {}
+      record_(rpc, *context, Rpc::kPrefill) {}
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
     const v1::PrefillRequest& request) {
-  auto model = FindModel(rpc_.models, request.model(), "model");
+  const Caller& caller = *record_.caller();
+  auto model = FindModel(rpc_, Rpc::kPrefill, caller, request.model(), "model");
   if (!model.ok()) return model.status();
   if (absl::Status status = (*model)->files(); !status.ok()) return status;
   const ModelInfo& info = (*model)->info();
@@ -56,12 +72,13 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillReactor::Admit(
   if (request.validate_only()) return std::shared_ptr<PrefillStream>();
 
   valid->job->deadline = deadline_;
-  valid->job->peer = peer_;
+  valid->job->peer = PeerOf(caller);
+  valid->job->share = caller.weight;
   const std::string request_id = valid->job->request_id;
-  const std::string content = request.SerializeAsString();
+  const std::string content = HashOf(request.SerializeAsString());
   const auto self = shared_from_this();
-  return rpc_.prefills.FindOrStart(request_id, content, self, [&] {
-    return PrefillStream::Start(rpc_, *std::move(valid), content, self);
+  return rpc_.prefills.FindOrStart(caller, request_id, content, self, [&] {
+    return PrefillStream::Start(rpc_, caller, *std::move(valid), content, self);
   });
 }
 

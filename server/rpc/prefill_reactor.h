@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <memory>
-#include <string>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
@@ -43,11 +42,10 @@ class PrefillReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   grpc::CallbackServerContext* const context_;  // until OnDone
   const SteadyTime deadline_;
   std::atomic<bool> broke_{false};
-  const std::string peer_;
+  CallRecord record_;  // ended under the lock
   absl::Mutex mutex_;
   std::shared_ptr<PrefillReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   std::shared_ptr<PrefillStream> stream_ ABSL_GUARDED_BY(mutex_);
-  CallRecord record_ ABSL_GUARDED_BY(mutex_);
   size_t next_ ABSL_GUARDED_BY(mutex_) = 0;  // event to write
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   grpc::ByteBuffer write_ ABSL_GUARDED_BY(mutex_);  // of the outstanding write

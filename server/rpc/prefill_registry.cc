@@ -6,10 +6,11 @@
 namespace prefilld {
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillRegistry::FindOrStart(
-    const std::string& request_id, const std::string& content,
+    const Caller& caller, const std::string& request_id, const std::string& content,
     const std::shared_ptr<PrefillStream::Reader>& reader, const Start& start) {
+  const Key key = KeyOf(caller, request_id);
   absl::MutexLock lock(&mutex_);
-  const auto found = streams_.find(request_id);
+  const auto found = streams_.find(key);
   if (found != streams_.end()) {
     if (found->second->content() != content) {
       return InvalidField(
@@ -24,23 +25,24 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillRegistry::FindOrStart(
     }
   }
   auto stream = start();
-  if (stream.ok()) streams_.insert_or_assign(request_id, *stream);
+  if (stream.ok()) streams_.insert_or_assign(key, *stream);
   return stream;
 }
 
 void PrefillRegistry::Forget(const PrefillStream& stream) {
   std::shared_ptr<PrefillStream> gone;  // dropped after the lock
   absl::MutexLock lock(&mutex_);
-  const auto found = streams_.find(stream.request_id());
+  const auto found = streams_.find(KeyOf(stream.caller(), stream.request_id()));
   if (found == streams_.end() || found->second.get() != &stream) return;
   gone = std::move(found->second);
   streams_.erase(found);
 }
 
-void PrefillRegistry::Remove(absl::string_view request_id, uint64_t generation) {
+void PrefillRegistry::Remove(const Caller& caller, const std::string& request_id,
+                             uint64_t generation) {
   std::shared_ptr<PrefillStream> gone;  // dropped after the lock
   absl::MutexLock lock(&mutex_);
-  const auto found = streams_.find(std::string_view(request_id.data(), request_id.size()));
+  const auto found = streams_.find(KeyOf(caller, request_id));
   if (found == streams_.end() || found->second->generation() != generation) return;
   gone = std::move(found->second);
   streams_.erase(found);

@@ -62,7 +62,7 @@ bool LieInReady(RpcContext& rpc, SegmentPool& pool, const ValidPrefill& valid) {
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(
-    RpcContext& rpc, ValidPrefill valid, std::string content,
+    RpcContext& rpc, const Caller& caller, ValidPrefill valid, std::string content,
     const std::shared_ptr<Reader>& reader) {
   const std::shared_ptr<Job> job = valid.job;
   absl::Status status = rpc.scheduler.CheckOpen(*job);
@@ -78,7 +78,7 @@ absl::StatusOr<std::shared_ptr<PrefillStream>> PrefillStream::Start(
   if (!status.ok()) return status;
   if (medium == nullptr) WaitForBlocks(rpc, valid);
   const bool ready = medium == nullptr || (pool != nullptr && LieInReady(rpc, *pool, valid));
-  std::shared_ptr<PrefillStream> stream(new PrefillStream(rpc, job, std::move(content)));
+  std::shared_ptr<PrefillStream> stream(new PrefillStream(rpc, caller, job, std::move(content)));
   job->sink = stream;
   stream->Attach(reader);
   if (!ready) {
@@ -146,19 +146,11 @@ absl::Status PrefillStream::Begin(const ValidPrefill& valid) {
   if (given_up_) return end_;
   absl::Status status = rpc_.scheduler.Admit(job);
   if (status.ok()) {
-    auto lease = rpc_.leases.Grant(job->request_id, cache, valid.lease_ttl,
-                                   [&rpc = rpc_, job] { rpc.scheduler.Cancel(job); });
-    if (lease.ok()) {
-      rpc_.metrics.leases_granted.Increment();
-      lease_ = *std::move(lease);
-    } else {
-      status = lease.status();
-      rpc_.scheduler.Cancel(job, status);  // OnFinished lets go of the job
-    }
+    lease_ = rpc_.leases.Grant(job->request_id, caller_, cache, valid.lease_ttl,
+                               [&rpc = rpc_, job] { rpc.scheduler.Cancel(job); });
+    rpc_.metrics.leases_granted.Increment();
   } else {
     job_.reset();
-  }
-  if (!status.ok()) {
     cache->Close(status);
     return status;
   }
@@ -195,8 +187,13 @@ void PrefillStream::LogRefusal(const std::string& request_id, const absl::Status
        {"message", wire.error_message()}});
 }
 
-PrefillStream::PrefillStream(RpcContext& rpc, std::shared_ptr<Job> job, std::string content)
-    : rpc_(rpc), content_(std::move(content)), request_id_(job->request_id), job_(std::move(job)) {}
+PrefillStream::PrefillStream(RpcContext& rpc, const Caller& caller, std::shared_ptr<Job> job,
+                             std::string content)
+    : rpc_(rpc),
+      caller_(caller),
+      content_(std::move(content)),
+      request_id_(job->request_id),
+      job_(std::move(job)) {}
 
 uint64_t PrefillStream::generation() const {
   absl::MutexLock lock(&mutex_);
@@ -274,8 +271,8 @@ void PrefillStream::OnFinished(const absl::Status& status) {
   }
   const ModelInfo& info = job->prefill->model->info();
   if (status.ok()) {
-    rpc_.reports.Add({job->request_id, info.name, job->policy.method, job->policy.gamma,
-                      job->tokens(), job->report});
+    rpc_.reports.Add({caller_.tenant, job->request_id, info.name, job->policy.method,
+                      job->policy.gamma, job->tokens(), job->report});
   } else {
     // Layers without their successors are of no use to anybody. The lease may have ended already.
     (void)rpc_.leases.Release(lease.name, lease.generation, LeaseEnd::kAbandoned);

@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "prefilld/v1/prefill_service.pb.h"
+#include "server/caller.h"
 #include "server/job.h"
 #include "server/kv/lease_table.h"
 #include "server/transport/region.h"
@@ -33,15 +34,17 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
     virtual bool broke() const = 0;           // it did not leave: its connection broke
   };
 
-  // Takes blocks, a place in the queue and a lease, all or none, for `reader`. `content` is
-  // compared with that of later requests of the same id. Where the cache is to lie in a region that
-  // has to be made, which takes time, only the blocks that stand for it are taken here: a thread
-  // that may wait does the rest, and readers hear how it went.
+  // Takes blocks, a place in the queue and a lease, all or none, for `reader` of `caller`.
+  // `content` is compared with that of the caller's later requests of the same id: a hash does.
+  // Where the cache is to lie in a region that has to be made, which takes time, only the blocks
+  // that stand for it are taken here: a thread that may wait does the rest, and readers hear how it
+  // went.
   static absl::StatusOr<std::shared_ptr<PrefillStream>> Start(
-      RpcContext& rpc, ValidPrefill valid, std::string content,
+      RpcContext& rpc, const Caller& caller, ValidPrefill valid, std::string content,
       const std::shared_ptr<Reader>& reader);
   static void LogRefusal(const std::string& request_id, const absl::Status& why);
 
+  const Caller& caller() const { return caller_; }
   const std::string& content() const { return content_; }
   const std::string& request_id() const { return request_id_; }
   uint64_t generation() const;
@@ -62,7 +65,8 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   void OnFinished(const absl::Status& status) override;
 
  private:
-  PrefillStream(RpcContext& rpc, std::shared_ptr<Job> job, std::string content);
+  PrefillStream(RpcContext& rpc, const Caller& caller, std::shared_ptr<Job> job,
+                std::string content);
   absl::Status Begin(const ValidPrefill& valid) ABSL_LOCKS_EXCLUDED(mutex_);
   absl::Status Place(Medium& medium, const ValidPrefill& valid) ABSL_LOCKS_EXCLUDED(mutex_);
   void BeginInRegion(Medium& medium, const ValidPrefill& valid) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -71,6 +75,7 @@ class PrefillStream final : public JobSink, public std::enable_shared_from_this<
   void AppendResults(const Job& job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   RpcContext& rpc_;
+  const Caller caller_;
   const std::string content_;
   const std::string request_id_;
   mutable absl::Mutex mutex_;

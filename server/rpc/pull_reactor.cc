@@ -29,13 +29,13 @@ PullReactor::PullReactor(RpcContext& rpc, grpc::CallbackServerContext* context)
     : rpc_(rpc),
       context_(context),
       deadline_(DeadlineOf(*context)),
-      record_(rpc.metrics, "PullKv", rpc.calls) {}
+      record_(rpc, *context, Rpc::kPullKv) {}
 
 absl::Status PullReactor::Open(const grpc::ByteBuffer& bytes) {
   v1::PullKvRequest request;
+  if (!record_.caller().ok()) return record_.caller().status();
   if (absl::Status status = Parse(bytes, &request); !status.ok()) return status;
   absl::MutexLock lock(&mutex_);
-  lease_ = request.lease().substr(0, kRequestIdBytesMax);
   if (const TransportRow* row = FindTransportOfWire(request.transport()); row != nullptr) {
     transport_ = row->transport;
   }
@@ -44,9 +44,11 @@ absl::Status PullReactor::Open(const grpc::ByteBuffer& bytes) {
         absl::StrCat("the lease is of boot_id ", request.boot_id().substr(0, 64),
                      ", this server's is ", rpc_.boot_id, ": leases do not survive a restart"));
   }
-  auto cache = rpc_.leases.Find(request.lease(), request.generation());
-  if (!cache.ok()) return cache.status();
-  auto range = ValidatePull(request, **cache, rpc_.limits);
+  auto found =
+      FindLease(rpc_, Rpc::kPullKv, *record_.caller(), request.lease(), request.generation());
+  if (!found.ok()) return found.status();
+  request_id_ = std::move(found->request_id);
+  auto range = ValidatePull(request, *found->cache, rpc_.limits);
   if (!range.ok()) return range.status();
   const auto abort = [weak = weak_from_this()] {
     const auto self = weak.lock();
@@ -57,9 +59,9 @@ absl::Status PullReactor::Open(const grpc::ByteBuffer& bytes) {
     self->aborted_ = true;
     self->context_->TryCancel();
   };
-  auto transfer = (*cache)->Open(abort, RowOf(range->transport).open != nullptr);
+  auto transfer = found->cache->Open(abort, RowOf(range->transport).open != nullptr);
   if (!transfer.ok()) return transfer.status();
-  cache_ = *std::move(cache);
+  cache_ = std::move(found->cache);
   transfer_ = *std::move(transfer);
   range_ = *range;
   position_ = {range_.first_layer, range_.tensor, range_.byte_offset};
@@ -240,8 +242,9 @@ void PullReactor::End(const absl::Status& status, const char* failure) {
     rpc_.metrics.HandoffFailed(Name(transport_), failure);
   }
   const grpc::Status wire = record_.End(status);
+  if (!record_.caller().ok()) return Finish(wire);  // access has its line
   Log(status.ok() ? Level::kInfo : Level::kWarning, "pull_finished",
-      {{"request_id", lease_},
+      {{"request_id", request_id_},
        {"transport", Name(transport_)},
        {"code", CodeName(wire.error_code())},
        {"message", wire.error_message()},

@@ -69,10 +69,10 @@ class PullReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   RpcContext& rpc_;
   grpc::CallbackServerContext* const context_;
   const SteadyTime deadline_;
+  CallRecord record_;  // ended under the lock
   absl::Mutex mutex_;
-  std::shared_ptr<PullReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
-  CallRecord record_ ABSL_GUARDED_BY(mutex_);
-  std::string lease_ ABSL_GUARDED_BY(mutex_);                       // for the log
+  std::shared_ptr<PullReactor> self_ ABSL_GUARDED_BY(mutex_);       // until OnDone
+  std::string request_id_ ABSL_GUARDED_BY(mutex_);                  // of the lease; for the log
   Transport transport_ ABSL_GUARDED_BY(mutex_) = Transport::kGrpc;  // also of a refused pull
   ValidPull range_;                                                 // set by Open, then constant
   uint64_t tensor_bytes_ = 0;                                       // as range_

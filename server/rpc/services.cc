@@ -21,26 +21,32 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* PrefillServiceImpl::Prefill(
   return PrefillReactor::Start(rpc_, context, *request);
 }
 
-grpc::ServerUnaryReactor* PrefillServiceImpl::GetSparsityReport(grpc::CallbackServerContext*,
-                                                                const grpc::ByteBuffer* request,
-                                                                grpc::ByteBuffer* response) {
+grpc::ServerUnaryReactor* PrefillServiceImpl::GetSparsityReport(
+    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+    grpc::ByteBuffer* response) {
   return Answer<v1::GetSparsityReportRequest, v1::SparsityReport>(
-      rpc_.metrics, rpc_.calls, "GetSparsityReport", *request, response,
-      [&](const v1::GetSparsityReportRequest& asked, v1::SparsityReport* answer) -> absl::Status {
-        const auto report = rpc_.reports.Find(asked.request_id());
-        if (!report) return ResourceNotFound("request", asked.request_id().substr(0, 64));
+      rpc_, *context, Rpc::kGetSparsityReport, *request, response,
+      [&](const v1::GetSparsityReportRequest& asked, const Caller& caller,
+          v1::SparsityReport* answer) -> absl::Status {
+        const auto report = rpc_.reports.Find(asked.request_id(), caller);
+        if (!report) {
+          const std::string id = asked.request_id().substr(0, kRequestIdBytesMax);
+          if (rpc_.reports.Find(id, {}))
+            rpc_.access.ReportDenied(Rpc::kGetSparsityReport, caller, id);
+          return ResourceNotFound("request", id);
+        }
         *answer = ProtoOf(report->report);
         return absl::OkStatus();
       });
 }
 
-grpc::ServerUnaryReactor* KvHandoffServiceImpl::Negotiate(grpc::CallbackServerContext*,
+grpc::ServerUnaryReactor* KvHandoffServiceImpl::Negotiate(grpc::CallbackServerContext* context,
                                                           const grpc::ByteBuffer* request,
                                                           grpc::ByteBuffer* response) {
   return Answer<v1::NegotiateRequest, v1::NegotiateResponse>(
-      rpc_.metrics, rpc_.calls, "Negotiate", *request, response,
-      [&](const v1::NegotiateRequest& asked, v1::NegotiateResponse* answer) {
-        return prefilld::Negotiate(rpc_, asked, answer);
+      rpc_, *context, Rpc::kNegotiate, *request, response,
+      [&](const v1::NegotiateRequest& asked, const Caller& caller, v1::NegotiateResponse* answer) {
+        return prefilld::Negotiate(rpc_, caller, asked, answer);
       });
 }
 
@@ -49,35 +55,39 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* KvHandoffServiceImpl::PullKv(
   return PullReactor::Start(rpc_, context, *request);
 }
 
-grpc::ServerUnaryReactor* KvHandoffServiceImpl::RenewLease(grpc::CallbackServerContext*,
+grpc::ServerUnaryReactor* KvHandoffServiceImpl::RenewLease(grpc::CallbackServerContext* context,
                                                            const grpc::ByteBuffer* request,
                                                            grpc::ByteBuffer* response) {
   return Answer<v1::RenewLeaseRequest, v1::Lease>(
-      rpc_.metrics, rpc_.calls, "RenewLease", *request, response,
-      [&](const v1::RenewLeaseRequest& asked, v1::Lease* answer) -> absl::Status {
-        auto cache = rpc_.leases.Find(asked.lease(), asked.generation());
-        if (!cache.ok()) return cache.status();
+      rpc_, *context, Rpc::kRenewLease, *request, response,
+      [&](const v1::RenewLeaseRequest& asked, const Caller& caller,
+          v1::Lease* answer) -> absl::Status {
+        auto found = FindLease(rpc_, Rpc::kRenewLease, caller, asked.lease(), asked.generation());
+        if (!found.ok()) return found.status();
         auto ttl = ValidateLeaseTtl(asked.has_ttl(), asked.ttl(), "ttl", rpc_.limits,
                                     absl::ZeroDuration());
         if (!ttl.ok()) return ttl.status();
         auto lease = rpc_.leases.Renew(asked.lease(), asked.generation(), *ttl);
         if (!lease.ok()) return lease.status();
-        *answer = ProtoOf(*lease, (*cache)->geometry(), rpc_.boot_id);
+        *answer = ProtoOf(*lease, found->cache->geometry(), rpc_.boot_id);
         return absl::OkStatus();
       });
 }
 
-grpc::ServerUnaryReactor* KvHandoffServiceImpl::ReleaseLease(grpc::CallbackServerContext*,
+grpc::ServerUnaryReactor* KvHandoffServiceImpl::ReleaseLease(grpc::CallbackServerContext* context,
                                                              const grpc::ByteBuffer* request,
                                                              grpc::ByteBuffer* response) {
   return Answer<v1::ReleaseLeaseRequest, v1::ReleaseLeaseResponse>(
-      rpc_.metrics, rpc_.calls, "ReleaseLease", *request, response,
-      [&](const v1::ReleaseLeaseRequest& asked, v1::ReleaseLeaseResponse* answer) -> absl::Status {
+      rpc_, *context, Rpc::kReleaseLease, *request, response,
+      [&](const v1::ReleaseLeaseRequest& asked, const Caller& caller,
+          v1::ReleaseLeaseResponse* answer) -> absl::Status {
         if (asked.reason() != v1::RELEASE_REASON_CONSUMED &&
             asked.reason() != v1::RELEASE_REASON_ABANDONED) {
           return InvalidField("reason",
                               absl::StrCat(asked.reason(), " is neither CONSUMED nor ABANDONED"));
         }
+        auto found = FindLease(rpc_, Rpc::kReleaseLease, caller, asked.lease(), asked.generation());
+        if (!found.ok()) return found.status();
         const bool consumed = asked.reason() == v1::RELEASE_REASON_CONSUMED;
         auto running = rpc_.leases.Release(asked.lease(), asked.generation(),
                                            consumed ? LeaseEnd::kConsumed : LeaseEnd::kAbandoned,
@@ -88,13 +98,14 @@ grpc::ServerUnaryReactor* KvHandoffServiceImpl::ReleaseLease(grpc::CallbackServe
       });
 }
 
-grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext*,
+grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext* context,
                                                      const grpc::ByteBuffer* request,
                                                      grpc::ByteBuffer* response) {
   return Answer<v1::GetModelRequest, v1::Model>(
-      rpc_.metrics, rpc_.calls, "GetModel", *request, response,
-      [&](const v1::GetModelRequest& asked, v1::Model* answer) -> absl::Status {
-        auto model = FindModel(rpc_.models, asked.name(), "name");
+      rpc_, *context, Rpc::kGetModel, *request, response,
+      [&](const v1::GetModelRequest& asked, const Caller& caller,
+          v1::Model* answer) -> absl::Status {
+        auto model = FindModel(rpc_, Rpc::kGetModel, caller, asked.name(), "name");
         if (!model.ok()) return model.status();
         const ModelInfo& info = (*model)->info();
         *answer = ProtoOf(info, PromptTokensMax(info, rpc_.limits));
@@ -102,13 +113,15 @@ grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext
       });
 }
 
-grpc::ServerUnaryReactor* ModelServiceImpl::ListModels(grpc::CallbackServerContext*,
+grpc::ServerUnaryReactor* ModelServiceImpl::ListModels(grpc::CallbackServerContext* context,
                                                        const grpc::ByteBuffer* request,
                                                        grpc::ByteBuffer* response) {
   return Answer<v1::ListModelsRequest, v1::ListModelsResponse>(
-      rpc_.metrics, rpc_.calls, "ListModels", *request, response,
-      [&](const v1::ListModelsRequest&, v1::ListModelsResponse* answer) -> absl::Status {
+      rpc_, *context, Rpc::kListModels, *request, response,
+      [&](const v1::ListModelsRequest&, const Caller& caller,
+          v1::ListModelsResponse* answer) -> absl::Status {
         for (const auto& [name, model] : rpc_.models) {
+          if (!caller.MayUse(name)) continue;
           *answer->add_models() =
               ProtoOf(model->info(), PromptTokensMax(model->info(), rpc_.limits));
         }

@@ -133,10 +133,13 @@ Backlog Admission::BacklogNow(SteadyTime now) const {
 }
 
 Outlook Admission::OutlookOf(const Job& job, absl::Duration work, SteadyTime now) const {
-  return BacklogNow(now).OutlookOf(
-      job.peer,
-      {.arrival = now, .deadline = job.deadline.at(), .remaining = work, .priority = job.priority},
-      now);
+  return BacklogNow(now).OutlookOf(job.peer,
+                                   {.arrival = now,
+                                    .deadline = job.deadline.at(),
+                                    .remaining = work,
+                                    .priority = job.priority,
+                                    .share = job.share},
+                                   now);
 }
 
 absl::Status Admission::TakeBytes(Job& job) {
@@ -169,7 +172,7 @@ absl::Status Admission::Take(Job& job, absl::Duration work) {
   job.estimated_wait = outlook.wait;
   job.promise = outlook.promise;
   Live& live = live_[&job];
-  live.work = {.arrival = now, .remaining = work, .priority = job.priority};
+  live.work = {.arrival = now, .remaining = work, .priority = job.priority, .share = job.share};
   live.unretained = Unretained(job);
   if (live.unretained) unretained_.Take(job.peer, 1);
   if (job.attend) {

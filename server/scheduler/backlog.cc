@@ -21,6 +21,7 @@ void Backlog::Add(const std::string& peer, const Work& work) {
   OfPeer& of = peers_[peer];
   of.work.push_back(work);
   of.total += work.remaining;
+  of.share = work.share;
 }
 
 Outlook Backlog::OutlookOf(const std::string& peer, const Work& more, SteadyTime now) const {
@@ -40,11 +41,11 @@ Outlook Backlog::OutlookOf(const std::string& peer, const Work& more, SteadyTime
   return outlook;
 }
 
-// Each of the others has as much as it, or all that it wants.
-absl::Duration Backlog::EndOf(const std::string& peer, absl::Duration needed) const {
+// Each of the others has as much as it, by their shares, or all that it wants.
+absl::Duration Backlog::EndOf(const std::string& peer, double share, absl::Duration needed) const {
   absl::Duration end = needed;
   for (const auto& [name, of] : peers_) {
-    if (name != peer) end += std::min(of.total, needed);
+    if (name != peer) end += std::min(of.total, needed * (of.share / share));
   }
   return end;
 }
@@ -58,7 +59,7 @@ absl::Duration Backlog::WaitOf(const std::string& peer, const Work& more, Steady
       if (RankOf(work, now) < rank) before += work.remaining;
     }
   }
-  return std::max(step_, EndOf(peer, before + more.remaining) - more.remaining);
+  return std::max(step_, EndOf(peer, more.share, before + more.remaining) - more.remaining);
 }
 
 // Each of those that are due later has to leave it twice its work.
@@ -96,7 +97,8 @@ absl::Duration Backlog::LateWith(const std::string& peer, const Work& more, Stea
       }
     }
   }
-  const absl::Duration end = std::max(step_ + more.remaining, EndOf(peer, before + more.remaining));
+  const absl::Duration end =
+      std::max(step_ + more.remaining, EndOf(peer, more.share, before + more.remaining));
   // Who waits for nobody need not leave anything to what predictions are off by.
   const double planned = end > more.remaining ? kPlannedShare : 1;
   absl::Duration late = end - planned * (more.deadline - now);
@@ -105,8 +107,8 @@ absl::Duration Backlog::LateWith(const std::string& peer, const Work& more, Stea
   for (const Work* work : behind) {
     before += work->remaining;
     const absl::Duration left = DueOf(*work) - now;
-    if (EndOf(peer, before) > left) continue;  // it is late without
-    late = std::max(late, EndOf(peer, before + more.remaining) - left);
+    if (EndOf(peer, more.share, before) > left) continue;  // it is late without
+    late = std::max(late, EndOf(peer, more.share, before + more.remaining) - left);
   }
   return std::max(late, absl::ZeroDuration());
 }

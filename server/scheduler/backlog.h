@@ -39,14 +39,15 @@ class Backlog {
   struct OfPeer {
     std::vector<Work> work;
     absl::Duration total;
+    double share = 1;
   };
   // How long `more` will wait for others: for what its peer has that ranks before it, and for what
   // other peers' shares are meanwhile.
   absl::Duration WaitOf(const std::string& peer, const Work& more, SteadyTime now) const;
   // By how much `more` would be late, or with it work of its peer that is in time without.
   absl::Duration LateWith(const std::string& peer, const Work& more, SteadyTime now) const;
-  // When a peer has had so much of the engine, if it always has work.
-  absl::Duration EndOf(const std::string& peer, absl::Duration needed) const;
+  // When a peer of this share has had so much of the engine, if it always has work.
+  absl::Duration EndOf(const std::string& peer, double share, absl::Duration needed) const;
 
   const absl::Duration step_;
   std::map<std::string, OfPeer> peers_;

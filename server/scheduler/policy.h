@@ -20,6 +20,7 @@ struct Work {
   SteadyTime promise = absl::InfiniteFuture();
   absl::Duration remaining;  // predicted
   int priority = 0;
+  double share = 1;  // of its peer, beside others'
 };
 
 // The order among the work of one peer, member by member, smaller is earlier: least slack (deadline

@@ -300,7 +300,7 @@ void Scheduler::Charge(const Active& active) {
     const double whole =
         job->attend ? engine_.PredictSeconds(*job) : engine_.PredictLayerSeconds(*job);
     const double seconds = whole / static_cast<double>(active.parts());
-    shares_.Serve(job->peer, seconds);
+    shares_.Serve(job->peer, seconds / job->share);
     admission_.Progressed(*job, absl::Seconds(RemainingSeconds(active, *job)));
     all += seconds;
   }

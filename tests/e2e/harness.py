@@ -7,6 +7,7 @@ import pathlib
 import re
 import resource
 import signal
+import ssl
 import subprocess
 import threading
 import time
@@ -31,13 +32,17 @@ RESTING = ("prefilld_requests_running", "prefilld_requests_waiting", "prefilld_l
 class HttpPort:
     """What a prefilld says of itself, from before its models are loaded."""
 
-    def __init__(self, http):
+    def __init__(self, http, tls=False):
         self.http = http
+        self.tls = tls
 
-    def get(self, path):
-        """(status, body) of the HTTP port."""
+    def get(self, path, headers=(), client=None):
+        """(status, body) of the HTTP port; client: (certificate, key) of who asks."""
+        context = unverified(client) if self.tls else None
+        request = urllib.request.Request(f"http{'s' if self.tls else ''}://{self.http}{path}",
+                                         headers=dict(headers))
         try:
-            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as reply:
+            with urllib.request.urlopen(request, timeout=10, context=context) as reply:
                 return reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -76,7 +81,8 @@ class Server(HttpPort):
                                             preexec_fn=descriptors and limited_to(descriptors))
         try:
             self.target = self._announced(r"listening on (\S+:\d+)")
-            super().__init__(self._announced(r"http on (\S+:\d+)"))
+            super().__init__(self._announced(r"http on (\S+:\d+)"),
+                             tls=any(flag.startswith("--tls_cert=") for flag in flags))
         except BaseException:
             self.process.kill()
             self.process.wait()
@@ -158,6 +164,15 @@ class Server(HttpPort):
 def limited_to(descriptors):
     """For a child before it runs: its soft and hard limit."""
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+
+def unverified(client=None):
+    """For whom it is of no interest who serves."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if client:
+        context.load_cert_chain(*client)
+    return context
 
 
 def channel_options():

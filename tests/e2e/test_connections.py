@@ -237,6 +237,7 @@ def test_the_check_of_itself_passes_with_and_without_tls(start_server):
                 timeout=60)
             assert server.get("/healthz") == (200, "ok\n")
             assert "unreachable" not in {line["event"] for line in server.log()}
+            assert server.metric("prefilld_access_refused_total") == 0, "it is no stranger"
 
 
 def test_who_cannot_reach_itself_is_not_healthy_until_it_can(start_server):

@@ -35,7 +35,8 @@ ENDS_IN = {
 
 def folder(path: str) -> str:
     if re.match(r"server/\w+\.", path):
-        built = re.match(r"server/(config|http|main|pages|port|server|startup_log)\.", path)
+        built = re.match(r"server/(config|http|http_stream|main|pages|port|server|startup_log)\.",
+                         path)
         return "server/process" if built else "server/core"
     return next((name for name in MAY_INCLUDE if path.startswith(name + "/")), "")
 

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <thread>
 
 #include "absl/synchronization/notification.h"
@@ -53,6 +54,11 @@ class LeaseTableTest : public testing::Test {
   static void Complete(KvCache& cache) {
     for (int layer = 0; layer < cache.geometry().layers; ++layer) cache.Commit(layer);
   }
+  static LeaseInfo Grant(LeaseTable& table, std::shared_ptr<KvCache> cache,
+                         absl::Duration ttl = absl::Hours(1),
+                         std::function<void()> abandon = nullptr, const std::string& id = "a") {
+    return table.Grant(id, {}, std::move(cache), ttl, std::move(abandon));
+  }
   int64_t Free() { return pool_->CountByState()[0]; }
 
   const KvGeometry geometry_{
@@ -61,46 +67,68 @@ class LeaseTableTest : public testing::Test {
   std::unique_ptr<BlockPool> pool_;
 };
 
-TEST_F(LeaseTableTest, GenerationRisesWhenANameReturns) {
+TEST_F(LeaseTableTest, ANameIsRandomAndAGenerationRises) {
   LeaseTable table({});
-  auto cache = NewCache();
-  Complete(*cache);
-  auto first = *table.Grant("a", cache, absl::Hours(1), nullptr);
-  EXPECT_EQ(table.Grant("a", cache, absl::Hours(1), nullptr).status().code(),
-            absl::StatusCode::kAlreadyExists);
-  ASSERT_TRUE(table.Release("a", first.generation, LeaseEnd::kConsumed).ok());
-  auto second = *table.Grant("a", NewCache(), absl::Hours(1), nullptr);
+  const auto first = Grant(table, NewCache()), second = Grant(table, NewCache());
+  EXPECT_EQ(first.name.size(), 32u);
+  EXPECT_NE(first.name, second.name) << "of one request_id";
   EXPECT_GT(second.generation, first.generation);
-  EXPECT_EQ(table.Find("a", first.generation).status().code(),
-            absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(table.Find("b", 1).status().code(), absl::StatusCode::kNotFound);
-  EXPECT_TRUE(table.Find("a", second.generation).ok());
+  EXPECT_TRUE(table.Find(first.name, first.generation).ok());
+  for (const std::string& name : {std::string("a"), std::string(), first.name.substr(1),
+                                  first.name + "0", std::string(32, 'g'), std::string(32, '0')}) {
+    EXPECT_EQ(table.Find(name, first.generation).status().code(), absl::StatusCode::kNotFound);
+    EXPECT_FALSE(table.OwnerOf(name));
+  }
   table.ReleaseAll(LeaseEnd::kAbandoned);
   EXPECT_EQ(table.active(), 0);
+}
+
+TEST_F(LeaseTableTest, AnErrorTellsNeitherTheNameNorTheGeneration) {
+  LeaseTable table({});
+  const auto lease = Grant(table, NewCache());
+  const absl::Status wrong = table.Find(lease.name, lease.generation + 1).status();
+  EXPECT_EQ(wrong.code(), absl::StatusCode::kFailedPrecondition);
+  const absl::Status unknown = table.Find(std::string(32, '0'), 7).status();
+  EXPECT_EQ(unknown.code(), absl::StatusCode::kNotFound);
+  for (const absl::Status& status : {wrong, unknown}) {
+    const std::string text = status.ToString();
+    EXPECT_EQ(text.find(lease.name), std::string::npos) << text;
+    EXPECT_EQ(text.find(std::to_string(lease.generation)), std::string::npos) << text;
+    EXPECT_EQ(text.find(std::string(32, '0')), std::string::npos) << text;
+  }
+}
+
+TEST_F(LeaseTableTest, GenerationsOfTwoProcessesAreNotTheSame) {
+  LeaseTable one({}), other({});
+  const uint64_t first = Grant(one, NewCache()).generation,
+                 second = Grant(other, NewCache()).generation;
+  EXPECT_NE(first, second);
+  EXPECT_GT(first, 0u);
+  EXPECT_LT(first, uint64_t{1} << 53) << "a double has it";
 }
 
 TEST_F(LeaseTableTest, ReleaseFreesTheBlocksOnce) {
   LeaseTable table({});
   auto cache = NewCache();
   Complete(*cache);
-  auto lease = *table.Grant("a", std::move(cache), absl::Hours(1), nullptr);
+  auto lease = Grant(table, std::move(cache), absl::Hours(1));
   EXPECT_EQ(Free(), 62);
-  EXPECT_EQ(*table.Release("a", lease.generation, LeaseEnd::kConsumed), 0);
+  EXPECT_EQ(*table.Release(lease.name, lease.generation, LeaseEnd::kConsumed), 0);
   EXPECT_EQ(Free(), 64);
-  EXPECT_EQ(table.Release("a", lease.generation, LeaseEnd::kConsumed).status().code(),
+  EXPECT_EQ(table.Release(lease.name, lease.generation, LeaseEnd::kConsumed).status().code(),
             absl::StatusCode::kNotFound);
 }
 
 TEST_F(LeaseTableTest, AnUnusedLeaseExpires) {
   absl::Notification ended;
   LeaseTable table({.ended = [&](const LeaseInfo& info, LeaseEnd why) {
-    EXPECT_EQ(info.name, "a");
+    EXPECT_EQ(info.request_id, "a");
     EXPECT_EQ(why, LeaseEnd::kExpired);
     ended.Notify();
   }});
   auto cache = NewCache();
   Complete(*cache);
-  ASSERT_TRUE(table.Grant("a", std::move(cache), absl::Milliseconds(30), nullptr).ok());
+  Grant(table, std::move(cache), absl::Milliseconds(30), nullptr, "a");
   ASSERT_TRUE(ended.WaitForNotificationWithTimeout(absl::Seconds(10)));
   EXPECT_TRUE(table.WaitEmpty(SteadyNow() + absl::Seconds(10)));
   EXPECT_EQ(Free(), 64);
@@ -110,9 +138,9 @@ TEST_F(LeaseTableTest, ALeaseDoesNotAgeWhileItsCacheIsComputed) {
   absl::Notification ended;
   LeaseTable table({.ended = [&](const LeaseInfo&, LeaseEnd) { ended.Notify(); }});
   auto cache = NewCache();
-  auto lease = *table.Grant("a", cache, absl::Milliseconds(20), nullptr);
+  auto lease = Grant(table, cache, absl::Milliseconds(20));
   EXPECT_FALSE(ended.WaitForNotificationWithTimeout(absl::Milliseconds(200)));
-  EXPECT_TRUE(table.Find("a", lease.generation).ok());
+  EXPECT_TRUE(table.Find(lease.name, lease.generation).ok());
   Complete(*cache);
   EXPECT_TRUE(ended.WaitForNotificationWithTimeout(absl::Seconds(10)));
 }
@@ -149,8 +177,8 @@ TEST_F(LeaseTableTest, WhoRenewsALeaseWantsIt) {
 TEST_F(LeaseTableTest, AbandoningUnfinishedWorkStopsIt) {
   LeaseTable table({});
   bool abandoned = false;
-  auto lease = *table.Grant("a", NewCache(), absl::Hours(1), [&] { abandoned = true; });
-  ASSERT_TRUE(table.Release("a", lease.generation, LeaseEnd::kAbandoned).ok());
+  auto lease = Grant(table, NewCache(), absl::Hours(1), [&] { abandoned = true; });
+  ASSERT_TRUE(table.Release(lease.name, lease.generation, LeaseEnd::kAbandoned).ok());
   EXPECT_TRUE(abandoned);
 }
 
@@ -160,8 +188,8 @@ TEST_F(LeaseTableTest, AStalledPullIsCutOffAfterTheLeaseEnds) {
   auto cache = NewCache();
   Complete(*cache);
   auto transfer = *cache->Open([&] { aborted.Notify(); });
-  auto lease = *table.Grant("a", cache, absl::Milliseconds(30), nullptr);
-  EXPECT_EQ(*table.Release("a", lease.generation, LeaseEnd::kConsumed), 1);
+  auto lease = Grant(table, cache, absl::Milliseconds(30));
+  EXPECT_EQ(*table.Release(lease.name, lease.generation, LeaseEnd::kConsumed), 1);
   EXPECT_EQ(Free(), 62) << "the pull still reads";
   ASSERT_TRUE(aborted.WaitForNotificationWithTimeout(absl::Seconds(10)));
   transfer.reset();
@@ -172,8 +200,8 @@ TEST_F(LeaseTableTest, RenewalStartsTheTimeAnew) {
   LeaseTable table({});
   auto cache = NewCache();
   Complete(*cache);
-  auto lease = *table.Grant("a", cache, absl::Milliseconds(200), nullptr);
-  auto renewed = table.Renew("a", lease.generation, absl::Hours(1));
+  auto lease = Grant(table, cache, absl::Milliseconds(200));
+  auto renewed = table.Renew(lease.name, lease.generation, absl::Hours(1));
   ASSERT_TRUE(renewed.ok());
   EXPECT_EQ(renewed->ttl, absl::Hours(1));
   EXPECT_FALSE(table.WaitEmpty(SteadyNow() + absl::Milliseconds(400)));
@@ -186,10 +214,10 @@ TEST_F(LeaseTableTest, WordsDoNotKeepWhatIsNotRetained) {
   Complete(*passing);
   auto retained = NewCache();
   Complete(*retained);
-  auto lease = *table.Grant("passing", passing, absl::Hours(1), nullptr);
-  ASSERT_TRUE(table.Grant("retained", retained, absl::Hours(1), nullptr).ok());
+  auto lease = Grant(table, passing, absl::Hours(1));
+  Grant(table, retained, absl::Hours(1), nullptr, "retained");
   const SteadyTime deadline = SteadyNow() + absl::Seconds(30);
-  while (table.Renew("passing", lease.generation, absl::Hours(1)).ok()) {
+  while (table.Renew(lease.name, lease.generation, absl::Hours(1)).ok()) {
     ASSERT_LT(SteadyNow(), deadline);
     absl::SleepFor(absl::Milliseconds(5));
   }
@@ -205,14 +233,11 @@ TEST_F(LeaseTableTest, StoppingWaitsForALeaseThatEnds) {
   geometry.layers = 3;
   auto cache = *KvCache::Create(*pool_, geometry, /*retain=*/false);
   for (int layer : {0, 1}) cache->Commit(layer);  // it waits for its consumer: a lease ages
-  ASSERT_TRUE(table
-                  .Grant("a", cache, absl::ZeroDuration(),
-                         [&] {
-                           begun.Notify();
-                           go_on.WaitForNotification();
-                           abandoned = true;
-                         })
-                  .ok());
+  Grant(table, cache, absl::ZeroDuration(), [&] {
+    begun.Notify();
+    go_on.WaitForNotification();
+    abandoned = true;
+  });
   begun.WaitForNotification();
   std::thread other([&] { go_on.Notify(); });
   table.Stop();
@@ -226,24 +251,24 @@ TEST_F(LeaseTableTest, TheWallClockMayBeSet) {
   absl::Notification first, second;
   LeaseTable table({.ended =
                         [&](const LeaseInfo& info, LeaseEnd) {
-                          if (info.name == "first") first.Notify();
-                          if (info.name == "second") second.Notify();
+                          if (info.request_id == "first") first.Notify();
+                          if (info.request_id == "second") second.Notify();
                         }},
                    /*stalled_reader_grace=*/absl::Minutes(10));
   auto kept = NewCache(), read = NewCache(), other = NewCache();
   for (const auto& cache : {kept, read, other}) Complete(*cache);
-  auto lease = *table.Grant("a", kept, absl::Minutes(10), nullptr);
-  auto ended = *table.Grant("b", read, absl::Minutes(10), nullptr);
+  auto lease = Grant(table, kept, absl::Minutes(10));
+  auto ended = Grant(table, read, absl::Minutes(10));
   std::atomic<bool> aborted = false;
   auto transfer = *read->Open([&] { aborted = true; });
-  EXPECT_EQ(*table.Release("b", ended.generation, LeaseEnd::kConsumed), 1);
+  EXPECT_EQ(*table.Release(ended.name, ended.generation, LeaseEnd::kConsumed), 1);
   const WallClockAhead ahead(3600);
   // The thread looks at everything to end these; it cuts pulls off behind that.
-  ASSERT_TRUE(table.Grant("first", other, absl::ZeroDuration(), nullptr).ok());
+  Grant(table, other, absl::ZeroDuration(), nullptr, "first");
   first.WaitForNotification();
-  ASSERT_TRUE(table.Grant("second", other, absl::ZeroDuration(), nullptr).ok());
+  Grant(table, other, absl::ZeroDuration(), nullptr, "second");
   second.WaitForNotification();
-  EXPECT_TRUE(table.Find("a", lease.generation).ok());
+  EXPECT_TRUE(table.Find(lease.name, lease.generation).ok());
   EXPECT_FALSE(aborted);
 }
 
@@ -254,10 +279,10 @@ TEST_F(LeaseTableTest, ALeaseExpiresInTimeWhateverTheWallsClockIsSetTo) {
   LeaseTable table({.ended = [&](const LeaseInfo&, LeaseEnd) { ended.Notify(); }});
   auto cache = NewCache();
   Complete(*cache);
-  ASSERT_TRUE(table.Grant("a", std::move(cache), absl::Milliseconds(30), nullptr).ok());
+  Grant(table, std::move(cache), absl::Milliseconds(30), nullptr, "a");
   ended.WaitForNotification();
   EXPECT_TRUE(table.WaitEmpty(SteadyNow() + absl::Seconds(20)));
-  ASSERT_TRUE(table.Grant("b", NewCache(), absl::Hours(1), nullptr).ok());
+  Grant(table, NewCache(), absl::Hours(1), nullptr, "b");
   EXPECT_FALSE(table.WaitEmpty(SteadyNow() + absl::Milliseconds(30)));
 }
 

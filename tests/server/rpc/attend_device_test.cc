@@ -309,6 +309,7 @@ class AttendOnDeviceTest : public testing::Test {
   FakeBackend backend_;
   FakeDevice& device_ = backend_.device();
   Metrics metrics_;
+  Access access_{metrics_};
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;
@@ -328,8 +329,9 @@ class AttendOnDeviceTest : public testing::Test {
   LeaseTable leases_{{}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {.attend_bytes_max = 32 << 20}};
-  RpcContext rpc_{backend_, models_, media_,   nullptr,  segments_, leases_, scheduler_, prefills_,
-                  attends_, calls_,  sweeper_, reports_, metrics_,  memory_, transfers_, {}};
+  RpcContext rpc_{backend_,   models_,   media_,   nullptr,    segments_, leases_,
+                  scheduler_, prefills_, attends_, calls_,     sweeper_,  reports_,
+                  metrics_,   access_,   memory_,  transfers_, {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   int port_ = 0;

@@ -130,6 +130,7 @@ class KvOnDeviceTest : public testing::Test {
   FakeDevice& device_ = backend_.device();
   std::unique_ptr<BlockPool> pool_ = *BlockPool::Create(device_, 16 << 20, 128 << 10);
   Metrics metrics_;
+  Access access_{metrics_};
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;
@@ -141,13 +142,13 @@ class KvOnDeviceTest : public testing::Test {
   std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(1);
   WorkPool transfers_{1};
   LeaseTable leases_{{.ended = [this](const LeaseInfo& lease, LeaseEnd) {
-    prefills_.Remove(lease.name, lease.generation);
+    prefills_.Remove(lease.owner, lease.request_id, lease.generation);
   }}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_{engine_, metrics_, {}};
-  RpcContext rpc_{backend_,   models_,   media_,     pool_.get(), pools_,   leases_,
-                  scheduler_, prefills_, attends_,   calls_,      sweeper_, reports_,
-                  metrics_,   memory_,   transfers_, {}};
+  RpcContext rpc_{backend_,   models_,   media_,   pool_.get(), pools_,   leases_,
+                  scheduler_, prefills_, attends_, calls_,      sweeper_, reports_,
+                  metrics_,   access_,   memory_,  transfers_,  {}};
   PrefillServiceImpl prefill_service_{rpc_};
   KvHandoffServiceImpl handoff_service_{rpc_};
   std::unique_ptr<grpc::Server> server_;

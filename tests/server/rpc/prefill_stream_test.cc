@@ -68,14 +68,15 @@ class PrefillStreamTest : public testing::Test {
     return valid;
   }
   absl::StatusOr<std::shared_ptr<PrefillStream>> Come(const std::shared_ptr<Caller>& caller) {
-    return prefills_.FindOrStart("id", "content", caller, [&] {
-      return PrefillStream::Start(rpc_, Valid(), "content", caller);
+    return prefills_.FindOrStart({}, "id", "content", caller, [&] {
+      return PrefillStream::Start(rpc_, {}, Valid(), "content", caller);
     });
   }
 
   FakeBackend backend_;
   std::unique_ptr<BlockPool> pool_ = *BlockPool::Create(backend_.device(), 16 << 20, 128 << 10);
   Metrics metrics_;
+  Access access_{metrics_};
   ReportTable reports_;
   LiveIds attends_;
   LiveCalls calls_;
@@ -89,13 +90,13 @@ class PrefillStreamTest : public testing::Test {
   std::function<void()> on_ended_;
   LeaseTable leases_{{.ended = [this](const LeaseInfo& lease, LeaseEnd) {
     if (on_ended_) on_ended_();
-    prefills_.Remove(lease.name, lease.generation);
+    prefills_.Remove(lease.owner, lease.request_id, lease.generation);
   }}};
   Engine engine_{backend_, metrics_};
   Scheduler scheduler_;
-  RpcContext rpc_{backend_,   models_,   media_,     pool_.get(), pools_,   leases_,
-                  scheduler_, prefills_, attends_,   calls_,      sweeper_, reports_,
-                  metrics_,   memory_,   transfers_, {}};
+  RpcContext rpc_{backend_,   models_,   media_,   pool_.get(), pools_,   leases_,
+                  scheduler_, prefills_, attends_, calls_,      sweeper_, reports_,
+                  metrics_,   access_,   memory_,  transfers_,  {}};
 };
 
 TEST_F(PrefillStreamTest, WhoComesAsTheLastCallerGoesIsToldToComeAgain) {
@@ -128,10 +129,10 @@ TEST_F(PrefillStreamTest, WhoAttachesMayWaitForLonger) {
   job->deadline = soon;
   backend_.device().HoldMarks();
   const auto start = [&] {
-    return PrefillStream::Start(rpc_, valid, "content", std::make_shared<Caller>(soon));
+    return PrefillStream::Start(rpc_, {}, valid, "content", std::make_shared<Caller>(soon));
   };
   const auto attach = [&](absl::Time deadline) {
-    return prefills_.FindOrStart("id", "content", std::make_shared<Caller>(deadline), start);
+    return prefills_.FindOrStart({}, "id", "content", std::make_shared<Caller>(deadline), start);
   };
   ASSERT_TRUE(attach(soon).ok());
   EXPECT_EQ(job->deadline.at(), soon);
@@ -156,7 +157,7 @@ TEST_F(FullQueueTest, NoRegionIsMadeForWhomTheQueueHasNoPlace) {
   media_[Transport::kPosixShm] = std::move(medium);
   ValidPrefill valid = Valid();
   valid.transport = Transport::kPosixShm;
-  const auto stream = PrefillStream::Start(rpc_, valid, "content", std::make_shared<Caller>());
+  const auto stream = PrefillStream::Start(rpc_, {}, valid, "content", std::make_shared<Caller>());
   memory_->Stop();  // what was posted has run
   EXPECT_EQ(FactsOf(stream.status()).reason, "queue_full") << stream.status();
   EXPECT_EQ(asked.asked, 0);
@@ -173,7 +174,7 @@ TEST_F(PrefillStreamTest, NothingIsTakenForWhatNeverFits) {
   ASSERT_TRUE(engine_.Reserve(none).ok());
   ValidPrefill valid = Valid();
   valid.transport = Transport::kPosixShm;
-  const auto stream = PrefillStream::Start(rpc_, valid, "content", std::make_shared<Caller>());
+  const auto stream = PrefillStream::Start(rpc_, {}, valid, "content", std::make_shared<Caller>());
   memory_->Stop();
   EXPECT_EQ(stream.status().code(), absl::StatusCode::kInvalidArgument) << stream.status();
   EXPECT_EQ(FactsOf(stream.status()).field, "token_ids");
@@ -215,14 +216,14 @@ TEST_F(PrefillStreamTest, WhatHasNoRoomForCachesIsNotAgreedOnForAModel) {
   v1::NegotiateRequest request;
   v1::NegotiateResponse response;
   const auto agreed = [&] {
-    EXPECT_TRUE(Negotiate(rpc_, request, &response).ok());
+    EXPECT_TRUE(Negotiate(rpc_, {}, request, &response).ok());
     return response.transport();
   };
   EXPECT_EQ(agreed(), v1::TRANSPORT_POSIX_SHM) << "for an Attend";
   request.set_model("base");
   EXPECT_EQ(agreed(), v1::TRANSPORT_GRPC);
   request.add_transports(v1::TRANSPORT_POSIX_SHM);
-  EXPECT_EQ(Negotiate(rpc_, request, &response).code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(Negotiate(rpc_, {}, request, &response).code(), absl::StatusCode::kFailedPrecondition);
   rpc_.limits.kv_regions[Transport::kPosixShm] = 1 << 20;
   EXPECT_EQ(agreed(), v1::TRANSPORT_POSIX_SHM);
 }
@@ -254,18 +255,19 @@ class SegmentsTest : public PrefillStreamTest {
     ValidPrefill valid = Valid();
     valid.transport = Transport::kPosixShm;
     valid.pinned = pinned;
-    return *PrefillStream::Start(rpc_, valid, "content", caller_);
+    return *PrefillStream::Start(rpc_, {}, valid, "content", caller_);
   }
   // Of a prompt; the segments registered so far, once all are ready again.
   int ReleaseAfterPulls(int pulls, bool unmapped) {
     const auto stream = Begin(/*pinned=*/true);
     EXPECT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
-    const uint64_t generation = stream->generation();
+    const v1::Lease lease = AdmissionOf(*stream)->lease();
     {
-      const auto cache = *leases_.Find("id", generation);
+      const auto cache = leases_.Find(lease.name(), lease.generation())->cache;
       for (int i = 0; i < pulls; ++i) EXPECT_TRUE(cache->Open([] {}, /*told=*/true).ok());
     }
-    EXPECT_TRUE(leases_.Release("id", generation, LeaseEnd::kConsumed, unmapped).ok());
+    EXPECT_TRUE(
+        leases_.Release(lease.name(), lease.generation(), LeaseEnd::kConsumed, unmapped).ok());
     AwaitReady();
     return backend_.device().registrations();
   }

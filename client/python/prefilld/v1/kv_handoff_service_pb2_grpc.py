@@ -70,7 +70,7 @@ class KvHandoffServiceServicer(object):
     def PullKv(self, request, context):
         """The chunks of K (tensor_index 0), then V (1), of layer after layer, in the layout asked for.
         May be opened right after admission: it then follows the computation. A broken pull is resumed
-        with the position it reached. NOT_FOUND: no such lease. FAILED_PRECONDITION: another
+        with the position it reached. NOT_FOUND: no such lease, or another's. FAILED_PRECONDITION: another
         generation, another boot_id, a layer that was freed (retain = false), or transport posix_shm
         for a cache that lies in no segment.
         """

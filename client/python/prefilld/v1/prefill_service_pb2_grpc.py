@@ -29,7 +29,10 @@ if _version_not_supported:
 class PrefillServiceStub(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
     RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met.
+    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met. Where the server has an access
+    policy, every call of every service is UNAUTHENTICATED without good credentials (a client certificate, or metadata
+    "authorization: Bearer TOKEN"), and PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy
+    says whose call it is in metadata "prefilld-tenant".
     """
 
     def __init__(self, channel):
@@ -58,7 +61,10 @@ class PrefillServiceStub(object):
 class PrefillServiceServicer(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
     RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met.
+    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met. Where the server has an access
+    policy, every call of every service is UNAUTHENTICATED without good credentials (a client certificate, or metadata
+    "authorization: Bearer TOKEN"), and PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy
+    says whose call it is in metadata "prefilld-tenant".
     """
 
     def Attend(self, request_iterator, context):
@@ -83,7 +89,7 @@ class PrefillServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetSparsityReport(self, request, context):
-        """The report of one of the last 256 finished requests.
+        """The report of one of the last 256 finished requests; with an access policy, of its caller's tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,7 +124,10 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 class PrefillService(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
     RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met.
+    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met. Where the server has an access
+    policy, every call of every service is UNAUTHENTICATED without good credentials (a client certificate, or metadata
+    "authorization: Bearer TOKEN"), and PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy
+    says whose call it is in metadata "prefilld-tenant".
     """
 
     @staticmethod

@@ -1,0 +1,60 @@
+#include "server/rpc/call.h"
+
+#include <grpc/grpc_security_constants.h>
+#include <grpcpp/security/auth_context.h>
+
+#include <string>
+#include <tuple>
+
+#include "absl/strings/match.h"
+#include "server/rpc/context.h"
+
+namespace prefilld {
+namespace {
+
+// As grpc::ServerContext::peer() has addresses.
+bool IsOfThisHost(absl::string_view peer) {
+  for (const char* ours : {"ipv4:127.", "ipv6:%5B::1%5D:", "ipv6:[::1]:", "ipv6:%5B::ffff:127.",
+                           "ipv6:[::ffff:127.", "unix:"}) {
+    if (absl::StartsWith(peer, ours)) return true;
+  }
+  return false;
+}
+
+// Metadata of this name; empty where it is there more than once, which is no credential.
+std::optional<std::string> HeaderOf(const grpc::CallbackServerContext& context, const char* name) {
+  const auto [first, last] = context.client_metadata().equal_range(name);
+  if (first == last) return std::nullopt;
+  if (std::next(first) != last) return "";
+  return std::string(first->second.data(), first->second.size());
+}
+
+Credentials CredentialsOf(const grpc::CallbackServerContext& context) {
+  Credentials credentials;
+  credentials.peer = context.peer();
+  credentials.authorization = HeaderOf(context, "authorization");
+  credentials.tenant = HeaderOf(context, "prefilld-tenant");
+  const auto auth = context.auth_context();
+  const bool tls = !auth->FindPropertyValues(GRPC_TRANSPORT_SECURITY_TYPE_PROPERTY_NAME).empty();
+  credentials.overheard = !tls && !IsOfThisHost(credentials.peer);
+  for (const auto& [property, prefix] : {std::pair(GRPC_PEER_URI_PROPERTY_NAME, "URI:"),
+                                         std::pair(GRPC_PEER_DNS_PROPERTY_NAME, "DNS:"),
+                                         std::pair(GRPC_X509_CN_PROPERTY_NAME, "CN:")}) {
+    for (const grpc::string_ref& name : auth->FindPropertyValues(property)) {
+      credentials.certificate.push_back(prefix + std::string(name.data(), name.size()));
+    }
+  }
+  return credentials;
+}
+
+}  // namespace
+
+CallRecord::CallRecord(RpcContext& rpc, const grpc::CallbackServerContext& context, Rpc which)
+    : metrics_(rpc.metrics),
+      live_(rpc.calls),
+      rpc_(which),
+      caller_(rpc.access.Admit(which, CredentialsOf(context))) {
+  live_.Add(1);
+}
+
+}  // namespace prefilld

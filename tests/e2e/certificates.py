@@ -1,0 +1,46 @@
+"""Certificates for one test, made with openssl: authorities, and what they have signed."""
+
+import pathlib
+import subprocess
+
+import grpc
+
+
+class Authority:
+    """A CA of its own, and the certificates that it signs, all in one directory."""
+
+    def __init__(self, directory, name="ca"):
+        self.directory = pathlib.Path(directory)
+        self.name = name
+        key = self.directory / f"{name}.key"
+        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                "-keyout", key, "-out", self.pem, "-days", "30", "-subj", f"/CN={name}",
+                "-addext", "basicConstraints=critical,CA:TRUE")
+
+    @property
+    def pem(self):
+        return self.directory / f"{self.name}.pem"
+
+    def sign(self, name, common_name="prefilld", names="DNS:localhost,IP:127.0.0.1", days=30):
+        """(certificate, key) as paths; days below 0: it has expired."""
+        cert, key, request = (self.directory / f"{name}.{end}" for end in ("pem", "key", "csr"))
+        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                "-keyout", key, "-out", request, "-subj", f"/CN={common_name}")
+        extensions = self.directory / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={names}\n")
+        openssl("x509", "-req", "-in", request, "-CA", self.pem,
+                "-CAkey", self.directory / f"{self.name}.key", "-CAcreateserial", "-out", cert,
+                "-days", str(days), "-extfile", extensions)
+        return cert, key
+
+
+def openssl(*arguments):
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
+
+
+def channel(target, authority, client=None):
+    """Of a client that trusts `authority`, and has a (certificate, key) or none."""
+    cert, key = (path.read_bytes() for path in client) if client else (None, None)
+    credentials = grpc.ssl_channel_credentials(authority.pem.read_bytes(), key, cert)
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    return grpc.secure_channel(target, credentials, options)
