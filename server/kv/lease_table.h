@@ -49,9 +49,8 @@ class LeaseTable {
   absl::StatusOr<std::shared_ptr<KvCache>> Find(absl::string_view name, uint64_t generation) const;
   absl::StatusOr<LeaseInfo> Renew(absl::string_view name, uint64_t generation,
                                   absl::Duration ttl /* zero: its own */);
-  // Returns the number of transfers that still run. unmapped: see KvCache::Close.
-  absl::StatusOr<int> Release(absl::string_view name, uint64_t generation, LeaseEnd why,
-                              bool unmapped = false);
+  // Returns the number of transfers that still run.
+  absl::StatusOr<int> Release(absl::string_view name, uint64_t generation, LeaseEnd why);
   void ReleaseAll(LeaseEnd why);
   // Joins the thread: what it has begun to end has ended then, and no other lease expires. To be
   // called before what `ended` and `abandon` reach into goes.
@@ -72,7 +71,7 @@ class LeaseTable {
   absl::StatusOr<Entries::const_iterator> FindLocked(absl::string_view name,
                                                      uint64_t generation) const
       ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  void End(Entry entry, LeaseEnd why, bool unmapped = false);
+  void End(Entry entry, LeaseEnd why);
   void Expire();  // the thread
   void LookAgain() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     changed_ = true;

@@ -57,7 +57,7 @@ absl::Status PullReactor::Open(const grpc::ByteBuffer& bytes) {
     self->aborted_ = true;
     self->context_->TryCancel();
   };
-  auto transfer = (*cache)->Open(abort, RowOf(range->transport).open != nullptr);
+  auto transfer = (*cache)->Open(abort);
   if (!transfer.ok()) return transfer.status();
   cache_ = *std::move(cache);
   transfer_ = *std::move(transfer);
