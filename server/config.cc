@@ -1,7 +1,6 @@
 #include "server/config.h"
 
 #include <arpa/inet.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -18,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "server/machine_memory.h"
 #include "server/version.h"
 
 namespace prefilld {
@@ -25,11 +25,6 @@ namespace {
 
 constexpr uint64_t kGiB = uint64_t{1} << 30;
 constexpr size_t kModelNameBytesMax = 128;
-
-uint64_t MachineMemory() {
-  return static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) *
-         static_cast<uint64_t>(sysconf(_SC_PAGE_SIZE));
-}
 
 // "30s", "1m30s", as absl::ParseDuration reads them.
 void AddDuration(CLI::App& app, const char* flag, absl::Duration* value, const char* help) {
@@ -154,10 +149,10 @@ void AddTransports(CLI::App& app, Config* config) {
       ->type_name("NAMES")
       ->default_str(TransportNames(","));
   app.add_option(
-         "--cuda_ipc_socket", config->cuda_ipc_socket,
-         "Where cuda_ipc hands out descriptors of device memory: the path of a Unix socket, "
+         "--memory_socket", config->memory_socket,
+         "Where posix_shm and cuda_ipc hand out descriptors of memory: the path of a Unix socket, "
          "which containers share with its directory (the server's own, nobody else's to write or "
-         "lock), or @NAME, an abstract one")
+         "lock), or @NAME, an abstract one, of the network namespace")
       ->type_name("PATH")
       ->default_str("@prefilld- and an id of the process");
 }

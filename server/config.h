@@ -44,7 +44,9 @@ struct Config {
   std::vector<ModelSource> models;
   // Offered beside gRPC; absent: every one that is possible here.
   std::optional<std::set<Transport>> transports;
-  std::string cuda_ipc_socket;  // MediumSite's
+  // Where memory is handed out to those who map it: an absolute path, or "@" and an abstract name;
+  // empty: one of the latter, of this process alone.
+  std::string memory_socket;
 
   // Bytes. Touched as they are used (kv on a GPU: pinned from the start); 0: what half (kv) or a
   // quarter (attend) of the machine's memory allows, at most 8 and 4 GiB.

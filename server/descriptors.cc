@@ -13,7 +13,7 @@ namespace {
 constexpr int kOwn = 256;
 constexpr int kConnectionsMax = 16384;
 constexpr int kSegmentsMax = 4096;
-constexpr int kCudaIpcMax = 1024;
+constexpr int kMemoryMax = 4096;
 
 }  // namespace
 
@@ -28,15 +28,15 @@ std::shared_ptr<void> DescriptorShare::Take() const {
 absl::StatusOr<DescriptorShares> ShareDescriptors(int limit, std::optional<int> connections) {
   const int shared = limit - std::min(kOwn, limit / 2);
   const int segments = std::min(kSegmentsMax, shared / 4);
-  const int cuda_ipc = std::min(kCudaIpcMax, shared / 8);
-  const int rest = shared - segments - cuda_ipc;
+  const int memory = std::min(kMemoryMax, shared / 4);
+  const int rest = shared - segments - memory;
   if (connections.value_or(0) > rest) {
     return absl::InvalidArgumentError(
         absl::StrCat(*connections, " are more than the ", rest,
                      " that the limit of descriptors (ulimit -Hn: ", limit, ") allows"));
   }
   return DescriptorShares{connections.value_or(std::min(kConnectionsMax, rest)),
-                          DescriptorShare(segments), DescriptorShare(cuda_ipc)};
+                          DescriptorShare(segments), DescriptorShare(memory)};
 }
 
 int DescriptorLimit() {

@@ -29,7 +29,8 @@ class DescriptorShare {
 struct DescriptorShares {
   int connections = 0;       // of gRPC; the acceptor counts them
   DescriptorShare segments;  // posix_shm: one each, as long as it lives
-  DescriptorShare cuda_ipc;  // connections to its socket
+  DescriptorShare memory;    // connections to the socket that hands out memory: one for each peer
+                             // of a region, as long as it has it open
 };
 
 // Of `limit` (RLIMIT_NOFILE) descriptors. connections: as many, if that is possible

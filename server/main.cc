@@ -70,7 +70,7 @@ int Run(int argc, char** argv) {
     }
     stopped.Notify();
     sigwait(&stop, &signal_number);  // a second one does not wait for anybody
-    running.load()->RemoveSegments();
+    running.load()->CloseMedia();
     Log(Level::kWarning, "killed", {{"signal", signal_number}});
     FlushLog();
     _exit(1);

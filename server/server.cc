@@ -112,7 +112,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
        {"kv_blocks", server->pool_ ? server->pool_->total() : 0},
        {"shm_domain", ours.shm_domain},
        {"cuda_ipc_domain", ours.cuda_ipc_domain},
-       {"cuda_ipc_socket", ours.cuda_ipc_socket}});
+       {"memory_socket", server->rpc_->memory_socket}});
   for (const auto& [transport, segments] : server->segments_) segments->Fill();
   return server;
 }
@@ -132,8 +132,8 @@ absl::Status Server::StartHttp() {
                                        descriptors_.connections);
     metrics.connections.SetDescriptors("segments", descriptors_.segments.used(),
                                        descriptors_.segments.limit());
-    metrics.connections.SetDescriptors("cuda_ipc", descriptors_.cuda_ipc.used(),
-                                       descriptors_.cuda_ipc.limit());
+    metrics.connections.SetDescriptors("memory", descriptors_.memory.used(),
+                                       descriptors_.memory.limit());
     metrics.ready.Set(health_.ready().ok() ? 1 : 0);
     if (!built_.HasBeenNotified()) return;
     metrics.leases_active.Set(static_cast<double>(leases_->active()));
@@ -202,7 +202,6 @@ absl::Status Server::PlanMemory(SchedulerOptions& options) {
     absl::Status status = CheckPromptTokens({.asked = asked.prompt_tokens,
                                              .models = infos,
                                              .kv = limits_.kv,
-                                             .kv_room = kv_room_,
                                              .retain = false,
                                              .plan = asked});
     if (!status.ok()) {
@@ -228,24 +227,19 @@ absl::Status Server::PlanMemory(SchedulerOptions& options) {
   if (on_device && config_.kv_device_memory != 0) {
     MakePool(on_device->transport, inputs.kv_device_bytes);
   }
-  TellLowered(infos, limits_, kv_room_, asked);
+  TellLowered(infos, limits_, asked);
   TellSmallRegions(infos, limits_);
   return backend_->device().host_memory() ? absl::OkStatus() : engine_->Reserve(plan);
 }
 
 // Callers are served without what is not possible here, unless it was asked for by name.
 absl::Status Server::OpenMedia() {
-  const MediumSite site{
-      backend_->device(),   metrics_, boot_id_, config_.cuda_ipc_socket, descriptors_.segments,
-      descriptors_.cuda_ipc};
+  const MediumSite site{backend_->device(), std::make_shared<RegionNames>(), descriptors_.segments};
   for (const TransportRow& row : kTransports) {
     const bool named = config_.transports && config_.transports->count(row.transport) > 0;
     if (row.open != nullptr && (named || !config_.transports)) {
       if (auto medium = row.open(site); medium.ok()) {
         media_[row.transport] = *std::move(medium);
-      } else if (absl::IsInvalidArgument(medium.status()) ||
-                 absl::IsFailedPrecondition(medium.status())) {
-        return medium.status();
       } else if (named && row.required) {
         return Explain(absl::StrCat("--transports=", row.name).c_str(), medium.status());
       } else if (named || !absl::IsUnimplemented(medium.status())) {
@@ -256,6 +250,20 @@ absl::Status Server::OpenMedia() {
     const bool offered = row.open == nullptr || media_.count(row.transport) > 0;
     metrics_.AddTransport(row.name, offered);
   }
+  return media_.empty() ? absl::OkStatus() : OpenMemorySocket(site.names);
+}
+
+absl::Status Server::OpenMemorySocket(std::shared_ptr<RegionNames> names) {
+  auto socket = DescriptorSocket::Listen(
+      {.address = config_.memory_socket.empty() ? "@prefilld-" + boot_id_ : config_.memory_socket,
+       .find = [names = std::move(names)](const std::string& name) { return names->HandOut(name); },
+       .told =
+           [this](DescriptorSocket::Outcome outcome) {
+             metrics_.DescriptorAsked(Metrics::kDescriptorOutcomes[static_cast<int>(outcome)]);
+           },
+       .connections = descriptors_.memory});
+  if (!socket.ok()) return Explain("--memory_socket", socket.status());
+  memory_socket_ = *std::move(socket);
   return absl::OkStatus();
 }
 
@@ -281,24 +289,18 @@ void Server::MakePool(Transport transport, uint64_t bytes) {
 absl::Status Server::TakeKvMemory() {
   if (models_.empty()) return absl::OkStatus();
   const TransportRow* pooled = PooledRow(/*on_device=*/false);
-  if (pooled != nullptr) kv_room_ = FindMedium(media_, pooled->transport)->Room();
   const ModelInfos infos = Infos();
-  const KvShares kv = limits_.kv = ShareKv(infos, config_.kv_memory, kv_room_);
+  const KvShares kv = limits_.kv = ShareKv(infos, config_.kv_memory, pooled != nullptr);
   for (const ModelInfo* info : infos) {
     if (GeometryOf(*info, 0).TokensInBlocks(kv.blocks, /*retain=*/true) > 0) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat("--kv_memory: ", config_.kv_memory, " bytes hold no prompt of model '",
-                     info->name, "', not even of one token: --kv_memory=",
-                     FlagSize(KvMemoryFor(infos, 1, kv.block_bytes, kv_room_)), " would"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--kv_memory: ", config_.kv_memory, " bytes hold no prompt of model '", info->name,
+        "', not even of one token: --kv_memory=", FlagSize(KvMemoryFor(infos, 1, kv)), " would"));
   }
   for (const auto& [transport, medium] : media_) {
     const TransportRow& row = RowOf(transport);
     if (!row.kv_cache || row.on_device || &row == pooled) continue;  // pools have what they have
-    if (medium->Largest() == 0) {
-      TellNoRoom(transport);
-    } else {
-      limits_.kv_regions[transport] = medium->Largest();
-    }
+    limits_.kv_regions[transport] = config_.kv_memory;
   }
   if (pooled != nullptr) MakePool(pooled->transport, *kv.segment_bytes);
   auto pool = BlockPool::Create(backend_->device(), kv.blocks * kv.block_bytes, kv.block_bytes);
@@ -363,7 +365,8 @@ absl::Status Server::StartGrpc() {
                             .waiting_jobs_max = config_.waiting_jobs_max,
                             .upload_timeout = config_.upload_timeout,
                             .transfer_rate_min = config_.transfer_rate_min,
-                            .boot_id = boot_id_});
+                            .boot_id = boot_id_,
+                            .memory_socket = memory_socket_ ? memory_socket_->address() : ""});
   if (absl::Status status = held_port_->Listen(); !status.ok()) return Explain("--listen", status);
   const int connections = descriptors_.connections;
   const ConnectionLimits limits{
@@ -440,7 +443,7 @@ void Server::EndStalled(const StalledStep& step) {
        {"jobs", "end with the process, as UNAVAILABLE"}});
   health_.Set(Health::kStalled, "a step does not end");
   absl::SleepFor(kWatchInterval);  // for those who watch it
-  RemoveSegments();
+  CloseMedia();
   FlushLog();
   _exit(1);
 }
@@ -460,14 +463,15 @@ void Server::Drain() {
   const bool calls_ended = calls_.WaitNone(deadline);  // what still sends its last bytes
   // What is left has no end, such as who watches the health: the word of it is on its way.
   grpc_->Shutdown(std::min(deadline - SteadyNow(), kGoodbye));
-  RemoveSegments();
+  CloseMedia();
   Log(idle && leases_ended && calls_ended ? Level::kInfo : Level::kWarning, "drained",
       {{"idle", idle}, {"leases_ended", leases_ended}, {"calls_ended", calls_ended}});
 }
 
-void Server::RemoveSegments() {
+void Server::CloseMedia() {
   for (const auto& [transport, segments] : segments_) segments->Close();
   for (const auto& [transport, medium] : media_) medium->Close();
+  if (memory_socket_) memory_socket_->Close();
 }
 
 Server::~Server() {
@@ -484,8 +488,9 @@ Server::~Server() {
   }
   for (const auto& [transport, segments] : segments_) segments->Stop();  // they ask the scheduler
   scheduler_.reset();  // its sinks reach into what is above it
-  RemoveSegments();    // a slice may hold one, see below
-  media_.clear();      // and connections of peers, whose shares are not waited for
+  CloseMedia();
+  memory_socket_.reset();  // peers' shares are not waited for
+  media_.clear();
   // gRPC lets go of the last slices in its own time. A pool they point into is rather leaked.
   const SteadyTime deadline = SteadyNow() + absl::Seconds(2);
   bool back = true;

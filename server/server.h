@@ -35,9 +35,9 @@ class Server {
   void Drain();
   // A fault took the device: the process ends by SIGTERM to itself, and must not exit with 0.
   bool device_lost() const { return !backend_->device().fault().empty(); }
-  // Takes our segments out of /dev/shm, and the socket of cuda_ipc away: for an exit that destroys
-  // nothing. Any thread; no call can have a new segment afterwards.
-  void RemoveSegments();
+  // Takes the path of --memory_socket away: for an exit that destroys nothing. Any thread; no call
+  // can have new memory that is mapped afterwards.
+  void CloseMedia();
 
   // For tests of what must not wait for them.
   WorkPool& memory() { return *memory_; }
@@ -51,6 +51,7 @@ class Server {
   // What it finds out of memory is written to the options.
   absl::Status PlanMemory(SchedulerOptions& options);
   absl::Status OpenMedia();
+  absl::Status OpenMemorySocket(std::shared_ptr<RegionNames> names);
   // The transport whose caches lie in a pool in this memory, if any: the device's, or the host's.
   const TransportRow* PooledRow(bool on_device) const;
   void MakePool(Transport transport, uint64_t bytes);
@@ -81,11 +82,11 @@ class Server {
   std::unique_ptr<Backend> backend_;
   Models models_;
   Media media_;
+  std::unique_ptr<DescriptorSocket> memory_socket_;  // null: nothing is mapped
   const std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(config_.memory_threads);
   WorkPool transfers_{config_.transfer_threads};
   DescriptorShares descriptors_;
   RequestLimits limits_;             // each is known when what it limits is built
-  std::optional<uint64_t> kv_room_;  // ShareKv's
   std::unique_ptr<BlockPool> pool_;  // null without models
   SegmentPools segments_;            // see RpcContext
   std::unique_ptr<LeaseTable> leases_;

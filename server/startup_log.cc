@@ -73,13 +73,12 @@ void TellPlan(const MemoryPlan& plan, Metrics& metrics) {
        {"spare_bytes", plan.spare}});
 }
 
-void TellLowered(const ModelInfos& models, const RequestLimits& limits,
-                 std::optional<uint64_t> kv_room, const MemoryPlan& asked) {
+void TellLowered(const ModelInfos& models, const RequestLimits& limits, const MemoryPlan& asked) {
   for (const ModelInfo* info : models) {
     const int64_t wanted = std::min(asked.prompt_tokens, info->max_positions);
     std::vector<std::string> bounds, needs;
     const PromptLimitInputs inputs{
-        .asked = wanted, .models = {info}, .kv = limits.kv, .kv_room = kv_room, .plan = asked};
+        .asked = wanted, .models = {info}, .kv = limits.kv, .plan = asked};
     for (const PromptBound& bound : BoundsOf(inputs)) {
       bounds.push_back(bound.what);
       needs.push_back(bound.help);

@@ -38,9 +38,8 @@ class LoadingModel {
 void TellPlan(const MemoryPlan& plan, Metrics& metrics);
 
 // Of the default of --max_prompt_tokens, and only where the operator can do something about it.
-// kv_room: ShareKv's; asked: the plan of the default.
-void TellLowered(const ModelInfos& models, const RequestLimits& limits,
-                 std::optional<uint64_t> kv_room, const MemoryPlan& asked);
+// asked: the plan of the default.
+void TellLowered(const ModelInfos& models, const RequestLimits& limits, const MemoryPlan& asked);
 // Where what is served over gRPC does not fit into a region.
 void TellSmallRegions(const ModelInfos& models, const RequestLimits& limits);
 

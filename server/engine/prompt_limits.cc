@@ -39,8 +39,7 @@ void BoundByKv(const PromptLimitInputs& inputs, std::vector<PromptBound>* bounds
        absl::StrCat("one cache of model '", tightest->name, "' may hold ", least,
                     inputs.retain ? "" : ", if it passes through (retain = false)"),
        absl::StrCat("--kv_memory=",
-                    FlagSize(KvMemoryFor(inputs.models, inputs.asked, inputs.kv.block_bytes,
-                                         inputs.kv_room, inputs.retain)))});
+                    FlagSize(KvMemoryFor(inputs.models, inputs.asked, inputs.kv, inputs.retain)))});
 }
 
 void BoundByDevice(const PromptLimitInputs& inputs, std::vector<PromptBound>* bounds) {
@@ -58,30 +57,28 @@ void BoundByDevice(const PromptLimitInputs& inputs, std::vector<PromptBound>* bo
 
 }  // namespace
 
-KvShares ShareKv(const ModelInfos& models, uint64_t bytes, std::optional<uint64_t> room) {
+// What a cache in blocks may have, one in a segment may have too.
+KvShares ShareKv(const ModelInfos& models, uint64_t bytes, bool pooled) {
   KvShares shares;
-  if (room) shares.segment_bytes = SegmentPool::WholeSteps(std::min(bytes, *room) / 2);
+  if (pooled) shares.segment_bytes = SegmentPool::WholeSteps(bytes / 2);
   for (const ModelInfo* model : models) {
     shares.block_bytes =
         std::max<uint64_t>(shares.block_bytes, GeometryOf(*model, 1).block_bytes());
   }
-  // What a cache in blocks may have, one in a segment may have too, unless there is no room for it.
-  const uint64_t of_segments = shares.segment_bytes.value_or(0);
-  const uint64_t of_blocks = room && *room >= bytes ? of_segments : bytes - of_segments;
-  shares.blocks = static_cast<int64_t>(of_blocks / shares.block_bytes);
+  shares.blocks = static_cast<int64_t>(shares.segment_bytes.value_or(bytes) / shares.block_bytes);
   return shares;
 }
 
-uint64_t KvMemoryFor(const ModelInfos& models, int64_t tokens, uint64_t block_bytes,
-                     std::optional<uint64_t> room, bool retain) {
+uint64_t KvMemoryFor(const ModelInfos& models, int64_t tokens, const KvShares& shares,
+                     bool retain) {
   uint64_t bytes = 0;
   for (const ModelInfo* model : models) {
     const KvGeometry cache = GeometryOf(*model, std::min(tokens, model->max_positions));
-    bytes = std::max(bytes, block_bytes * cache.layers_held(retain) * cache.blocks_per_layer());
+    bytes =
+        std::max(bytes, shares.block_bytes * cache.layers_held(retain) * cache.blocks_per_layer());
   }
-  if (!room) return bytes;
-  const uint64_t half = SegmentPool::WholeSteps(bytes + SegmentPool::kStepBytes - 1);
-  return 2 * half <= *room ? 2 * half : std::max(bytes + *room / 2, *room + 1);
+  if (!shares.segment_bytes) return bytes;
+  return 2 * SegmentPool::WholeSteps(bytes + SegmentPool::kStepBytes - 1);
 }
 
 std::string FlagSize(uint64_t bytes) {

@@ -23,23 +23,22 @@ struct KvShares {
   // Of a pool of segments, for caches over posix_shm; none: there is no pool, and they take blocks.
   std::optional<uint64_t> segment_bytes;
 };
-// bytes: --kv_memory. room: bytes that segments of a pool may have at most; none: there is no pool.
-KvShares ShareKv(const ModelInfos& models, uint64_t bytes, std::optional<uint64_t> room);
-// The least --kv_memory of which, in blocks of so many bytes, one cache of each of these models
-// holds so many tokens, or its positions. retain: all layers of it, not those that pass through.
-uint64_t KvMemoryFor(const ModelInfos& models, int64_t tokens, uint64_t block_bytes,
-                     std::optional<uint64_t> room, bool retain = true);
+// bytes: --kv_memory. pooled: there is a pool of segments.
+KvShares ShareKv(const ModelInfos& models, uint64_t bytes, bool pooled);
+// The least --kv_memory of which, shared out so, one cache of each of these models holds so many
+// tokens, or its positions. retain: all layers of it, not those that pass through.
+uint64_t KvMemoryFor(const ModelInfos& models, int64_t tokens, const KvShares& shares,
+                     bool retain = true);
 
 // Bytes as flags take them, rounded up: "1536KiB", "32GiB".
 std::string FlagSize(uint64_t bytes);
 
 struct PromptLimitInputs {
-  int64_t asked = 0;                // tokens of the longest prompt
-  ModelInfos models;                // one at least
-  KvShares kv;                      // of all models
-  std::optional<uint64_t> kv_room;  // ShareKv's
-  bool retain = true;               // of prompts whose whole cache is kept
-  const MemoryPlan& plan;           // of `asked`, or more
+  int64_t asked = 0;       // tokens of the longest prompt
+  ModelInfos models;       // one at least
+  KvShares kv;             // of all models
+  bool retain = true;      // of prompts whose whole cache is kept
+  const MemoryPlan& plan;  // of `asked`, or more
 };
 // What keeps prompts from being longer than `tokens`, and the flags that would help, if any.
 struct PromptBound {

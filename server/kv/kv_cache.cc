@@ -108,7 +108,8 @@ KvCache::~KvCache() {
   give_back();
 }
 
-// The region first: the blocks are free for others only when its memory is.
+// The region first: the blocks are free for others only when its memory is, which may be later,
+// where peers have it open.
 std::function<void()> KvCache::Free() {
   freed_ = true;
   std::vector<std::pair<std::vector<int32_t>, BlockState>> taken;
@@ -116,10 +117,14 @@ std::function<void()> KvCache::Free() {
     if (!slot.blocks.empty()) taken.emplace_back(slot.blocks, slot.state);
   }
   Later later = region_ ? std::exchange(later_, nullptr) : nullptr;
-  auto give_back = [&pool = pool_, region = std::move(region_),
-                    taken = std::move(taken)]() mutable {
+  const bool counted = !taken.empty();
+  std::shared_ptr<void> blocks(nullptr, [&pool = pool_, taken = std::move(taken)](void*) {
+    for (const auto& [numbers, state] : taken) pool.GiveBack(numbers, state);
+  });
+  if (region_ && counted) region_->Keep(blocks);
+  auto give_back = [region = std::move(region_), blocks = std::move(blocks)]() mutable {
     region.reset();
-    for (const auto& [blocks, state] : taken) pool.GiveBack(blocks, state);
+    blocks.reset();
   };
   if (!later) return give_back;
   return [later = std::move(later), give_back = std::move(give_back)]() mutable {
@@ -220,14 +225,12 @@ void KvCache::Fail(absl::Status why) {
   for (const Ready& ready : wake) ready(why);
 }
 
-absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<void()> abort,
-                                                                 bool told) {
+absl::StatusOr<std::unique_ptr<KvCache::Transfer>> KvCache::Open(std::function<void()> abort) {
   absl::MutexLock lock(&mutex_);
   if (!closed_.ok()) return closed_;
   std::unique_ptr<Transfer> transfer(new Transfer(shared_from_this()));
   transfer->abort_ = std::move(abort);
   transfers_.push_back(transfer.get());
-  if (told) ++told_;
   progress_ = pulled_ = SteadyNow();
   return transfer;
 }
@@ -295,13 +298,11 @@ void KvCache::Leave(Transfer* transfer) {
   give_back();
 }
 
-void KvCache::Close(absl::Status why, bool unmapped) {
+void KvCache::Close(absl::Status why) {
   std::function<void()> give_back;
   {
     absl::MutexLock lock(&mutex_);
     if (closed_.ok()) closed_ = std::move(why);
-    const bool nobody_has_it = told_ == 0 || (told_ == 1 && unmapped);
-    if (nobody_has_it && region_) region_->SetUnmapped(true);
     // A slow reader has its whole time from here, even if slowness is what ended the lease.
     for (Transfer* transfer : transfers_) transfer->progress_ = SteadyNow();
     give_back = FreeIfQuiet();

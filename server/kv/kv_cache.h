@@ -1,8 +1,9 @@
 // The KV cache of one prompt: the layers that the engine fills one after another and that pulls
 // read, possibly while later layers are computed. Owns its blocks and gives them back when it is
 // closed and nobody reads them any more. Its bytes lie in the blocks, or in a region that a caller
-// can open; then the blocks stand for the memory that the region takes and hold none, or there are
-// no blocks, as somebody else counts that memory. Thread-safe; nothing here blocks but LieIn.
+// can open; then the blocks stand for the memory that the region takes, for as long as it takes it,
+// and hold none, or there are no blocks, as somebody else counts that memory. Thread-safe; nothing
+// here blocks but LieIn.
 #pragma once
 
 #include <algorithm>
@@ -150,14 +151,14 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   void Fail(absl::Status why);       // no further layer will come; committed ones stay readable
 
   // --- pulls ---
-  // FAILED_PRECONDITION when closed. told: the puller learns what opens the region.
-  absl::StatusOr<std::unique_ptr<Transfer>> Open(std::function<void()> abort, bool told = false);
+  // FAILED_PRECONDITION when closed.
+  absl::StatusOr<std::unique_ptr<Transfer>> Open(std::function<void()> abort);
   void Delivered(int layer);  // retain = false: frees it once its pins are gone
 
   // --- leases ---
-  // No new pull; blocks are freed after the running ones. Nobody has the region open if no pull was
-  // told of it, or one was and who releases it says so: unmapped.
-  void Close(absl::Status why, bool unmapped = false);
+  // No new pull; blocks are freed after the running ones, those of a region when no peer has it
+  // open any more.
+  void Close(absl::Status why);
   int running_transfers() const;
   bool computing() const;  // layers are still to come and the engine is not waiting for us
   bool complete() const;   // every layer was committed
@@ -214,7 +215,6 @@ class KvCache : public std::enable_shared_from_this<KvCache> {
   absl::Status failed_ ABSL_GUARDED_BY(mutex_);
   absl::Status closed_ ABSL_GUARDED_BY(mutex_);
   std::vector<Transfer*> transfers_ ABSL_GUARDED_BY(mutex_);
-  int told_ ABSL_GUARDED_BY(mutex_) = 0;  // pulls, of what opens the region
   std::function<void()> on_slot_free_ ABSL_GUARDED_BY(mutex_);
   SteadyTime progress_ ABSL_GUARDED_BY(mutex_) = SteadyNow();
   SteadyTime pulled_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();

@@ -115,8 +115,7 @@ bool LeaseTable::WasRenewed(absl::string_view name, uint64_t generation) const {
   return found.ok() && (*found)->second.was_renewed;
 }
 
-absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generation, LeaseEnd why,
-                                        bool unmapped) {
+absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generation, LeaseEnd why) {
   Entry entry;
   {
     absl::MutexLock lock(&mutex_);
@@ -127,7 +126,7 @@ absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generat
     signal_.SignalAll();
   }
   const std::shared_ptr<KvCache> cache = entry.cache;
-  End(std::move(entry), why, unmapped);
+  End(std::move(entry), why);
   return cache->running_transfers();
 }
 
@@ -142,9 +141,9 @@ void LeaseTable::ReleaseAll(LeaseEnd why) {
 }
 
 // New pulls stop at once; the cache frees its blocks when the running ones have ended.
-void LeaseTable::End(Entry entry, LeaseEnd why, bool unmapped) {
+void LeaseTable::End(Entry entry, LeaseEnd why) {
   const char* verb = why == LeaseEnd::kExpired ? "has expired" : "was released";
-  entry.cache->Close(absl::FailedPreconditionError(absl::StrCat("the lease ", verb)), unmapped);
+  entry.cache->Close(absl::FailedPreconditionError(absl::StrCat("the lease ", verb)));
   if (events_.ended) events_.ended(entry.info, why);  // the name is free before the job hears of it
   if (!entry.cache->complete() && entry.abandon) entry.abandon();
   if (entry.cache->running_transfers() > 0) {

@@ -60,9 +60,8 @@ class LeaseTable {
   absl::StatusOr<Found> Find(absl::string_view name, uint64_t generation) const;
   absl::StatusOr<LeaseInfo> Renew(absl::string_view name, uint64_t generation,
                                   absl::Duration ttl /* zero: its own */);
-  // Returns the number of transfers that still run. unmapped: see KvCache::Close.
-  absl::StatusOr<int> Release(absl::string_view name, uint64_t generation, LeaseEnd why,
-                              bool unmapped = false);
+  // Returns the number of transfers that still run.
+  absl::StatusOr<int> Release(absl::string_view name, uint64_t generation, LeaseEnd why);
   // Whether somebody follows the computation, as one does from the start. Where nobody does, and
   // nobody pulls, a lease ages while the engine works on its cache, too. Harmless when it has
   // ended.
@@ -93,7 +92,7 @@ class LeaseTable {
   const Entry* FindName(absl::string_view name) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   absl::StatusOr<absl::uint128> FindLocked(absl::string_view name, uint64_t generation) const
       ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  void End(Entry entry, LeaseEnd why, bool unmapped = false);
+  void End(Entry entry, LeaseEnd why);
   void Expire();  // the thread
   void LookAgain() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     changed_ = true;

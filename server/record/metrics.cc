@@ -196,7 +196,7 @@ Metrics::Metrics()
                                   "Transports that callers were offered and could not use, as "
                                   "they say; memory: the server had none for a call")),
       descriptors_(Counters(*registry_, "prefilld_descriptor_connections_total",
-                            "Connections to the socket of cuda_ipc, by what became of them")),
+                            "Connections to --memory_socket, by what became of them")),
       handoff_transport_info_(
           Gauges(*registry_, "prefilld_handoff_transport_info", "Transports this server offers")),
       model_bytes_(Gauges(*registry_, "prefilld_model_bytes",

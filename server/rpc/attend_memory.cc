@@ -120,12 +120,12 @@ absl::StatusOr<AttendMemory> TakeRegion(const ValidAttend& valid, Device& device
   for (const v1::TensorSpec& spec : AnnouncedOutputs(*valid.job, valid.ragged)) {
     memory.outputs.push_back(place(BytesOf(spec)));
   }
-  auto region = medium.Create(end);
+  auto region = medium.Create(end, PeerAccess::kReadAndWrite);
   if (!region.ok()) return NoMemory(region.status());
   memory.region = region->get();
   // A peer may have it for longer than the job lives: it counts until then.
   memory.region->Keep(valid.job->budget);
-  valid.job->attend->region = memory.region->Link(*std::move(region));
+  valid.job->attend->region = Region::Link(*std::move(region));
   for (size_t i = 0; i < bytes.size(); ++i) {
     memory.upload.push_back({memory.region->data() + memory.inputs[i], bytes[i]});
   }

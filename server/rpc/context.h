@@ -55,6 +55,7 @@ struct RpcContext {
   // Bytes a second that its tensors move at in the mean, after that time; likewise.
   uint64_t transfer_rate_min = uint64_t{256} << 10;
   std::string boot_id;
+  std::string memory_socket;  // where regions are opened; empty: there are none
   // Whether the connection of a call's peer (grpc::ServerContext::peer()) is there: a call that
   // ends on one was taken back, else it broke. By GrpcServer.
   std::function<bool(const std::string& peer)> connected;

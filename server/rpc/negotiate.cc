@@ -25,12 +25,12 @@ PeerFacts FactsOfPeer(const v1::NegotiateRequest& request) {
 }
 
 // And ours, for the peer to compare.
-void Introduce(const Media& media, v1::NegotiateResponse* response) {
+void Introduce(const RpcContext& rpc, v1::NegotiateResponse* response) {
   PeerFacts ours;
-  for (const auto& [transport, medium] : media) medium->Introduce(&ours);
+  for (const auto& [transport, medium] : rpc.media) medium->Introduce(&ours);
   response->set_shm_domain(ours.shm_domain);
   response->set_cuda_ipc_domain(ours.cuda_ipc_domain);
-  response->set_cuda_ipc_socket(ours.cuda_ipc_socket);
+  response->set_memory_socket(rpc.memory_socket);
   for (const std::string& uuid : ours.device_uuids) response->add_device_uuids(uuid);
 }
 
@@ -186,7 +186,7 @@ absl::Status Negotiate(const RpcContext& rpc, const Caller& caller,
   if (!transport.ok()) return transport.status();
   response->set_transport(ProtoOf(*transport));
   response->set_boot_id(rpc.boot_id);
-  Introduce(rpc.media, response);
+  Introduce(rpc, response);
   response->set_server_version(kVersion);
   const ModelInfo* info = nullptr;
   if (!request.model().empty()) {

@@ -96,8 +96,8 @@ absl::Status PrefillStream::Place(Medium& medium, const ValidPrefill& valid) {
   std::shared_ptr<KvCache>& cache = valid.job->prefill->cache;  // null: it is the pool's to make
   const KvGeometry geometry = GeometryFor(*valid.job);
   const uint64_t bytes = geometry.region_bytes();
-  auto region =
-      cache ? medium.Create(bytes) : FindPool(rpc_.segments, valid.transport)->Make(bytes);
+  auto region = cache ? medium.Create(bytes, PeerAccess::kRead)
+                      : FindPool(rpc_.segments, valid.transport)->Make(bytes);
   if (!region.ok()) {
     rpc_.metrics.TransportRefused(Name(valid.transport), Metrics::kNoMemory);
     if (valid.pinned) return region.status();
@@ -106,7 +106,7 @@ absl::Status PrefillStream::Place(Medium& medium, const ValidPrefill& valid) {
   }
   if (GivenUp()) return absl::OkStatus();
   if (cache) {
-    cache->LieIn(*std::move(region), LaterOf(rpc_, bytes));
+    cache->LieIn(Region::Link(*std::move(region)), LaterOf(rpc_, bytes));
   } else {
     cache = KvCache::CreateIn(*std::move(region), LaterOf(rpc_, bytes), *rpc_.pool, geometry);
   }
@@ -163,8 +163,7 @@ absl::Status PrefillStream::Begin(const ValidPrefill& valid) {
   *admission.mutable_lease() = ProtoOf(lease_, cache->geometry(), rpc_.boot_id);
   admission.set_fingerprint(info.fingerprint);
   admission.set_transport(ProtoOf(cache->transport()));
-  // Of host memory a pull's word is waited for: until then nobody has it, and it is used again.
-  if (RowOf(cache->transport()).on_device) {
+  if (RowOf(cache->transport()).open != nullptr) {
     *admission.add_buffers() = BufferAt(cache->address(), 0, cache->geometry().region_bytes());
   }
   rpc_.metrics.prompt_tokens.Observe(static_cast<double>(job->tokens()));

@@ -59,7 +59,7 @@ absl::Status PullReactor::Open(const grpc::ByteBuffer& bytes) {
     self->aborted_ = true;
     self->context_->TryCancel();
   };
-  auto transfer = found->cache->Open(abort, RowOf(range->transport).open != nullptr);
+  auto transfer = found->cache->Open(abort);
   if (!transfer.ok()) return transfer.status();
   cache_ = std::move(found->cache);
   transfer_ = *std::move(transfer);

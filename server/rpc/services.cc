@@ -90,8 +90,7 @@ grpc::ServerUnaryReactor* KvHandoffServiceImpl::ReleaseLease(grpc::CallbackServe
         if (!found.ok()) return found.status();
         const bool consumed = asked.reason() == v1::RELEASE_REASON_CONSUMED;
         auto running = rpc_.leases.Release(asked.lease(), asked.generation(),
-                                           consumed ? LeaseEnd::kConsumed : LeaseEnd::kAbandoned,
-                                           consumed && asked.unmapped());
+                                           consumed ? LeaseEnd::kConsumed : LeaseEnd::kAbandoned);
         if (!running.ok()) return running.status();
         answer->set_running_transfers(static_cast<uint32_t>(*running));
         return absl::OkStatus();

@@ -3,7 +3,7 @@
 // a descriptor and a size; from then on its connection says that the memory is in use: a share of
 // it is held until the peer hangs up, by itself when its process ends.
 //
-// Owned by the medium. One thread polls and answers, and never waits for a peer; others let go of
+// Owned by the server. One thread polls and answers, and never waits for a peer; others let go of
 // shares, which may take long. Peers are hostile, whoever they are: what they can hold is bounded.
 #pragma once
 

@@ -136,7 +136,7 @@ absl::StatusOr<std::shared_ptr<Region>> SegmentPool::Make(uint64_t bytes) {
   }
   if (ready) return Lend(std::move(ready));
   out.clear();  // their memory is for the new one
-  auto region = medium_.Create(size);
+  auto region = medium_.Create(size, PeerAccess::kRead);
   if (region.ok()) region = Register(*std::move(region));
   {
     absl::MutexLock lock(&mutex_);
@@ -168,10 +168,10 @@ bool SegmentPool::MakeRoom(uint64_t bytes, std::vector<Member>* out) {
 
 std::shared_ptr<Region> SegmentPool::Lend(std::shared_ptr<Region> region) {
   Region* const raw = region.get();
-  return raw->Link({raw, [pool = weak_from_this(), region = std::move(region)](Region*) mutable {
-                      if (auto self = pool.lock()) self->Renew(std::move(region));
-                      region.reset();
-                    }});
+  return Region::Link({raw, [pool = weak_from_this(), region = std::move(region)](Region*) mutable {
+                         if (auto self = pool.lock()) self->Renew(std::move(region));
+                         region.reset();
+                       }});
 }
 
 void SegmentPool::Renew(std::shared_ptr<Region> region) {
@@ -180,7 +180,7 @@ void SegmentPool::Renew(std::shared_ptr<Region> region) {
     absl::MutexLock lock(&mutex_);
     lent_ -= bytes;
     changing_ += bytes;
-    if (region->unmapped() && !closed_) {
+    if (!closed_) {
       zeroing_.insert(bytes);
       return Zero(std::move(region));
     }
@@ -188,9 +188,6 @@ void SegmentPool::Renew(std::shared_ptr<Region> region) {
   region.reset();
   absl::MutexLock lock(&mutex_);
   Changed(bytes);
-  if (closed_) return;
-  idle_.push_back({bytes, nullptr});
-  filler_.Post([this] { FillOne(); });
 }
 
 void SegmentPool::Zero(std::shared_ptr<Region> region) {
@@ -211,7 +208,6 @@ void SegmentPool::Zero(std::shared_ptr<Region> region) {
 
 void SegmentPool::Zeroed(std::shared_ptr<Region> region, bool zero) {
   const uint64_t bytes = region->bytes();
-  region->SetUnmapped(false);
   absl::MutexLock lock(&mutex_);
   Changed(bytes);
   zeroing_.erase(zeroing_.find(bytes));
@@ -241,7 +237,7 @@ void SegmentPool::FillOne() {
     changing_ += bytes;
     idle_.erase(missing);
   }
-  auto region = medium_.Create(bytes);
+  auto region = medium_.Create(bytes, PeerAccess::kRead);
   if (region.ok() && !OnDevice(**region) && AwaitQuiet()) region = Register(*std::move(region));
   absl::MutexLock lock(&mutex_);
   Changed(bytes);

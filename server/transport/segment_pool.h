@@ -5,11 +5,10 @@
 //
 // The pool holds members of different sizes, as many as fit into its bytes, and no cache lies
 // elsewhere. A member is made in the background, lent to one cache, and, when the last share of it
-// is gone (the cache's, and those of peers where they have some), zeroed and lent again where
-// nobody has it mapped any more (Region::unmapped). Otherwise it is destroyed and made anew:
-// whoever has mapped a region keeps what it saw, and sees nobody else's. At the start each is half
-// the next one's size; from then on the pool follows what is asked for: who finds nothing ready
-// gets a new member, in the place of others that nobody uses. Threads: any.
+// is gone (the cache's, and those of peers that have it open), zeroed and lent again, under a new
+// name: whoever has opened a region keeps what it saw, and sees nobody else's. At the start each is
+// half the next one's size; from then on the pool follows what is asked for: who finds nothing
+// ready gets a new member, in the place of others that nobody uses. Threads: any.
 #pragma once
 
 #include <algorithm>

@@ -6,26 +6,21 @@
 #include <array>
 #include <map>
 #include <memory>
-#include <string>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "kernels/backend.h"
 #include "server/descriptors.h"
 #include "server/transport/region.h"
+#include "server/transport/region_names.h"
 
 namespace prefilld {
 
-struct Metrics;
-
 // What a medium is opened on.
 struct MediumSite {
-  Device& device;     // that the server computes on; outlives the medium
-  Metrics& metrics;   // likewise
-  std::string owner;  // names this process, never used before
-  // An absolute path, or "@" and an abstract name; empty: one of the latter, after the owner.
-  std::string cuda_ipc_socket;
-  DescriptorShare segments = DescriptorShare(), cuda_ipc_connections = DescriptorShare();
+  Device& device;  // that the server computes on; outlives the medium
+  std::shared_ptr<RegionNames> names;
+  DescriptorShare segments = DescriptorShare();
 };
 
 struct TransportRow {
@@ -44,8 +39,7 @@ struct TransportRow {
   // Asked for by name and not possible is no start. What is not is served without, with a warning.
   bool required;
   // At start. UNIMPLEMENTED: not on this device, which nobody need be told; UNAVAILABLE and others
-  // say why not, INVALID_ARGUMENT and FAILED_PRECONDITION about a flag, by name: no start. Null:
-  // bytes are sent, there are no regions, and it is always there.
+  // say why not. Null: bytes are sent, there are no regions, and it is always there.
   absl::StatusOr<std::unique_ptr<Medium>> (*open)(const MediumSite& site);
 };
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 
 from e2e import mapping, prefilling
-from prefilld import cuda_driver, cuda_ipc, cuda_socket
+from prefilld import cuda_driver, cuda_ipc, memory_socket
 from prefilld.v1 import kv_handoff_service_pb2 as kv
 
 IPC = kv.TRANSPORT_CUDA_IPC
@@ -15,7 +15,7 @@ class Opened:
 
     def __init__(self, socket, name):
         self.driver = cuda_driver.driver()
-        self.connection, descriptor, size = cuda_socket.receive(socket, name)
+        self.connection, descriptor, size = memory_socket.receive(socket, name)
         try:
             self.memory = self.driver.map(descriptor, size, 0)
         except BaseException:
@@ -59,7 +59,7 @@ def buffers(server, lease):
 
 @contextlib.contextmanager
 def opened(server, name):
-    memory = Opened(negotiate(server).cuda_ipc_socket, name)
+    memory = Opened(negotiate(server).memory_socket, name)
     try:
         yield memory
     finally:

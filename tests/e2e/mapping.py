@@ -1,8 +1,10 @@
-"""The posix_shm transport by hand: segments are opened, mapped and written as any client may."""
+"""The posix_shm transport by hand: memory is asked for, mapped and written as any client may."""
 
 import mmap
 import os
 import pathlib
+import socket
+import weakref
 
 import numpy as np
 
@@ -16,26 +18,36 @@ SHM = kv.TRANSPORT_POSIX_SHM
 def domain():
     """Of this process, as a client makes it."""
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{os.stat('/dev/shm').st_dev}"
+    return f"memfd:{boot}"
 
 
-def boot_id(server):
-    return server.handoff.Negotiate(kv.NegotiateRequest(), timeout=10).boot_id
+def segments(server):
+    """How many are in use, beside the one that is there to be tried."""
+    return int(server.metric("prefilld_descriptors", kind="segments", state="used")) - 1
 
 
-def segments(boot):
-    """The files in /dev/shm of the server with this boot_id."""
-    return sorted(path.name for path in pathlib.Path("/dev/shm").glob(f"prefilld-{boot[:12]}-*"))
+def receive(server, name):
+    """(connection, descriptor or None, bytes, text) of what the server's socket says to a name."""
+    path = server.handoff.Negotiate(kv.NegotiateRequest(), timeout=10).memory_socket
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect("\0" + path[1:] if path[0] == "@" else path)
+    connection.send(name.encode())
+    data, descriptors, _, _ = socket.recv_fds(connection, 1024, 4)
+    assert len(descriptors) <= 1
+    return (connection, descriptors[0] if descriptors else None,
+            int.from_bytes(data[:8], "little"), data[8:].decode())
 
 
-def open_segment(name, writable=False):
-    assert name.startswith("/prefilld-") and name.count("/") == 1
-    fd = os.open("/dev/shm" + name, os.O_RDWR if writable else os.O_RDONLY)
-    try:
-        return mmap.mmap(fd, os.fstat(fd).st_size,
-                         access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
-    finally:
-        os.close(fd)
+def open_segment(server, name, writable=False):
+    """The connection is closed when the mapping goes."""
+    connection, descriptor, size, text = receive(server, name)
+    if descriptor is None:
+        raise FileNotFoundError(text)
+    mapped = mmap.mmap(descriptor, size,
+                       access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+    os.close(descriptor)
+    weakref.finalize(mapped, connection.close)
+    return mapped
 
 
 def view(mapped, buffer):
@@ -45,8 +57,8 @@ def view(mapped, buffer):
     return np.frombuffer(mapped, np.uint8, buffer.byte_length, buffer.byte_offset)
 
 
-def open_buffer(buffer):
-    return view(open_segment(buffer.name), buffer)
+def open_buffer(server, buffer):
+    return view(open_segment(server, buffer.name), buffer)
 
 
 def pull(server, lease, /, first_layer=0, tensor=0, **fields):
@@ -56,7 +68,7 @@ def pull(server, lease, /, first_layer=0, tensor=0, **fields):
                                       resume_tensor_index=tensor, **fields):
         assert (chunk.layer, chunk.tensor_index) == (layer, tensor)
         assert chunk.last and chunk.byte_offset == 0 and not chunk.data and not chunk.crc32c
-        data.setdefault(layer, [None, None])[tensor] = open_buffer(chunk.buffer)
+        data.setdefault(layer, [None, None])[tensor] = open_buffer(server, chunk.buffer)
         layer, tensor = (layer, 1) if tensor == 0 else (layer + 1, 0)
     return data
 
@@ -81,7 +93,11 @@ def start(server, token_ids, transport=SHM, timeout=60, **fields):
 
 
 class Attend(attending.Call):
-    """One Attend stream over posix_shm. The segment is mapped once, as it goes with the call."""
+    """One Attend stream over posix_shm. Its memory is mapped once: its name goes with the call."""
+
+    def __init__(self, server):
+        super().__init__(server.prefill)
+        self.server = server
 
     def admit(self, head):
         head.transport = SHM
@@ -89,7 +105,7 @@ class Attend(attending.Call):
         assert self.admission.transport == SHM
         assert len(self.admission.buffers) == 3
         self.name = self.admission.buffers[0].name
-        self.mapped = open_segment(self.name, writable=True)
+        self.mapped = open_segment(self.server, self.name, writable=True)
         return self.admission
 
     def view(self, buffer):
@@ -122,7 +138,7 @@ class Attend(attending.Call):
 
 def attend(server, q, k, v, dtype="F32", **fields):
     """A whole well-behaved call."""
-    call = Attend(server.prefill)
+    call = Attend(server)
     call.admit(attending.header(q, k, v, dtype, **fields))
     call.write((q, k, v), dtype)
     call.written()

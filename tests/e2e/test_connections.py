@@ -44,9 +44,9 @@ def refusals(server, reason):
 
 def test_after_descriptors_ran_out_the_next_connection_works(start_server):
     """More connections than the process may have descriptors, as fast as they come."""
-    flags = ["--max_connections_per_address=480", "--max_connection_rate=100000"]
+    flags = ["--max_connections_per_address=384", "--max_connection_rate=100000"]
     with start_server(*flags, descriptors=1024) as server:
-        assert server.metric("prefilld_descriptors", kind="connections", state="limit") == 480
+        assert server.metric("prefilld_descriptors", kind="connections", state="limit") == 384
         with connections(server, 1100):
             harness.eventually(lambda: refusals(server, "limit") > 600)
             assert server.descriptors() < 1024

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import importlib
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import prefilld
-from e2e import harness, prefilling
+from e2e import harness, mapping, prefilling
 from e2e.harness import eventually
 from spec import inputs, llama
 from spec import sparse_attention as spec
@@ -200,18 +201,19 @@ def test_views_stay_as_they_are(client, by_transport, tiny):
     same_layers(mapped, sent)
 
 
-def test_who_has_unmapped_a_cache_says_so(by_transport, tiny):
+def test_who_has_a_view_has_the_memory_in_use(by_transport, server, tiny):
     shm = by_transport["posix_shm"]
     lease = shm.prefill("tiny", tiny.tokens(1000)).detach()
-    pull = shm.pull(lease, "tiny")
-    layers = list(pull)
-    assert not pull.unmapped
+    layers = list(shm.pull(lease, "tiny"))
+    shm.release(lease)
+    kept = layers[3].v[1, 2:]
+    copy = kept.copy()
     del layers
-    assert pull.unmapped
-    shm.release(lease, unmapped=pull.unmapped)
-    with pytest.raises(prefilld.PrefilldError) as gone:
-        shm.release(lease)
-    assert gone.value.code == grpc.StatusCode.NOT_FOUND
+    gc.collect()
+    assert mapping.segments(server) == 1
+    np.testing.assert_array_equal(kept, copy)
+    del kept
+    eventually(lambda: mapping.segments(server) == 0)
 
 
 def test_attend_by_both_transports(by_transport):
@@ -265,8 +267,9 @@ def test_what_cannot_be_mapped_comes_by_grpc(client, by_transport, tiny):
 
 def test_segments_that_cannot_be_opened_cost_a_fall_back(client, by_transport, tiny, monkeypatch):
     """As with a user who may not, which root cannot play."""
-    def refuse(name, writable):
-        raise prefilld.PrefilldError(FAILED_PRECONDITION, f"{name} cannot be mapped here")
+    def refuse(path, name, writable):
+        raise prefilld.PrefilldError(FAILED_PRECONDITION, f"{name} cannot be mapped here",
+                                     reason="REASON_SEGMENT")
 
     monkeypatch.setattr(prefilld.shm, "_map", refuse)
     q, k, v = inputs.make("random", 200)
@@ -298,12 +301,6 @@ def test_a_server_without_posix_shm(start_server, tiny):
                 assert refused.value.code == FAILED_PRECONDITION
 
 
-def segments(boot_ids):
-    """Names in /dev/shm that belong to these servers, the dead ones included."""
-    prefixes = tuple(f"prefilld-{boot_id[:12]}-" for boot_id in boot_ids)
-    return [name for name in os.listdir("/dev/shm") if name.startswith(prefixes)]
-
-
 def pull_for_ever(target, token_ids, progress):
     """A decode engine's process. Sends a byte with every layer."""
     with prefilld.PrefillClient(target, transport="posix_shm") as client:
@@ -318,11 +315,11 @@ MANY = [pytest.param(5, 2, id="few"), pytest.param(100, 10, id="many", marks=pyt
 
 
 @pytest.mark.parametrize("client_kills, server_kills", MANY)
-def test_nothing_is_left_in_dev_shm(start_server, tiny, client_kills, server_kills):
-    """Clients that are killed while they pull cost nothing once their lease is over; a server that
-    is killed nothing once another has started; and what was mapped stays readable."""
+def test_nothing_of_shared_memory_is_left(start_server, tiny, client_kills, server_kills):
+    """Clients that are killed while they pull cost nothing once their lease is over; what was
+    mapped of a server that is killed stays readable."""
     models = [("tiny", tiny.directory)]
-    token_ids, rng, boot_ids = tiny.tokens(2000), random.Random(7), []
+    token_ids, rng = tiny.tokens(2000), random.Random(7)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
 
@@ -330,12 +327,9 @@ def test_nothing_is_left_in_dev_shm(start_server, tiny, client_kills, server_kil
         server = start_server(models=models)  # not in a `with`: it will not end well
         try:
             with prefilld.PrefillClient(server.target, transport="posix_shm") as client:
-                assert segments(boot_ids) == []
-                boot_ids.append(client.negotiate().boot_id)
                 prompt = client.prefill("tiny", token_ids)
                 layers = list(prompt)
                 copies = [dataclasses.replace(x, k=x.k.copy(), v=x.v.copy()) for x in layers]
-                assert len(segments(boot_ids)) == 1
                 client.prefill("tiny", token_ids)  # dies in the middle
                 time.sleep(rng.uniform(0, .05))
                 server.process.kill()
@@ -343,13 +337,9 @@ def test_nothing_is_left_in_dev_shm(start_server, tiny, client_kills, server_kil
             server.process.kill()
             server.wait()
             server.channel.close()
-        assert segments(boot_ids)
         same_layers(layers, copies)
 
     with start_server("--kv_memory=256MiB", models=models) as server:
-        with prefilld.PrefillClient(server.target) as client:
-            assert segments(boot_ids) == []
-            boot_ids.append(client.negotiate().boot_id)
         for _ in range(client_kills):
             ours, theirs = processes.Pipe(duplex=False)
             process = processes.Process(
@@ -363,11 +353,10 @@ def test_nothing_is_left_in_dev_shm(start_server, tiny, client_kills, server_kil
             process.kill()
             process.join()
             ours.close()
-        eventually(lambda: segments(boot_ids) == [], timeout=30,
-                   message="an empty /dev/shm after the leases")
+        eventually(lambda: mapping.segments(server) == 0, timeout=30,
+                   message="no segment after the leases")
         eventually(lambda: server.metric("prefilld_kv_blocks", state="free")
                    == server.metric("prefilld_kv_blocks"))
         with prefilld.PrefillClient(server.target, transport="posix_shm") as client:
             with client.prefill("tiny", token_ids) as prompt:
                 assert len(list(prompt)) == 4
-    assert segments(boot_ids) == []  # after a clean exit

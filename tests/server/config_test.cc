@@ -37,7 +37,7 @@ TEST(Config, DefaultsAreLoopbackOnly) {
   EXPECT_LE(config.kv_memory, uint64_t{8} << 30);
   EXPECT_GT(config.attend_memory, 0u);
   EXPECT_FALSE(config.kv_device_memory) << "what the plan leaves";
-  EXPECT_TRUE(config.cuda_ipc_socket.empty());
+  EXPECT_TRUE(config.memory_socket.empty());
 }
 
 TEST(Config, TheDevicesKvMemoryMayBeNone) {
@@ -45,7 +45,7 @@ TEST(Config, TheDevicesKvMemoryMayBeNone) {
   EXPECT_EQ(Parse({"--kv_device_memory=3GiB"})->config.kv_device_memory, uint64_t{3} << 30);
   EXPECT_THAT(Refusal({"--kv_device_memory=some"}), testing::HasSubstr("--kv_device_memory"));
   EXPECT_THAT(Refusal({"--kv_memory=0"}), testing::HasSubstr("--kv_memory"));
-  EXPECT_EQ(Parse({"--cuda_ipc_socket=/run/p/s"})->config.cuda_ipc_socket, "/run/p/s");
+  EXPECT_EQ(Parse({"--memory_socket=/run/p/s"})->config.memory_socket, "/run/p/s");
 }
 
 TEST(Config, ReadsEveryKindOfValue) {

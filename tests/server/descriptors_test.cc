@@ -24,15 +24,15 @@ TEST(ShareDescriptors, SharesAreWithinTheLimitAndNoneIsEmpty) {
     ASSERT_TRUE(shares.ok());
     EXPECT_GT(shares->connections, 0);
     EXPECT_GT(shares->segments.limit(), 0);
-    EXPECT_GT(shares->cuda_ipc.limit(), 0);
-    EXPECT_LT(shares->connections + shares->segments.limit() + shares->cuda_ipc.limit(), limit);
+    EXPECT_GT(shares->memory.limit(), 0);
+    EXPECT_LT(shares->connections + shares->segments.limit() + shares->memory.limit(), limit);
   }
 }
 
 TEST(ShareDescriptors, MoreThanThereAreIsRefusedWithHowManyAre) {
   EXPECT_EQ(ShareDescriptors(1024, 100)->connections, 100);
   EXPECT_EQ(ShareDescriptors(1024, 900).status().message(),
-            "900 are more than the 480 that the limit of descriptors (ulimit -Hn: 1024) allows");
+            "900 are more than the 384 that the limit of descriptors (ulimit -Hn: 1024) allows");
 }
 
 }  // namespace

@@ -69,12 +69,11 @@ class Importer {
     return answer;
   }
   Answer Ask(const std::string& name) const { return Say(name) ? Hear() : Answer{}; }
-  // The memory of that name; null where there is none to be had.
-  std::byte* Map(const std::string& name) {
+  // The memory of that name; null where there is none to be had, or it cannot be mapped so.
+  std::byte* Map(const std::string& name, int protection = PROT_READ | PROT_WRITE) {
     const Answer answer = Ask(name);
     if (answer.descriptor < 0) return nullptr;
-    void* data =
-        mmap(nullptr, answer.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, answer.descriptor, 0);
+    void* data = mmap(nullptr, answer.bytes, protection, MAP_SHARED, answer.descriptor, 0);
     close(answer.descriptor);
     if (data == MAP_FAILED) return nullptr;
     mapped_ = static_cast<std::byte*>(data);

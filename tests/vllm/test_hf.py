@@ -188,15 +188,16 @@ def test_the_cache_is_the_callers_own_memory(fixture_server, transport):
         layer.values.zero_()
 
 
-def test_nothing_is_mapped_when_the_lease_is_released(fixture_server, monkeypatch):
-    said = []
-    release = PrefillClient.release
-    monkeypatch.setattr(PrefillClient, "release", lambda self, lease, consumed, unmapped: (
-        said.append((consumed, unmapped)), release(self, lease, consumed, unmapped)))
+def test_nothing_of_the_host_is_mapped_afterwards(fixture_server):
+    def used():
+        return fixture_server.metric("prefilld_descriptors", kind="segments", state="used")
+
+    before = used()
     model = load(FIXTURES / "base")
     with PrefillClient(fixture_server.target, transport="posix_shm") as client:
-        prefill_into_cache(model, IDS, client=client, model_handle="base")
-    assert said == [(True, True)]
+        cache = prefill_into_cache(model, IDS, client=client, model_handle="base")
+        harness.eventually(lambda: used() == before)
+    assert cache.get_seq_length() == len(IDS) - 1
 
 
 def test_an_attention_mask_of_ones_is_accepted(smol, smol_server, text_ids):

@@ -170,7 +170,7 @@ class AttendCall:
         specs: Sequence[tensor_pb2.TensorSpec] = ()
         arrays: list[np.ndarray] = []
         assembly = Assembly(arrays)
-        segments = Segments(writable=True)
+        segments = Segments(transport.socket, writable=True)
         summary = None
         self._progress(0.0, "queue")
         for response in call:

@@ -240,12 +240,12 @@ class PrefillClient:
         renewed = Lease.from_message(self._ask(self._handoff.RenewLease, request))
         return dataclasses.replace(lease, ttl=renewed.ttl)
 
-    def release(self, lease: Lease, consumed: bool = True, unmapped: bool = False) -> None:
-        """Ends the lease. consumed=False: abandoned; stops a computation that still runs.
-        unmapped: KvPull.unmapped of the pull that consumed it; the server may then use the cache's
-        segment again. (A GPU's memory is in use by itself as long as it is mapped.)"""
+    def release(self, lease: Lease, consumed: bool = True) -> None:
+        """Ends the lease. consumed=False: abandoned; stops a computation that still runs. What of
+        its cache is mapped stays as it is, and in use on the server, until nobody has it any more.
+        """
         self._ask(self._handoff.ReleaseLease, kv_handoff_service_pb2.ReleaseLeaseRequest(
-            lease=lease.name, generation=lease.generation, unmapped=unmapped,
+            lease=lease.name, generation=lease.generation,
             reason=(kv_handoff_service_pb2.RELEASE_REASON_CONSUMED if consumed
                     else kv_handoff_service_pb2.RELEASE_REASON_ABANDONED)))
 

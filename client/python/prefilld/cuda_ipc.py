@@ -7,7 +7,6 @@ GPU, the extent of the memory and the size of the tensor before it becomes one.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import socket
@@ -18,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda_socket
+from . import memory_socket
 from .cuda_driver import Driver, Mapped, driver
 from .errors import refused
 from .tensors import DTYPES, data_loss
 from .torch_tensors import torch_type
 from .v1 import tensor_pb2
 
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"  # of the kernel
 _ALIGNMENT = 64  # bytes, of every tensor in its memory
 _GPUS_MAX = 64   # that the contract takes
 _PROBE = "probe"  # the name of some memory that is there to be tried
@@ -34,9 +32,7 @@ _PROBE = "probe"  # the name of some memory that is there to be tried
 def domain() -> str:
     """Tells two processes whether they can share device memory: the kernel's boot id. Empty where
     the system does not tell."""
-    with contextlib.suppress(OSError), open(_BOOT_ID, encoding="ascii") as file:
-        return file.read().strip()
-    return ""
+    return memory_socket.host()
 
 
 def gpu(device: Any) -> Any:
@@ -173,7 +169,7 @@ class _Mapping:
 
     def __init__(self, path: str, name: str, gpu_number: int):
         self.driver = driver()
-        connection, descriptor, size = cuda_socket.receive(path, name)
+        connection, descriptor, size = memory_socket.receive(path, name)
         try:
             self.memory = self.driver.map(descriptor, size, gpu_number)
         except BaseException:

@@ -33,7 +33,7 @@ class Prefill:
                  request: prefill_service_pb2.PrefillRequest, model: model_service_pb2.Model,
                  retry: Retry, progress: Progress, pull: Callable[[Lease, str], KvPull],
                  falls_back: Callable[[PrefilldError], bool],
-                 renew: Callable[[Lease], Lease], release: Callable[[Lease, bool, bool], None]):
+                 renew: Callable[[Lease], Lease], release: Callable[[Lease, bool], None]):
         """pull: of a lease, whose cache can be pulled by this transport and by grpc. falls_back:
         after a failure before the admission; True: `request` now asks for something else."""
         self.request_id = request.request_id
@@ -129,9 +129,8 @@ class Prefill:
         """Ends the lease. consumed=False also stops a computation that still runs."""
         with self._changed:
             owned, self._owned = self._owned, False
-            pull = self._pull
         if owned:
-            self._release(self.lease, consumed, consumed and pull is not None and pull.unmapped)
+            self._release(self.lease, consumed)
         if not consumed:
             self.cancel()
 

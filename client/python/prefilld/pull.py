@@ -47,14 +47,13 @@ class Layer:
 
     Over posix_shm k and v are read-only views of the server's memory (of bfloat16 that is widened:
     copies). They stay as they are after the lease has ended; but the memory of the whole cache,
-    all layers of it, is in use until the last view is gone. On a GPU a server uses that memory for
-    the next prompt at once, instead of making new, where no view is left as the lease is released.
+    all layers of it, is in use, and counted by the server, until the last view is gone.
 
     Over cuda_ipc they are torch tensors on the GPU that was asked for, of the cache's own type:
     views of the server's memory, in which nobody writes but who has them. (Where the server
-    computes on another GPU of the host: copies.) They too stay as they are after the lease has
-    ended, and the memory of the whole cache is in use, and counted by the server, until the last
-    view is gone. Then the thread that lets go of it waits for the GPU, which may still read.
+    computes on another GPU of the host: copies.) They too keep the memory of the whole cache in use
+    until the last view is gone. Then the thread that lets go of it waits for the GPU, which may
+    still read.
     """
 
     index: int
@@ -83,7 +82,7 @@ class KvPull:
         self._transport = transport
         self._retry = retry
         self._progress = progress
-        self._segments = Segments()
+        self._segments = Segments(transport.socket)
         self._memory: cuda_ipc.Memory | None = None  # on a GPU
         self._call: Any = None  # grpc's own, which has no public type
         self._cancelled = False
@@ -93,12 +92,6 @@ class KvPull:
     def complete(self) -> bool:
         """Every layer was yielded."""
         return self.layers_done == self._lease.layers
-
-    @property
-    def unmapped(self) -> bool:
-        """Every layer was mapped by posix_shm, and no view of any is left: what `release` tells the
-        server."""
-        return self.complete and self._segments.unmapped
 
     @property
     def transport(self) -> str:

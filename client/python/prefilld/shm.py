@@ -1,19 +1,19 @@
-"""Tensors in POSIX shared memory: a server on the same host names where they lie, and they are
-mapped instead of sent.
+"""Tensors in memory of the host that caller and server share: the server makes it, hands out its
+descriptor and names where they lie, and they are mapped instead of sent.
 
-Nothing that the server says about memory is believed: a reference is checked against the name's
-form, the size of the file and the size of the tensor before a byte is mapped.
+Nothing that the server says about memory is believed: a reference is checked against the extent of
+the memory and the size of the tensor before it becomes one, and only memory that nobody can
+truncate under us is mapped at all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
 import mmap
 import os
 import queue
 import re
-import stat
 import sys
 import threading
 import weakref
@@ -23,14 +23,15 @@ from typing import Any
 import grpc
 import numpy as np
 
-from .errors import PrefilldError
+from . import memory_socket
+from .errors import PrefilldError, refused
 from .tensors import data_loss
 from .v1 import tensor_pb2
 
-_DIRECTORY = "/dev/shm"
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"  # of the kernel
-_NAME = re.compile(r"/prefilld-[0-9A-Za-z._-]{1,200}", re.ASCII)
-_ALIGNMENT = 64  # bytes, of every tensor in its segment
+_NAME = re.compile(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
+_PROBE = "probe_shm"  # the name of some memory that is there to be tried
+_ALIGNMENT = 64  # bytes, of every tensor in its memory
+_F_GET_SEALS, _F_SEAL_SHRINK = 1034, 2  # linux/fcntl.h
 
 # A read fault maps the 64 KiB around it (Linux's default), as far as they are in memory: a touch
 # for each of those is cheaper than MAP_POPULATE, which goes page by page. And numpy lets other
@@ -43,46 +44,47 @@ _NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 1
 
 
 def domain() -> str:
-    """Tells two processes whether they see the same /dev/shm: the kernel's boot id, ":", st_dev of
-    /dev/shm. Empty where there is none."""
-    try:
-        with open(_BOOT_ID, encoding="ascii") as file:
-            return f"{file.read().strip()}:{os.stat(_DIRECTORY).st_dev}"
-    except OSError:
-        return ""
+    """Tells two processes whether they can share memory of the host, and that they do it by
+    descriptors. Empty where the system does not tell."""
+    host = memory_socket.host()
+    return host and f"memfd:{host}"
+
+
+def probe(path: str) -> None:
+    """Maps memory that is there to be tried and reads it: whatever cannot be done here fails now.
+    Blocks, two seconds at most. path: of the server's socket.
+    FAILED_PRECONDITION: with the reason, one of TransportRefusal.Reason's names.
+    """
+    with _map(path, _PROBE, writable=False) as mapping:
+        mapping.read(1)
 
 
 class Segments:
-    """The segments that one call was given, each mapped once, when the first tensor in it is asked
-    for. A mapping lives until `close` and as long as an array in it, whatever becomes of the name.
-    Safe to share between threads."""
+    """The memory that one call was given, mapped when the first tensor in it is asked for. It stays
+    mapped until `close` and as long as an array in it, whatever becomes of the call, and is in use
+    on the server until then. Safe to share between threads."""
 
-    def __init__(self, writable: bool = False):
-        self._writable = writable
+    def __init__(self, path: str, writable: bool = False):
+        """path: of the server's socket."""
+        self._path, self._writable = path, writable
         self._lock = threading.Lock()
         self._mappings: dict[str, mmap.mmap] = {}
-        self._closed: list[weakref.ref[mmap.mmap]] = []
+        self._closed = False
 
     def close(self) -> None:
-        """From now on only arrays keep their mapping."""
+        """From now on nothing is mapped, and only arrays keep their mapping."""
         with self._lock:
-            self._closed += map(weakref.ref, self._mappings.values())
+            self._closed = True
             self._mappings.clear()
-
-    @property
-    def unmapped(self) -> bool:
-        """Something was mapped, and nothing is any more."""
-        with self._lock:
-            return (bool(self._closed) and not self._mappings
-                    and all(mapping() is None for mapping in self._closed))
 
     def array(self, reference: tensor_pb2.BufferRef, kind: np.dtype[Any],
               shape: Sequence[int]) -> np.ndarray:
         """The tensor that lies at `reference`, without a copy; read-only unless `writable`.
 
         kind, shape: what it must be.
-        DATA_LOSS: the reference is no such tensor, or no place in a segment.
-        FAILED_PRECONDITION: the segment cannot be opened or mapped by this process.
+        DATA_LOSS: the reference is no such tensor, or no place in the memory of its name.
+        FAILED_PRECONDITION: the memory cannot be had or mapped by this process; with the reason,
+            one of TransportRefusal.Reason's names.
         """
         length = reference.byte_length
         count = int(np.prod(shape, dtype=object))  # of any size: a product must not wrap around
@@ -104,41 +106,52 @@ class Segments:
         """Holds the whole of what `reference` names."""
         name, begin, length = reference.name, reference.byte_offset, reference.byte_length
         if not _NAME.fullmatch(name):
-            raise data_loss(f"{name!r} is no name of a segment")
+            raise data_loss(f"{name!r} is no name of memory")
         if begin % _ALIGNMENT != 0:
             raise data_loss(f"a tensor at byte {begin}, which is no multiple of {_ALIGNMENT}")
         with self._lock:
+            if self._closed:
+                raise PrefilldError(grpc.StatusCode.CANCELLED, "the call is over")
             if name not in self._mappings:
-                self._mappings[name] = _map(name, self._writable)
+                self._mappings[name] = _map(self._path, name, self._writable)
             mapping = self._mappings[name]
         if begin + length > len(mapping):
-            raise data_loss(f"bytes {begin} to {begin + length} of segment {name}, which has "
-                            f"{len(mapping)}")
+            raise data_loss(f"bytes {begin} to {begin + length} of memory that has {len(mapping)}")
         return mapping
 
 
-def _map(name: str, writable: bool) -> mmap.mmap:
-    """The whole segment."""
-    flags = os.O_RDWR if writable else os.O_RDONLY
+def _map(path: str, name: str, writable: bool) -> mmap.mmap:
+    """The whole memory of that name. The server is told when the mapping goes: the connection
+    closes."""
+    connection, descriptor, size = memory_socket.receive(path, name)
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
-        # Neither a link nor a pipe is followed or waited for.
-        descriptor = os.open(_DIRECTORY + name,
-                             flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-                raise data_loss(f"{name} is no segment: mode {found.st_mode:o}, "
-                                f"{found.st_size} bytes")
-            return mmap.mmap(descriptor, found.st_size, mmap.MAP_SHARED, protection,
-                             **_NO_DESCRIPTOR)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        ever = error.errno in (errno.EACCES, errno.EPERM)  # another user's, or a sandbox
-        raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
-                            f"segment {name} cannot be mapped here: {error}",
-                            reason="REASON_SEGMENT" if ever else None) from error
+        _check(descriptor, size, name)
+        mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection, **_NO_DESCRIPTOR)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, (OSError, ValueError, OverflowError)):
+            raise refused("REASON_SEGMENT", f"memory {name} of {size} bytes cannot be mapped here: "
+                          f"{error}") from error
+        raise
+    finally:
+        os.close(descriptor)
+    weakref.finalize(mapping, connection.close)
+    return mapping
+
+
+def _check(descriptor: int, size: int, name: str) -> None:
+    """That it has the pages that it is said to have, and will have them: a read of one that is gone
+    would end this process. Pages of another size than the system's could run out."""
+    try:
+        seals = fcntl.fcntl(descriptor, _F_GET_SEALS)
+    except OSError:  # of no such file
+        seals = 0
+    found = os.fstat(descriptor).st_size
+    if (not seals & _F_SEAL_SHRINK or found < size
+            or os.fstatvfs(descriptor).f_bsize != mmap.PAGESIZE):
+        raise refused("REASON_DESCRIPTOR", f"the descriptor of {name} is of {found} bytes where "
+                      f"{size} were said, with seals {seals:#x}")
 
 
 def read_ahead(stream: Iterable[tensor_pb2.TensorChunk],

@@ -20,7 +20,7 @@ from .v1 import kv_handoff_service_pb2 as kv
 @dataclasses.dataclass(frozen=True)
 class TransportRow:
     value: kv.Transport       # the wire's
-    mapped: bool = False      # tensors lie in segments of shared memory
+    mapped: bool = False      # tensors lie in memory of the host
     on_device: bool = False   # they lie in memory of a GPU
     no_room: str = ""         # the server's reason when it has no such memory for a call
 
@@ -35,7 +35,9 @@ _NAMES = {row.value: name for name, row in TRANSPORTS.items()}
 _REASONS = kv.TransportRefusal.Reason
 _ASK_S = 10.0     # for a transport in the place of another
 _TRIED_AGAIN_S = 30.0
-_ASKS_MAX = 3     # at a time: with what was refused, without, and after what is refused now
+_OF_MAPPINGS = ("REASON_DRIVER", "REASON_SEGMENT")
+_FOR_GOOD = ("REASON_DRIVER", "REASON_PEER")  # what is so will be so the next time
+_ASKS_MAX = 4     # at a time: with what was refused, without, and after each that is refused now
 
 
 def transport_name(value: int) -> str:
@@ -52,17 +54,14 @@ def cannot_be_opened(failure: PrefilldError) -> bool:
 class _Agreement:
     name: str           # one of TRANSPORTS
     boot_id: str = ""   # of the server that was asked
-    socket: str = ""    # where it hands out device memory
+    socket: str = ""    # where it hands out memory
     until: float = math.inf  # of time.monotonic
 
 
 class _Trial(NamedTuple):
-    boot_id: str = ""   # of the server whose memory was tried
+    boot_id: str        # of the server whose memory was tried
     refusal: kv.TransportRefusal | None = None   # what is against it, if anything is
-    passing: bool = False   # and may be no more the next time
-
-
-_UNTRIED = _Trial()
+    until: float = math.inf  # of time.monotonic: then it may go
 
 
 class Transport:
@@ -121,16 +120,17 @@ class Negotiator:
         # By the GPU that tensors lie on or are wanted on, None where there is none, and whether for
         # caches.
         self._agreed: dict[tuple[Any, bool], _Agreement] = {}
-        self._tried: dict[Any, _Trial] = {}  # by the GPU
+        self._tried: dict[tuple[str, Any], _Trial] = {}  # by _memory
 
     def destination(self, transport: Transport) -> kv.Transport:
         """For KvDestination.transport: what was pinned, or a GPU's memory, which is had by asking
-        alone; else the server's choice. Not what was agreed on: whoever pulls the cache may see
-        another /dev/shm than this process."""
+        alone; else the server's choice. Not what was agreed on: whoever pulls the cache may reach a
+        socket that this process does not."""
         if self._wanted is not None:
             return TRANSPORTS[self._wanted].value
-        if self._tried.get(None, _UNTRIED).refusal is not None:
-            return kv.TRANSPORT_GRPC  # this process could not open a segment
+        refusal = self._refusals(None).get(_memory("posix_shm", None))
+        if refusal is not None and refusal.reason != _REASONS.REASON_SOCKET:
+            return kv.TRANSPORT_GRPC
         return transport.value if transport.on_device else kv.TRANSPORT_UNSPECIFIED
 
     def request(self, device: Any = None) -> kv.NegotiateRequest:
@@ -150,7 +150,7 @@ class Negotiator:
     def choose(self, timeout: float, boot_id: str = "", *, possible: bool = True,
                device: Any = None, model: str = "") -> Transport:
         """For one call. Blocks while it asks, `timeout` seconds at most, and while it tries what
-        the server offers (cuda_ipc.probe), once for a server and GPU.
+        the server offers (shm.probe, cuda_ipc.probe), once for a server and GPU.
 
         boot_id: of the server, where that is known. possible: False where the call is one that
             shared memory cannot serve; grpc then, unless another is pinned. device: the GPU,
@@ -180,86 +180,98 @@ class Negotiator:
     def _agree(self, timeout: float, device: Any, model: str) -> _Agreement:
         """Asks until there is an answer that can be used, or raises why a pinned one cannot be.
         What only failed this time, as with a socket that is full, is tried again later."""
-        until = math.inf
-        if self._tried.get(device, _UNTRIED).passing:
-            del self._tried[device]
         for _ in range(_ASKS_MAX):
             request = self.request(device)
             if device is not None:
                 request.model = model
-            boot_id, refusal = self._tried.get(device, _UNTRIED)[:2]
-            if refusal is not None:
-                request.refused.append(refusal)
+            refusals = self._refusals(device)
+            request.refused.extend(refusals.values())
             try:
                 answer = self._negotiate(request, timeout)
             except PrefilldError as failure:
                 if self._wanted is None and failure.code is grpc.StatusCode.UNIMPLEMENTED:
                     return _Agreement("grpc")  # a server that has nothing to negotiate
                 raise
-            if refusal is not None and answer.boot_id != boot_id:
-                del self._tried[device]  # another server: what did not go may go now
+            others = [memory for memory in refusals
+                      if self._tried[memory].boot_id != answer.boot_id]
+            for memory in others:
+                del self._tried[memory]  # another server: what did not go may go now
+            if others:
                 continue
-            if refusal is not None and TRANSPORTS[transport_name(refusal.transport)].mapped:
-                self._tried[device] = _Trial(boot_id, refusal, passing=True)
-                until = time.monotonic() + _TRIED_AGAIN_S
             name = self._usable(request, answer)
             if self._wanted not in (None, name):
                 raise PrefilldError(grpc.StatusCode.FAILED_PRECONDITION,
                                     f"the server answered {name} when asked for {self._wanted}")
-            if not TRANSPORTS[name].on_device:
-                return _Agreement(name, answer.boot_id, until=until)
+            until = min((self._tried[memory].until for memory in refusals), default=math.inf)
             try:
-                if answer.boot_id != boot_id:
-                    cuda_ipc.probe(answer.cuda_ipc_socket, device)
-                    self._tried[device] = _Trial(answer.boot_id)
-                return _Agreement(name, answer.boot_id, answer.cuda_ipc_socket)
+                self._try(name, device, answer)
+                return _Agreement(name, answer.boot_id, answer.memory_socket, until)
             except PrefilldError as failure:
                 if self._wanted is not None or not cannot_be_opened(failure):
                     raise
-                self._refuse(device, answer.boot_id, name, failure,
-                             failure.reason not in ("REASON_DRIVER", "REASON_PEER"))
-                if self._tried[device].passing:
-                    until = time.monotonic() + _TRIED_AGAIN_S
+                self._refuse(_memory(name, device), answer.boot_id, failure)
         return _Agreement("grpc")  # a server that is another one each time
 
     def _usable(self, request: kv.NegotiateRequest, answer: kv.NegotiateResponse) -> str:
         """What was answered, or grpc where that is not possible from here."""
         name = transport_name(answer.transport)
+        if answer.transport in [refusal.transport for refusal in request.refused]:
+            return "grpc"
         if name == "posix_shm" and answer.shm_domain != request.shm_domain:
-            return "grpc"  # names of another /dev/shm mean nothing here
+            return "grpc"  # another host's memory, or memory that is shared in another way
         if name == "cuda_ipc" and (
-                request.refused or answer.cuda_ipc_domain != request.cuda_ipc_domain
+                answer.cuda_ipc_domain != request.cuda_ipc_domain
                 or set(request.device_uuids).isdisjoint(answer.device_uuids)):
-            return "grpc"  # nor does another host's memory, or that of a GPU out of reach
+            return "grpc"  # nor is that of a GPU out of reach
         return name
 
-    def _refuse(self, device: Any, boot_id: str, name: str, failure: PrefilldError,
-                passing: bool) -> None:
-        self._tried[device] = _Trial(boot_id, kv.TransportRefusal(
-            transport=TRANSPORTS[name].value, reason=_REASONS.Value(failure.reason)), passing)
+    def _try(self, name: str, device: Any, answer: kv.NegotiateResponse) -> None:
+        """Maps what the server has there for that, once. FAILED_PRECONDITION: it cannot be."""
+        memory = _memory(name, device)
+        tried = self._tried.get(memory)
+        if name == "grpc" or (tried is not None and tried.refusal is None
+                              and tried.boot_id == answer.boot_id):
+            return
+        if TRANSPORTS[name].on_device:
+            cuda_ipc.probe(answer.memory_socket, device)
+        else:
+            shm.probe(answer.memory_socket)
+        self._tried[memory] = _Trial(answer.boot_id)
+
+    def _refusals(self, device: Any) -> dict[tuple[str, Any], kv.TransportRefusal]:
+        """Of the memory that calls with this GPU could have, what could not be opened of late."""
+        now = time.monotonic()
+        tried = {memory: self._tried.get(memory)
+                 for memory in (_memory("posix_shm", None), _memory("cuda_ipc", device))}
+        return {memory: trial.refusal for memory, trial in tried.items()
+                if trial is not None and trial.refusal is not None and now < trial.until}
+
+    def _refuse(self, memory: tuple[str, Any], boot_id: str, failure: PrefilldError) -> None:
+        self._tried[memory] = _Trial(
+            boot_id,
+            kv.TransportRefusal(transport=TRANSPORTS[memory[0]].value,
+                                reason=_REASONS.Value(failure.reason)),
+            math.inf if failure.reason in _FOR_GOOD else time.monotonic() + _TRIED_AGAIN_S)
 
     def _instead(self, key: tuple[Any, bool], agreement: _Agreement, name: str,
                  failure: PrefilldError) -> str:
         """The name of what a call goes on with after `failure` of `name`."""
         device, _ = key
-        if not TRANSPORTS[name].on_device:
-            with self._lock:
-                for agreed in (key, (None, False)):  # the call may be here in the place of cuda_ipc
-                    self._agreed.pop(agreed, None)
-                if cannot_be_opened(failure):
-                    for gpu in {device, None}:
-                        self._refuse(gpu, agreement.boot_id, name, failure, passing=False)
-            return "grpc"
+        memory, on_device = _memory(name, device), TRANSPORTS[name].on_device
         with self._lock:
-            # No room, or a cache that lies elsewhere, says nothing of the next one. Memory that
-            # cannot be opened, though it could be in the trial: what the driver says it will say
-            # again, the rest is tried again.
-            if failure.code is grpc.StatusCode.FAILED_PRECONDITION:
+            # That a GPU has no room, or a cache lies elsewhere, says nothing of the next one.
+            if not on_device or failure.code is grpc.StatusCode.FAILED_PRECONDITION:
                 self._agreed.pop(key, None)
-            if failure.reason == "REASON_DRIVER":
-                self._refuse(device, agreement.boot_id, name, failure, passing=False)
+            if not on_device:
+                self._agreed.pop((None, False), None)  # it may be here in the place of cuda_ipc
+            # Memory that cannot be opened, though it could be in the trial: what the system says of
+            # a mapping it will say again; the rest, a name that has ended, say, is tried again.
+            if failure.reason in _OF_MAPPINGS:
+                self._refuse(memory, agreement.boot_id, failure)
             elif cannot_be_opened(failure):
-                self._tried.pop(device, None)
+                self._tried.pop(memory, None)
+        if not on_device:
+            return "grpc"
         try:
             return self.choose(_ASK_S, agreement.boot_id).name
         except PrefilldError:
@@ -268,3 +280,8 @@ class Negotiator:
     @staticmethod
     def _nothing_else(name: str, failure: PrefilldError) -> str:
         return "grpc"
+
+
+def _memory(name: str, device: Any) -> tuple[str, Any]:
+    """What a trial is of: the memory of a transport, and for which GPU."""
+    return name, device if TRANSPORTS[name].on_device else None

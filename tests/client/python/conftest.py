@@ -15,6 +15,7 @@ def server():
     fake = FakeServer()
     yield fake
     fake.stop()
+    fake.handout.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Device memory of a fake prefilld: files without a name, handed out by descriptor over a real Unix
-socket. A fake driver (fake_torch) maps them."""
+"""Memory of a fake prefilld: files without a name, handed out by descriptor over a real Unix
+socket. Those of a GPU are mapped by a fake driver (fake_torch)."""
 
+import fcntl
 import itertools
 import mmap
 import os
@@ -11,21 +12,25 @@ import numpy as np
 from prefilld.v1 import tensor_pb2
 
 PAGE = 4096
+F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2
 
 
-class DeviceMemory:
+class Memory:
     """Places for tensors, one after the other."""
 
     numbers = itertools.count()
 
-    def __init__(self, sizes, gpu):
+    def __init__(self, sizes, gpu=""):
+        """gpu: whose it is, by UUID; default: the host's."""
         self.gpu = gpu
-        self.name = f"cuda-{next(self.numbers)}"
+        self.name = f"{'cuda' if gpu else 'shm'}-{os.getpid()}-{next(self.numbers)}"
         self.offsets = [256 * sum(-(-size // 256) for size in sizes[:i]) for i in range(len(sizes))]
         self.sizes = list(sizes)
         self.size = -(-(self.offsets[-1] + sizes[-1]) // PAGE) * PAGE
-        self.file = os.memfd_create(self.name)
+        self.file = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.file, self.size)
+        if not gpu:
+            fcntl.fcntl(self.file, F_ADD_SEALS, F_SEAL_SHRINK)
         self.array = np.frombuffer(mmap.mmap(self.file, self.size), np.uint8)
 
     def __del__(self):
@@ -55,12 +60,11 @@ class Handout:
 
     def __init__(self, path=None):
         self.path = path or f"@prefilld-fake-{os.getpid()}-{next(self.numbers)}"
-        self.memories = {}
         self.asked = []      # names
         self.answer = self.hand_out
         self._open = []      # (name, connection)
         self._changed = threading.Condition()
-        self.memories["probe"] = DeviceMemory([PAGE], "")
+        self.memories = {"probe": Memory([PAGE], "GPU"), "probe_shm": Memory([PAGE])}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind("\0" + self.path[1:] if self.path[0] == "@" else self.path)
         self._listener.listen(16)
@@ -69,6 +73,10 @@ class Handout:
     def share(self, memory):
         self.memories[memory.name] = memory
         return memory
+
+    def end(self, memory):
+        """Its name: whoever has it keeps it."""
+        del self.memories[memory.name]
 
     def hand_out(self, connection, name):
         memory = self.memories.get(name)

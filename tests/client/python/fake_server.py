@@ -2,15 +2,11 @@
 
 Each RPC takes the next entry of its list in `faults`, if there is one, and does as that says;
 otherwise it answers well. Attend returns q as o. The cache of a prompt is made of the numbers that
-`expected_layer` computes. With `shm` it offers posix_shm, with files of its own in /dev/shm; with
-`handout` cuda_ipc, with memory of `gpu` that a fake driver maps.
+`expected_layer` computes. With `shm` it offers posix_shm, with `gpu` cuda_ipc, with memory of that
+GPU that a fake driver maps; `handout` hands out both.
 """
 
 import collections
-import fcntl
-import itertools
-import mmap
-import os
 import threading
 from concurrent import futures
 
@@ -19,8 +15,8 @@ import grpc
 import numpy as np
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
-from fake_handout import DeviceMemory
-from prefilld import cuda_ipc
+from fake_handout import Handout, Memory
+from prefilld import cuda_ipc, shm
 from prefilld.v1 import (kv_handoff_service_pb2 as kv, kv_handoff_service_pb2_grpc,
                          model_service_pb2, model_service_pb2_grpc, prefill_service_pb2 as pb,
                          prefill_service_pb2_grpc, sparsity_pb2, tensor_pb2)
@@ -80,49 +76,6 @@ def chunks_of(array, index, layer=0, offset=0):
             last=at + len(piece) == len(data), data=piece)
 
 
-def shm_domain():
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return f"{file.read().strip()}:{os.stat('/dev/shm').st_dev}"
-
-
-class Segment:
-    """A file in /dev/shm with places for tensors, one after the other. The lock keeps it from the
-    sweep of a prefilld that starts meanwhile."""
-
-    numbers = itertools.count()
-
-    def __init__(self, sizes):
-        self.offsets, end = [], 0
-        for size in sizes:
-            self.offsets.append(end)
-            end = -(-(end + size) // 64) * 64
-        self.sizes = list(sizes)
-        self.name = f"/prefilld-fake{os.getpid()}-{next(self.numbers)}"
-        self.path = "/dev/shm" + self.name
-        self.file = open(self.path, "x+b", opener=lambda path, flags: os.open(path, flags, 0o600))
-        fcntl.flock(self.file, fcntl.LOCK_SH)
-        self.file.truncate(end)
-        self.memory = mmap.mmap(self.file.fileno(), end)
-
-    def put(self, index, array):
-        data = np.ascontiguousarray(array).tobytes()
-        assert len(data) == self.sizes[index]
-        self.memory[self.offsets[index]:self.offsets[index] + len(data)] = data
-
-    def get(self, index):
-        return self.memory[self.offsets[index]:self.offsets[index] + self.sizes[index]]
-
-    def reference(self, index):
-        return tensor_pb2.BufferRef(name=self.name, byte_offset=self.offsets[index],
-                                    byte_length=self.sizes[index])
-
-    def close(self):
-        """As a server does when the cache or the call is over."""
-        if not self.file.closed:
-            os.unlink(self.path)
-            self.file.close()
-
-
 class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
                  kv_handoff_service_pb2_grpc.KvHandoffServiceServicer,
                  model_service_pb2_grpc.ModelServiceServicer):
@@ -136,14 +89,14 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.bytes_before_admission = 0
         self.renewed = threading.Semaphore(0)        # one permit per renewal
         self.shm = False                             # offer posix_shm
-        self.shm_domain = shm_domain()
-        self.handout = None                          # a Handout: offer cuda_ipc
-        self.gpu = "GPU-1"                           # then on this one
+        self.shm_domain = shm.domain()
+        self.gpu = None                              # offer cuda_ipc, on this one
+        self.handout = Handout()
         self.cuda_ipc_domain = cuda_ipc.domain()
         self.device_caches = {}                      # by the lease's name
         self.keeps_on_device = True                  # caches as well
         self.boot_id = "boot"
-        self.segments = {}                           # of caches, by the lease's name
+        self.segments = {}                           # memory of caches, by the lease's name
         self.change_buffers = None                   # Attend: what to do with Admission.buffers
         self._threads = futures.ThreadPoolExecutor(8)
         self._server = grpc.server(self._threads)
@@ -156,8 +109,6 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
     def stop(self):
         self._server.stop(0).wait()
         self._threads.shutdown()  # who serves a call that broke may still be at it
-        for segment in self.segments.values():
-            segment.close()
 
     # --- PrefillService
 
@@ -208,34 +159,34 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "posix_shm is not offered")
         width = 2 if header.tensors[0].data_type == tensor_pb2.DATA_TYPE_BF16 else 4
         sizes = [width * int(np.prod(spec.shape)) for spec in header.tensors]
-        segment = Segment(sizes + sizes[:1])
+        memory = self.handout.share(Memory(sizes + sizes[:1]))
         try:
-            buffers = [segment.reference(i) for i in range(3)]
+            buffers = [memory.reference(i) for i in range(3)]
             if self.change_buffers is not None:
                 buffers = self.change_buffers(buffers)
             yield pb.AttendResponse(admission=pb.Admission(
                 request_id=header.request_id, transport=kv.TRANSPORT_POSIX_SHM, buffers=buffers))
             part = next(requests)
             assert part.WhichOneof("part") == "written", part
-            self.uploaded = [segment.get(i) for i in range(3)]
-            segment.memory[segment.offsets[3]:segment.offsets[3] + sizes[0]] = self.uploaded[0]
+            self.uploaded = [memory.place(i).tobytes() for i in range(3)]
+            memory.place(3)[:] = memory.place(0)
             spec = header.tensors[0]
             outputs = pb.OutputSpecs(
                 tensors=[tensor_pb2.TensorSpec(name="o", data_type=spec.data_type,
                                                shape=spec.shape)],
-                buffers=[segment.reference(3)])
+                buffers=[memory.reference(3)])
             yield pb.AttendResponse(
                 outputs=fault.change(0, outputs) if isinstance(fault, Tamper) else outputs)
             yield pb.AttendResponse(summary=self._summary(header.request_id, spec.shape[0], 1))
         finally:
-            segment.close()
+            self.handout.end(memory)
 
     def _attend_on_device(self, header, requests, fault, context):
-        if self.handout is None:
+        if self.gpu is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "cuda_ipc is not offered")
         width = 4 if header.tensors[0].data_type == tensor_pb2.DATA_TYPE_F32 else 2
         sizes = [width * int(np.prod(spec.shape)) for spec in header.tensors]
-        memory = self.handout.share(DeviceMemory(sizes + sizes[:1] + [12], self.gpu))
+        memory = self.handout.share(Memory(sizes + sizes[:1] + [12], self.gpu))
         buffers = [memory.reference(i) for i in range(3)]
         if self.change_buffers is not None:
             buffers = self.change_buffers(buffers)
@@ -267,11 +218,11 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         lease = self._lease(request.request_id, tokens)
         transport = request.destination.transport
         if transport == kv.TRANSPORT_CUDA_IPC:
-            self._fill_device(lease)
+            self._fill(self.device_caches, lease, self.gpu)
         mapped = (self.shm and request.destination.retain
                   and transport not in (kv.TRANSPORT_GRPC, kv.TRANSPORT_CUDA_IPC))
-        if mapped and lease.name not in self.segments:
-            self._fill_segment(lease)
+        if mapped:
+            self._fill(self.segments, lease)
         there = self.device_caches.get(lease.name) if transport == kv.TRANSPORT_CUDA_IPC else None
         yield pb.PrefillEvent(admission=pb.Admission(
             request_id=request.request_id, lease=lease,
@@ -337,14 +288,14 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         self.calls["ReleaseLease"].append(request)
         self._start("ReleaseLease", context)
         if request.lease in self.segments:
-            self.segments.pop(request.lease).close()
+            self.handout.end(self.segments.pop(request.lease))
         return kv.ReleaseLeaseResponse()
 
     def Negotiate(self, request, context):
         self.calls["Negotiate"].append(request)
         self._start("Negotiate", context)
         transport = kv.TRANSPORT_GRPC
-        on_device = (self.handout is not None and self.gpu in request.device_uuids
+        on_device = (self.gpu is not None and self.gpu in request.device_uuids
                      and request.cuda_ipc_domain == self.cuda_ipc_domain
                      and (self.keeps_on_device or not request.model)
                      and not any(refusal.transport == kv.TRANSPORT_CUDA_IPC
@@ -363,9 +314,9 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         return kv.NegotiateResponse(
             transport=transport, fingerprint="f" * 64, boot_id=self.boot_id,
             shm_domain=self.shm_domain if self.shm else "",
-            **({} if self.handout is None else {
-                "cuda_ipc_domain": self.cuda_ipc_domain, "device_uuids": [self.gpu],
-                "cuda_ipc_socket": self.handout.path}))
+            memory_socket=self.handout.path if self.shm or self.gpu else "",
+            **({} if self.gpu is None else {
+                "cuda_ipc_domain": self.cuda_ipc_domain, "device_uuids": [self.gpu]}))
 
     # --- ModelService
 
@@ -409,19 +360,13 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
             return (array.view(np.uint32) >> 16).astype("<u2")
         return array.astype("<f2" if kind == tensor_pb2.DATA_TYPE_F16 else "<f4")
 
-    def _fill_segment(self, lease):
-        arrays = self._stored(lease)
-        segment = self.segments[lease.name] = Segment([array.nbytes for array in arrays])
-        for index, array in enumerate(arrays):
-            segment.put(index, array)
-
-    def _fill_device(self, lease):
-        if lease.name not in self.device_caches:
+    def _fill(self, memories, lease, gpu=""):
+        if lease.name not in memories:
             arrays = self._stored(lease)
-            memory = self.handout.share(DeviceMemory([a.nbytes for a in arrays], self.gpu))
+            memory = self.handout.share(Memory([a.nbytes for a in arrays], gpu))
             for index, array in enumerate(arrays):
                 memory.put(index, array)
-            self.device_caches[lease.name] = memory
+            memories[lease.name] = memory
 
     def _stored(self, lease):
         return [self._as_stored(array) for layer in range(LAYERS)

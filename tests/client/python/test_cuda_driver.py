@@ -13,7 +13,7 @@ import textwrap
 import pytest
 
 import fake_handout
-from prefilld import PrefilldError, cuda_driver, cuda_ipc, cuda_socket
+from prefilld import PrefilldError, cuda_driver, cuda_ipc, memory_socket
 
 MIB = 1 << 20
 # Another process that makes 4 MiB of device memory, fills it with sevens and hands it out.
@@ -126,7 +126,7 @@ class Fake:
 
 @pytest.fixture
 def memory():
-    made = fake_handout.DeviceMemory([3 * fake_handout.PAGE], "GPU-1")
+    made = fake_handout.Memory([3 * fake_handout.PAGE], "GPU-1")
     made.array[:] = 7
     return made
 
@@ -213,7 +213,7 @@ def say(process):
 
 
 def test_memory_of_another_process(driver, maker):
-    connection, descriptor, size = cuda_socket.receive(maker.path, "sevens")
+    connection, descriptor, size = memory_socket.receive(maker.path, "sevens")
     memory = driver.map(descriptor, size, 0)
     os.close(descriptor)
     assert (size, memory.size) == (4 * MIB, 4 * MIB) and memory.gpus[0] == 0
@@ -228,7 +228,7 @@ def test_memory_of_another_process(driver, maker):
 
 
 def test_what_is_less_than_was_said_or_something_else(driver, maker):
-    connection, descriptor, size = cuda_socket.receive(maker.path, "sevens")
+    connection, descriptor, size = memory_socket.receive(maker.path, "sevens")
     with connection, open("/dev/null", "rb") as nothing:
         for file, said in ((descriptor, 64 * MIB), (descriptor, size + 1), (nothing.fileno(), size),
                            (os.memfd_create("memory"), size)):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fake_torch
-from fake_handout import Handout, send
+from fake_handout import send
 from fake_server import LAYERS, MODEL, Abort, Tamper, expected_layer, retry_info
 from google.rpc import error_details_pb2
 from prefilld import PrefillClient, PrefilldError, RetryPolicy, cuda_ipc, transport
@@ -36,11 +36,10 @@ def driver(monkeypatch):
 
 @pytest.fixture
 def server(server):
-    server.handout = Handout()
+    server.gpu = "GPU-1"
     yield server
     gc.collect()
     assert server.handout.idle()
-    server.handout.close()
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def test_negotiated_once_for_each_gpu(server, connect):
     {"cuda_ipc_domain": "elsewhere"}, {"device_uuids": ["GPU-0"]}, {"device_uuids": []}])
 def test_another_host_or_gpu_is_not_believed(server, connect, change):
     fields = {"transport": IPC, "cuda_ipc_domain": cuda_ipc.domain(), "device_uuids": ["GPU-1"],
-              "cuda_ipc_socket": server.handout.path} | change
+              "memory_socket": server.handout.path} | change
     client = connect()
     client._negotiator = type(client._negotiator)(
         lambda request, timeout: kv.NegotiateResponse(**fields), None)
@@ -191,7 +190,8 @@ def test_what_cannot_be_mapped_is_known_before_a_prompt(server, connect, driver,
     assert [r.destination.transport for r in server.calls["Prefill"]] == [0, 0]
     assert told(server)[:2] == [(True, []), (True, [reason])]
     assert len(told(server)) == 2 + shm  # without a GPU, for the pull
-    assert server.handout.asked == ["probe"]
+    probes = [name for name in server.handout.asked if name.startswith("probe")]
+    assert probes == ["probe"] + ["probe_shm"] * shm
 
 
 def test_shared_memory_in_its_place_may_fail_too(server, connect, driver):
@@ -274,7 +274,7 @@ def test_a_cache_lies_on_the_gpu_and_stays(server, connect, driver, pinned, devi
     (request,), (pull,) = server.calls["Prefill"], server.calls["PullKv"]
     assert request.destination.transport == pull.transport == IPC
     (release,) = server.calls["ReleaseLease"]
-    assert release.reason == kv.RELEASE_REASON_CONSUMED and not release.unmapped
+    assert release.reason == kv.RELEASE_REASON_CONSUMED
     (memory,) = server.device_caches.values()
     server.stop()  # call, lease and server are gone
     assert server.handout.in_use() == [memory.name] and len(driver.mapped) == 1
@@ -356,7 +356,7 @@ def test_a_lease_of_a_cache_on_the_gpu_and_of_one_elsewhere(server, connect):
     for lease, name in ((there, "cuda_ipc"), (elsewhere, "posix_shm")):
         pull = client.pull(lease, MODEL, device="cuda:1")
         layers = list(pull)
-        assert pull.transport == name and len(layers) == LAYERS and not pull.unmapped
+        assert pull.transport == name and len(layers) == LAYERS
     assert [r.transport for r in server.calls["PullKv"]] == [IPC, IPC, SHM]
 
 

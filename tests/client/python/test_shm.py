@@ -1,8 +1,11 @@
 """posix_shm: what is mapped is what was named, and everything else is refused or goes by grpc."""
 
-import errno
+import fcntl
 import gc
+import mmap
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,30 +14,26 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
-from fake_server import (LAYERS, MODEL, Abort, Segment, Tamper, expected_layer, retry_info,
-                         shm_domain)
+from fake_handout import F_ADD_SEALS, F_SEAL_SHRINK, PAGE, Handout, Memory, send
+from fake_server import LAYERS, MODEL, Abort, Tamper, expected_layer, retry_info
 from prefilld import PrefillClient, PrefilldError, RetryPolicy, shm
 from prefilld.v1 import kv_handoff_service_pb2 as kv
 from prefilld.v1 import tensor_pb2
 
 TOKENS = list(range(9))
+PACKAGE = os.path.dirname(os.path.dirname(shm.__file__))
 FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 DATA_LOSS = grpc.StatusCode.DATA_LOSS
 GRPC, SHM = kv.TRANSPORT_GRPC, kv.TRANSPORT_POSIX_SHM
 
 
-@pytest.fixture(autouse=True)
-def nothing_left():
-    def ours():
-        return [name for name in os.listdir("/dev/shm") if f"prefilld-fake{os.getpid()}" in name]
-    yield
-    assert not ours()
-
-
 @pytest.fixture
 def server(server):
+    """In the end nothing of its memory may be in use."""
     server.shm = True
-    return server
+    yield server
+    gc.collect()  # what an exception's frames held
+    assert server.handout.idle() and mappings() == 0
 
 
 @pytest.fixture
@@ -65,9 +64,9 @@ def pulls(server):
 
 
 def mappings():
-    """Of segments of this process's fake, in this process, the fake's own excluded."""
+    """Of the fake's memory, in this process, the fake's own excluded."""
     with open("/proc/self/maps", encoding="utf-8") as file:
-        return sum(f"/dev/shm/prefilld-fake{os.getpid()}" in line and line.split()[1] == "r--s"
+        return sum(f"/memfd:shm-{os.getpid()}" in line and line.split()[1] == "r--s"
                    for line in file)
 
 
@@ -83,7 +82,7 @@ def test_layers_are_views_that_outlive_the_lease(server, client):
     with client.prefill(MODEL, TOKENS) as prompt:
         assert prompt.transport == "posix_shm"
         layers = list(prompt)
-    assert not server.segments  # released, unlinked
+    assert not server.segments  # released
     check(layers)
     assert pulls(server) == [SHM]
     assert not layers[0].k.flags.owndata and not layers[0].k.flags.writeable
@@ -104,31 +103,44 @@ def test_one_mapping_that_lives_as_long_as_its_arrays(server, client):
     assert mappings() == 0  # though `prompt` is still here
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_the_release_tells_whether_a_view_is_left(server, client, kept):
+def test_the_server_knows_how_long_memory_is_in_use(server, client):
     with client.prefill(MODEL, TOKENS) as prompt:
         layers = list(prompt)
-        view = layers[0].k[1:]
-        del layers
-        if not kept:
-            del view
-    assert [call.unmapped for call in server.calls["ReleaseLease"]] == [not kept]
+        memory, = server.segments.values()
+    assert server.handout.in_use() == [memory.name]
+    view = layers[0].k[1:]
+    del layers
+    gc.collect()
+    assert server.handout.in_use() == [memory.name]
+    del view
+    assert server.handout.idle()
 
 
 def test_copies_are_no_views(server, client):
     server.data_type = tensor_pb2.DATA_TYPE_BF16
     with client.prefill(MODEL, TOKENS) as prompt:
         layers = list(prompt)
-    assert layers and server.calls["ReleaseLease"][0].unmapped
+        assert layers and server.handout.idle()
 
 
-@pytest.mark.parametrize("how", ["in part", "not exhausted", "not at all", "grpc"])
-def test_a_release_claims_no_more_than_was_mapped(server, connect, how):
-    with connect("grpc" if how == "grpc" else None).prefill(MODEL, TOKENS) as prompt:
-        layers = iter(prompt)
-        for _ in range({"in part": 1, "not exhausted": LAYERS, "not at all": 0, "grpc": 9}[how]):
-            next(layers, None)
-    assert not server.calls["ReleaseLease"][0].unmapped
+KILLED = """
+import sys
+from prefilld import PrefillClient
+with PrefillClient(sys.argv[1]) as client, client.prefill("tiny", range(9)) as prompt:
+    layers = list(prompt)
+    print(prompt.transport, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_client_that_is_killed_has_nothing_in_use(server):
+    with subprocess.Popen([sys.executable, "-c", KILLED, server.target], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": PACKAGE}) as client:
+        assert client.stdout.readline() == "posix_shm\n"
+        assert len(server.handout.in_use()) == 1
+        client.kill()
+    assert server.handout.idle()
 
 
 def test_a_lease_of_somebody_else(server, client, connect):
@@ -137,9 +149,7 @@ def test_a_lease_of_somebody_else(server, client, connect):
         pull = connect(transport).pull(lease, MODEL)
         assert pull.transport == "posix_shm"
         check(list(pull))
-        assert pull.unmapped
-    client.release(lease, unmapped=pull.unmapped)
-    assert server.calls["ReleaseLease"][0].unmapped
+    client.release(lease)
 
 
 def test_bfloat16(server, client):
@@ -219,22 +229,18 @@ def wrong_layer(number, chunk):
 
 @pytest.mark.parametrize("transport", [None, "posix_shm"])
 @pytest.mark.parametrize("change, message", [
-    (change_reference(name="/prefilld-../../etc/passwd"), "no name of a segment"),
-    (change_reference(name="/../etc/passwd"), "no name of a segment"),
-    (change_reference(name="/etc/passwd"), "no name of a segment"),
-    (change_reference(name="prefilld-1"), "no name of a segment"),
-    (change_reference(name="/prefilld-"), "no name of a segment"),
-    (change_reference(name="/prefilld-a\0b"), "no name of a segment"),
-    (change_reference(name="/prefilld-a\n"), "no name of a segment"),
-    (change_reference(name="/prefilld-" + "x" * 300), "no name of a segment"),
-    (change_reference(name=""), "no name of a segment"),
+    (change_reference(name="/prefilld-1"), "no name of memory"),
+    (change_reference(name="a\0b"), "no name of memory"),
+    (change_reference(name="a\n"), "no name of memory"),
+    (change_reference(name="x" * 65), "no name of memory"),
+    (change_reference(name=""), "no name of memory"),
     (change_reference(byte_length=lambda n: n - 1), "a tensor of 287 bytes"),
     (change_reference(byte_length=lambda n: n + 64), "a tensor of 352 bytes"),
     (change_reference(byte_length=0), "a tensor of 0 bytes"),
     (change_reference(byte_offset=lambda n: n + 4), "no multiple of 64"),
-    (change_reference(byte_offset=1 << 20), "of segment"),
-    (change_reference(byte_offset=2**64 - 64), "of segment"),
-    (change_reference(byte_offset=2**64 - 256), "of segment"),  # the end would wrap around
+    (change_reference(byte_offset=1 << 20), "of memory that has"),
+    (change_reference(byte_offset=2**64 - 64), "of memory that has"),
+    (change_reference(byte_offset=2**64 - 256), "of memory that has"),  # the end would wrap around
     (without_buffer, "does not name"),
     (with_data, "does not name"),
     (without_end_mark, "does not name"),
@@ -249,45 +255,62 @@ def test_a_reference_that_cannot_be_true_is_data_loss(server, connect, transport
     assert set(pulls(server)) == {SHM}  # tried again, as for a damaged chunk, and never by grpc
 
 
-def test_a_truncated_segment_is_data_loss(server, client):
-    with pytest.raises(PrefilldError, match="of segment") as caught:
-        with client.prefill(MODEL, TOKENS) as prompt:
-            segment = server.segments[prompt.lease.name]
-            os.truncate(segment.path, 1000)
-            list(prompt)
-    assert caught.value.code is DATA_LOSS
+# --- what is not mapped
 
 
-@pytest.mark.parametrize("kind", ["empty", "pipe"])
-def test_a_file_that_is_no_segment_is_data_loss(server, client, kind):
-    name = f"/prefilld-fake{os.getpid()}-{kind}"
-    path = "/dev/shm" + name
-    if kind == "empty":
-        open(path, "xb").close()
-    else:
-        os.mkfifo(path)
-    server.faults["PullKv"] = [Tamper(change_reference(name=name))] * 9
+def other_file(sealed=F_SEAL_SHRINK, size=PAGE, flags=0):
+    file = os.memfd_create("other", os.MFD_ALLOW_SEALING | flags)
+    os.ftruncate(file, size)
+    if sealed:
+        fcntl.fcntl(file, F_ADD_SEALS, sealed)
+    return file
+
+
+def regular_file():
+    file = os.open("/tmp", os.O_TMPFILE | os.O_RDWR)
+    os.ftruncate(file, PAGE)
+    return file
+
+
+@pytest.mark.parametrize("make, said, reason", [
+    (lambda: other_file(sealed=0), PAGE, "REASON_DESCRIPTOR"),
+    (lambda: other_file(sealed=4), PAGE, "REASON_DESCRIPTOR"),  # it may not grow
+    (lambda: other_file(), 2 * PAGE, "REASON_DESCRIPTOR"),
+    (lambda: other_file(size=0), PAGE, "REASON_DESCRIPTOR"),
+    (lambda: other_file(size=1 << 55), 1 << 55, "REASON_SEGMENT"),
+    (regular_file, PAGE, "REASON_DESCRIPTOR"),
+    (lambda: os.open("/dev/zero", os.O_RDWR), PAGE, "REASON_DESCRIPTOR"),
+    (lambda: os.pipe2(os.O_CLOEXEC)[0], PAGE, "REASON_DESCRIPTOR"),
+], ids=["unsealed", "sealed otherwise", "shorter", "empty", "larger than any", "a file",
+        "a device", "a pipe"])
+def test_what_could_be_taken_away_from_under_us_is_not_mapped(server, connect, make, said, reason):
+    """Nobody can make this process read what is not there: that would end it."""
+    def answer(connection, name):
+        file = make()
+        send(connection, said, file)
+        os.close(file)
+
+    server.handout.answer = answer
+    with connect().prefill(MODEL, TOKENS) as prompt:
+        check(list(prompt))
+        assert prompt.transport == "grpc"
+    refused, = [refusal for call in server.calls["Negotiate"] for refusal in call.refused]
+    assert kv.TransportRefusal.Reason.Name(refused.reason) == reason
+    with pytest.raises(PrefilldError) as caught:
+        connect("posix_shm").attend(*qkv())
+    assert (caught.value.code, caught.value.reason) == (FAILED_PRECONDITION, reason)
+    gc.collect()
+
+
+def test_memory_of_huge_pages_is_not_mapped():
+    """There may be none left when one is touched."""
     try:
-        with pytest.raises(PrefilldError, match="is no segment") as caught:
-            with client.prefill(MODEL, TOKENS) as prompt:
-                list(prompt)
-    finally:
-        os.unlink(path)
-    assert caught.value.code is DATA_LOSS
-
-
-def test_a_link_is_not_followed(server, connect, tmp_path):
-    target = tmp_path / "secret"
-    target.write_bytes(b"x" * 4096)
-    name = f"/prefilld-fake{os.getpid()}-link"
-    os.symlink(target, "/dev/shm" + name)
-    server.faults["PullKv"] = [Tamper(change_reference(name=name))]
-    try:
-        with pytest.raises(PrefilldError, match="cannot be mapped here"):
-            with connect("posix_shm").prefill(MODEL, TOKENS) as prompt:
-                list(prompt)
-    finally:
-        os.unlink("/dev/shm" + name)
+        file = other_file(size=2 << 20, flags=os.MFD_HUGETLB)
+    except OSError:
+        pytest.skip("this kernel has no huge pages")
+    with pytest.raises(PrefilldError, match="the descriptor of x"):
+        shm._check(file, 2 << 20, "x")
+    os.close(file)
 
 
 # --- falling back, and not
@@ -295,7 +318,7 @@ def test_a_link_is_not_followed(server, connect, tmp_path):
 
 def lose_segment(number, chunk):
     if is_target(chunk):
-        chunk.buffer.name = "/prefilld-fake-gone"
+        chunk.buffer.name = "gone"
     return chunk
 
 
@@ -315,7 +338,7 @@ def test_a_segment_that_cannot_be_opened_is_pulled_by_grpc(server, connect):
 
 def test_a_pinned_pull_of_a_segment_that_cannot_be_opened(server, connect):
     server.faults["PullKv"] = [Tamper(lose_segment)]
-    with pytest.raises(PrefilldError, match="cannot be mapped here") as caught:
+    with pytest.raises(PrefilldError, match="gives no 'gone'") as caught:
         with connect("posix_shm").prefill(MODEL, TOKENS) as prompt:
             list(prompt)
     assert caught.value.code is FAILED_PRECONDITION
@@ -358,12 +381,12 @@ def test_pinned_grpc_maps_nothing_and_asks_nothing(server, connect):
     assert not server.calls["Negotiate"]
 
 
-@pytest.mark.parametrize("why", ["not offered", "another /dev/shm"])
+@pytest.mark.parametrize("why", ["not offered", "another host"])
 def test_where_posix_shm_is_not_possible(server, connect, why):
     if why == "not offered":
         server.shm = False
     else:
-        server.shm_domain = shm_domain() + "0"
+        server.shm_domain = shm.domain() + "0"
     with connect().prefill(MODEL, TOKENS) as prompt:
         check(list(prompt))
         assert prompt.transport == "grpc"
@@ -377,12 +400,43 @@ def test_where_posix_shm_is_not_possible(server, connect, why):
     assert len(server.calls["Prefill"]) == 1 and len(server.calls["Attend"]) == 1
 
 
-def test_an_answer_for_another_dev_shm_is_not_believed(server, client, monkeypatch):
-    answer = kv.NegotiateResponse(transport=SHM, shm_domain="elsewhere:1", boot_id="boot")
+@pytest.mark.parametrize("shm_domain", ["memfd:elsewhere", shm.domain()[len("memfd:"):] + ":26"])
+def test_an_answer_for_other_memory_is_not_believed(server, client, monkeypatch, shm_domain):
+    """Another host's, or a server's that names files in /dev/shm."""
+    answer = kv.NegotiateResponse(transport=SHM, shm_domain=shm_domain, boot_id="boot")
     monkeypatch.setattr(client, "_negotiator", type(client._negotiator)(
         lambda request, timeout: answer, None))
     with client.prefill(MODEL, TOKENS) as prompt:
         assert prompt.transport == "grpc"
+
+
+def test_a_server_that_shares_files_in_dev_shm_gets_grpc(server, connect):
+    """One from before: it compares its domain with ours, and they are of different forms."""
+    server.shm_domain = f"{shm.domain()[len('memfd:'):]}:{os.stat('/dev/shm').st_dev}"
+    client = connect()
+    with client.prefill(MODEL, TOKENS) as prompt:
+        check(list(prompt))
+        assert prompt.transport == "grpc"
+    q, k, v = qkv()
+    result = client.attend(q, k, v)
+    assert result.transport == "grpc"
+    np.testing.assert_array_equal(result.o, q)
+    assert not server.handout.asked
+    with pytest.raises(PrefilldError, match="not possible here"):
+        connect("posix_shm").attend(q, k, v)
+
+
+def test_a_socket_out_of_reach(server, connect):
+    """Another container's: this process does without, whoever pulls the cache may not have to."""
+    server.handout.path += "-not"
+    client = connect()
+    for _ in range(2):
+        with client.prefill(MODEL, TOKENS) as prompt:
+            check(list(prompt))
+            assert prompt.transport == "grpc"
+    assert [call.destination.transport for call in server.calls["Prefill"]] == [0, 0]
+    refused, = [refusal for call in server.calls["Negotiate"] for refusal in call.refused]
+    assert (refused.transport, refused.reason) == (SHM, kv.TransportRefusal.REASON_SOCKET)
 
 
 def test_a_server_that_cannot_negotiate_gets_grpc(server, connect):
@@ -418,7 +472,7 @@ def test_negotiated_once_by_many_threads(server, client):
     assert used == ["posix_shm"] * 8
     assert len(server.calls["Negotiate"]) == 1
     request = server.calls["Negotiate"][0]
-    assert not request.transports and request.shm_domain == shm.domain() == shm_domain()
+    assert not request.transports and request.shm_domain == shm.domain()
 
 
 def test_negotiated_again_with_another_server_process(server, client):
@@ -481,7 +535,7 @@ def test_attend_goes_on_over_grpc(server, connect):
 
     def rename(buffers):
         for buffer in buffers:
-            buffer.name = "/prefilld-fake-gone"
+            buffer.name = "gone"
         return buffers
 
     server.change_buffers = rename
@@ -489,12 +543,12 @@ def test_attend_goes_on_over_grpc(server, connect):
     result = client.attend(q, k, v)
     assert result.transport == "grpc"
     np.testing.assert_array_equal(result.o, q)
-    with pytest.raises(PrefilldError, match="cannot be mapped here") as caught:
+    with pytest.raises(PrefilldError, match="gives no 'gone'") as caught:
         connect("posix_shm").attend(q, k, v)
     assert caught.value.code is FAILED_PRECONDITION
 
 
-def test_attend_with_a_full_dev_shm(server, connect):
+def test_attend_where_there_is_no_shared_memory(server, connect):
     """It goes on at once: the server's retry_delay is for who needs shared memory."""
     full = Abort(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_info(3600),
                  error_details_pb2.ErrorInfo(reason="SHM_MEMORY"))
@@ -507,28 +561,31 @@ def test_attend_with_a_full_dev_shm(server, connect):
     assert caught.value.reason == "SHM_MEMORY"
 
 
-def test_segments_that_may_not_be_opened_are_asked_for_once(server, connect, monkeypatch):
-    """Another user's server, a sandbox: told to the server, and not tried again with every call."""
+@pytest.mark.parametrize("probed", [True, False])
+def test_memory_that_may_not_be_mapped_is_asked_for_once(server, connect, monkeypatch, probed):
+    """A sandbox, a limit: told to the server, and not tried again with every call."""
     client, (q, k, v) = connect(), qkv()
-    real_open = os.open
+    real, tries = mmap.mmap, []
 
-    def forbidden(path, flags, *arguments, **options):
-        if str(path).startswith("/dev/shm/prefilld-") and not flags & os.O_CREAT:
-            raise PermissionError(errno.EACCES, "denied", path)
-        return real_open(path, flags, *arguments, **options)
+    def forbidden(descriptor, size, *how, **options):
+        tries.extend([descriptor] if how else [])  # else it is the fake server's
+        if how and len(tries) > probed:
+            raise PermissionError(1, "denied")
+        return real(descriptor, size, *how, **options)
 
-    monkeypatch.setattr(os, "open", forbidden)
+    monkeypatch.setattr(shm.mmap, "mmap", forbidden)
     for _ in range(3):
         assert client.attend(q, k, v).transport == "grpc"
         with client.prefill(MODEL, TOKENS) as prompt:
             check(list(prompt))
-    assert [header.transport for header in server.calls["Attend"]] == [SHM, GRPC, GRPC, GRPC]
+    assert [header.transport for header in server.calls["Attend"]] == (
+        [SHM] * probed + [GRPC, GRPC, GRPC])
     assert {call.destination.transport for call in server.calls["Prefill"]} == {GRPC}
     refused, = [refusal for call in server.calls["Negotiate"] for refusal in call.refused]
     assert (refused.transport, refused.reason) == (SHM, kv.TransportRefusal.REASON_SEGMENT)
     now = time.monotonic()
     monkeypatch.setattr("prefilld.transport.time.monotonic", lambda: now + 60)  # it may go by now
-    monkeypatch.setattr(os, "open", real_open)
+    monkeypatch.setattr(shm.mmap, "mmap", real)
     assert client.attend(q, k, v).transport == "posix_shm"
 
 
@@ -576,14 +633,13 @@ def test_attend_with_outputs_that_cannot_be_true(server, client, change, message
 
 
 def test_huge_shapes_do_not_overflow():
-    segment = Segment([64])
-    try:
-        reference = segment.reference(0)
-        reference.byte_length = 2**40
-        with pytest.raises(PrefilldError, match="of segment"):
-            shm.Segments().array(reference, np.dtype("<f4"), (2**20, 2**18))
-        with pytest.raises(PrefilldError, match="a tensor of 64 bytes"):  # 2**66 elements
-            reference.byte_length = 64
-            shm.Segments().array(reference, np.dtype("u1"), (2**33, 2**33))
-    finally:
-        segment.close()
+    handout = Handout()
+    memory = handout.share(Memory([64]))
+    reference = memory.reference(0)
+    reference.byte_length = 2**40
+    with pytest.raises(PrefilldError, match="of memory that has"):
+        shm.Segments(handout.path).array(reference, np.dtype("<f4"), (2**20, 2**18))
+    with pytest.raises(PrefilldError, match="a tensor of 64 bytes"):  # 2**66 elements
+        reference.byte_length = 64
+        shm.Segments(handout.path).array(reference, np.dtype("u1"), (2**33, 2**33))
+    handout.close()

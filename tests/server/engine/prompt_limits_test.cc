@@ -33,15 +33,13 @@ const ModelInfo kOdd = {.name = "odd",
                         .max_positions = 4096,
                         .dtype = DType::kBF16};
 
-using Room = std::optional<uint64_t>;
-constexpr Room kNoPool;
-
-int64_t Holds(const ModelInfo& model, uint64_t bytes, Room room = kNoPool) {
-  return GeometryOf(model, 0).TokensInBlocks(ShareKv({&kLarge, &kSmall}, bytes, room).blocks, true);
+int64_t Holds(const ModelInfo& model, uint64_t bytes, bool pooled = false) {
+  const KvShares shares = ShareKv({&kLarge, &kSmall}, bytes, pooled);
+  return GeometryOf(model, 0).TokensInBlocks(shares.blocks, true);
 }
 
 TEST(KvShares, BlocksAreTheLargestModels) {
-  const KvShares shares = ShareKv({&kSmall, &kLarge}, 10 * kMiB, kNoPool);
+  const KvShares shares = ShareKv({&kSmall, &kLarge}, 10 * kMiB, /*pooled=*/false);
   EXPECT_EQ(shares.block_bytes, 64u << 10);
   EXPECT_EQ(shares.blocks, 160);
   EXPECT_FALSE(shares.segment_bytes.has_value());
@@ -49,24 +47,17 @@ TEST(KvShares, BlocksAreTheLargestModels) {
   EXPECT_EQ(Holds(kSmall, 10 * kMiB), 80 * 128);
 }
 
-TEST(KvShares, APoolOfSegmentsHasHalfOrHalfOfItsRoom) {
-  EXPECT_EQ(ShareKv({&kLarge}, 10 * kMiB, 100 * kMiB).segment_bytes, 5 * kMiB);
-  EXPECT_EQ(ShareKv({&kLarge}, 10 * kMiB, 100 * kMiB).blocks, 80);
-  EXPECT_EQ(ShareKv({&kLarge}, 10 * kMiB, 4 * kMiB).segment_bytes, 2 * kMiB);
-  EXPECT_EQ(ShareKv({&kLarge}, 10 * kMiB, 4 * kMiB).blocks, 128);
-}
-
-TEST(KvShares, APoolWithoutRoomHasNothingAndTheBlocksHaveAll) {
-  const KvShares shares = ShareKv({&kLarge}, 10 * kMiB, 0);
-  EXPECT_EQ(shares.segment_bytes, 0u);
-  EXPECT_EQ(shares.blocks, 160);
+TEST(KvShares, APoolOfSegmentsHasHalf) {
+  const KvShares shares = ShareKv({&kLarge}, 10 * kMiB, /*pooled=*/true);
+  EXPECT_EQ(shares.segment_bytes, 5 * kMiB);
+  EXPECT_EQ(shares.blocks, 80);
 }
 
 // A cache of what blocks hold goes into the other half too.
 TEST(KvShares, HalvesHoldTheSame) {
   for (uint64_t bytes = kMiB; bytes < 20 * kMiB; bytes += 100'000) {
     for (const ModelInfo* model : {&kLarge, &kOdd}) {
-      const KvShares shares = ShareKv({model}, bytes, 100 * kMiB);
+      const KvShares shares = ShareKv({model}, bytes, /*pooled=*/true);
       const int64_t tokens = GeometryOf(*model, 0).TokensInBlocks(shares.blocks, true);
       EXPECT_LE(tokens, GeometryOf(*model, 0).TokensInRegion(*shares.segment_bytes)) << bytes;
       EXPECT_LE(GeometryOf(*model, tokens).region_bytes(), shares.segment_bytes) << bytes;
@@ -74,28 +65,20 @@ TEST(KvShares, HalvesHoldTheSame) {
   }
 }
 
-uint64_t KvMemoryOf(const ModelInfos& models, int64_t tokens, Room room) {
-  return KvMemoryFor(models, tokens, ShareKv(models, 0, room).block_bytes, room);
-}
-
-TEST(KvShares, TheMemoryThatIsNamedHoldsThePromptWhateverTheRoom) {
-  for (uint64_t room = 0; room < 12 * kMiB; room += 100'000) {
-    for (const int64_t tokens : {1, 129, 1000, 4096}) {
-      const uint64_t bytes = KvMemoryOf({&kOdd}, tokens, room);
-      const int64_t blocks = ShareKv({&kOdd}, bytes, room).blocks;
-      EXPECT_GE(GeometryOf(kOdd, 0).TokensInBlocks(blocks, true), tokens) << room;
-    }
-  }
+uint64_t KvMemoryOf(const ModelInfos& models, int64_t tokens, bool pooled) {
+  return KvMemoryFor(models, tokens, ShareKv(models, 0, pooled));
 }
 
 TEST(KvShares, TheMemoryThatIsNamedHoldsThePromptAndLessDoesNot) {
-  for (const Room room : {kNoPool, Room(0), Room(2 * kMiB), Room(100 * kMiB)}) {
+  for (const bool pooled : {false, true}) {
     for (const int64_t tokens : {1, 128, 129, 1000, 4096}) {
-      const uint64_t bytes = KvMemoryOf({&kSmall, &kLarge}, tokens, room);
-      EXPECT_GE(Holds(kLarge, bytes, room), tokens) << room.value_or(1);
-      EXPECT_LT(Holds(kLarge, bytes - (128 << 10), room), tokens) << room.value_or(1);
+      const uint64_t bytes = KvMemoryOf({&kSmall, &kLarge}, tokens, pooled);
+      EXPECT_GE(Holds(kLarge, bytes, pooled), tokens) << pooled;
+      EXPECT_LT(Holds(kLarge, bytes - (128 << 10), pooled), tokens) << pooled;
+      const int64_t blocks = ShareKv({&kOdd}, KvMemoryOf({&kOdd}, tokens, pooled), pooled).blocks;
+      EXPECT_GE(GeometryOf(kOdd, 0).TokensInBlocks(blocks, true), tokens) << pooled;
     }
-    EXPECT_EQ(KvMemoryOf({&kLarge}, 1 << 20, room), KvMemoryOf({&kLarge}, 4096, room))
+    EXPECT_EQ(KvMemoryOf({&kLarge}, 1 << 20, pooled), KvMemoryOf({&kLarge}, 4096, pooled))
         << "no prompt is longer than its model's positions";
   }
 }
@@ -111,8 +94,10 @@ TEST(FlagSize, IsNeverLess) {
 
 std::string Refusal(int64_t asked, uint64_t kv_bytes, const MemoryPlan& plan) {
   const ModelInfos models = {&kLarge, &kSmall};
-  const absl::Status status = CheckPromptTokens(
-      {.asked = asked, .models = models, .kv = ShareKv(models, kv_bytes, kNoPool), .plan = plan});
+  const absl::Status status = CheckPromptTokens({.asked = asked,
+                                                 .models = models,
+                                                 .kv = ShareKv(models, kv_bytes, /*pooled=*/false),
+                                                 .plan = plan});
   return std::string(status.message());
 }
 
@@ -153,7 +138,7 @@ TEST(PromptTokens, AllThatBindOneModelIsTold) {
   const MemoryPlan plan = Fitting(4096, 300);
   const auto bounds = BoundsOf({.asked = kSmall.max_positions,
                                 .models = {&kSmall},
-                                .kv = ShareKv({&kLarge, &kSmall}, 256 << 10, kNoPool),
+                                .kv = ShareKv({&kLarge, &kSmall}, 256 << 10, /*pooled=*/false),
                                 .plan = plan});
   ASSERT_EQ(bounds.size(), 2u);
   EXPECT_EQ(bounds[0].what, "kv_memory");
@@ -164,7 +149,7 @@ TEST(PromptTokens, AllThatBindOneModelIsTold) {
   const MemoryPlan enough = Fitting(4096, 600);
   EXPECT_TRUE(BoundsOf({.asked = kSmall.max_positions,
                         .models = {&kSmall},
-                        .kv = ShareKv({&kLarge, &kSmall}, kMiB, kNoPool),
+                        .kv = ShareKv({&kLarge, &kSmall}, kMiB, /*pooled=*/false),
                         .plan = enough})
                   .empty())
       << "of more than this model takes";

@@ -1,7 +1,6 @@
 #include "server/kv/kv_cache.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <fstream>
@@ -11,8 +10,11 @@
 #include "absl/synchronization/notification.h"
 #include "server/kv/layout.h"
 #include "server/record/errors.h"
-#include "server/transport/shm_segment.h"
+#include "server/transport/shm_memory.h"
+#include "tests/server/importer.h"
 #include "tests/server/kv/compute_tile.h"
+#include "tests/server/memory_socket.h"
+#include "tests/server/waits.h"
 
 namespace prefilld {
 namespace {
@@ -219,16 +221,16 @@ class SegmentCacheTest : public KvCacheTest {
  protected:
   void SetUp() override {
     KvCacheTest::SetUp();
-    shm_ = *ShmDomain::Open(absl::StrCat("cache", getpid(), "-------"));
+    shm_ = *PosixShm::Open(socket_.names, segments_);
   }
   // A cache in a region of ours.
   absl::StatusOr<std::shared_ptr<KvCache>> CreateIn(BlockPool& pool, const KvGeometry& geometry,
                                                     KvCache::Later later = nullptr) {
     auto cache = KvCache::Create(pool, geometry, true);
     if (!cache.ok()) return cache;
-    auto region = shm_->Create(geometry.region_bytes());
+    auto region = shm_->Create(geometry.region_bytes(), PeerAccess::kRead);
     if (!region.ok()) return region.status();
-    (*cache)->LieIn(*std::move(region), std::move(later));
+    (*cache)->LieIn(Region::Link(*std::move(region)), std::move(later));
     return cache;
   }
   // A row of the cache as the engine writes it: every float is its own number.
@@ -253,11 +255,11 @@ class SegmentCacheTest : public KvCacheTest {
             geometry_.head_dim +
         d);
   }
-  static bool Exists(const std::string& name) {
-    return access(("/dev/shm" + name).c_str(), F_OK) == 0;
-  }
+  bool InASegment() const { return segments_.used() == 2; }  // beside the probe
 
-  std::unique_ptr<ShmDomain> shm_;
+  DescriptorShare segments_;
+  MemorySocket socket_;
+  std::unique_ptr<PosixShm> shm_;
 };
 
 TEST_F(SegmentCacheTest, LayersAreDenseTensorsThatReadAsThoseInBlocks) {
@@ -300,18 +302,18 @@ TEST_F(SegmentCacheTest, TheSegmentGoesWithTheBlocks) {
   auto cache = *CreateIn(*pool_, geometry_);
   Fill(*cache);
   auto pin = *Wait(*cache, 0);
-  const std::string name = pin->region()->address().name;
   cache->Close(absl::FailedPreconditionError("released"));
-  EXPECT_TRUE(Exists(name)) << "a slice points into it";
+  EXPECT_TRUE(InASegment()) << "a slice points into it";
   pin.reset();
-  EXPECT_FALSE(Exists(name));
+  EXPECT_FALSE(InASegment());
   EXPECT_EQ(Free(), 64);
 }
 
 TEST_F(SegmentCacheTest, WithoutBlocksItLiesThereFromTheStart) {
   bool later = false;
   auto cache = KvCache::CreateIn(
-      *shm_->Create(geometry_.region_bytes() + 4096),  // of a pool, so larger
+      Region::Link(*shm_->Create(geometry_.region_bytes() + 4096,
+                                 PeerAccess::kRead)),  // of a pool, so larger
       [&](std::function<void()> work) { later = (work(), true); }, *pool_, geometry_);
   EXPECT_EQ(cache->transport(), Transport::kPosixShm);
   EXPECT_TRUE(cache->retain());
@@ -321,30 +323,31 @@ TEST_F(SegmentCacheTest, WithoutBlocksItLiesThereFromTheStart) {
   const auto* dense =
       reinterpret_cast<const float*>(pin->region()->data() + geometry_.region_offset(1, true));
   EXPECT_EQ(dense[geometry_.head_dim], Number(1, true, 0, 1, 0));
-  const std::string name = pin->region()->address().name;
   cache->Close(absl::FailedPreconditionError("released"));
-  EXPECT_TRUE(Exists(name)) << "a slice points into it";
+  EXPECT_TRUE(InASegment()) << "a slice points into it";
   pin.reset();
   EXPECT_TRUE(later);
-  EXPECT_FALSE(Exists(name));
+  EXPECT_FALSE(InASegment());
   EXPECT_EQ(Free(), 64);
 }
 
-TEST_F(SegmentCacheTest, WhoReleasesItSpeaksForOnePullThatWasTold) {
-  for (const auto& [told, untold, said, believed] :
-       {std::tuple(0, 0, false, true), std::tuple(0, 2, false, true), std::tuple(0, 0, true, true),
-        std::tuple(1, 3, true, true), std::tuple(1, 0, false, false),
-        std::tuple(2, 0, true, false)}) {
-    std::shared_ptr<Region> region = *shm_->Create(geometry_.region_bytes());
-    auto cache = KvCache::CreateIn(region, nullptr, *pool_, geometry_);
+TEST_F(SegmentCacheTest, BlocksCountForItsMemoryUntilPeersHaveHungUp) {
+  for (const bool lease_first : {true, false}) {
+    auto cache = *CreateIn(*pool_, geometry_);
     Fill(*cache);
-    std::vector<std::unique_ptr<KvCache::Transfer>> transfers;
-    for (int i = 0; i < told + untold; ++i) transfers.push_back(*cache->Open([] {}, i < told));
-    cache->Close(absl::FailedPreconditionError("released"), said);
-    EXPECT_EQ(region.use_count(), transfers.empty() ? 1 : 2) << "it is here until they end";
-    transfers.clear();
-    EXPECT_EQ(region.use_count(), 1);
-    EXPECT_EQ(region->unmapped(), believed) << told << " " << said;
+    Importer importer(socket_.address());
+    const std::byte* const mapped = importer.Map(cache->address().name, PROT_READ);
+    ASSERT_NE(mapped, nullptr);
+    if (!lease_first) importer.HangUp();
+    cache->Close(absl::FailedPreconditionError("released"));
+    cache.reset();
+    if (lease_first) {
+      EXPECT_TRUE(InASegment());
+      EXPECT_EQ(Free(), 64 - 12);
+      importer.HangUp();
+    }
+    EXPECT_TRUE(Becomes([&] { return Free() == 64; }));
+    EXPECT_FALSE(InASegment());
   }
 }
 
@@ -353,14 +356,13 @@ TEST_F(SegmentCacheTest, BlocksAreFreeOnceTheRegionWasLetGoOfLater) {
   auto cache = *CreateIn(*pool_, geometry_,
                          [&](std::function<void()> work) { later.push_back(std::move(work)); });
   Fill(*cache);
-  const std::string name = (*Wait(*cache, 0))->region()->address().name;
   cache->Close(absl::FailedPreconditionError("released"));
   cache.reset();
-  EXPECT_TRUE(Exists(name));
+  EXPECT_TRUE(InASegment());
   EXPECT_EQ(Free(), 64 - 12) << "its memory is not back yet";
   ASSERT_EQ(later.size(), 1u);
   later.front()();
-  EXPECT_FALSE(Exists(name));
+  EXPECT_FALSE(InASegment());
   EXPECT_EQ(Free(), 64);
 }
 
@@ -372,7 +374,7 @@ TEST_F(SegmentCacheTest, NobodyWaitsForARegionThatGoes) {
     absl::Notification answered;
     bool gone = false;
     std::thread asks;
-    auto region = *shm_->Create(geometry_.region_bytes());
+    auto region = *shm_->Create(geometry_.region_bytes(), PeerAccess::kRead);
     // Its own owner holds it to the end, so that the cache's share is all that goes.
     cache->LieIn({region.get(), [&](Region*) {
                     asks = std::thread([&] {
@@ -388,6 +390,7 @@ TEST_F(SegmentCacheTest, NobodyWaitsForARegionThatGoes) {
     pin.reset();
     EXPECT_TRUE(gone);
     asks.join();
+    region.reset();
     EXPECT_EQ(Free(), 64);
   }
 }

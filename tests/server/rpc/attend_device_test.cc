@@ -18,10 +18,11 @@
 #include "proto/wire/chunk.h"
 #include "server/rpc/services.h"
 #include "server/transport/ipc_memory.h"
-#include "server/transport/shm_segment.h"
+#include "server/transport/shm_memory.h"
 #include "server/transport/staging.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/importer.h"
+#include "tests/server/memory_socket.h"
 #include "tests/server/waits.h"
 
 namespace prefilld {
@@ -36,6 +37,7 @@ class AttendOnDeviceTest : public testing::Test {
  protected:
   AttendOnDeviceTest() {
     rpc_.limits.offered = {Transport::kPosixShm, Transport::kCudaIpc};
+    rpc_.memory_socket = socket_.address();
     grpc::ServerBuilder builder;
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
     builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
@@ -170,28 +172,13 @@ class AttendOnDeviceTest : public testing::Test {
 
   // Where the caller finds memory that it was given.
   struct Opened {
-    explicit Opened(const AttendOnDeviceTest& test) : importer(test.Ours().cuda_ipc_socket) {}
+    explicit Opened(const AttendOnDeviceTest& test) : importer(test.socket_.address()) {}
     Importer importer;
-    int fd = -1;
     std::byte* at(const v1::BufferRef& buffer) {
-      if (!buffer.device_uuid().empty()) {
-        if (importer.mapped() == nullptr) importer.Map(buffer.name());
-        EXPECT_NE(importer.mapped(), nullptr);
-        return importer.mapped() + buffer.byte_offset();
-      }
-      if (mapped == nullptr) {
-        fd = shm_open(buffer.name().c_str(), O_RDWR, 0);
-        mapped = static_cast<std::byte*>(
-            mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
-      }
-      return mapped + buffer.byte_offset();
+      if (importer.mapped() == nullptr) importer.Map(buffer.name());
+      EXPECT_NE(importer.mapped(), nullptr);
+      return importer.mapped() + buffer.byte_offset();
     }
-    ~Opened() {
-      if (mapped != nullptr) munmap(mapped, kBytes);
-      if (fd >= 0) close(fd);
-    }
-    static constexpr size_t kBytes = 16 << 20;
-    std::byte* mapped = nullptr;
   };
 
   static v1::AttendRequest Written() {
@@ -316,13 +303,14 @@ class AttendOnDeviceTest : public testing::Test {
   Sweeper sweeper_{absl::Milliseconds(20)};
   PrefillRegistry prefills_;
   Models models_;
-  static Media OpenMedia(Device& device, Metrics& metrics) {
+  static Media OpenMedia(Device& device, const MemorySocket& socket) {
     Media media;
-    media[Transport::kPosixShm] = *ShmDomain::Open(NewId());
-    media[Transport::kCudaIpc] = *CudaIpc::Open({device, metrics, NewId(), ""});
+    media[Transport::kPosixShm] = *PosixShm::Open(socket.names);
+    media[Transport::kCudaIpc] = *CudaIpc::Open(device, socket.names);
     return media;
   }
-  Media media_ = OpenMedia(device_, metrics_);
+  MemorySocket socket_;
+  Media media_ = OpenMedia(device_, socket_);
   SegmentPools segments_;
   std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(2);
   WorkPool transfers_{2};
@@ -424,7 +412,7 @@ TEST_F(AttendOnDeviceTest, DeviceMemoryIsTakenUntilItsPeersHaveHungUp) {
       EXPECT_EQ(stream->Finish().error_code(),
                 answered ? grpc::StatusCode::OK : grpc::StatusCode::CANCELLED);
       EXPECT_TRUE(Becomes([&] {
-        return Importer(Ours().cuda_ipc_socket).Ask(admission.buffers(0).name()).bytes == 0;
+        return Importer(socket_.address()).Ask(admission.buffers(0).name()).bytes == 0;
       })) << "its name has ended";
     }
     WaitUntilGivenBack();
@@ -628,7 +616,7 @@ TEST_F(AttendOnDeviceTest, NegotiatedByHostAndDevice) {
                          {{ipc}, here, "GPU-fake", no, rpc, {ipc}}}) {
     v1::NegotiateRequest request;
     for (v1::Transport transport : each.transports) request.add_transports(transport);
-    request.set_shm_domain(static_cast<ShmDomain&>(*media_[Transport::kPosixShm]).name());
+    request.set_shm_domain(Ours().shm_domain);
     request.set_cuda_ipc_domain(each.domain);
     for (v1::Transport refused : each.refused) request.add_refused()->set_transport(refused);
     if (!each.uuid.empty()) request.add_device_uuids(each.uuid);
@@ -639,7 +627,7 @@ TEST_F(AttendOnDeviceTest, NegotiatedByHostAndDevice) {
     if (!status.ok()) continue;
     EXPECT_EQ(response.transport(), each.agreed) << request.ShortDebugString();
     EXPECT_EQ(response.cuda_ipc_domain(), here);
-    EXPECT_EQ(response.cuda_ipc_socket(), Ours().cuda_ipc_socket);
+    EXPECT_EQ(response.memory_socket(), socket_.address());
     ASSERT_EQ(response.device_uuids_size(), 1);
     EXPECT_EQ(response.device_uuids(0), "GPU-fake");
   }

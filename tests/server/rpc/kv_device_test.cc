@@ -14,6 +14,7 @@
 #include "server/transport/ipc_memory.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/importer.h"
+#include "tests/server/memory_socket.h"
 #include "tests/server/model/model_directory.h"
 #include "tests/server/waits.h"
 
@@ -27,10 +28,11 @@ class KvOnDeviceTest : public testing::Test {
  protected:
   KvOnDeviceTest() {
     models_.emplace("base", *Transformer::Load("base", FixtureModel("base"), backend_));
-    media_[Transport::kCudaIpc] = *CudaIpc::Open({device_, metrics_, NewId(), ""});
+    media_[Transport::kCudaIpc] = *CudaIpc::Open(device_, socket_.names);
     pools_[Transport::kCudaIpc] =
         SegmentPool::Create(*media_[Transport::kCudaIpc], device_, 32 * kMiB, [] { return false; });
     rpc_.limits.offered = {Transport::kCudaIpc};
+    rpc_.memory_socket = socket_.address();
     rpc_.limits.kv_regions[Transport::kCudaIpc] = 32 * kMiB;
     pools_[Transport::kCudaIpc]->Fill();
     EXPECT_TRUE(Ready(16 * kMiB));
@@ -113,11 +115,6 @@ class KvOnDeviceTest : public testing::Test {
     grpc::ClientContext context;
     EXPECT_TRUE(handoff_->ReleaseLease(&context, request, &response).ok());
   }
-  std::string Socket() const {
-    PeerFacts ours;
-    media_.at(Transport::kCudaIpc)->Introduce(&ours);
-    return ours.cuda_ipc_socket;
-  }
   uint64_t Count(SegmentState state) const {
     return pools_.at(Transport::kCudaIpc)->CountByState()[static_cast<size_t>(state)];
   }
@@ -137,6 +134,7 @@ class KvOnDeviceTest : public testing::Test {
   Sweeper sweeper_{absl::Milliseconds(20)};
   PrefillRegistry prefills_;
   Models models_;
+  MemorySocket socket_;
   Media media_;
   SegmentPools pools_;
   std::shared_ptr<WorkPool> memory_ = std::make_shared<WorkPool>(1);
@@ -171,7 +169,7 @@ TEST_F(KvOnDeviceTest, APeerMapsTheSameBytesThatAreSentToOthers) {
     EXPECT_EQ(admitted_.byte_offset(), 0u);
     EXPECT_GE(admitted_.byte_length(),
               chunks[3].buffer().byte_offset() + chunks[3].buffer().byte_length());
-    Importer importer(Socket());
+    Importer importer(socket_.address());
     ASSERT_NE(importer.Map(chunks[0].buffer().name()), nullptr);
     std::string mapped;
     for (const v1::TensorChunk& chunk : chunks) {
@@ -187,7 +185,7 @@ TEST_F(KvOnDeviceTest, APeerMapsTheSameBytesThatAreSentToOthers) {
     Release(lease);
     EXPECT_FALSE(Pull(lease, kIpc, &status).size());
     EXPECT_TRUE(Becomes([&] {
-      return Importer(Socket()).Ask(chunks[0].buffer().name()).bytes == 0;
+      return Importer(socket_.address()).Ask(chunks[0].buffer().name()).bytes == 0;
     })) << "its name has ended";
     EXPECT_GT(Count(SegmentState::kLent), 0u) << "a peer has it";
     importer.HangUp();
@@ -215,7 +213,7 @@ TEST_F(KvOnDeviceTest, APoolThatPeersHoldRefusesTheNextUntilTheyHangUp) {
   grpc::Status status;
   const auto chunks = Pull(lease, kIpc, &status);
   ASSERT_FALSE(chunks.empty()) << status.error_message();
-  Importer importer(Socket());
+  Importer importer(socket_.address());
   ASSERT_NE(importer.Map(chunks[0].buffer().name()), nullptr);
   Release(lease);
   const auto next = [&] {
@@ -241,7 +239,7 @@ TEST_F(KvOnDeviceTest, IsAgreedOnForAModelWhereThereIsRoomForCaches) {
     grpc::ClientContext context;
     v1::NegotiateResponse response;
     EXPECT_TRUE(handoff_->Negotiate(&context, request, &response).ok());
-    EXPECT_EQ(response.cuda_ipc_socket(), Socket());
+    EXPECT_EQ(response.memory_socket(), socket_.address());
     return response.transport();
   };
   EXPECT_EQ(agreed(), kIpc);

@@ -18,8 +18,10 @@
 #include "server/rpc/negotiate.h"
 #include "server/rpc/services.h"
 #include "server/rpc/validate.h"
-#include "server/transport/shm_segment.h"
+#include "server/transport/shm_memory.h"
 #include "tests/server/fake_device.h"
+#include "tests/server/importer.h"
+#include "tests/server/memory_socket.h"
 #include "tests/server/model/model_directory.h"
 
 namespace prefilld {
@@ -41,12 +43,13 @@ class Caller : public PrefillStream::Reader {
 // Has no memory, and counts who asks.
 class NoMedium : public Medium {
  public:
-  absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t) override {
+  absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t, PeerAccess) override {
     ++asked;
     return absl::ResourceExhaustedError("no room");
   }
   void Introduce(PeerFacts*) const override {}
   absl::Status Reaches(const PeerFacts&) const override { return absl::OkStatus(); }
+  void Close() override {}
 
   int asked = 0;
 };
@@ -232,8 +235,8 @@ TEST_F(PrefillStreamTest, WhatHasNoRoomForCachesIsNotAgreedOnForAModel) {
 class SegmentsTest : public PrefillStreamTest {
  protected:
   explicit SegmentsTest(uint64_t bytes = 64 << 20)
-      : segments_(SegmentPool::Create(*domain_, backend_.device(), bytes, [] { return false; })) {
-    media_[Transport::kPosixShm] = std::move(domain_);
+      : segments_(SegmentPool::Create(*shm_, backend_.device(), bytes, [] { return false; })) {
+    media_[Transport::kPosixShm] = std::move(shm_);
     pools_[Transport::kPosixShm] = segments_;
   }
   ~SegmentsTest() override {
@@ -257,17 +260,22 @@ class SegmentsTest : public PrefillStreamTest {
     valid.pinned = pinned;
     return *PrefillStream::Start(rpc_, {}, valid, "content", caller_);
   }
-  // Of a prompt; the segments registered so far, once all are ready again.
-  int ReleaseAfterPulls(int pulls, bool unmapped) {
+  // Of a prompt, which a peer may have open; the segments registered so far, once all are ready
+  // again.
+  int Release(bool mapped) {
     const auto stream = Begin(/*pinned=*/true);
     EXPECT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
     const v1::Lease lease = AdmissionOf(*stream)->lease();
-    {
-      const auto cache = leases_.Find(lease.name(), lease.generation())->cache;
-      for (int i = 0; i < pulls; ++i) EXPECT_TRUE(cache->Open([] {}, /*told=*/true).ok());
+    Importer importer(socket_.address());
+    if (mapped) {
+      EXPECT_NE(importer.Map(AdmissionOf(*stream)->buffers(0).name(), PROT_READ), nullptr);
     }
-    EXPECT_TRUE(
-        leases_.Release(lease.name(), lease.generation(), LeaseEnd::kConsumed, unmapped).ok());
+    EXPECT_TRUE(leases_.Release(lease.name(), lease.generation(), LeaseEnd::kConsumed).ok());
+    if (mapped) {
+      absl::SleepFor(absl::Milliseconds(20));
+      EXPECT_LT(segments_->CountByState()[static_cast<int>(SegmentState::kReady)], 48u << 20);
+      importer.HangUp();
+    }
     AwaitReady();
     return backend_.device().registrations();
   }
@@ -282,7 +290,8 @@ class SegmentsTest : public PrefillStreamTest {
     }
   }
 
-  std::unique_ptr<ShmDomain> domain_ = *ShmDomain::Open(absl::StrCat("s", getpid(), "----------"));
+  MemorySocket socket_;
+  std::unique_ptr<PosixShm> shm_ = *PosixShm::Open(socket_.names);
   std::shared_ptr<SegmentPool> segments_;
   std::shared_ptr<Caller> caller_ = std::make_shared<Caller>();
 };
@@ -301,17 +310,10 @@ TEST_F(SegmentsTest, NothingIsMadeOrRegisteredBeforeAPromptForWhichOneIsReady) {
   ASSERT_TRUE(scheduler_.WaitIdle(SteadyNow() + absl::Seconds(20)));
 }
 
-TEST_F(SegmentsTest, APromptAfterOneThatIsUnmappedRegistersNothing) {
+TEST_F(SegmentsTest, APromptAfterOneThatNobodyHasOpenRegistersNothing) {
   FillAndWait();
   const int before = backend_.device().registrations();
-  for (int i = 0; i < 3; ++i) EXPECT_EQ(ReleaseAfterPulls(1, /*unmapped=*/true), before);
-}
-
-TEST_F(SegmentsTest, OneWordIsNotBelievedOfTwoPulls) {
-  FillAndWait();
-  const int before = backend_.device().registrations();
-  EXPECT_EQ(ReleaseAfterPulls(2, /*unmapped=*/true), before + 1);
-  EXPECT_EQ(ReleaseAfterPulls(1, /*unmapped=*/false), before + 2);
+  for (const bool mapped : {false, true, true}) EXPECT_EQ(Release(mapped), before);
 }
 
 TEST_F(SegmentsTest, OneIsMadeForAPromptForWhichNoneIsReady) {

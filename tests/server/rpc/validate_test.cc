@@ -14,7 +14,7 @@
 #include "server/record/metrics.h"
 #include "server/rpc/messages.h"
 #include "server/transport/ipc_memory.h"
-#include "server/transport/shm_segment.h"
+#include "server/transport/shm_memory.h"
 #include "tests/server/fake_device.h"
 
 namespace prefilld {
@@ -488,13 +488,13 @@ class ValidatePullTest : public testing::Test {
   std::unique_ptr<Backend> backend_ = *CreateBackend("cpu", 1);
   std::unique_ptr<BlockPool> pool_ =
       *BlockPool::Create(backend_->device(), 24 * kGeometry.block_bytes(), kGeometry.block_bytes());
-  std::unique_ptr<ShmDomain> shm_ = *ShmDomain::Open(NewId());
+  std::unique_ptr<PosixShm> shm_ = *PosixShm::Open(std::make_shared<RegionNames>());
   std::shared_ptr<KvCache> cache_ = *KvCache::Create(*pool_, kGeometry, true);
   std::shared_ptr<KvCache> mapped_ = InRegion();
 
   std::shared_ptr<KvCache> InRegion() {
     auto cache = *KvCache::Create(*pool_, kGeometry, true);
-    cache->LieIn(*shm_->Create(kGeometry.region_bytes()));
+    cache->LieIn(*shm_->Create(kGeometry.region_bytes(), PeerAccess::kRead));
     return cache;
   }
 };
@@ -587,10 +587,9 @@ TEST_F(ValidatePullTest, WhatLiesOnTheDeviceIsMappedThereAndNowhereElse) {
   limits.offered.insert(Transport::kCudaIpc);
   limits.kv_regions[Transport::kCudaIpc] = kGiB;
   FakeDevice device;
-  Metrics metrics;
-  const auto medium = *CudaIpc::Open({device, metrics, NewId(), ""});
-  const std::shared_ptr<KvCache> on_device =
-      KvCache::CreateIn(*medium->Create(kGeometry.region_bytes()), nullptr, *pool_, kGeometry);
+  const auto medium = *CudaIpc::Open(device, std::make_shared<RegionNames>());
+  const std::shared_ptr<KvCache> on_device = KvCache::CreateIn(
+      *medium->Create(kGeometry.region_bytes(), PeerAccess::kRead), nullptr, *pool_, kGeometry);
   v1::PullKvRequest request;
   request.set_transport(v1::TRANSPORT_CUDA_IPC);
   EXPECT_TRUE(ValidatePull(request, *on_device, limits).ok());

@@ -10,7 +10,7 @@
 
 #include "absl/synchronization/notification.h"
 #include "server/record/errors.h"
-#include "server/transport/shm_segment.h"
+#include "server/transport/shm_memory.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/prompts.h"
 
@@ -538,12 +538,13 @@ TEST_F(PrefillTest, ACacheMayOutliveTheScheduler) {
   const auto sink = std::make_shared<HeldAtTheLastLayer>();
   job->sink = sink;
   const std::shared_ptr<KvCache> cache = job->prefill->cache;
-  auto shm = *ShmDomain::Open("scheduler-test-" + std::to_string(getpid()));
-  cache->LieIn(*shm->Create(cache->geometry().region_bytes()), [&](std::function<void()> work) {
-    sink->go_on.Notify();
-    scheduler.reset();
-    work();
-  });
+  auto shm = *PosixShm::Open(std::make_shared<RegionNames>());
+  cache->LieIn(*shm->Create(cache->geometry().region_bytes(), PeerAccess::kRead),
+               [&](std::function<void()> work) {
+                 sink->go_on.Notify();
+                 scheduler.reset();
+                 work();
+               });
   ASSERT_TRUE(scheduler->Admit(job).ok());
   std::shared_ptr<const KvCache::Pin> last;
   {

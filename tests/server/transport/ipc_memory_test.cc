@@ -10,12 +10,10 @@
 #include <set>
 #include <string>
 
-#include "absl/strings/match.h"
-#include "absl/strings/str_cat.h"
-#include "server/record/metrics.h"
 #include "server/transport/segment_pool.h"
 #include "tests/server/fake_device.h"
 #include "tests/server/importer.h"
+#include "tests/server/memory_socket.h"
 #include "tests/server/waits.h"
 
 namespace prefilld {
@@ -30,29 +28,24 @@ bool AllAre(const std::byte* data, uint64_t bytes, int value) {
 
 class IpcMemoryTest : public testing::Test {
  protected:
-  MediumSite Site() {
-    return {device_, metrics_, absl::StrCat("ipc-", getpid(), "-", ++opened_), ""};
-  }
   PeerFacts Ours() const {
     PeerFacts ours;
     medium_->Introduce(&ours);
     return ours;
   }
-  std::shared_ptr<Region> Linked(uint64_t bytes) {
-    auto region = *medium_->Create(bytes);
-    Region& raw = *region;
-    return raw.Link(std::move(region));
+  absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes) {
+    return medium_->Create(bytes, PeerAccess::kReadAndWrite);
   }
-  Importer Connect() const { return Importer(Ours().cuda_ipc_socket); }
+  std::shared_ptr<Region> Linked(uint64_t bytes) { return Region::Link(*Create(bytes)); }
+  Importer Connect() const { return Importer(socket_.address()); }
   // That memory in use has so many bytes beyond the probe's.
   bool Holds(uint64_t bytes) {
     return Becomes([&] { return device_.live_bytes(kDevice) == FakeDevice::kSharedUnit + bytes; });
   }
 
-  int opened_ = 0;
   FakeDevice device_;
-  Metrics metrics_;
-  std::unique_ptr<CudaIpc> medium_ = *CudaIpc::Open(Site());
+  MemorySocket socket_;
+  std::unique_ptr<CudaIpc> medium_ = *CudaIpc::Open(device_, socket_.names);
 };
 
 TEST_F(IpcMemoryTest, IsTheSameMemoryInAnotherProcess) {
@@ -63,7 +56,7 @@ TEST_F(IpcMemoryTest, IsTheSameMemoryInAnotherProcess) {
   EXPECT_EQ(region->address().device_uuid, "GPU-fake");
   EXPECT_TRUE(AllAre(region->data(), region->bytes(), 0));
   region->data()[5] = std::byte{5};
-  const std::string socket = Ours().cuda_ipc_socket, name = region->address().name;
+  const std::string socket = socket_.address(), name = region->address().name;
   const pid_t child = fork();
   if (child == 0) {
     Importer importer(socket);
@@ -94,7 +87,7 @@ TEST_F(IpcMemoryTest, NamesAreRandomAndNewForEachOwner) {
 TEST_F(IpcMemoryTest, NamesThatNeverWereAndThatAreNoMoreAreAnsweredAlike) {
   auto ended = Linked(1);
   const auto unlinked = Linked(1);
-  const auto never_linked = *medium_->Create(1);
+  const auto never_linked = *Create(1);
   const std::string old = ended->address().name;
   EXPECT_TRUE(Connect().Ask(old).any);
   ended.reset();
@@ -141,6 +134,7 @@ TEST_F(IpcMemoryTest, MayOutliveItsMedium) {
   std::byte* const mapped = importer.Map(region->address().name);
   ASSERT_NE(mapped, nullptr);
   medium_.reset();
+  socket_.socket.reset();
   EXPECT_FALSE(importer.Hear().any) << "it has hung up";
   region->data()[0] = std::byte{3};
   EXPECT_EQ(mapped[0], std::byte{3});
@@ -150,8 +144,7 @@ TEST_F(IpcMemoryTest, MayOutliveItsMedium) {
 
 TEST_F(IpcMemoryTest, AfterTheEndThereIsNoMore) {
   medium_->Close();
-  EXPECT_EQ(medium_->Create(1).status().code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_TRUE(Becomes([&] { return !Importer().Connect(Ours().cuda_ipc_socket); }));
+  EXPECT_EQ(Create(1).status().code(), absl::StatusCode::kResourceExhausted);
 }
 
 TEST_F(IpcMemoryTest, ReachesWhoIsOnThisHostAndSuchADevice) {
@@ -172,21 +165,10 @@ TEST_F(IpcMemoryTest, ReachesWhoIsOnThisHostAndSuchADevice) {
   EXPECT_FALSE(medium_->Reaches(peer).ok());
 }
 
-TEST_F(IpcMemoryTest, TheSocketIsWhereItIsWanted) {
-  EXPECT_EQ(Ours().cuda_ipc_socket, absl::StrCat("@prefilld-ipc-", getpid(), "-1"));
-  MediumSite site = Site();
-  site.cuda_ipc_socket = Ours().cuda_ipc_socket;
-  const absl::Status used = CudaIpc::Open(site).status();
-  EXPECT_EQ(used.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_TRUE(absl::StrContains(used.message(), "--cuda_ipc_socket")) << used;
-  site.cuda_ipc_socket = "relative";
-  EXPECT_EQ(CudaIpc::Open(site).status().code(), absl::StatusCode::kInvalidArgument);
-}
-
 TEST_F(IpcMemoryTest, NoRoomIsToldAtOnce) {
   device_.Limit(kDevice, device_.live_bytes(kDevice));
-  EXPECT_EQ(medium_->Create(1).status().code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_EQ(CudaIpc::Open(Site()).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(Create(1).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(CudaIpc::Open(device_, socket_.names).status().code(), absl::StatusCode::kUnavailable);
 }
 
 // A pool in the device's memory.
@@ -194,6 +176,7 @@ class DevicePoolTest : public IpcMemoryTest {
  protected:
   ~DevicePoolTest() override {
     pool_->Stop();
+    socket_.socket.reset();
     medium_.reset();
     pool_.reset();
     EXPECT_EQ(device_.live_bytes(kDevice), 0u);

@@ -1,46 +1,45 @@
 #include "server/transport/segment_pool.h"
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
 #include <future>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "server/record/errors.h"
-#include "server/transport/shm_segment.h"
+#include "server/transport/shm_memory.h"
 #include "tests/server/fake_device.h"
+#include "tests/server/importer.h"
+#include "tests/server/memory_socket.h"
 
 namespace prefilld {
 namespace {
 
 constexpr uint64_t kMiB = uint64_t{1} << 20;
 
-std::string PathOf(const Region& region) { return "/dev/shm" + region.address().name; }
-bool Exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
 bool Zeroed(const Region& region) {
   return std::all_of(region.data(), region.data() + region.bytes(),
                      [](std::byte b) { return b == std::byte{0}; });
 }
 
-// A /dev/shm with less in it, whose Create waits while a test holds the gate.
+// Shared memory with less of it, whose Create waits while a test holds the gate.
 class SmallShm : public Medium {
  public:
   explicit SmallShm(Medium& shm) : shm_(shm) {}
-  absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes) override {
+  absl::StatusOr<std::shared_ptr<Region>> Create(uint64_t bytes, PeerAccess access) override {
     gate.Pass();
     ++created;
     if (bytes > largest) return absl::ResourceExhaustedError("no room");
-    return shm_.Create(bytes);
+    return shm_.Create(bytes, access);
   }
   void Introduce(PeerFacts*) const override {}
   absl::Status Reaches(const PeerFacts&) const override { return absl::OkStatus(); }
+  void Close() override { shm_.Close(); }
 
   Gate gate;
   std::atomic<int> created{0};
@@ -76,8 +75,9 @@ class SegmentPoolTest : public testing::Test {
   static constexpr absl::Duration kPatience = absl::Milliseconds(300);
   std::atomic<bool> busy_{false};
   FakeDevice device_;
-  std::unique_ptr<ShmDomain> domain_ = *ShmDomain::Open(absl::StrCat("p", getpid(), "----------"));
-  SmallShm shm_{*domain_};
+  MemorySocket socket_;
+  std::unique_ptr<PosixShm> memory_ = *PosixShm::Open(socket_.names);
+  SmallShm shm_{*memory_};
   std::shared_ptr<SegmentPool> pool_ = CreatePool(64 * kMiB);
 };
 
@@ -97,57 +97,47 @@ TEST_F(SegmentPoolTest, IsReadyAndRegisteredBeforeAnybodyAsks) {
   EXPECT_EQ(Count(SegmentState::kFree), 16 * kMiB);
 }
 
-TEST_F(SegmentPoolTest, WhatWasLentIsDestroyedAndMadeAnew) {
-  pool_->Fill();
-  AwaitReady(48 * kMiB);
-  auto region = pool_->Take(20 * kMiB);
-  const std::string name = region->address().name, path = PathOf(*region);
-  const int fd = shm_open(name.c_str(), O_RDONLY, 0);
-  const void* mapped = mmap(nullptr, region->bytes(), PROT_READ, MAP_SHARED, fd, 0);
-  close(fd);
-  std::memset(region->data(), 7, region->bytes());
-  region.reset();
-  EXPECT_FALSE(Exists(path));
-  AwaitReady(48 * kMiB);
-  for (int i = 0; i < 3; ++i) {
-    auto next = pool_->Take(20 * kMiB);
-    ASSERT_NE(next, nullptr);
-    EXPECT_NE(next->address().name, name);
-    EXPECT_TRUE(Zeroed(*next));
-    std::memset(next->data(), 8 + i, next->bytes());
-    EXPECT_EQ(static_cast<const char*>(mapped)[20 * kMiB], 7) << "who has mapped it keeps it";
-    next.reset();
-    AwaitReady(48 * kMiB);
-  }
-  munmap(const_cast<void*>(mapped), 32 * kMiB);
-}
-
-TEST_F(SegmentPoolTest, WhatNobodyHasMappedIsZeroedAndReadyAgain) {
+TEST_F(SegmentPoolTest, WhatWasLentIsZeroedAndLentAgainUnderAnotherName) {
   pool_->Fill();
   AwaitReady(48 * kMiB);
   const int registrations = device_.registrations();
-  std::string name;
+  std::set<std::string> names;
   for (int i = 0; i < 3; ++i) {
     auto region = pool_->Take(20 * kMiB);
     ASSERT_NE(region, nullptr);
-    EXPECT_TRUE(i == 0 || region->address().name == name);
-    name = region->address().name;
+    names.insert(region->address().name);
     EXPECT_TRUE(Zeroed(*region));
-    EXPECT_FALSE(region->unmapped()) << "to be said each time";
     std::memset(region->data(), 7, region->bytes());
-    region->SetUnmapped(true);
     region.reset();
     AwaitReady(48 * kMiB);
   }
+  EXPECT_EQ(names.size(), 3u);
   EXPECT_EQ(device_.registrations(), registrations);
   EXPECT_EQ(shm_.created, 2);
+}
+
+TEST_F(SegmentPoolTest, WhatAPeerHasOpenStaysAsItIsUntilItHangsUp) {
+  pool_->Fill();
+  AwaitReady(48 * kMiB);
+  auto region = pool_->Take(20 * kMiB);
+  std::memset(region->data(), 7, region->bytes());
+  Importer importer(socket_.address());
+  const std::byte* const mapped = importer.Map(region->address().name, PROT_READ);
+  ASSERT_NE(mapped, nullptr);
+  region.reset();
+  absl::SleepFor(absl::Milliseconds(20));
+  EXPECT_EQ(Count(SegmentState::kLent), 32 * kMiB) << "it is in use";
+  EXPECT_EQ(pool_->Take(20 * kMiB), nullptr);
+  EXPECT_EQ(mapped[20 * kMiB], std::byte{7});
+  importer.HangUp();
+  AwaitReady(48 * kMiB);
+  EXPECT_TRUE(Zeroed(*pool_->Take(20 * kMiB)));
 }
 
 TEST_F(SegmentPoolTest, WhoFindsItBeingZeroedWaitsForThat) {
   pool_ = CreatePool(512 * kMiB);
   auto first = *pool_->Make(256 * kMiB);
   for (int i = 0; i < 3; ++i) {
-    first->SetUnmapped(true);
     first.reset();
     first = *pool_->Make(256 * kMiB);  // though there is room for another
     EXPECT_TRUE(Zeroed(*first));
@@ -226,17 +216,15 @@ TEST_F(SegmentPoolTest, HoldsNoMoreThanItsBytes) {
 }
 
 TEST_F(SegmentPoolTest, WhoFindsItBeingMadeWaitsForThat) {
-  auto all = *pool_->Make(64 * kMiB);
   shm_.gate.Hold();
-  all.reset();
+  pool_->Fill();
   shm_.gate.AwaitWaiter();  // the filler
   auto next = std::async(std::launch::async, [&] { return pool_->Make(60 * kMiB); });
-  EXPECT_EQ(pool_->Take(60 * kMiB), nullptr) << "does not wait";
+  EXPECT_EQ(pool_->Take(30 * kMiB), nullptr) << "does not wait";
   shm_.gate.Release();
   const auto region = next.get();
   ASSERT_TRUE(region.ok()) << region.status();
   EXPECT_EQ((*region)->bytes(), 64 * kMiB);
-  EXPECT_EQ(shm_.created, 2);
 }
 
 TEST_F(SegmentPoolTest, MakesDoWithWhatThereIs) {
@@ -249,16 +237,6 @@ TEST_F(SegmentPoolTest, MakesDoWithWhatThereIs) {
   EXPECT_EQ(pool_->Make(10 * kMiB).status(), absl::OkStatus());
 }
 
-TEST_F(SegmentPoolTest, TheDomainsEndTakesWhatIsReady) {
-  pool_->Fill();
-  AwaitReady(48 * kMiB);
-  const auto lent = pool_->Take(1);
-  pool_->Close();
-  domain_->Close();
-  EXPECT_FALSE(Exists(PathOf(*lent)));
-  EXPECT_TRUE(Zeroed(*lent));
-}
-
 TEST_F(SegmentPoolTest, WhatIsLentMayOutliveIt) {
   pool_->Fill();
   AwaitReady(48 * kMiB);
@@ -266,9 +244,7 @@ TEST_F(SegmentPoolTest, WhatIsLentMayOutliveIt) {
   EXPECT_FALSE(pool_->WaitAllBack(SteadyNow()));
   pool_.reset();
   std::memset(lent->data(), 1, lent->bytes());
-  const std::string path = PathOf(*lent);
   lent.reset();
-  EXPECT_FALSE(Exists(path));
 }
 
 TEST_F(SegmentPoolTest, ManyAtOnce) {
@@ -288,7 +264,6 @@ TEST_F(SegmentPoolTest, ManyAtOnce) {
         ASSERT_GE(region->bytes(), bytes);
         ASSERT_EQ(region->data()[bytes - 1], std::byte{0});
         std::memset(region->data(), 1, bytes);
-        region->SetUnmapped(i % 2 == 0);
       }
     });
   }

@@ -159,7 +159,7 @@ class NegotiateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ..., refused: _Optional[_Iterable[_Union[TransportRefusal, _Mapping]]] = ...) -> None: ...
 
 class NegotiateResponse(_message.Message):
-    __slots__ = ("transport", "layout", "fingerprint", "limits", "boot_id", "server_version", "shm_domain", "cuda_ipc_domain", "device_uuids", "cuda_ipc_socket")
+    __slots__ = ("transport", "layout", "fingerprint", "limits", "boot_id", "server_version", "shm_domain", "cuda_ipc_domain", "device_uuids", "memory_socket")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -169,7 +169,7 @@ class NegotiateResponse(_message.Message):
     SHM_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     CUDA_IPC_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUIDS_FIELD_NUMBER: _ClassVar[int]
-    CUDA_IPC_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_SOCKET_FIELD_NUMBER: _ClassVar[int]
     transport: Transport
     layout: KvLayout
     fingerprint: str
@@ -179,8 +179,8 @@ class NegotiateResponse(_message.Message):
     shm_domain: str
     cuda_ipc_domain: str
     device_uuids: _containers.RepeatedScalarFieldContainer[str]
-    cuda_ipc_socket: str
-    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., boot_id: _Optional[str] = ..., server_version: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ..., cuda_ipc_socket: _Optional[str] = ...) -> None: ...
+    memory_socket: str
+    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., boot_id: _Optional[str] = ..., server_version: _Optional[str] = ..., shm_domain: _Optional[str] = ..., cuda_ipc_domain: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ..., memory_socket: _Optional[str] = ...) -> None: ...
 
 class PullKvRequest(_message.Message):
     __slots__ = ("lease", "generation", "boot_id", "layout", "transport", "first_layer", "layer_count", "resume_tensor_index", "resume_byte_offset", "chunk_bytes")
@@ -217,16 +217,14 @@ class RenewLeaseRequest(_message.Message):
     def __init__(self, lease: _Optional[str] = ..., generation: _Optional[int] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ReleaseLeaseRequest(_message.Message):
-    __slots__ = ("lease", "generation", "reason", "unmapped")
+    __slots__ = ("lease", "generation", "reason")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    UNMAPPED_FIELD_NUMBER: _ClassVar[int]
     lease: str
     generation: int
     reason: ReleaseReason
-    unmapped: bool
-    def __init__(self, lease: _Optional[str] = ..., generation: _Optional[int] = ..., reason: _Optional[_Union[ReleaseReason, str]] = ..., unmapped: bool = ...) -> None: ...
+    def __init__(self, lease: _Optional[str] = ..., generation: _Optional[int] = ..., reason: _Optional[_Union[ReleaseReason, str]] = ...) -> None: ...
 
 class ReleaseLeaseResponse(_message.Message):
     __slots__ = ("running_transfers",)

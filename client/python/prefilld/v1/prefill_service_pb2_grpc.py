@@ -70,9 +70,9 @@ class PrefillServiceServicer(object):
     def Attend(self, request_iterator, context):
         """Attention over the caller's own tensors. The client sends one header, waits for `admission`,
         then sends the chunks of every tensor, tensor after tensor. The server answers with admission,
-        the chunks of every output tensor, then the summary. A later call of the same source address
-        with the same request_id takes the place of this one, which ends with ABORTED; of another
-        address it is ALREADY_EXISTS.
+        the chunks of every output tensor, then the summary. A later call of the same caller (by the
+        access policy, else by address) with the same request_id takes the place of this one, which
+        ends with ABORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -241,7 +241,7 @@ class WorkerHalf:
                 with contextlib.suppress(PrefilldError):  # everything is here: then the ttl ends it
                     load.source.release(consumed=True)
             return
-        consumed = unmapped = False
+        consumed = False
         try:
             load.check()
             model = self._model(client, plan)
@@ -253,11 +253,11 @@ class WorkerHalf:
             load.check()
             self._let_go(plan.lease)  # the pull renews it from here on
             yield pull
-            consumed, unmapped = True, pull.unmapped
+            consumed = True
         finally:
             self._let_go(plan.lease)
             with contextlib.suppress(PrefilldError):
-                client.release(plan.lease, consumed=consumed, unmapped=unmapped)
+                client.release(plan.lease, consumed=consumed)
 
     def _model(self, client: PrefillClient, plan: Plan) -> Any:
         """The model there, which must be the one here."""

@@ -1,4 +1,4 @@
-"""The socket that hands out device memory: whoever answers, and whatever, no descriptor is left and
+"""The socket that hands out memory: whoever answers, and whatever, no descriptor is left and
 nothing waits for longer than it may."""
 
 import gc
@@ -11,14 +11,14 @@ import time
 import grpc
 import pytest
 
-from fake_handout import PAGE, DeviceMemory, Handout, send
-from prefilld import PrefilldError, cuda_socket
+from fake_handout import PAGE, Memory, Handout, send
+from prefilld import PrefilldError, memory_socket
 
 
 @pytest.fixture
 def handout():
     made = Handout()
-    made.memory = made.share(DeviceMemory([3 * PAGE], "GPU-1"))
+    made.memory = made.share(Memory([3 * PAGE], "GPU-1"))
     yield made
     made.close()
 
@@ -42,14 +42,14 @@ def descriptors():
 
 def refused(handout, reason, *words):
     with pytest.raises(PrefilldError) as caught:
-        cuda_socket.receive(handout.path, handout.memory.name)
+        memory_socket.receive(handout.path, handout.memory.name)
     assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
     assert caught.value.reason == reason, caught.value
     assert [word for word in words if word not in caught.value.message] == [], caught.value
 
 
 def take(handout):
-    connection, descriptor, size = cuda_socket.receive(handout.path, handout.memory.name)
+    connection, descriptor, size = memory_socket.receive(handout.path, handout.memory.name)
     try:
         assert size == os.fstat(descriptor).st_size == 3 * PAGE
         assert not os.get_inheritable(descriptor)
@@ -66,7 +66,7 @@ def test_an_abstract_name(handout):
 
 def test_a_path(tmp_path):
     other = Handout(str(tmp_path / "socket"))
-    other.memory = other.share(DeviceMemory([3 * PAGE], "GPU-1"))
+    other.memory = other.share(Memory([3 * PAGE], "GPU-1"))
     take(other)
     assert other.idle()
     other.close()
@@ -88,7 +88,7 @@ def test_a_socket_of_another_kind(handout, tmp_path):
 
 
 def test_says_nothing(handout, monkeypatch):
-    monkeypatch.setattr(cuda_socket, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(memory_socket, "_TIMEOUT_S", 0.3)
     handout.answer = lambda connection, name: None
     begin = time.monotonic()
     refused(handout, "REASON_SOCKET", "says nothing for 0.3 s")
@@ -96,7 +96,7 @@ def test_says_nothing(handout, monkeypatch):
 
 
 def test_does_not_even_accept(handout, monkeypatch, tmp_path):
-    monkeypatch.setattr(cuda_socket, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(memory_socket, "_TIMEOUT_S", 0.3)
     handout.path = str(tmp_path / "full")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as deaf, \
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as first:
@@ -127,7 +127,7 @@ def test_waits_while_the_queue_is_full(handout, tmp_path):
 
         thread = threading.Thread(target=serve)
         thread.start()
-        connection, descriptor, _ = cuda_socket.receive(handout.path, handout.memory.name)
+        connection, descriptor, _ = memory_socket.receive(handout.path, handout.memory.name)
         thread.join()
         os.close(descriptor)
         connection.close()
@@ -204,7 +204,7 @@ def test_a_refusal_that_comes_before_the_name(handout, monkeypatch, tmp_path):
                 super().connect(address)
                 serve()
 
-        monkeypatch.setattr(cuda_socket.socket, "socket", Late)
+        monkeypatch.setattr(memory_socket.socket, "socket", Late)
         refused(handout, "REASON_DESCRIPTOR", "not you")
 
 
@@ -214,4 +214,4 @@ def credentials(monkeypatch, user):
             assert (level, option) == (socket.SOL_SOCKET, socket.SO_PEERCRED)
             return struct.pack("3i", 1, user, 1)
 
-    monkeypatch.setattr(cuda_socket.socket, "socket", Connection)
+    monkeypatch.setattr(memory_socket.socket, "socket", Connection)
