@@ -25,7 +25,8 @@ constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPeersKeepaliveMs = 5'000;  // peers may ask as often whether we are there
 constexpr int kHandshakeMs = 20'000;      // TLS, and HTTP/2's first words
 constexpr int kStreamsPerConnectionMax = 128;
-// gRPC ends a connection, with all who share it, for one call's metadata beyond this.
+// gRPC ends a connection, with all who share it, for one call's metadata beyond this; CallRecord
+// refuses less.
 constexpr int kMetadataBytesMax = 256 << 10;
 // Of reflection, each of whose streams holds one: the only service that is not ours nor
 // asynchronous.
