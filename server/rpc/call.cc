@@ -55,8 +55,8 @@ absl::Status CheckMetadata(const grpc::CallbackServerContext& context) {
   size_t bytes = 0;
   for (const auto& [name, value] : context.client_metadata()) bytes += name.size() + value.size();
   if (bytes <= kMetadataBytesMax) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat(
-      "the metadata of the call has ", bytes, " bytes, the limit is ", kMetadataBytesMax));
+  return absl::ResourceExhaustedError(absl::StrCat("the metadata of the call has ", bytes,
+                                                   " bytes, the limit is ", kMetadataBytesMax));
 }
 
 absl::StatusOr<Caller> CallerOf(RpcContext& rpc, const grpc::CallbackServerContext& context,
@@ -68,10 +68,7 @@ absl::StatusOr<Caller> CallerOf(RpcContext& rpc, const grpc::CallbackServerConte
 }  // namespace
 
 CallRecord::CallRecord(RpcContext& rpc, const grpc::CallbackServerContext& context, Rpc which)
-    : metrics_(rpc.metrics),
-      live_(rpc.calls),
-      rpc_(which),
-      caller_(CallerOf(rpc, context, which)) {
+    : metrics_(rpc.metrics), live_(rpc.calls), rpc_(which), caller_(CallerOf(rpc, context, which)) {
   live_.Add(1);
 }
 
