@@ -102,8 +102,9 @@ absl::StatusOr<LeaseInfo> LeaseTable::Renew(absl::string_view name, uint64_t gen
 
 void LeaseTable::SetFollowed(absl::string_view name, uint64_t generation, bool followed) {
   absl::MutexLock lock(&mutex_);
-  if (!FindLocked(name, generation).ok()) return;
-  Entry& entry = entries_.find(name)->second;
+  const auto bits = FindLocked(name, generation);
+  if (!bits.ok()) return;
+  Entry& entry = entries_.at(*bits);
   entry.followed = followed;
   entry.renewed = SteadyNow();
   LookAgain();
@@ -111,8 +112,8 @@ void LeaseTable::SetFollowed(absl::string_view name, uint64_t generation, bool f
 
 bool LeaseTable::WasRenewed(absl::string_view name, uint64_t generation) const {
   absl::MutexLock lock(&mutex_);
-  const auto found = FindLocked(name, generation);
-  return found.ok() && (*found)->second.was_renewed;
+  const auto bits = FindLocked(name, generation);
+  return bits.ok() && entries_.at(*bits).was_renewed;
 }
 
 absl::StatusOr<int> LeaseTable::Release(absl::string_view name, uint64_t generation, LeaseEnd why) {

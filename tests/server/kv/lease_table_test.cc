@@ -152,11 +152,11 @@ TEST_F(LeaseTableTest, ALeaseThatNobodyFollowsAgesWhileItsCacheIsComputed) {
     ended.Notify();
   }});
   auto cache = NewCache();
-  auto lease = *table.Grant("a", cache, absl::Milliseconds(50), [&] { abandoned.Notify(); });
-  table.SetFollowed("a", lease.generation, false);
-  table.SetFollowed("a", lease.generation, true);
+  auto lease = Grant(table, cache, absl::Milliseconds(50), [&] { abandoned.Notify(); });
+  table.SetFollowed(lease.name, lease.generation, false);
+  table.SetFollowed(lease.name, lease.generation, true);
   EXPECT_FALSE(ended.WaitForNotificationWithTimeout(absl::Milliseconds(200)));
-  table.SetFollowed("a", lease.generation, false);
+  table.SetFollowed(lease.name, lease.generation, false);
   auto pull = *cache->Open(nullptr);
   EXPECT_FALSE(ended.WaitForNotificationWithTimeout(absl::Milliseconds(200))) << "it is pulled";
   pull.reset();
@@ -166,11 +166,11 @@ TEST_F(LeaseTableTest, ALeaseThatNobodyFollowsAgesWhileItsCacheIsComputed) {
 
 TEST_F(LeaseTableTest, WhoRenewsALeaseWantsIt) {
   LeaseTable table({});
-  auto lease = *table.Grant("a", NewCache(), absl::Hours(1), nullptr);
-  EXPECT_FALSE(table.WasRenewed("a", lease.generation));
-  ASSERT_TRUE(table.Renew("a", lease.generation, absl::ZeroDuration()).ok());
-  EXPECT_TRUE(table.WasRenewed("a", lease.generation));
-  EXPECT_FALSE(table.WasRenewed("a", lease.generation + 1));
+  auto lease = Grant(table, NewCache(), absl::Hours(1));
+  EXPECT_FALSE(table.WasRenewed(lease.name, lease.generation));
+  ASSERT_TRUE(table.Renew(lease.name, lease.generation, absl::ZeroDuration()).ok());
+  EXPECT_TRUE(table.WasRenewed(lease.name, lease.generation));
+  EXPECT_FALSE(table.WasRenewed(lease.name, lease.generation + 1));
   table.ReleaseAll(LeaseEnd::kAbandoned);
 }
 
