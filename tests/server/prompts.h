@@ -96,7 +96,9 @@ class Prompts {
   ~Prompts() { EXPECT_TRUE(pool_->WaitAllFree(SteadyNow() + absl::Seconds(30))); }
 
   const ModelInfo& info() const { return model_->info(); }
-  std::shared_ptr<Job> New(int64_t tokens, int salt, bool retain = true) const {
+  // waiting: its cache takes its blocks when it starts.
+  std::shared_ptr<Job> New(int64_t tokens, int salt, bool retain = true,
+                           bool waiting = false) const {
     auto job = std::make_shared<Job>();
     job->policy.method = Method::kJoint;
     job->prefill = std::make_unique<PrefillWork>();
@@ -105,11 +107,14 @@ class Prompts {
     for (int64_t t = 0; t < tokens; ++t) {
       job->prefill->token_ids.push_back(static_cast<uint32_t>((t * 31 + salt) % info().vocab_size));
     }
-    job->prefill->cache = *KvCache::Create(
-        *pool_, {info().layers, info().kv_heads, info().head_dim, info().dtype, tokens}, retain);
+    const KvGeometry geometry{info().layers, info().kv_heads, info().head_dim, info().dtype,
+                              tokens};
+    job->prefill->cache = waiting ? KvCache::CreateWaiting(*pool_, geometry, retain)
+                                  : *KvCache::Create(*pool_, geometry, retain);
     job->sink = std::make_shared<LayerSink>();
     return job;
   }
+  BlockPool& pool() const { return *pool_; }
   static LayerSink& SinkOf(const std::shared_ptr<Job>& job) {
     return static_cast<LayerSink&>(*job->sink);
   }

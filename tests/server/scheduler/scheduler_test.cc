@@ -82,6 +82,25 @@ class Recorder : public JobSink {
   absl::Status status_;
 };
 
+// Tells whose layers and ends came, in their order.
+class OrderSink : public JobSink {
+ public:
+  OrderSink(std::string name, std::vector<std::string>& order)
+      : name_(std::move(name)), order_(order) {}
+  void OnLayerReady(int layer, double, double) override {
+    order_.push_back(name_ + " " + std::to_string(layer));
+  }
+  void OnFinished(const absl::Status&) override {
+    order_.push_back(name_ + " ends");
+    finished.Notify();
+  }
+  absl::Notification finished;
+
+ private:
+  const std::string name_;
+  std::vector<std::string>& order_;  // the completion thread's
+};
+
 class SchedulerTest : public testing::Test {
  protected:
   std::shared_ptr<Job> NewAttend(int64_t tokens = 64, int heads = 1) {
@@ -180,6 +199,49 @@ TEST_F(SchedulerTest, RefusesADeadlineThatIsPastOrCannotBeMet) {
   EXPECT_FALSE(FactsOf(refused).retry_after.has_value());
 }
 
+// What has become hopeless in the queue ends there, before its deadline.
+TEST_F(SchedulerTest, WhatCannotBeDoneInTimeAnyMoreIsNotBegun) {
+  Scheduler scheduler(engine_, metrics_, {});
+  auto running = NewAttend(), hopeless = NewAttend(/*tokens=*/20000);
+  ASSERT_TRUE(scheduler.Admit(running).ok());
+  scheduler.UploadDone(running);
+  backend_.AwaitEntered();
+  const absl::Duration work = absl::Seconds(engine_.PredictSeconds(*hopeless));
+  const SteadyTime deadline = SteadyNow() + 1000 * work;
+  hopeless->deadline = deadline;
+  ASSERT_TRUE(scheduler.Admit(hopeless).ok());
+  scheduler.UploadDone(hopeless);
+  hopeless->deadline = SteadyNow() + work / 2;
+  backend_.Open();
+  EXPECT_EQ(SinkOf(hopeless).Wait().code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(hopeless->phases[static_cast<int>(Phase::kAttention)], 0);
+}
+
+// Of two peers the one that was served less is next, whatever waits of the other.
+TEST_F(SchedulerTest, AnotherPeersJobsDoNotWaitForAFlood) {
+  std::vector<std::string> order;
+  Scheduler scheduler(engine_, metrics_, {});
+  std::vector<std::shared_ptr<Job>> jobs;
+  std::vector<std::shared_ptr<OrderSink>> sinks;
+  const auto come = [&](const char* peer) {
+    jobs.push_back(NewAttend(/*tokens=*/500));
+    sinks.push_back(std::make_shared<OrderSink>(peer, order));
+    jobs.back()->peer = peer;
+    jobs.back()->sink = sinks.back();
+    ASSERT_TRUE(scheduler.Admit(jobs.back()).ok());
+    scheduler.UploadDone(jobs.back());
+  };
+  come("many");
+  backend_.AwaitEntered();
+  for (int i = 0; i < 8; ++i) come("many");
+  for (int i = 0; i < 2; ++i) come("few");
+  backend_.Open();
+  for (const auto& sink : sinks) sink->finished.WaitForNotification();
+  ASSERT_EQ(order.size(), 11u);
+  EXPECT_EQ(order[1], "few ends");
+  EXPECT_EQ(std::count(order.begin(), order.begin() + 5, "few ends"), 2);
+}
+
 TEST_F(SchedulerTest, DrainingRefusesNewWorkAndFinishesOld) {
   Scheduler scheduler(engine_, metrics_, {});
   auto job = NewAttend();
@@ -236,25 +298,6 @@ TEST_F(SchedulerTest, StoppingEndsWhatIsLeft) {
   }
   EXPECT_EQ(SinkOf(job).Wait().code(), absl::StatusCode::kUnavailable);
 }
-
-// Tells whose layers and ends came, in their order.
-class OrderSink : public JobSink {
- public:
-  OrderSink(std::string name, std::vector<std::string>& order)
-      : name_(std::move(name)), order_(order) {}
-  void OnLayerReady(int layer, double, double) override {
-    order_.push_back(name_ + " " + std::to_string(layer));
-  }
-  void OnFinished(const absl::Status&) override {
-    order_.push_back(name_ + " ends");
-    finished.Notify();
-  }
-  absl::Notification finished;
-
- private:
-  const std::string name_;
-  std::vector<std::string>& order_;  // the completion thread's
-};
 
 // It need not wait for the end of the layer.
 TEST_F(SchedulerTest, AShortPromptPassesALongOneInTheMiddleOfALayer) {
@@ -395,6 +438,27 @@ TEST_F(PrefillTest, APromptWaitsForRoomAndAShortOnePassesIt) {
   });
   EXPECT_TRUE(Prompts::SinkOf(first).Wait().ok());
   EXPECT_TRUE(Prompts::SinkOf(second).Wait().ok());
+}
+
+// And waits for those of one that runs.
+TEST_F(PrefillTest, APromptTakesItsBlocksWhenItStarts) {
+  Scheduler scheduler(engine_, metrics_, {});
+  BlockPool& pool = prompts_.pool();
+  auto first = prompts_.New(150, 5, /*retain=*/false, /*waiting=*/true);  // four blocks
+  auto second = prompts_.New(150, 7, /*retain=*/false, /*waiting=*/true);
+  const auto taken = *pool.Take(pool.free() - 4);
+  ASSERT_TRUE(scheduler.Admit(first).ok());
+  Stream(*first->prefill->cache, [&] {
+    EXPECT_EQ(pool.free(), 0);
+    ASSERT_TRUE(scheduler.Admit(second).ok());
+    EXPECT_EQ(second->prefill->cache->blocks_awaited(), 4);
+  });
+  EXPECT_TRUE(Prompts::SinkOf(first).Wait().ok());
+  EXPECT_EQ(second->prefill->cache->blocks_held(), 0);
+  first->prefill->cache->Close(absl::FailedPreconditionError("released"));
+  Stream(*second->prefill->cache, [] {});
+  EXPECT_TRUE(Prompts::SinkOf(second).Wait().ok());
+  pool.GiveBack(taken, BlockState::kComputing);
 }
 
 // Who ends a job waits for its layer on the device: that too is noticed when it does not end.
