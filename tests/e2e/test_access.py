@@ -173,6 +173,7 @@ def every_method():
     ((("authorization", "Bearer no-such-token-0123"),), "token"),
     ((("authorization", f"Basic {TOKENS['other']}"),), "token"),
     (tuple(shows("other") * 2), "token"),
+    ((("authorization", "Bearer " + "x" * 5000),), "token"),
 ])
 def test_no_call_goes_without_credentials(guarded, service, method, metadata, reason):
     call = guarded.channel.stream_stream(f"/{service}/{method}", request_serializer=bytes,
@@ -364,6 +365,7 @@ def test_a_policy_that_is_wrong_ends_the_start(start_server, tmp_path):
             ({"modles": []}, ["identities.other", "unknown key 'modles'"]),
             ({"methods": ["Prefil"]}, ["identities.other.methods", "'Prefil'"]),
             ({"token_files": ["/no/such/file"]}, ["/no/such/file"]),
+            ({"certificates": ["CN:other"]}, ["--tls_client_ca"]),
             ({"pulls_of": ["nobody"]}, ["identities.other.pulls_of", "'nobody'"])):
         path = write_policy(tmp_path, {"other": IDENTITIES["other"] | change})
         with pytest.raises(RuntimeError) as failed:
