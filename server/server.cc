@@ -322,13 +322,9 @@ absl::Status Server::PrepareGrpc() {
     if (!tls.ok()) return tls.status();
     tls_ = *std::move(tls);
   }
-  std::unique_ptr<AccessPolicy> policy;
-  if (!config_.access_policy.empty()) {
-    auto loaded = AccessPolicy::Load(config_.access_policy);
-    if (!loaded.ok()) return Explain("--access_policy", loaded.status());
-    policy = *std::move(loaded);
-  }
-  access_ = std::make_unique<Access>(metrics_, std::move(policy));
+  auto access = Access::Open(metrics_, config_.access_policy, !config_.tls_client_ca.empty());
+  if (!access.ok()) return Explain("--access_policy", access.status());
+  access_ = *std::move(access);
   credentials_ = ServerCredentialsOf(tls_.get(), /*need_certificate=*/!access_->has_policy());
   auto shares = ShareDescriptors(DescriptorLimit(), config_.connections_max);
   if (!shares.ok()) return Explain("--max_connections", shares.status());

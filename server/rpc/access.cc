@@ -41,6 +41,19 @@ struct Access::Refused {
   std::string certificate;  // its first name, of who is nobody
 };
 
+absl::StatusOr<std::unique_ptr<Access>> Access::Open(Metrics& metrics,
+                                                     const std::string& policy_file,
+                                                     bool verifies) {
+  if (policy_file.empty()) return std::make_unique<Access>(metrics);
+  auto policy = AccessPolicy::Load(policy_file);
+  if (!policy.ok()) return policy.status();
+  if (!verifies && (*policy)->names_certificates()) {
+    return absl::InvalidArgumentError(
+        "it names certificates: without --tls_client_ca none is verified");
+  }
+  return std::make_unique<Access>(metrics, *std::move(policy));
+}
+
 void Access::Refuse(const Refused& refused) {
   const char* reason = AccessMetrics::kRefusals[static_cast<int>(refused.denial)];
   metrics_.Refused(reason);

@@ -31,6 +31,11 @@ class Access {
   explicit Access(Metrics& metrics, std::unique_ptr<AccessPolicy> policy = nullptr)
       : metrics_(metrics.access), policy_(std::move(policy)) {}
 
+  // Of the policy in this file; empty: none. verifies: clients' certificates are.
+  static absl::StatusOr<std::unique_ptr<Access>> Open(Metrics& metrics,
+                                                      const std::string& policy_file,
+                                                      bool verifies);
+
   bool has_policy() const { return policy_ != nullptr; }
 
   // UNAUTHENTICATED, or PERMISSION_DENIED for who may not call this.

@@ -84,11 +84,13 @@ int AccessPolicy::Refresh() {
 const AccessPolicy::Identity* AccessPolicy::OfToken(absl::string_view authorization) const {
   constexpr absl::string_view kScheme = "bearer ";
   if (!absl::StartsWithIgnoreCase(authorization, kScheme)) return nullptr;
-  const Hash shown = HashOf(absl::StripAsciiWhitespace(authorization.substr(kScheme.size())));
+  const auto token = absl::StripAsciiWhitespace(authorization.substr(kScheme.size()));
+  if (token.size() > kTokenBytesMax) return nullptr;
+  const Hash shown = HashOf(token);
   const Identity* found = nullptr;
   absl::MutexLock lock(&mutex_);
-  for (const Token& token : tokens_) {
-    if (CRYPTO_memcmp(token.hash.data(), shown.data(), shown.size()) == 0) found = token.identity;
+  for (const Token& known : tokens_) {
+    if (CRYPTO_memcmp(known.hash.data(), shown.data(), shown.size()) == 0) found = known.identity;
   }
   return found;
 }

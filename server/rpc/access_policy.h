@@ -62,6 +62,8 @@ class AccessPolicy {
   };
   Verdict Judge(const Credentials& credentials, Rpc rpc) const;
 
+  bool names_certificates() const { return !certificates_.empty(); }
+
   // Reads token files that have changed; what is wrong with one goes to the log, and its old token
   // stays. Returns how many are in that state. One call at a time.
   int Refresh();

@@ -31,8 +31,9 @@ grpc::ServerUnaryReactor* PrefillServiceImpl::GetSparsityReport(
         const auto report = rpc_.reports.Find(asked.request_id(), caller);
         if (!report) {
           const std::string id = asked.request_id().substr(0, kRequestIdBytesMax);
-          if (rpc_.reports.Find(id, {}))
+          if (rpc_.reports.Find(id, {})) {  // another's
             rpc_.access.ReportDenied(Rpc::kGetSparsityReport, caller, id);
+          }
           return ResourceNotFound("request", id);
         }
         *answer = ProtoOf(report->report);
@@ -86,8 +87,9 @@ grpc::ServerUnaryReactor* KvHandoffServiceImpl::ReleaseLease(grpc::CallbackServe
           return InvalidField("reason",
                               absl::StrCat(asked.reason(), " is neither CONSUMED nor ABANDONED"));
         }
-        auto found = FindLease(rpc_, Rpc::kReleaseLease, caller, asked.lease(), asked.generation());
-        if (!found.ok()) return found.status();
+        const absl::Status may =
+            rpc_.access.CheckLease(Rpc::kReleaseLease, caller, rpc_.leases, asked.lease());
+        if (!may.ok()) return may;
         const bool consumed = asked.reason() == v1::RELEASE_REASON_CONSUMED;
         auto running = rpc_.leases.Release(asked.lease(), asked.generation(),
                                            consumed ? LeaseEnd::kConsumed : LeaseEnd::kAbandoned);

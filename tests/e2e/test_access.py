@@ -173,6 +173,7 @@ def every_method():
     ((("authorization", "Bearer no-such-token-0123"),), "token"),
     ((("authorization", f"Basic {TOKENS['other']}"),), "token"),
     (tuple(shows("other") * 2), "token"),
+    ((("authorization", "Bearer " + "x" * 5000),), "token"),
 ])
 def test_no_call_goes_without_credentials(guarded, service, method, metadata, reason):
     call = guarded.channel.stream_stream(f"/{service}/{method}", request_serializer=bytes,
@@ -364,8 +365,33 @@ def test_a_policy_that_is_wrong_ends_the_start(start_server, tmp_path):
             ({"modles": []}, ["identities.other", "unknown key 'modles'"]),
             ({"methods": ["Prefil"]}, ["identities.other.methods", "'Prefil'"]),
             ({"token_files": ["/no/such/file"]}, ["/no/such/file"]),
+            ({"certificates": ["CN:other"]}, ["--tls_client_ca"]),
             ({"pulls_of": ["nobody"]}, ["identities.other.pulls_of", "'nobody'"])):
         path = write_policy(tmp_path, {"other": IDENTITIES["other"] | change})
         with pytest.raises(RuntimeError) as failed:
             start_server(f"--access_policy={path}")
         assert all(word in str(failed.value) for word in ["--access_policy: ", *words])
+
+
+DOCUMENT = (harness.ROOT / "docs/access.md").read_text()
+
+
+def test_every_key_and_reason_is_in_the_document(start_server, tmp_path, server):
+    path = write_policy(tmp_path, {"other": IDENTITIES["other"] | {"x": 1}})
+    with pytest.raises(RuntimeError) as failed:
+        start_server(f"--access_policy={path}")
+    keys = re.search(r"there is ([\w, ]+)", str(failed.value))[1].split(", ")
+    assert len(keys) == 9 and [key for key in keys if f"| `{key}` |" not in DOCUMENT] == []
+    reasons = {dict(labels)["reason"] for name, labels in server.metrics()
+               if name == "prefilld_access_refused_total"}
+    assert {reason for reason in reasons if f"`{reason}`" not in DOCUMENT} == set()
+
+
+def template(directory):
+    """The document's policy, with tokens that are there."""
+    text = re.search(r"```json\n(.*?)```", DOCUMENT, re.S)[1]
+    for name in set(re.findall(r"/run/secrets/prefilld/(\w+)", text)):
+        (directory / name).write_text(f"{name}-0123456789abcdef")
+    path = directory / "policy.json"
+    path.write_text(text.replace("/run/secrets/prefilld", str(directory)))
+    return path

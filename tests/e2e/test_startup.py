@@ -79,6 +79,14 @@ def test_a_start_that_fails_waits_for_no_reader():
         os.close(writer)
 
 
+def test_the_image_is_closed_until_it_is_told_otherwise():
+    """What it starts adds no flag to the defaults, which are loopback's."""
+    text = (harness.ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^(?:ENTRYPOINT|CMD) (.*)", text, re.M) == ['["prefilld"]']
+    start_fails(listen="0.0.0.0:0", words=["--listen=0.0.0.0:0", "--tls_cert", "--insecure_listen"])
+    start_fails(http="[::]:0", words=["--http=[::]:0", "--tls_cert", "--insecure_listen"])
+
+
 def test_two_models_of_one_name(tiny):
     start_fails(f"--model=a={tiny.directory}", f"--model=a={tiny.directory}", words=["a"])
 

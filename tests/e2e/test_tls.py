@@ -13,7 +13,7 @@ import pytest
 
 from e2e import certificates, harness, prefilling
 from e2e.harness import refused
-from e2e.test_access import TOKENS, audit, one_line, shows
+from e2e.test_access import TOKENS, audit, one_line, shows, template
 from prefilld.v1 import (kv_handoff_service_pb2_grpc, model_service_pb2_grpc,
                          prefill_service_pb2_grpc)
 from prefilld.v1.model_service_pb2 import ListModelsRequest
@@ -124,6 +124,13 @@ def test_pages_have_the_same_policy(mutual, clients):
         assert mutual.get("/debug/sparsity", client=clients["decoder"])[0] == 403
     assert mutual.get("/debug/sparsity", client=clients["monitor"])[0] == 200
     assert mutual.get("/debug/sparsity", dict(shows("other")))[0] == 200
+
+
+def test_the_documents_policy_is_one(start_server, authority, clients, tmp_path):
+    policy = template(tmp_path)
+    with start_server(*tls_flags(authority), f"--access_policy={policy}") as server:
+        Client(server, authority, clients["router"]).list_models()
+        Client(server, authority).list_models(metadata=shows("", token="decoder-0123456789abcdef"))
 
 
 # --- who does not get in --------------------------------------------------------------------------

@@ -137,6 +137,7 @@ class Handover:
 
     def __init__(self, server: Prefilld, call, admission: pb.Admission):
         self.server, self._call = server, call
+        self.request_id = admission.request_id  # what may be said of it: the lease's name is a secret
         self.lease = Lease.from_message(admission.lease)
         self.fingerprint = admission.fingerprint
         self.taken = False           # vLLM has answered, so the lease was its own to release
@@ -160,8 +161,8 @@ class Handover:
             while await self._call.read() is not grpc.aio.EOF:
                 pass
         except grpc.RpcError as error:
-            log.warning("prefilld %s: lease %s is lost: %s", self.server.target, self.lease.name,
-                        PrefilldError.from_rpc(error))
+            log.warning("prefilld %s: the lease of request %s is lost: %s", self.server.target,
+                        self.request_id, PrefilldError.from_rpc(error))
 
 
 class Router:
@@ -257,7 +258,7 @@ class Router:
                 "target": handover.server.target, "lease": dataclasses.asdict(handover.lease),
                 "tokens": handover.lease.tokens, "fingerprint": handover.fingerprint,
                 "model": self._options.model, **policy}
-            mark = f"target={handover.server.target}; lease={handover.lease.name}"
+            mark = f"target={handover.server.target}; request={handover.request_id}"
             return await self._forward(request, body, mark, handover)
         finally:
             handover.over.set()

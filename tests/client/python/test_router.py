@@ -226,8 +226,9 @@ def run(test, *args, **options):
 def test_token_ids_are_handed_over_with_the_lease(one):
     async def test(w):
         status, mark, text = await w.post(temperature=0.5, stream=True)
-        lease = one[0].calls["Prefill"][0].request_id + f"/{len(LONG)}"
-        assert (status, mark) == (200, f"target={one[0].target}; lease={lease}")
+        request_id = one[0].calls["Prefill"][0].request_id
+        lease = f"{request_id}/{len(LONG)}"
+        assert (status, mark) == (200, f"target={one[0].target}; request={request_id}")
         assert text == "".join(chunk.decode() for chunk in w.vllm.chunks)
         assert w.vllm.bodies == [{
             "model": MODEL, "prompt": LONG, "temperature": 0.5, "stream": True,

@@ -142,8 +142,8 @@ class SchedulerHalf:
         if any(other is not None and other.plan.lease is not None
                and (other.plan.target, other.plan.lease.name) == (plan.target, lease.name)
                for other in self._requests.values()):
-            return Plan(error=f"the lease {lease.name!r} is another request's: it is good for one "
-                              "prompt with one answer")  # and stays with that one
+            return Plan(error="the lease is another request's: it is good for one prompt with one "
+                              "answer")  # and stays with that one
         if lease.tokens != tokens:
             return dataclasses.replace(
                 plan, error=f"the lease has {lease.tokens} tokens, the prompt {tokens}")
