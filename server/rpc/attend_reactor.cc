@@ -370,9 +370,14 @@ void AttendReactor::OnDone() {
   rpc_.calls.Leave(this);
   std::shared_ptr<AttendReactor> self;  // dropped last, after the lock
   std::shared_ptr<Job> job;
+  std::optional<grpc::ByteBuffer> next;
+  grpc::ByteBuffer write;
   absl::MutexLock lock(&mutex_);
   job.swap(job_);
   outputs_.reset();
+  // A chunk that was not taken holds the job, whose sink is this.
+  next.swap(next_);
+  write.Swap(&write_);
   self.swap(self_);
 }
 

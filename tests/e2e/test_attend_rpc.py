@@ -10,7 +10,7 @@ from e2e import attending, harness
 from e2e.harness import refused
 from prefilld.v1 import prefill_service_pb2 as pb
 from prefilld.v1 import kv_handoff_service_pb2 as kv
-from prefilld.v1 import sparsity_pb2, tensor_pb2
+from prefilld.v1 import prefill_service_pb2_grpc, sparsity_pb2, tensor_pb2
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
@@ -292,6 +292,25 @@ def test_upload_credit_counts_down_and_a_cancelled_upload_gives_it_back(server, 
         lambda: server.metric("prefilld_upload_bytes_inflight") == size - 4 * (1 << 14))
     call.cancel()
     harness.eventually(lambda: server.metric("prefilld_upload_bytes_inflight") == 0)
+
+
+def test_what_was_cancelled_while_its_outputs_went_out_holds_nothing(start_server):
+    arrays = attending.small(tokens=4000)  # outputs of four chunks, 12 MiB in all
+    with start_server("--attend_memory=40MiB", "--drain_timeout=10s") as server, \
+            server.new_channel([("grpc.http2.bdp_probe", 0)]) as channel:  # takes 64 KiB ahead
+        stub = prefill_service_pb2_grpc.PrefillServiceStub(channel)
+        for count in range(1, 6):
+            call = attending.Call(stub)
+            call.admit(attending.header(*arrays))
+            for chunk in attending.chunks(arrays):
+                call.send(chunk)
+            assert call.receive().WhichOneof("part") == "outputs"
+            assert call.receive().WhichOneof("part") == "chunk"
+            call.cancel()
+            harness.eventually(lambda: server.metric(
+                "prefilld_requests_total", method="Attend", code="CANCELLED") == count)
+    drained = [line for line in server.log() if line["event"] == "drained"]
+    assert drained and drained[0]["calls_ended"], drained
 
 
 def test_requests_beyond_the_limits_are_refused_before_a_byte_is_sent(server):
