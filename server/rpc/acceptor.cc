@@ -45,7 +45,7 @@ std::array<uint8_t, 16> SourceOf(const sockaddr_storage& address) {
 }
 
 // As grpc::ServerContext::peer() has it, without its escapes.
-std::string PeerOf(const sockaddr_storage& address) {
+std::string NameOf(const sockaddr_storage& address) {
   char text[INET6_ADDRSTRLEN] = "";
   if (address.ss_family == AF_INET) {
     const auto& v4 = reinterpret_cast<const sockaddr_in&>(address);
@@ -147,7 +147,7 @@ bool Acceptor::OnError(int listener, int error) {
 
 void Acceptor::Take(int listener, int fd, const sockaddr_storage& address) {
   const Source source = SourceOf(address);
-  Connection connection{Behind(fd).value_or(Socket{}), source, PeerOf(address), false};
+  Connection connection{Behind(fd).value_or(Socket{}), source, NameOf(address), false};
   {
     absl::MutexLock lock(&mutex_);
     // Who had this number has it no more.
@@ -231,7 +231,7 @@ void Acceptor::Forget(std::unordered_map<int, Connection>::iterator connection) 
 
 void Acceptor::Expect(const sockaddr_storage& self) {
   absl::MutexLock lock(&mutex_);
-  expected_ = PeerOf(self);
+  expected_ = NameOf(self);
 }
 
 std::unordered_map<int, Acceptor::Connection>::iterator Acceptor::Find(const std::string& peer) {

@@ -10,7 +10,6 @@
 #include "server/record/errors.h"
 #include "server/record/log.h"
 #include "server/rpc/messages.h"
-#include "server/rpc/peer.h"
 
 namespace prefilld {
 namespace {

@@ -25,6 +25,7 @@
 #include "server/rpc/attend_outputs.h"
 #include "server/rpc/call.h"
 #include "server/rpc/context.h"
+#include "server/rpc/peer.h"
 #include "server/rpc/upload.h"
 #include "server/rpc/validate.h"
 #include "server/work_pool.h"
