@@ -28,8 +28,12 @@ if _version_not_supported:
 
 class PrefillServiceStub(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
-    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met.
+    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help, and ErrorInfo whose reason
+    says what there is too little of (QUEUE_FULL, BACKLOG, KV_MEMORY, ATTEND_MEMORY, ...).
+    A deadline is looked at when the call comes: DEADLINE_INFEASIBLE (and no RetryInfo) where the
+    work itself takes longer by prediction, BACKLOG (with RetryInfo) where only what is there before
+    it makes it late. What cannot be done in time any more is not begun: DEADLINE_EXCEEDED, at once.
+    All connections of one address share one share of the server: calls of others wait for a step.
     """
 
     def __init__(self, channel):
@@ -57,8 +61,12 @@ class PrefillServiceStub(object):
 
 class PrefillServiceServicer(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
-    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met.
+    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help, and ErrorInfo whose reason
+    says what there is too little of (QUEUE_FULL, BACKLOG, KV_MEMORY, ATTEND_MEMORY, ...).
+    A deadline is looked at when the call comes: DEADLINE_INFEASIBLE (and no RetryInfo) where the
+    work itself takes longer by prediction, BACKLOG (with RetryInfo) where only what is there before
+    it makes it late. What cannot be done in time any more is not begun: DEADLINE_EXCEEDED, at once.
+    All connections of one address share one share of the server: calls of others wait for a step.
     """
 
     def Attend(self, request_iterator, context):
@@ -113,8 +121,12 @@ def add_PrefillServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class PrefillService(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
-    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met.
+    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help, and ErrorInfo whose reason
+    says what there is too little of (QUEUE_FULL, BACKLOG, KV_MEMORY, ATTEND_MEMORY, ...).
+    A deadline is looked at when the call comes: DEADLINE_INFEASIBLE (and no RetryInfo) where the
+    work itself takes longer by prediction, BACKLOG (with RetryInfo) where only what is there before
+    it makes it late. What cannot be done in time any more is not begun: DEADLINE_EXCEEDED, at once.
+    All connections of one address share one share of the server: calls of others wait for a step.
     """
 
     @staticmethod
