@@ -77,8 +77,9 @@ absl::Status RunWithRetries(const CallOptions& options,
     }
     if (++tries >= options.retry.tries_max) return status;
     // Jitter keeps clients that failed together from coming back together.
-    absl::Duration delay = backoff * std::uniform_real_distribution<>(0.5, 1.0)(rng);
-    delay = std::max(delay, RetryDelay(status).value_or(absl::ZeroDuration()));
+    const double jitter = std::uniform_real_distribution<>(0.5, 1.0)(rng);
+    absl::Duration delay = backoff * jitter;
+    delay = std::max(delay, RetryDelay(status).value_or(absl::ZeroDuration()) * (jitter + 0.5));
     if (SteadyNow() + delay >= deadline) return status;
     if (cancellation.WaitFor(delay)) return absl::CancelledError("cancelled between two tries");
     backoff = std::min(2 * backoff, options.retry.delay_max);

@@ -1,6 +1,7 @@
 """Bounds, deadlines and order: who runs when, and who is told to come back."""
 
 import contextlib
+import socket
 import threading
 
 import grpc
@@ -9,14 +10,15 @@ import pytest
 from e2e import attending, harness, prefilling
 from e2e.harness import refused
 from prefilld.v1 import kv_handoff_service_pb2 as kv
+from prefilld.v1 import prefill_service_pb2_grpc
 
 RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class Busy:
-    """A long dense Attend that occupies the engine; its upload is already over. Of one head, so
-    that nobody passes between two."""
+    """A long dense Attend that occupies the engine; its upload is already over. In between its
+    steps pass what is shorter, unless its priority is lower."""
 
     def __init__(self, server, tokens=28000):
         arrays = attending.small(tokens=tokens, q_heads=1, kv_heads=1)
@@ -54,7 +56,7 @@ def test_a_full_queue_is_refused_at_once_with_a_hint(start_server, tiny):
         arrays = attending.small(tokens=1)
         waiting = [attending.Call(server.prefill) for _ in range(2)]
         for call in waiting:
-            call.admit(attending.header(*arrays))
+            call.admit(attending.header(*arrays, priority=-1))
             for chunk in attending.chunks(arrays):
                 call.send(chunk)
         harness.eventually(lambda: server.metric("prefilld_requests_waiting") == 2)
@@ -97,6 +99,98 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_admission(server):
         call.receive()
     assert failure[0].reason == "DEADLINE_INFEASIBLE" and failure[0].retry_after is None
     call.half_close()
+
+
+def test_a_deadline_that_only_the_backlog_makes_late_is_told_when_to_come_again(server, tiny):
+    """Of some that each could be done in time, one is too many; it has that from the server at
+    once, and a retry helps."""
+    calls, failure = [], None
+    arrays = attending.small(tokens=6000)
+    with contextlib.ExitStack() as cleanup:
+        while failure is None and len(calls) < 200:
+            call = attending.Call(server.prefill, timeout=3)
+            cleanup.callback(call.cancel)
+            calls.append(call)
+            try:
+                call.admit(attending.header(*arrays))
+            except grpc.RpcError as error:
+                failure = harness.Failure(error)
+            else:
+                for chunk in attending.chunks(arrays):
+                    call.send(chunk)
+        assert failure is not None and failure.code is RESOURCE_EXHAUSTED, failure
+        assert failure.reason == "BACKLOG" and failure.retry_after > 0, failure
+    harness.eventually(lambda: server.metric("prefilld_requests_running") == 0)
+    attending.attend(server.prefill, *arrays, timeout=30)
+
+
+class Relay:
+    """Connections to the server that come from another address of this host."""
+
+    def __init__(self, target, source):
+        self._target, self._source = target.rsplit(":", 1), source
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.target = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._listener.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection((self._target[0], int(self._target[1])),
+                                               source_address=(self._source, 0))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=ends, daemon=True).start()
+
+    @staticmethod
+    def _copy(source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_who_floods_the_queue_keeps_only_itself_waiting(start_server, tiny):
+    """An address has one share, whatever it sends; long prompts of another wait, not short ones
+    of this."""
+    with start_server("--max_waiting_jobs=16", models=[("tiny", tiny.directory)]) as server:
+        flood = []
+        with refused(RESOURCE_EXHAUSTED) as failure:
+            while True:
+                flood.append(prefilling.start(server, tiny.tokens(4000), priority=100))
+        assert failure[0].reason == "QUEUE_FULL"
+        with Relay(server.target, "127.0.0.2") as relay, \
+                grpc.insecure_channel(relay.target, harness.channel_options()) as channel:
+            stub = prefill_service_pb2_grpc.PrefillServiceStub(channel)
+            other = prefilling.start(server, tiny.tokens(20), stub=stub, priority=-100).finish()
+            waiting = server.metric("prefilld_requests_waiting")
+            assert other.summary and waiting >= len(flood) - 3, (waiting, len(flood))
+            prefilling.release(server, other.ready)
+        for call in flood:
+            call.stream.cancel()
+        harness.eventually(lambda: server.metric("prefilld_requests_running") == 0)
+
+
+def test_a_waiting_prompt_owns_no_blocks(start_server, tiny):
+    """More prompts wait than there is memory for, and all of them are served, one after another."""
+    with start_server("--kv_memory=8MiB", "--transports=grpc",
+                      models=[("tiny", tiny.directory)]) as server:
+        total = server.metric("prefilld_kv_blocks", state="free")
+        calls = [prefilling.start(server, tiny.tokens(1200), retain=True) for _ in range(5)]
+        taken = sum(server.metric("prefilld_kv_blocks", state=state)
+                    for state in ("computing", "leased", "transferring"))
+        assert taken <= total
+        for call in calls:
+            prefilling.release(server, call.finish().ready)
+        assert server.metric("prefilld_kv_blocks", state="free") == total
 
 
 def test_a_deadline_in_the_past(server, tiny):

@@ -125,7 +125,7 @@ class Retry:
         if not (error.retryable or resumable) or self._failures >= self._policy.attempts:
             raise error
         if error.retry_delay is not None:
-            delay = error.retry_delay * random.uniform(1.0, 1.1)
+            delay = error.retry_delay * random.uniform(1.0, 1.5)
         else:
             backoff = self._policy.initial_backoff * 2.0 ** (self._failures - 1)
             delay = min(backoff, self._policy.max_backoff) * random.uniform(0.5, 1.0)

@@ -28,11 +28,17 @@ if _version_not_supported:
 
 class PrefillServiceStub(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
-    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met. Where the server has an access
-    policy, every call of every service is UNAUTHENTICATED without good credentials (a client certificate, or metadata
-    "authorization: Bearer TOKEN"), and PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy
-    says whose call it is in metadata "prefilld-tenant".
+    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help, and ErrorInfo whose reason
+    says what there is too little of (QUEUE_FULL, BACKLOG, KV_MEMORY, ATTEND_MEMORY, ...).
+    A deadline is looked at when the call comes: DEADLINE_INFEASIBLE (and no RetryInfo) where the
+    work itself takes longer by prediction, BACKLOG (with RetryInfo) where only what is there before
+    it makes it late. What cannot be done in time any more is not begun: DEADLINE_EXCEEDED, at once.
+    All connections of one caller, by the access policy its tenant, else its address, share one share
+    of the server: calls of others wait for a step.
+    Where the server has an access policy, every call of every service is UNAUTHENTICATED without
+    good credentials (a client certificate, or metadata "authorization: Bearer TOKEN"), and
+    PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy says whose call
+    it is in metadata "prefilld-tenant".
     """
 
     def __init__(self, channel):
@@ -60,11 +66,17 @@ class PrefillServiceStub(object):
 
 class PrefillServiceServicer(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
-    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met. Where the server has an access
-    policy, every call of every service is UNAUTHENTICATED without good credentials (a client certificate, or metadata
-    "authorization: Bearer TOKEN"), and PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy
-    says whose call it is in metadata "prefilld-tenant".
+    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help, and ErrorInfo whose reason
+    says what there is too little of (QUEUE_FULL, BACKLOG, KV_MEMORY, ATTEND_MEMORY, ...).
+    A deadline is looked at when the call comes: DEADLINE_INFEASIBLE (and no RetryInfo) where the
+    work itself takes longer by prediction, BACKLOG (with RetryInfo) where only what is there before
+    it makes it late. What cannot be done in time any more is not begun: DEADLINE_EXCEEDED, at once.
+    All connections of one caller, by the access policy its tenant, else its address, share one share
+    of the server: calls of others wait for a step.
+    Where the server has an access policy, every call of every service is UNAUTHENTICATED without
+    good credentials (a client certificate, or metadata "authorization: Bearer TOKEN"), and
+    PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy says whose call
+    it is in metadata "prefilld-tenant".
     """
 
     def Attend(self, request_iterator, context):
@@ -123,11 +135,17 @@ def add_PrefillServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class PrefillService(object):
     """Errors of every call: INVALID_ARGUMENT carries google.rpc.BadRequest; NOT_FOUND ResourceInfo;
-    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help; RESOURCE_EXHAUSTED with
-    ErrorInfo reason DEADLINE_INFEASIBLE (and no RetryInfo) where the deadline cannot be met. Where the server has an access
-    policy, every call of every service is UNAUTHENTICATED without good credentials (a client certificate, or metadata
-    "authorization: Bearer TOKEN"), and PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy
-    says whose call it is in metadata "prefilld-tenant".
+    RESOURCE_EXHAUSTED and UNAVAILABLE RetryInfo where a retry can help, and ErrorInfo whose reason
+    says what there is too little of (QUEUE_FULL, BACKLOG, KV_MEMORY, ATTEND_MEMORY, ...).
+    A deadline is looked at when the call comes: DEADLINE_INFEASIBLE (and no RetryInfo) where the
+    work itself takes longer by prediction, BACKLOG (with RetryInfo) where only what is there before
+    it makes it late. What cannot be done in time any more is not begun: DEADLINE_EXCEEDED, at once.
+    All connections of one caller, by the access policy its tenant, else its address, share one share
+    of the server: calls of others wait for a step.
+    Where the server has an access policy, every call of every service is UNAUTHENTICATED without
+    good credentials (a client certificate, or metadata "authorization: Bearer TOKEN"), and
+    PERMISSION_DENIED where its caller may not make it, or not of this model; a proxy says whose call
+    it is in metadata "prefilld-tenant".
     """
 
     @staticmethod
