@@ -43,7 +43,7 @@ Credentials CredentialsOf(const std::string& request, const HttpStream& stream) 
   return {.certificate = stream.CertificateNames(),
           .authorization = HeaderOf(request, "authorization"),
           .tenant = HeaderOf(request, "prefilld-tenant"),
-          .overheard = !stream.is_tls() && !stream.peer_is_local(),
+          .tls = stream.is_tls(),
           .peer = stream.peer()};
 }
 

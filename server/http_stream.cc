@@ -14,8 +14,8 @@
 #include <utility>
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
-#include "server/config.h"
 
 namespace prefilld {
 namespace {
@@ -27,17 +27,6 @@ std::string TextOf(const ASN1_STRING* text) {
   const std::unique_ptr<unsigned char, void (*)(unsigned char*)> owned(
       bytes, [](unsigned char* taken) { OPENSSL_free(taken); });
   return {reinterpret_cast<const char*>(bytes), static_cast<size_t>(count)};
-}
-
-Endpoint PeerOf(int fd) {
-  sockaddr_storage address{};
-  socklen_t bytes = sizeof address;
-  char host[NI_MAXHOST] = "", port[NI_MAXSERV] = "0";
-  if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &bytes) == 0) {
-    getnameinfo(reinterpret_cast<const sockaddr*>(&address), bytes, host, sizeof host, port,
-                sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
-  }
-  return {std::string(absl::StripPrefix(host, "::ffff:")), std::atoi(port)};
 }
 
 }  // namespace
@@ -127,8 +116,17 @@ std::vector<std::string> HttpStream::CertificateNames() const {
   return names;
 }
 
-std::string HttpStream::peer() const { return PeerOf(fd_).ToString(); }
-
-bool HttpStream::peer_is_local() const { return PeerOf(fd_).loopback(); }
+std::string HttpStream::peer() const {
+  sockaddr_storage address{};
+  socklen_t bytes = sizeof address;
+  char name[NI_MAXHOST] = "", port[NI_MAXSERV] = "0";
+  if (getpeername(fd_, reinterpret_cast<sockaddr*>(&address), &bytes) == 0) {
+    getnameinfo(reinterpret_cast<const sockaddr*>(&address), bytes, name, sizeof name, port,
+                sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
+  }
+  const absl::string_view host = absl::StripPrefix(name, "::ffff:");
+  return absl::StrContains(host, ":") ? absl::StrCat("ipv6:[", host, "]:", port)
+                                      : absl::StrCat("ipv4:", host, ":", port);
+}
 
 }  // namespace prefilld

@@ -34,9 +34,8 @@ class HttpStream {
   const std::string& failure() const { return failure_; }
   // Of the peer's certificate, which is verified: see Credentials. None without one.
   std::vector<std::string> CertificateNames() const;
-  // "192.0.2.1:4711", "[2001:db8::1]:4711"; and whether it is this host's.
+  // As gRPC has it: "ipv4:192.0.2.1:4711", "ipv6:[2001:db8::1]:4711".
   std::string peer() const;
-  bool peer_is_local() const;
 
  private:
   ssize_t ResultOf(int result);

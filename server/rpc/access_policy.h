@@ -29,8 +29,8 @@ struct Credentials {
   std::vector<std::string> certificate;
   std::optional<std::string> authorization;  // the header: "Bearer TOKEN"
   std::optional<std::string> tenant;         // metadata prefilld-tenant
-  bool overheard = false;                    // it came in the clear, and not from this host
-  std::string peer;                          // its address, for the log
+  bool tls = false;                          // how it came
+  std::string peer;                          // its address, as gRPC has it
 };
 
 // Why who calls is not let in, or not to something; a label of prefilld_access_refused_total each.

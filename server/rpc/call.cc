@@ -6,21 +6,11 @@
 #include <string>
 #include <tuple>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "server/rpc/context.h"
 
 namespace prefilld {
 namespace {
-
-// As grpc::ServerContext::peer() has addresses.
-bool IsOfThisHost(absl::string_view peer) {
-  for (const char* ours : {"ipv4:127.", "ipv6:%5B::1%5D:", "ipv6:[::1]:", "ipv6:%5B::ffff:127.",
-                           "ipv6:[::ffff:127.", "unix:"}) {
-    if (absl::StartsWith(peer, ours)) return true;
-  }
-  return false;
-}
 
 // Metadata of this name; empty where it is there more than once, which is no credential.
 std::optional<std::string> HeaderOf(const grpc::CallbackServerContext& context, const char* name) {
@@ -36,8 +26,7 @@ Credentials CredentialsOf(const grpc::CallbackServerContext& context) {
   credentials.authorization = HeaderOf(context, "authorization");
   credentials.tenant = HeaderOf(context, "prefilld-tenant");
   const auto auth = context.auth_context();
-  const bool tls = !auth->FindPropertyValues(GRPC_TRANSPORT_SECURITY_TYPE_PROPERTY_NAME).empty();
-  credentials.overheard = !tls && !IsOfThisHost(credentials.peer);
+  credentials.tls = !auth->FindPropertyValues(GRPC_TRANSPORT_SECURITY_TYPE_PROPERTY_NAME).empty();
   for (const auto& [property, prefix] : {std::pair(GRPC_PEER_URI_PROPERTY_NAME, "URI:"),
                                          std::pair(GRPC_PEER_DNS_PROPERTY_NAME, "DNS:"),
                                          std::pair(GRPC_X509_CN_PROPERTY_NAME, "CN:")}) {

@@ -137,7 +137,7 @@ class Handover:
 
     def __init__(self, server: Prefilld, call, admission: pb.Admission):
         self.server, self._call = server, call
-        self.request_id = admission.request_id  # what may be said of it: the lease's name is a secret
+        self.request_id = admission.request_id  # may be said aloud; the lease's name may not
         self.lease = Lease.from_message(admission.lease)
         self.fingerprint = admission.fingerprint
         self.taken = False           # vLLM has answered, so the lease was its own to release

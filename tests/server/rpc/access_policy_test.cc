@@ -44,7 +44,7 @@ class AccessPolicyTest : public testing::Test {
         keys, "}}}"));
   }
   static Credentials Bearer(const std::string& token) {
-    return {.authorization = absl::StrCat("Bearer ", token)};
+    return {.authorization = absl::StrCat("Bearer ", token), .tls = true};
   }
 
   const std::string directory_ = absl::StrCat(testing::TempDir(), "/access_policy", getpid());
@@ -137,12 +137,25 @@ TEST_F(AccessPolicyTest, GroupsAreTheirMethods) {
 TEST_F(AccessPolicyTest, ATokenIsNotTakenWhereOthersHear) {
   const std::string identity = R"("identities": {"a": {"token_files": ["$T"], "tenant": "t",
       "methods": ["*"], "models": ["*"]}})";
-  Credentials credentials = Bearer(kToken);
-  credentials.overheard = true;
   auto policy = *Load("{" + identity + "}");
-  EXPECT_EQ(policy->Judge(credentials, Rpc::kPrefill).denial, Denial::kClear);
+  const auto denial = [&](const std::string& peer, bool tls) {
+    Credentials credentials = Bearer(kToken);
+    credentials.peer = peer;
+    credentials.tls = tls;
+    return policy->Judge(credentials, Rpc::kPrefill).denial;
+  };
+  const char* const others[] = {"ipv4:192.0.2.1:127", "ipv6:%5B2001:db8::1%5D:1", "ipv6:[::1:1]:1",
+                                "ipv4:12.7.0.1:1", ""};
+  for (const char* peer : others) {
+    EXPECT_EQ(denial(peer, false), Denial::kClear) << peer;
+    EXPECT_FALSE(denial(peer, true)) << peer;
+  }
+  for (const char* peer : {"ipv4:127.0.0.1:9", "ipv6:%5B::1%5D:9", "ipv6:[::1]:9",
+                           "ipv6:%5B::ffff:127.0.0.1%5D:9", "unix:/run/s"}) {
+    EXPECT_FALSE(denial(peer, false)) << peer;
+  }
   policy = *Load(R"({"tokens_in_clear": true, )" + identity + "}");
-  EXPECT_FALSE(policy->Judge(credentials, Rpc::kPrefill).denial);
+  for (const char* peer : others) EXPECT_FALSE(denial(peer, false)) << peer;
 }
 
 TEST_F(AccessPolicyTest, ATokenGoesBeforeACertificateAndTheBestNameFirst) {
