@@ -46,9 +46,11 @@ class FakeServer {
     std::vector<v1::PullKvRequest> pulls;
     std::vector<v1::ReleaseLeaseRequest> releases;
     std::vector<std::string> models_asked;
+    std::vector<std::string> authorization;  // of each call to ModelService; empty: none
   };
 
-  FakeServer();
+  explicit FakeServer(const std::shared_ptr<grpc::ServerCredentials>& credentials =
+                          grpc::InsecureServerCredentials());
   ~FakeServer();
 
   const std::string& target() const { return target_; }
