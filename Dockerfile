@@ -2,6 +2,7 @@
 #   docker build -t prefilld .                       # for CPUs
 #   docker build -t prefilld-cuda --target=cuda .    # and for GPUs: docker run --gpus=1 ...
 #   docker run -p 50051:50051 -p 9464:9464 -v /path/to/model:/models/m:ro prefilld --model=m=/models/m
+# Containers that map its memory share the directory of --memory_socket: docs/shared-memory.md.
 FROM debian:12-slim AS packages
 COPY deploy/packages.txt /tmp/
 RUN apt-get update \

@@ -90,8 +90,7 @@ def prefill_into_cache(
     input_ids: [N] or [1, N], integers, N >= 1, none of them padding. One token: nothing is
         computed, the cache is empty.
     client: the connection to use; it stays open. Or
-    target: HOST:PORT, for a connection of this call's own, with the environment's credentials (see
-        Credentials.from_env). One of the two must be given.
+    target: HOST:PORT, for a connection of this call's own. One of the two must be given.
     model_handle: the model's name on the server; default: the only one it has loaded.
     attention_mask: [N] or [1, N]. Accepted so that a tokenizer's output can be passed on; it must
         be all ones.
