@@ -22,6 +22,7 @@ POLICY_KEYS = tuple(Policy.__annotations__)
 SPARSE_BY_DEFAULT = "joint"  # what prefilld runs when no method is named
 _ID_BYTES_MAX = 128
 _CREDENTIALS = tuple(field.name for field in dataclasses.fields(Credentials))
+_HOST = re.compile(r"[0-9A-Za-z_.-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 _PATTERN = re.compile(r"[0-9A-Za-z_.:\[\]/-]{1,255}", re.ASCII)
 
 
@@ -220,8 +221,8 @@ def _credentials(source: Mapping[str, Any]) -> Credentials:
 
 def _target(value: Any) -> str:
     host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    if not host or not colon or not port.isdecimal() or not 0 < int(port) < 65536 \
-            or "/" in host or len(host) > 255:
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536 \
+            or len(host) > 255 or not _HOST.fullmatch(host):  # gRPC knows other forms, with schemes
         raise BadParams(f"target {str(value)[:128]!r} is not HOST:PORT")
     return value
 
