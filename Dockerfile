@@ -5,6 +5,7 @@
 #   docker run -p 50051:50051 -p 9464:9464 -v /path/to/model:/models/m:ro -v /path/to/tls:/tls:ro prefilld \
 #     --model=m=/models/m --listen=0.0.0.0:50051 --http=0.0.0.0:9464 --tls_cert=/tls/tls.crt --tls_key=/tls/tls.key
 # or, in the clear, --insecure_listen in place of the last two.
+# Containers that map its memory share the directory of --memory_socket: docs/shared-memory.md.
 FROM debian:12-slim AS packages
 COPY deploy/packages.txt /tmp/
 RUN apt-get update \

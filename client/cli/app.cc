@@ -36,6 +36,23 @@ std::string CheckTarget(const std::string& target) {
   return "";
 }
 
+void AddCredentials(CLI::App& app, client::Credentials* credentials) {
+  const auto add = [&](const char* flag, const char* variable, const char* type, std::string* value,
+                       const char* help) {
+    app.add_option(flag, *value, help)->type_name(type)->envname(variable)->group("Credentials");
+  };
+  add("--tls_ca", "PREFILLD_TLS_CA", "FILE", &credentials->tls_ca,
+      "PEM of who signed the server's certificate; none: in the clear");
+  add("--tls_cert", "PREFILLD_TLS_CERT", "FILE", &credentials->tls_cert,
+      "PEM of a certificate of ours, for a server that asks for one");
+  add("--tls_key", "PREFILLD_TLS_KEY", "FILE", &credentials->tls_key,
+      "PEM of its key, without a passphrase");
+  add("--token_file", "PREFILLD_TOKEN_FILE", "FILE", &credentials->token_file,
+      "A bearer token for every call; only over TLS, or to this host");
+  add("--server_name", "PREFILLD_SERVER_NAME", "NAME", &credentials->server_name,
+      "That the server's certificate must be of [the target's host]");
+}
+
 }  // namespace
 
 int RunApp(int argc, const char* const* argv, const AppIo& io) {
@@ -50,6 +67,7 @@ int RunApp(int argc, const char* const* argv, const AppIo& io) {
       ->type_name("HOST:PORT")
       ->check(CLI::Validator(CheckTarget, ""))
       ->capture_default_str();
+  AddCredentials(app, &session.credentials);
   app.add_flag("--json", session.json, "Print one JSON object instead of text");
   app.add_option("--timeout", session.timeout_s,
                  "For the whole command, retries included [no limit]")
@@ -66,7 +84,7 @@ int RunApp(int argc, const char* const* argv, const AppIo& io) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error, io.out, io.err) == 0 ? 0 : kExitUsage;
   }
-  client::PrefillClient client(session.target);
+  client::PrefillClient client(session.target, session.credentials);
   absl::Status status = session.action(client);
   io.out.flush();
   if (absl::IsCancelled(status) && io.cancellation.cancelled()) {

@@ -16,6 +16,7 @@ namespace prefilld::cli {
 struct Session {
   AppIo io;
   std::string target = "127.0.0.1:50051";
+  client::Credentials credentials;
   bool json = false;
   double timeout_s = std::numeric_limits<double>::infinity();
 

@@ -14,6 +14,8 @@ int main(int argc, char** argv) {
   // Between two tries no call of ours polls: gRPC itself then looks every 5 s whether it is
   // connected, and so long would `health --wait` stand before a server that is up.
   setenv("GRPC_CLIENT_CHANNEL_BACKUP_POLL_INTERVAL_MS", "200", /*replace=*/0);
+  // What gRPC has to say of a handshake, our errors say in words.
+  setenv("GRPC_VERBOSITY", "NONE", /*replace=*/0);
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGINT);

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "client/cpp/client.h"
 #include "client/cpp/errors.h"
+#include "client/cpp/stubs.h"
 
 namespace prefilld::client {
 namespace {
@@ -147,10 +148,10 @@ absl::StatusOr<v1::Summary> PrefillClient::Attend(const AttendCall& call,
   const grpc::internal::RpcMethod method("/prefilld.v1.PrefillService/Attend",
                                          grpc::internal::RpcMethod::BIDI_STREAMING);
   std::optional<v1::Summary> summary;
-  const absl::Status status = RunWithRetries(options, [&](Try& current) -> absl::Status {
+  const absl::Status status = Run(options, [&](Try& current, Stubs& stubs) -> absl::Status {
     const std::unique_ptr<RawStream> stream(
         grpc::internal::ClientReaderWriterFactory<grpc::ByteBuffer, grpc::ByteBuffer>::Create(
-            channel_.get(), method, &current.context));
+            stubs.channel.get(), method, &current.context));
     AttendTry attend(call, input_bytes, *stream);
     const absl::Status ours = attend.Run(request);
     if (!ours.ok()) current.context.TryCancel();

@@ -16,8 +16,9 @@
 namespace prefilld::client {
 namespace {
 
-grpc::ChannelArguments ChannelOptions() {
+grpc::ChannelArguments ChannelOptions(const std::string& server_name) {
   grpc::ChannelArguments arguments;
+  if (!server_name.empty()) arguments.SetSslTargetNameOverride(server_name);
   // Retries are ours: gRPC's own would hold sent chunks back for a replay and cannot keep a
   // deadline over several tries.
   arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
@@ -28,19 +29,6 @@ grpc::ChannelArguments ChannelOptions() {
   // refused at once.
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 1000);
   return arguments;
-}
-
-// A unary call with retries: `method` is a method of one of the stubs.
-template <typename Response, typename Stub, typename Method, typename Request>
-absl::StatusOr<Response> Unary(Stub& stub, Method method, const Request& request,
-                               const CallOptions& options) {
-  Response response;
-  const absl::Status status = RunWithRetries(options, [&](Try& current) {
-    response.Clear();
-    return FromGrpc((stub.*method)(&current.context, request, &response));
-  });
-  if (!status.ok()) return status;
-  return response;
 }
 
 }  // namespace
@@ -54,14 +42,58 @@ std::string NewRequestId() {
                          high & 0xffff, low >> 48, low & 0xffffffffffff);
 }
 
-PrefillClient::PrefillClient(const std::string& target)
-    : PrefillClient(grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(),
-                                              ChannelOptions())) {}
+PrefillClient::PrefillClient(const std::string& target, Credentials credentials)
+    : target_(target), credentials_(std::move(credentials)) {}
 
 PrefillClient::PrefillClient(std::shared_ptr<grpc::Channel> channel)
-    : channel_(std::move(channel)), stubs_(std::make_unique<Stubs>(channel_)) {}
+    : stamp_(StampOf({})), stubs_(std::make_shared<Stubs>(std::move(channel))) {}
 
 PrefillClient::~PrefillClient() = default;
+
+absl::StatusOr<std::shared_ptr<PrefillClient::Stubs>> PrefillClient::Connected() {
+  std::lock_guard lock(mutex_);
+  std::string stamp = StampOf(credentials_);
+  if (stubs_ != nullptr && stamp == stamp_) return stubs_;
+  if (absl::Status status = CheckCredentials(credentials_, target_); !status.ok()) return status;
+  auto channel = ChannelCredentialsOf(credentials_);
+  if (!channel.ok()) return channel.status();
+  stamp_ = std::move(stamp);
+  stubs_ = std::make_shared<Stubs>(
+      grpc::CreateCustomChannel(target_, *channel, ChannelOptions(credentials_.server_name)));
+  return stubs_;
+}
+
+absl::Status PrefillClient::Run(const CallOptions& options,
+                                absl::FunctionRef<absl::Status(Try&, Stubs&)> attempt) {
+  bool asked = false;
+  return RunWithRetries(options, [&](Try& current) -> absl::Status {
+    const auto stubs = Connected();
+    if (!stubs.ok()) return stubs.status();
+    if (!credentials_.token_file.empty()) {
+      const auto token = TokenOf(credentials_);
+      if (!token.ok()) return token.status();
+      current.context.AddMetadata("authorization", absl::StrCat("Bearer ", *token));
+    }
+    const absl::Status status = attempt(current, **stubs);
+    if (!absl::IsUnavailable(status) || target_.empty() || std::exchange(asked, true)) {
+      return status;
+    }
+    const absl::Status why = WhyNoHandshake(credentials_, target_);
+    return why.ok() ? status : why;
+  });
+}
+
+template <typename Response, typename Stub, typename Method, typename Request>
+absl::StatusOr<Response> PrefillClient::Unary(Stub Stubs::*stub, Method method,
+                                              const Request& request, const CallOptions& options) {
+  Response response;
+  const absl::Status status = Run(options, [&](Try& current, Stubs& stubs) {
+    response.Clear();
+    return FromGrpc((stubs.*stub.*method)(&current.context, request, &response));
+  });
+  if (!status.ok()) return status;
+  return response;
+}
 
 absl::StatusOr<v1::Summary> PrefillClient::Prefill(
     v1::PrefillRequest request, absl::FunctionRef<absl::Status(const v1::PrefillEvent&)> on_event,
@@ -69,8 +101,8 @@ absl::StatusOr<v1::Summary> PrefillClient::Prefill(
   if (request.request_id().empty()) request.set_request_id(NewRequestId());
   std::optional<v1::Summary> summary;
   std::optional<v1::Lease> lease;
-  const absl::Status status = RunWithRetries(options, [&](Try& current) -> absl::Status {
-    auto stream = stubs_->prefill.Prefill(&current.context, request);
+  const absl::Status status = Run(options, [&](Try& current, Stubs& stubs) -> absl::Status {
+    auto stream = stubs.prefill.Prefill(&current.context, request);
     absl::Status ours;
     v1::PrefillEvent event;
     while (ours.ok() && stream->Read(&event)) {
@@ -100,7 +132,7 @@ absl::StatusOr<v1::Summary> PrefillClient::Prefill(
 
 absl::StatusOr<v1::Lease> PrefillClient::RenewLease(const v1::RenewLeaseRequest& request,
                                                     const CallOptions& options) {
-  return Unary<v1::Lease>(stubs_->handoff, &v1::KvHandoffService::Stub::RenewLease, request,
+  return Unary<v1::Lease>(&Stubs::handoff, &v1::KvHandoffService::Stub::RenewLease, request,
                           options);
 }
 
@@ -112,20 +144,20 @@ absl::StatusOr<uint32_t> PrefillClient::ReleaseLease(const v1::Lease& lease,
   request.set_generation(lease.generation());
   request.set_reason(reason);
   const auto response = Unary<v1::ReleaseLeaseResponse>(
-      stubs_->handoff, &v1::KvHandoffService::Stub::ReleaseLease, request, options);
+      &Stubs::handoff, &v1::KvHandoffService::Stub::ReleaseLease, request, options);
   if (!response.ok()) return response.status();
   return response->running_transfers();
 }
 
 absl::StatusOr<v1::NegotiateResponse> PrefillClient::Negotiate(const v1::NegotiateRequest& request,
                                                                const CallOptions& options) {
-  return Unary<v1::NegotiateResponse>(stubs_->handoff, &v1::KvHandoffService::Stub::Negotiate,
+  return Unary<v1::NegotiateResponse>(&Stubs::handoff, &v1::KvHandoffService::Stub::Negotiate,
                                       request, options);
 }
 
 absl::StatusOr<std::vector<v1::Model>> PrefillClient::ListModels(const CallOptions& options) {
   const auto response = Unary<v1::ListModelsResponse>(
-      stubs_->models, &v1::ModelService::Stub::ListModels, v1::ListModelsRequest(), options);
+      &Stubs::models, &v1::ModelService::Stub::ListModels, v1::ListModelsRequest(), options);
   if (!response.ok()) return response.status();
   return std::vector<v1::Model>(response->models().begin(), response->models().end());
 }
@@ -134,14 +166,14 @@ absl::StatusOr<v1::Model> PrefillClient::GetModel(const std::string& name,
                                                   const CallOptions& options) {
   v1::GetModelRequest request;
   request.set_name(name);
-  return Unary<v1::Model>(stubs_->models, &v1::ModelService::Stub::GetModel, request, options);
+  return Unary<v1::Model>(&Stubs::models, &v1::ModelService::Stub::GetModel, request, options);
 }
 
 absl::StatusOr<v1::SparsityReport> PrefillClient::GetSparsityReport(const std::string& request_id,
                                                                     const CallOptions& options) {
   v1::GetSparsityReportRequest request;
   request.set_request_id(request_id);
-  return Unary<v1::SparsityReport>(stubs_->prefill, &v1::PrefillService::Stub::GetSparsityReport,
+  return Unary<v1::SparsityReport>(&Stubs::prefill, &v1::PrefillService::Stub::GetSparsityReport,
                                    request, options);
 }
 
@@ -149,7 +181,7 @@ absl::StatusOr<bool> PrefillClient::Health(const std::string& service, const Cal
   grpc::health::v1::HealthCheckRequest request;
   request.set_service(service);
   const auto response = Unary<grpc::health::v1::HealthCheckResponse>(
-      stubs_->health, &grpc::health::v1::Health::Stub::Check, request, options);
+      &Stubs::health, &grpc::health::v1::Health::Stub::Check, request, options);
   if (!response.ok()) return response.status();
   return response->status() == grpc::health::v1::HealthCheckResponse::SERVING;
 }

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "client/cpp/call.h"
+#include "client/cpp/credentials.h"
 #include "client/cpp/tensor.h"
 #include "prefilld/v1/kv_handoff_service.pb.h"
 #include "prefilld/v1/model_service.pb.h"
@@ -63,8 +65,10 @@ struct PullCall {
 
 class PrefillClient {
  public:
-  // Connects lazily: an unreachable server shows as UNAVAILABLE of the first call. Plain text.
-  explicit PrefillClient(const std::string& target);
+  // Connects lazily: an unreachable server shows as UNAVAILABLE of the first call, credentials that
+  // cannot be used as INVALID_ARGUMENT of every one, and a handshake that fails as UNAUTHENTICATED,
+  // in words. Once a file of TLS has changed calls go over a new connection.
+  explicit PrefillClient(const std::string& target, Credentials credentials = {});
   // Over a channel of the caller's making.
   explicit PrefillClient(std::shared_ptr<grpc::Channel> channel);
   ~PrefillClient();
@@ -101,8 +105,20 @@ class PrefillClient {
  private:
   struct Stubs;
 
-  std::shared_ptr<grpc::Channel> channel_;
-  std::unique_ptr<Stubs> stubs_;
+  absl::StatusOr<std::shared_ptr<Stubs>> Connected();
+  // RunWithRetries of calls to the server, each with the token; says why there is no connection.
+  absl::Status Run(const CallOptions& options,
+                   absl::FunctionRef<absl::Status(Try&, Stubs&)> attempt);
+  // A unary call: `method` is a method of `stub`, one of Stubs.
+  template <typename Response, typename Stub, typename Method, typename Request>
+  absl::StatusOr<Response> Unary(Stub Stubs::*stub, Method method, const Request& request,
+                                 const CallOptions& options);
+
+  const std::string target_;  // empty: the channel is the caller's
+  const Credentials credentials_;
+  std::mutex mutex_;  // guards what follows
+  std::string stamp_;
+  std::shared_ptr<Stubs> stubs_;
 };
 
 }  // namespace prefilld::client

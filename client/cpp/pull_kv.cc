@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "client/cpp/client.h"
 #include "client/cpp/errors.h"
+#include "client/cpp/stubs.h"
 
 namespace prefilld::client {
 namespace {
@@ -84,11 +85,11 @@ absl::Status PrefillClient::PullKv(const PullCall& call, const CallOptions& opti
   const grpc::internal::RpcMethod method("/prefilld.v1.KvHandoffService/PullKv",
                                          grpc::internal::RpcMethod::SERVER_STREAMING);
   Pull pull(call);
-  return RunWithRetries(options, [&](Try& current) -> absl::Status {
+  return Run(options, [&](Try& current, Stubs& stubs) -> absl::Status {
     if (pull.complete()) return absl::OkStatus();  // only the stream's end was lost
     const std::unique_ptr<RawReader> stream(
         grpc::internal::ClientReaderFactory<grpc::ByteBuffer>::Create(
-            channel_.get(), method, &current.context, pull.NextRequest()));
+            stubs.channel.get(), method, &current.context, pull.NextRequest()));
     grpc::ByteBuffer buffer;
     absl::Status ours;
     while (ours.ok() && stream->Read(&buffer)) {

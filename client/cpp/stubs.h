@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 
 #include "client/cpp/client.h"
 #include "grpc/health/v1/health.grpc.pb.h"
@@ -12,9 +13,14 @@
 namespace prefilld::client {
 
 struct PrefillClient::Stubs {
-  explicit Stubs(const std::shared_ptr<grpc::Channel>& channel)
-      : prefill(channel), handoff(channel), models(channel), health(channel) {}
+  explicit Stubs(std::shared_ptr<grpc::Channel> connected)
+      : channel(std::move(connected)),
+        prefill(channel),
+        handoff(channel),
+        models(channel),
+        health(channel) {}
 
+  const std::shared_ptr<grpc::Channel> channel;
   v1::PrefillService::Stub prefill;
   v1::KvHandoffService::Stub handoff;
   v1::ModelService::Stub models;

@@ -291,8 +291,13 @@ class FakeServer::Models : public v1::ModelService::Service {
  public:
   explicit Models(FakeServer& server) : server_(server) {}
 
-  Status GetModel(ServerContext*, const v1::GetModelRequest* request, v1::Model* model) override {
+  Status GetModel(ServerContext* context, const v1::GetModelRequest* request,
+                  v1::Model* model) override {
     std::lock_guard lock(server_.mutex_);
+    const auto& said = context->client_metadata();
+    const auto found = said.find("authorization");
+    server_.script_.authorization.push_back(
+        found == said.end() ? "" : std::string(found->second.data(), found->second.size()));
     server_.script_.models_asked.push_back(request->name());
     if (request->name() != server_.model_.name()) return NotFound("model", request->name());
     *model = server_.model_;
@@ -309,7 +314,7 @@ class FakeServer::Models : public v1::ModelService::Service {
   FakeServer& server_;
 };
 
-FakeServer::FakeServer()
+FakeServer::FakeServer(const std::shared_ptr<grpc::ServerCredentials>& credentials)
     : prefills_(std::make_unique<Prefills>(*this)),
       handoffs_(std::make_unique<Handoffs>(*this)),
       models_(std::make_unique<Models>(*this)) {
@@ -328,7 +333,7 @@ FakeServer::FakeServer()
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   int port = 0;
-  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+  builder.AddListeningPort("127.0.0.1:0", credentials, &port);
   builder.RegisterService(prefills_.get());
   builder.RegisterService(handoffs_.get());
   builder.RegisterService(models_.get());

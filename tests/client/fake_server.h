@@ -48,9 +48,11 @@ class FakeServer {
     std::vector<v1::ReleaseLeaseRequest> releases;
     std::vector<std::string> models_asked;
     std::set<std::string> sources;  // addresses that Prefills came from, without ports
+    std::vector<std::string> authorization;  // of each call to ModelService; empty: none
   };
 
-  FakeServer();
+  explicit FakeServer(const std::shared_ptr<grpc::ServerCredentials>& credentials =
+                          grpc::InsecureServerCredentials());
   ~FakeServer();
 
   const std::string& target() const { return target_; }

@@ -167,7 +167,8 @@ def table(count, policies, folder, faults=tuple(FAULTS), report=lambda row: None
     try:
         for policy in policies:
             with VllmServer(rig.MODEL, folder / f"vllm-{policy}.log", policy=policy, extra={
-                    "timeout_s": LOAD_TIMEOUT_S, "transport": "grpc", "min_tokens": 16},
+                    "timeout_s": LOAD_TIMEOUT_S, "transport": "grpc", "min_tokens": 16,
+                    "allowed_targets": ["127.0.0.1"]},
                     flags=["--no-enable-prefix-caching"]) as vllm:
                 own_text = vllm.complete(prompt, None, NEW_TOKENS)
                 healthy = vllm.complete(prompt, bench.params("", prompt), NEW_TOKENS)

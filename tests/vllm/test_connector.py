@@ -1,6 +1,5 @@
 """The connector's parts, each for itself: the scheduler's half, the writers, the report."""
 
-import dataclasses
 import pickle
 import types
 
@@ -55,7 +54,7 @@ def request(tokens=40, params=None, **fields):
 
 @pytest.fixture
 def half():
-    return SchedulerHalf(dataclasses.replace(HERE, targets=()), None, BLOCK)
+    return SchedulerHalf(Settings(allowed_targets=("h",), min_tokens=16), None, BLOCK)
 
 
 def test_all_but_the_last_token_is_loaded_behind_what_vllm_has(half):
@@ -139,20 +138,6 @@ def test_a_lease_serves_one_request(half):
     assert not half.take_orders().abandon  # it is still the first one's
     half.request_finished("0_r")
     assert len(half.take_orders().abandon) == 1
-
-
-def test_sparse_blocks_have_a_prefix_cache_of_their_own(half):
-    def hashed(params):
-        r = request(params={"target": "h:1", **params}, cache_salt=None, block_hashes=["old"])
-        r.request_id = str(params)
-        r.update_block_hashes = lambda: r.block_hashes.append(f"with {r.cache_salt}")
-        half.on_new_request(r)
-        return r.block_hashes
-
-    assert hashed({"method": "dense"}) == ["old"]
-    joint, other, default = (hashed({"method": "joint", "gamma": 0.9}),
-                             hashed({"method": "joint", "gamma": 0.95}), hashed({}))
-    assert len({*joint, *other, *default, "old"}) == 4
 
 
 # --- the writers

@@ -24,7 +24,7 @@ import prometheus_client as prometheus
 from aiohttp import web
 from multidict import CIMultiDict
 
-from prefilld import Lease, Policy, PrefilldError
+from prefilld import Credentials, Lease, Policy, PrefilldError
 from prefilld.sparsity import METHODS, policy_message
 from prefilld.v1 import (kv_handoff_service_pb2 as kv, kv_handoff_service_pb2_grpc,
                          prefill_service_pb2 as pb, prefill_service_pb2_grpc)
@@ -70,11 +70,20 @@ class Prefilld:
         self.ready, self._told = False, None
         self.methods = set(METHODS)  # that it serves; all that have a name until it was asked
         self.outstanding = 0  # tokens of prompts that are not computed yet
-        self.channel = grpc.aio.insecure_channel(
-            target, options=(("grpc.max_reconnect_backoff_ms", 2000),))
+        self._credentials = Credentials.from_env()
+        self._credentials.check(target)
+        options = [("grpc.max_reconnect_backoff_ms", 2000), *self._credentials.channel_options()]
+        tls = self._credentials.channel_credentials()
+        self.channel = (grpc.aio.insecure_channel(target, options=options) if tls is None
+                        else grpc.aio.secure_channel(target, tls, options=options))
         self._prefills = prefill_service_pb2_grpc.PrefillServiceStub(self.channel)
         self.leases = kv_handoff_service_pb2_grpc.KvHandoffServiceStub(self.channel)
         self._check = self.channel.unary_unary("/grpc.health.v1.Health/Check")
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of every call."""
+        return self._credentials.metadata()
 
     async def watch(self) -> None:
         """Keeps `ready` up to date; ends by cancellation."""
@@ -82,13 +91,18 @@ class Prefilld:
         while True:
             try:
                 reply = await self._check(b"\x0a" + bytes([len(service)]) + service,
-                                          timeout=2 * HEALTH_INTERVAL_S)
+                                          timeout=2 * HEALTH_INTERVAL_S,
+                                          metadata=self.metadata)
                 serving = reply == b"\x08\x01"
                 if serving and not self.ready:
                     self.methods = {name for name in METHODS if await self._serves(name)}
                 self.set_ready(serving, "says its health check")
             except grpc.RpcError as error:
-                self.set_ready(False, PrefilldError.from_rpc(error))
+                failure = PrefilldError.from_rpc(error)
+                if failure.retryable and (self.ready or self._told is None):
+                    why = await asyncio.to_thread(self._credentials.why_not, self.target)
+                    failure = why or failure
+                self.set_ready(False, failure)
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
     async def _serves(self, method: str) -> bool:
@@ -96,7 +110,7 @@ class Prefilld:
         try:
             await self._prefills.Prefill(pb.PrefillRequest(
                 model=self.model, token_ids=[0], sparsity=policy_message(Policy(method=method)),
-                validate_only=True), timeout=SHORT_CALL_S).read()
+                validate_only=True), timeout=SHORT_CALL_S, metadata=self.metadata).read()
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
                 raise
@@ -111,7 +125,7 @@ class Prefilld:
 
     async def prefill(self, request: pb.PrefillRequest, timeout: float) -> "Handover":
         """Returns once the prompt is admitted. PrefilldError, UNAVAILABLE also for silence."""
-        call = self._prefills.Prefill(request, timeout=PREFILL_TIMEOUT_S)
+        call = self._prefills.Prefill(request, timeout=PREFILL_TIMEOUT_S, metadata=self.metadata)
         self.outstanding += len(request.token_ids)
         call.add_done_callback(lambda _: self._computed(len(request.token_ids)))
         try:
@@ -153,7 +167,8 @@ class Handover:
             with contextlib.suppress(grpc.RpcError):  # then it expires
                 await self.server.leases.ReleaseLease(kv.ReleaseLeaseRequest(
                     lease=self.lease.name, generation=self.lease.generation,
-                    reason=kv.RELEASE_REASON_ABANDONED), timeout=SHORT_CALL_S)
+                    reason=kv.RELEASE_REASON_ABANDONED), timeout=SHORT_CALL_S,
+                    metadata=self.server.metadata)
         await asyncio.wait((reading,))
 
     async def _read(self) -> None:

@@ -9,13 +9,14 @@
 
 from .attend import AttendResult, InPlaceAttend
 from .client import Health, PrefillClient
-from .errors import PrefilldError, RetryPolicy
+from .credentials import Credentials
+from .errors import Cancellation, PrefilldError, RetryPolicy
 from .prefill import Prefill
 from .pull import KvPull, Layer, Lease
 from .sparsity import PATTERNS, Policy, SparsityReport, Summary
 
 __all__ = [
-    "PATTERNS", "AttendResult", "Health", "InPlaceAttend", "KvPull", "Layer", "Lease", "Policy",
-    "Prefill",
-    "PrefillClient", "PrefilldError", "RetryPolicy", "SparsityReport", "Summary",
+    "PATTERNS", "AttendResult", "Cancellation", "Credentials", "Health", "InPlaceAttend", "KvPull",
+    "Layer", "Lease", "Policy", "Prefill", "PrefillClient", "PrefilldError", "RetryPolicy",
+    "SparsityReport", "Summary",
 ]

@@ -13,7 +13,9 @@ import numpy as np
 
 from . import cuda_ipc
 from .attend import AttendCall, AttendResult, InPlaceAttend
-from .errors import PrefilldError, Retry, RetryPolicy
+from .connection import Connection
+from .credentials import Credentials
+from .errors import Cancellation, PrefilldError, Retry, RetryPolicy
 from .prefill import Prefill
 from .pull import KvPull, Lease
 from .sparsity import Policy, SparsityReport, policy_message
@@ -86,15 +88,16 @@ class PrefillClient:
     UNIMPLEMENTED.
     """
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None,
+    def __init__(self, target: str, *, credentials: Credentials | None = None,
                  retry: RetryPolicy = RetryPolicy(), transport: str | None = None):
-        """target: HOST:PORT. credentials: for TLS; without them the connection is in the clear.
-        transport: "grpc", "posix_shm" or "cuda_ipc"; default: negotiated."""
+        """target: HOST:PORT. credentials: default: the environment's, see Credentials.from_env;
+        Credentials() is none at all. transport: "grpc", "posix_shm" or "cuda_ipc"; default:
+        negotiated."""
         self._negotiator = Negotiator(self._negotiate, transport)
         _check_target(target)
-        self._channel = (
-            grpc.insecure_channel(target, options=_CHANNEL_OPTIONS) if credentials is None
-            else grpc.secure_channel(target, credentials, options=_CHANNEL_OPTIONS))
+        self._target = target
+        self._credentials = Credentials.from_env() if credentials is None else credentials
+        self._channel = Connection(target, self._credentials, _CHANNEL_OPTIONS)
         self._policy = retry
         self._prefill = prefill_service_pb2_grpc.PrefillServiceStub(self._channel)
         self._handoff = kv_handoff_service_pb2_grpc.KvHandoffServiceStub(self._channel)
@@ -165,6 +168,7 @@ class PrefillClient:
                 kv_dtype: str | None = None, widen: bool = True, lease_ttl: float | None = None,
                 return_logits: bool = False, priority: int = 0, request_id: str | None = None,
                 timeout: float | None = None, progress: Progress | None = None, device: Any = None,
+                cancellation: Cancellation | None = None,
                 **policy: Unpack[Policy]) -> Prefill:
         """Runs a prompt through a model; returns once it is admitted. See Prefill.
 
@@ -178,6 +182,7 @@ class PrefillClient:
             bits, as uint16.
         lease_ttl: seconds; default and limit are the server's.
         timeout: of the computation and of the pull, together.
+        cancellation: ends it from another thread, also before this has returned, with CANCELLED.
         device: torch's, or its name. K and V are wanted on this GPU, and come as torch tensors of
             the cache's own type where that is possible without sending them (cuda_ipc; see
             Prefill.transport and Layer); elsewhere as without it. The server's memory is tried
@@ -216,7 +221,7 @@ class PrefillClient:
                           self._retry(retry.remaining()), report)
 
         return Prefill(self._prefill, request, info, retry, report, pull, falls_back, self.renew,
-                       self.release)
+                       self.release, cancellation)
 
     def pull(self, lease: Lease, model: str, *, kv_dtype: str | None = None, widen: bool = True,
              timeout: float | None = None, progress: Progress | None = None,
@@ -288,11 +293,14 @@ class PrefillClient:
         return self._ask(self._handoff.Negotiate, request, min(timeout, SHORT_CALL_S))
 
     def _retry(self, timeout: float | None) -> Retry:
-        return Retry(self._policy, LONG_CALL_S if timeout is None else timeout)
+        return Retry(self._policy, LONG_CALL_S if timeout is None else timeout, self._why_not)
+
+    def _why_not(self) -> PrefilldError | None:
+        return self._credentials.why_not(self._target)
 
     def _ask(self, method: Callable[..., Any], request: Any, timeout: float = SHORT_CALL_S) -> Any:
         """A short unary call, with retries."""
-        retry = Retry(self._policy, timeout)
+        retry = self._retry(timeout)
         while True:
             try:
                 return method(request, timeout=retry.remaining())

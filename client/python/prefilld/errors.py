@@ -6,6 +6,7 @@ import dataclasses
 import random
 import threading
 import time
+from collections.abc import Callable
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -95,12 +96,44 @@ class RetryPolicy:
     max_backoff: float = 5.0
 
 
+class Cancellation:
+    """Ends calls that were given it, from any thread. Once cancelled it stays so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Does not block."""
+        with self._lock:
+            self._cancelled = True
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def add(self, callback: Callable[[], None]) -> None:
+        """Called once, when it is cancelled; now if it is."""
+        with self._lock:
+            if not self._cancelled:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+
 class Retry:
     """The attempts of one call: its deadline and how long to wait between them. One thread uses
     `after`; `cancel` may come from any."""
 
-    def __init__(self, policy: RetryPolicy, timeout: float):
+    def __init__(self, policy: RetryPolicy, timeout: float,
+                 explain: Callable[[], PrefilldError | None] = lambda: None):
+        """explain: why there is no connection, where that will stay so; asked once."""
         self._policy = policy
+        self._explain = explain
         self._deadline = time.monotonic() + timeout
         self._failures = 0
         self._cancelled = threading.Event()
@@ -113,6 +146,10 @@ class Retry:
         """Something new arrived: the count of attempts starts anew."""
         self._failures = 0
 
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
     def cancel(self) -> None:
         """Ends a wait in `after`, and every later one, with the error that caused it."""
         self._cancelled.set()
@@ -122,6 +159,11 @@ class Retry:
         retryable, attempts are used up, or the wait would outlast the deadline. `resumable` errors
         (a broken stream that can continue) count as retryable."""
         self._failures += 1
+        if error.code is grpc.StatusCode.UNAVAILABLE:
+            explain, self._explain = self._explain, lambda: None
+            explanation = explain()
+            if explanation is not None:
+                raise explanation from error
         if not (error.retryable or resumable) or self._failures >= self._policy.attempts:
             raise error
         if error.retry_delay is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from .errors import PrefilldError, Retry
+from .errors import Cancellation, PrefilldError, Retry
 from .pull import KvPull, Layer, Lease
 from .sparsity import SparsityReport, Summary
 from .tensors import data_loss
@@ -33,7 +33,8 @@ class Prefill:
                  request: prefill_service_pb2.PrefillRequest, model: model_service_pb2.Model,
                  retry: Retry, progress: Progress, pull: Callable[[Lease, str], KvPull],
                  falls_back: Callable[[PrefilldError], bool],
-                 renew: Callable[[Lease], Lease], release: Callable[[Lease, bool], None]):
+                 renew: Callable[[Lease], Lease], release: Callable[[Lease, bool], None],
+                 cancellation: Cancellation | None = None):
         """pull: of a lease, whose cache can be pulled by this transport and by grpc. falls_back:
         after a failure before the admission; True: `request` now asks for something else."""
         self.request_id = request.request_id
@@ -60,6 +61,8 @@ class Prefill:
         self._iterated = False
         self._owned = True  # the lease is ours to release
 
+        if cancellation is not None:
+            cancellation.add(self.cancel)
         threading.Thread(target=self._follow, name="prefilld-prefill", daemon=True).start()
         try:
             self._wait_for(lambda: self._lease is not None)
@@ -195,9 +198,13 @@ class Prefill:
         request_id, which attaches to the same work."""
         while True:
             try:
+                if self._retry.cancelled:
+                    raise PrefilldError(grpc.StatusCode.CANCELLED, "the call was cancelled")
                 call = self._stub.Prefill(self._request, timeout=self._retry.remaining())
                 with self._changed:
                     self._call = call
+                if self._retry.cancelled:  # meanwhile
+                    call.cancel()
                 for event in call:
                     self._on_event(event)
                     self._retry.progressed()
@@ -214,9 +221,9 @@ class Prefill:
                 continue
             try:
                 self._retry.after(failure)
-            except PrefilldError:
+            except PrefilldError as last:
                 with self._changed:
-                    self._error = failure
+                    self._error = last
                     self._changed.notify_all()
                     pull = self._pull
                 if pull is not None:

@@ -5,6 +5,7 @@ import pytest
 
 # The package of this checkout, whatever is installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "client" / "python"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2]))  # certificates
 
 from fake_server import FakeServer  # noqa: E402
 from prefilld import PrefillClient, RetryPolicy  # noqa: E402

@@ -60,6 +60,13 @@ class Hang:
     """A fault: send nothing more until the call is over."""
 
 
+class Silence:
+    """A fault: send nothing at all until the call is over, which `over` then tells."""
+
+    def __init__(self):
+        self.over = threading.Event()
+
+
 def retry_info(seconds):
     info = error_details_pb2.RetryInfo()
     info.retry_delay.FromMilliseconds(int(seconds * 1000))
@@ -80,7 +87,9 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
                  kv_handoff_service_pb2_grpc.KvHandoffServiceServicer,
                  model_service_pb2_grpc.ModelServiceServicer):
 
-    def __init__(self):
+    def __init__(self, credentials=None):
+        """credentials: grpc's, of a server; default: in the clear."""
+        self.authorization = []                      # what calls said of themselves, or None
         self.faults = collections.defaultdict(list)  # RPC name -> what the next calls do
         self.calls = collections.defaultdict(list)   # RPC name -> requests as they came
         self.data_type = tensor_pb2.DATA_TYPE_F32    # of the cache
@@ -103,7 +112,9 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)
         kv_handoff_service_pb2_grpc.add_KvHandoffServiceServicer_to_server(self, self._server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
-        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        port = (self._server.add_insecure_port("127.0.0.1:0") if credentials is None
+                else self._server.add_secure_port("127.0.0.1:0", credentials))
+        self.target = f"127.0.0.1:{port}"
         self._server.start()
 
     def stop(self):
@@ -333,9 +344,13 @@ class FakeServer(prefill_service_pb2_grpc.PrefillServiceServicer,
 
     def _start(self, rpc, context):
         """The fault of this call; raised here when it comes before the first answer."""
+        self.authorization.append(dict(context.invocation_metadata()).get("authorization"))
         fault = self.faults[rpc].pop(0) if self.faults[rpc] else None
         if isinstance(fault, Abort) and fault.after == 0:
             fault.raise_in(context)
+        if isinstance(fault, Silence):
+            self._hang(context)
+            fault.over.set()
         return fault
 
     def _send(self, chunks, fault, context):

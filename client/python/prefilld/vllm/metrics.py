@@ -14,7 +14,8 @@ from .failure_reasons import FailureReasons
 _SECONDS = (.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 50, 100)
 # gRPC's codes that a load can end with; the label `reason`, in lower case.
 _CODES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION",
-          "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "ABORTED", "INTERNAL")
+          "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "ABORTED", "INTERNAL", "UNAUTHENTICATED",
+          "PERMISSION_DENIED")
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ no I/O after its start; the worker's half carries out the orders of each step.""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,7 +73,8 @@ class SchedulerHalf:
         if tracked.unused_lease:
             self._orders.hold.append(tracked.plan)
         if tracked.plan.sparse and not tracked.plan.error:
-            _separate_prefix_cache(request, tracked.plan.sparse)
+            _separate_prefix_cache(request, tracked.plan.sparse,
+                                   self._settings.share_sparse_prefixes)
 
     def matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
         """All of the prompt but its last token, whose logits vLLM needs. computed: tokens in vLLM's
@@ -164,19 +166,24 @@ def _can_load(request: Any) -> bool:
         or request.sampling_params is None)
 
 
-def _separate_prefix_cache(request: Any, policy: str) -> None:
-    """KV of a sparse method is an approximation: in vLLM's prefix cache it must not serve requests
-    that ask for another one. Blocks are hashed anew under the policy's name as their salt."""
+def _separate_prefix_cache(request: Any, policy: str, share: bool) -> None:
+    """KV of a sparse method is an approximation, made for one prompt: in vLLM's prefix cache it
+    must not serve requests that ask for another policy, nor, unless `share`, other prompts that
+    begin alike. Blocks are hashed anew under a salt that names the policy and the prompt."""
     if not request.block_hashes and getattr(request, "_block_hasher", None) is None:
         return  # no prefix cache
     salt = f"prefilld:{policy}"
+    if not share:
+        prompt = ",".join(map(str, request.prompt_token_ids))
+        salt += f":{hashlib.sha256(prompt.encode()).hexdigest()}"
     request.cache_salt = f"{request.cache_salt}/{salt}" if request.cache_salt else salt
     request.block_hashes.clear()
     request.update_block_hashes()
 
 
 def _check_target(target: str, settings: Settings, check: ModelCheck) -> None:
-    with PrefillClient(target, retry=RetryPolicy(attempts=2)) as client:
+    with PrefillClient(target, credentials=settings.credentials,
+                       retry=RetryPolicy(attempts=2)) as client:
         try:
             check.check(client.model(settings.model) if settings.model
                         else only_model(client.models(), target))

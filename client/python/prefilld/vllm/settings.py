@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
 
+from ..credentials import Credentials
 from ..errors import PrefilldError
 from ..pull import Lease
 from ..sparsity import METHODS, REPORT_LEVELS, Policy, policy_message
@@ -18,6 +22,9 @@ POLICY_KEYS = tuple(Policy.__annotations__)
 SPARSE_BY_DEFAULT = "joint"  # what prefilld runs when no method is named
 _ID_BYTES_MAX = 128
 _NUMBERS_END = 2**64  # of a lease
+_CREDENTIALS = tuple(field.name for field in dataclasses.fields(Credentials))
+_HOST = re.compile(r"[0-9A-Za-z_.-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
+_PATTERN = re.compile(r"[0-9A-Za-z_.:\[\]/-]{1,255}", re.ASCII)
 
 
 class BadParams(ValueError):
@@ -28,9 +35,13 @@ class BadParams(ValueError):
 class Settings:
     """kv_connector_extra_config. Every key is optional.
 
-    target: HOST:PORT of prefilld, or a list of them; the first is the default, and a request may
-        name only these. Without it no prompt is sent away by the connector itself, and leases of
-        any target are pulled: keep such a vLLM behind its router.
+    target: HOST:PORT of prefilld, or a list of them; the first is the default. Without it no
+        prompt is sent away by the connector itself.
+    allowed_targets: which others a request may name, for leases that a router hands over: a list
+        of HOST:PORT, HOST (with any port), networks such as 10.0.0.0/8 (of targets that are IP
+        addresses) and .SUFFIX of host names. Default: none.
+    tls_ca, tls_cert, tls_key, token_file, server_name: see prefilld.Credentials; default: the
+        environment's. Of every target.
     model: prefilld's name of the model; default: the only one that it serves.
     method, gamma, ...: the policy of Prefill calls (see prefilld.Policy); default: the server's.
     min_tokens: prompts with fewer tokens left to compute (after vLLM's own prefix cache) stay
@@ -41,21 +52,27 @@ class Settings:
     max_loads: loads at a time; others wait. 16.
     transport: "grpc", "posix_shm" or "cuda_ipc" (where vLLM runs on a GPU that reaches prefilld's);
         default: the best that both sides have.
+    share_sparse_prefixes: whether blocks of a sparse method serve other prompts that begin alike,
+        under the same policy. They depend on the end of the prompt that they were computed for.
+        False: only the same prompt.
     """
 
     targets: tuple[str, ...] = ()
+    allowed_targets: tuple[str, ...] = ()
+    credentials: Credentials = dataclasses.field(default_factory=Credentials.from_env)
     model: str | None = None
     policy: Policy = dataclasses.field(default_factory=Policy)
     min_tokens: int = 128
     timeout_s: float = 600.0
     max_loads: int = 16
     transport: str | None = None
+    share_sparse_prefixes: bool = False
 
     @classmethod
     def from_config(cls, extra: Mapping[str, Any]) -> Settings:
         """ValueError names the key that is wrong."""
-        known = {"target", "model", "min_tokens", "timeout_s", "max_loads", "transport",
-                 *POLICY_KEYS}
+        known = {"target", "allowed_targets", "model", "min_tokens", "timeout_s", "max_loads",
+                 "transport", "share_sparse_prefixes", *_CREDENTIALS, *POLICY_KEYS}
         unknown = sorted(set(extra) - known)
         if unknown:
             raise ValueError(f"kv_connector_extra_config: unknown {', '.join(unknown)}; known are "
@@ -66,9 +83,15 @@ class Settings:
         if transport is not None and (not isinstance(transport, str)
                                       or transport not in TRANSPORTS):
             raise ValueError(f"transport {transport!r} is not one of {', '.join(TRANSPORTS)}")
+        share = extra.get("share_sparse_prefixes", False)
+        if not isinstance(share, bool):
+            raise ValueError(f"share_sparse_prefixes {share!r} is neither true nor false")
         try:
             return cls(
-                targets=tuple(_target(t) for t in targets), model=_name(extra, "model"),
+                targets=tuple(_target(t) for t in targets),
+                allowed_targets=_patterns(extra.get("allowed_targets", ())),
+                credentials=_credentials(extra), share_sparse_prefixes=share,
+                model=_name(extra, "model"),
                 policy=_policy(extra), min_tokens=_integer(extra, "min_tokens", 128, 1),
                 timeout_s=_seconds(extra, "timeout_s", 600.0),
                 max_loads=_integer(extra, "max_loads", 16, 1), transport=transport)
@@ -154,16 +177,54 @@ def _allowed(target: Any, settings: Settings) -> str:
         if not settings.targets:
             raise BadParams("target is missing: HOST:PORT of the prefilld that granted the lease")
         return settings.targets[0]
-    if settings.targets and target not in settings.targets:
-        raise BadParams(f"target {str(target)[:128]!r} is not one of the configured "
-                        f"{', '.join(settings.targets)}")
-    return _target(target)
+    target = _target(target)
+    patterns = settings.targets + settings.allowed_targets
+    if not any(_matches(target, pattern) for pattern in patterns):
+        raise BadParams(f"target {target!r} is not one of those in target and allowed_targets: "
+                        f"{', '.join(patterns) or 'there are none'}")
+    return target
+
+
+def _matches(target: str, pattern: str) -> bool:
+    host = target.rpartition(":")[0].strip("[]").lower()
+    if pattern.startswith("."):
+        return host.endswith(pattern) and len(host) > len(pattern)
+    if "/" in pattern:
+        with contextlib.suppress(ValueError):  # a host name: whoever resolves it decides
+            return ipaddress.ip_address(host) in ipaddress.ip_network(pattern)
+        return False
+    return pattern in (target.lower(), host)
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)):
+        raise BadParams(f"allowed_targets is {str(value)[:64]!r}, not a list")
+    for pattern in patterns:
+        good = isinstance(pattern, str) and _PATTERN.fullmatch(pattern)
+        if good and "/" in pattern:
+            try:
+                ipaddress.ip_network(pattern)
+            except ValueError as error:
+                raise BadParams(f"allowed_targets: {error}") from None
+        if not good:
+            raise BadParams(f"allowed_targets: {str(pattern)[:128]!r} is neither HOST:PORT, HOST, "
+                            "a network such as 10.0.0.0/8, nor .SUFFIX of host names")
+    return tuple(pattern.lower() for pattern in patterns)
+
+
+def _credentials(source: Mapping[str, Any]) -> Credentials:
+    given = {key: source[key] for key in _CREDENTIALS if source.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise BadParams(f"{key} is {str(value)[:64]!r}, not a string")
+    return dataclasses.replace(Credentials.from_env(), **given)
 
 
 def _target(value: Any) -> str:
-    host, _, port = value.rpartition(":") if _is_text(value, most=255) else ("", "", "")
-    if not host or "/" in host or not (port.isascii() and port.isdecimal()) \
-            or not 0 < int(port) < 65536:
+    host, _, port = value.rpartition(":") if _is_text(value, most=261) else ("", "", "")
+    if not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536 \
+            or len(host) > 255 or not _HOST.fullmatch(host):  # gRPC knows other forms, with schemes
         raise BadParams(f"target {str(value)[:128]!r} is not HOST:PORT")
     return value
 

@@ -8,7 +8,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ..client import PrefillClient
-from ..errors import PrefilldError, RetryPolicy
+from ..errors import Cancellation, PrefilldError, RetryPolicy
 from ..prefill import Prefill
 from ..pull import KvPull, Lease
 from ..tensors import data_loss
@@ -42,18 +42,11 @@ _RENEWAL_S = 5.0  # of leases that wait for blocks; short beside any sensible tt
 @dataclasses.dataclass
 class _Load:
     order: LoadOrder
-    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
-    source: Prefill | KvPull | None = None  # to be told of a cancel
-
-    def cancel(self) -> None:
-        """Waits for nothing: the load's own thread gives the lease back."""
-        self.cancelled.set()
-        source = self.source
-        if source is not None:
-            source.cancel()
+    cancellation: Cancellation = dataclasses.field(default_factory=Cancellation)
+    future: Future[None] | None = None  # of its turn
 
     def check(self) -> None:
-        if self.cancelled.is_set():
+        if self.cancellation.cancelled:
             raise PrefilldError(grpc.StatusCode.CANCELLED, "the request was aborted")
 
 
@@ -101,12 +94,12 @@ class WorkerHalf:
             with self._lock:
                 self._loads[order.request_id] = load
                 self._stats.running(len(self._loads))
-            self._threads.submit(self._run, load)
+            load.future = self._threads.submit(self._run, load)
         for request_id in orders.cancel:
             with self._lock:
                 load = self._loads.get(request_id)
             if load is not None:
-                load.cancel()
+                self._cancel(load)
         for plan in orders.abandon:
             self._errands.submit(self._abandon, plan)
 
@@ -141,7 +134,7 @@ class WorkerHalf:
         with self._lock:
             loads, held = list(self._loads.values()), list(self._held.values())
         for load in loads:
-            load.cancel()
+            self._cancel(load)
         for plan in held:
             self._errands.submit(self._abandon, plan)
         self._errands.shutdown()
@@ -150,6 +143,15 @@ class WorkerHalf:
             clients = list(self._clients.values())
         for client in clients:
             client.close()
+
+    def _cancel(self, load: _Load) -> None:
+        """Waits for nothing. One that waits for its turn has ended at once, and its blocks are
+        free; of one that runs its own thread gives the lease back."""
+        load.cancellation.cancel()
+        if load.future is not None and load.future.cancel():
+            if load.order.plan.lease is not None:
+                self._errands.submit(self._abandon, load.order.plan)
+            self._end(load, PrefilldError(grpc.StatusCode.CANCELLED, "the request was aborted"), 0)
 
     # --- one load, on a thread of its own ---
 
@@ -169,15 +171,19 @@ class WorkerHalf:
         if error is None:
             logger.info("prefilld: request %s: %d tokens from %s over %s in %.3f s",
                         order.request_id, tokens, order.plan.target, transport, seconds)
-        elif not load.cancelled.is_set():
+        elif not load.cancellation.cancelled:
             logger.error("prefilld: request %s: loading %d tokens from %s failed: %s",
                          order.request_id, tokens, order.plan.target or "prefilld", error)
+        self._end(load, error, seconds)
+
+    def _end(self, load: _Load, error: PrefilldError | None, seconds: float) -> None:
+        order, tokens = load.order, load.order.end - load.order.begin
         with self._lock:
             del self._loads[order.request_id]
             self._ended.add(order.request_id)
             if error is None:
                 self._stats.loaded(seconds, tokens, tokens * self._bytes_per_token())
-            elif load.cancelled.is_set():
+            elif load.cancellation.cancelled:
                 self._stats.aborted()
             else:
                 self._stats.failed(order.request_id, error)
@@ -198,6 +204,8 @@ class WorkerHalf:
             if plan.lease is not None:
                 self._errands.submit(self._abandon, plan)
             raise PrefilldError(grpc.StatusCode.INVALID_ARGUMENT, plan.error)
+        if plan.lease is None:
+            load.check()  # nothing is there yet that would have to be given back
         client = self._client(plan.target)
         try:
             with self._source(client, load, deadline) as source:
@@ -235,11 +243,11 @@ class WorkerHalf:
             model = self._model(client, plan)
             with client.prefill(model.name, order.prompt, kv_dtype=self._check.dtype, widen=False,
                                 timeout=_left(deadline), device=self._device,
-                                **plan.policy) as load.source:
+                                cancellation=load.cancellation, **plan.policy) as prompt:
                 load.check()
-                yield load.source
+                yield prompt
                 with contextlib.suppress(PrefilldError):  # everything is here: then the ttl ends it
-                    load.source.release(consumed=True)
+                    prompt.release(consumed=True)
             return
         consumed = False
         try:
@@ -247,10 +255,9 @@ class WorkerHalf:
             model = self._model(client, plan)
             if plan.lease.layers != model.layers:
                 raise refused(f"the lease has {plan.lease.layers} layers, the model {model.layers}")
-            load.source = pull = client.pull(plan.lease, model.name, kv_dtype=self._check.dtype,
-                                      widen=False, timeout=_left(deadline),
-                                      device=self._device)
-            load.check()
+            pull = client.pull(plan.lease, model.name, kv_dtype=self._check.dtype, widen=False,
+                               timeout=_left(deadline), device=self._device)
+            load.cancellation.add(pull.cancel)
             self._let_go(plan.lease)  # the pull renews it from here on
             yield pull
             consumed = True
@@ -282,8 +289,9 @@ class WorkerHalf:
             if target not in self._clients:
                 if len(self._clients) >= _CLIENTS_MAX:
                     self._close_idle_clients()
-                self._clients[target] = PrefillClient(target, retry=_RETRY,
-                                                      transport=self._settings.transport)
+                self._clients[target] = PrefillClient(
+                    target, credentials=self._settings.credentials, retry=_RETRY,
+                    transport=self._settings.transport)
             return self._clients[target]
 
     def _close_idle_clients(self) -> None:
