@@ -130,7 +130,7 @@ class Relay:
     def __init__(self, target, source):
         self._target, self._source = target.rsplit(":", 1), source
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.target = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self):
