@@ -127,6 +127,9 @@ struct Job {
   // By Scheduler::Cancel: honoured between steps, and within attention over many blocks.
   std::atomic<bool> cancelled{false};
 
+  // By who takes an Attend's tensors: when something of them last came.
+  Deadline moved = SteadyNow();
+
   // By the scheduler, under its lock: what the job is counted among.
   enum class Place { kNone, kUploading, kWaiting } place = Place::kNone;
 

@@ -209,6 +209,7 @@ void AttendReactor::OnArrived(const absl::Status& status) {
   absl::MutexLock lock(&mutex_);
   if (ended_) return;
   if (!status.ok()) return End(status);
+  job_->moved.MoveTo(SteadyNow());
   const uint64_t to_come = upload_->total_bytes() - upload_->received_bytes();
   rpc_.metrics.upload_bytes_inflight.Decrement(static_cast<double>(bytes_to_come_ - to_come));
   bytes_to_come_ = to_come;

@@ -10,7 +10,8 @@
 namespace prefilld {
 namespace {
 
-// An upload takes part in the outlook of others for so long: who does not send is not waited for.
+// An upload takes part in the outlook of others for so long after something of it came: who does
+// not send is not waited for.
 constexpr absl::Duration kUploadCounts = absl::Seconds(1);
 
 bool Unretained(const Job& job) {
@@ -125,7 +126,9 @@ Backlog Admission::BacklogNow(SteadyTime now) const {
   Backlog backlog(std::max(absl::ZeroDuration(), step_end_ - now));
   for (const auto& [job, live] : live_) {
     Work work = live.work;
-    if (job->place == Job::Place::kUploading && now - work.arrival > kUploadCounts) continue;
+    if (job->place == Job::Place::kUploading && now - job->moved.at() > kUploadCounts) {
+      continue;
+    }
     work.deadline = job->deadline.at();
     backlog.Add(job->peer, work);
   }

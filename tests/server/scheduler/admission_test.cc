@@ -82,6 +82,16 @@ TEST_F(AdmissionTest, ADeadlineIsMissedByTheWorkOrByTheBacklog) {
   EXPECT_TRUE(Wait(admission, NewAttend("a", 10), 2).ok()) << "all of it is done";
 }
 
+TEST_F(AdmissionTest, AnUploadThatDoesNotMoveIsNotWaitedFor) {
+  Admission admission({}, metrics_);
+  const auto moves = NewAttend("a", 10), stands = NewAttend("a", 10);
+  ASSERT_TRUE(admission.Take(*moves, absl::Seconds(4)).ok());
+  ASSERT_TRUE(admission.Take(*stands, absl::Seconds(4)).ok());
+  EXPECT_EQ(FactsOf(Wait(admission, NewAttend("a", 10), 4)).reason, "backlog");
+  stands->moved = SteadyNow() - absl::Minutes(1);
+  EXPECT_TRUE(Wait(admission, NewAttend("a", 10), 4).ok());
+}
+
 TEST_F(AdmissionTest, TheTimeOfAnUploadIsNotPartOfAPromise) {
   Admission admission({}, metrics_);
   const auto job = NewAttend("a");
