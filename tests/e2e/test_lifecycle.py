@@ -68,7 +68,7 @@ def test_a_step_that_never_ends_ends_the_server(start_server, tiny):
 def test_all_prompts_of_a_batch_that_never_ends_are_named(start_server, tiny):
     server = start_server("--inject_hang=2", "--stall_timeout=1s",
                           models=[("tiny", tiny.directory)])
-    busy = Busy(server, tokens=5000)  # one step, so that both wait, and begin together
+    busy = Busy(server, tokens=16000)  # in the first of its steps both come; they begin together
     calls = [prefilling.start(server, tiny.tokens(100), request_id=name) for name in "ab"]
     busy.wait()
     for call in calls:
