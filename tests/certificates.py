@@ -1,38 +1,37 @@
-"""Certificates of a test's own, by openssl: authorities, and what they sign."""
+"""Certificates for one test, made with openssl: authorities, and what they have signed."""
 
 import pathlib
 import subprocess
 
 
-def _openssl(*arguments):
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
-
 class Authority:
-    """PEM files in `directory`: its own NAME.pem, and of each that it signs NAME.pem, NAME.key."""
+    """A CA of its own, and the certificates that it signs, all in one directory."""
 
     def __init__(self, directory, name="ca"):
-        self.directory, self.name = pathlib.Path(directory), name
-        self.pem, self._key = self._files(name)
-        self._new_key(self._key)
-        _openssl("req", "-x509", "-key", self._key, "-subj", f"/CN={name}", "-days", 30,
-                 "-out", self.pem)
+        self.directory = pathlib.Path(directory)
+        self.name = name
+        key = self.directory / f"{name}.key"
+        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                "-keyout", key, "-out", self.pem, "-days", "30", "-subj", f"/CN={name}",
+                "-addext", "basicConstraints=critical,CA:TRUE")
 
-    def sign(self, name, names="IP:127.0.0.1,DNS:localhost", days=30):
-        """(certificate, key). names: subjectAltName. days: that it is good for; -1: it has
-        expired."""
-        pem, key = self._files(name)
-        request, extension = (self.directory / f"{name}.{end}" for end in ("csr", "ext"))
-        self._new_key(key)
-        extension.write_text(f"subjectAltName={names}\n")
-        _openssl("req", "-new", "-key", key, "-subj", f"/CN={name}", "-out", request)
-        _openssl("x509", "-req", "-in", request, "-CA", self.pem, "-CAkey", self._key,
-                 "-CAcreateserial", "-days", days, "-extfile", extension, "-out", pem)
-        return pem, key
+    @property
+    def pem(self):
+        return self.directory / f"{self.name}.pem"
 
-    def _files(self, name):
-        return self.directory / f"{name}.pem", self.directory / f"{name}.key"
+    def sign(self, name, names="DNS:localhost,IP:127.0.0.1", days=30, common_name=None):
+        """(certificate, key) as paths. names: subjectAltName; days below 0: it has expired;
+        common_name: default name."""
+        cert, key, request = (self.directory / f"{name}.{end}" for end in ("pem", "key", "csr"))
+        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                "-keyout", key, "-out", request, "-subj", f"/CN={common_name or name}")
+        extensions = self.directory / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={names}\n")
+        openssl("x509", "-req", "-in", request, "-CA", self.pem,
+                "-CAkey", self.directory / f"{self.name}.key", "-CAcreateserial", "-out", cert,
+                "-days", str(days), "-extfile", extensions)
+        return cert, key
 
-    @staticmethod
-    def _new_key(path):
-        _openssl("ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", path)
+
+def openssl(*arguments):
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)

@@ -11,7 +11,8 @@ import ssl
 import grpc
 import pytest
 
-from e2e import certificates, harness, prefilling
+from certificates import Authority
+from e2e import harness, prefilling
 from e2e.harness import refused
 from e2e.test_access import TOKENS, audit, one_line, shows, template
 from prefilld.v1 import (kv_handoff_service_pb2_grpc, model_service_pb2_grpc,
@@ -29,11 +30,19 @@ IDENTITIES = {
 }
 
 
+def channel_to(target, authority, client=None):
+    """Of a client that trusts `authority`, and has a (certificate, key) or none."""
+    cert, key = (path.read_bytes() for path in client) if client else (None, None)
+    credentials = grpc.ssl_channel_credentials(authority.pem.read_bytes(), key, cert)
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    return grpc.secure_channel(target, credentials, options)
+
+
 class Client:
     """A caller with a certificate, or with none."""
 
     def __init__(self, server, authority, client=None):
-        self.channel = certificates.channel(server.target, authority, client)
+        self.channel = channel_to(server.target, authority, client)
         self.prefill = prefill_service_pb2_grpc.PrefillServiceStub(self.channel)
         self.handoff = kv_handoff_service_pb2_grpc.KvHandoffServiceStub(self.channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
@@ -44,7 +53,7 @@ class Client:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory):
-    return certificates.Authority(tmp_path_factory.mktemp("authority"))
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +166,7 @@ def in_the_clear(target, said=b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0" * 9):
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory):
     """A certificate that another authority of the same name has signed."""
-    other = certificates.Authority(tmp_path_factory.mktemp("stranger"))
+    other = Authority(tmp_path_factory.mktemp("stranger"))
     return other.sign("router", names=f"URI:{SPIFFE}")
 
 
