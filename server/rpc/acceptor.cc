@@ -77,15 +77,17 @@ Acceptor::Acceptor(std::vector<int> listeners, ConnectionLimits limits, Serve se
       serve_(std::move(serve)),
       metrics_(metrics),
       bell_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
-      reserve_(OpenReserve()),
-      thread_([this] { Loop(); }) {}
+      reserve_(OpenReserve()) {}
+
+void Acceptor::Start() {
+  thread_ = std::thread([this] { Loop(); });
+}
 
 void Acceptor::Stop() {
-  if (!thread_.joinable()) return;
-  stopping_ = true;
+  if (stopping_.exchange(true)) return;
   const uint64_t one = 1;
   (void)!write(bell_, &one, sizeof one);
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
   close(bell_);
   if (reserve_ >= 0) close(reserve_);
 }
@@ -162,6 +164,7 @@ void Acceptor::Take(int listener, int fd, const sockaddr_storage& address) {
       ++entry->second.live;
       connection.counted = true;
     }
+    by_peer_[connection.peer] = fd;
     connections_.emplace(fd, std::move(connection));
     metrics_.connections.accepted.Increment();
     metrics_.connections.open.Set(static_cast<double>(connections_.size()));
@@ -226,6 +229,8 @@ void Acceptor::Sweep() {
 void Acceptor::Forget(std::unordered_map<int, Connection>::iterator connection) {
   // One that counts is not swept away.
   if (connection->second.counted) --sources_.find(connection->second.source)->second.live;
+  const auto named = by_peer_.find(connection->second.peer);
+  if (named != by_peer_.end() && named->second == connection->first) by_peer_.erase(named);
   connections_.erase(connection);
 }
 
@@ -235,9 +240,8 @@ void Acceptor::Expect(const sockaddr_storage& self) {
 }
 
 std::unordered_map<int, Acceptor::Connection>::iterator Acceptor::Find(const std::string& peer) {
-  const std::string name = absl::StrReplaceAll(peer, {{"%5B", "["}, {"%5D", "]"}});
-  return std::find_if(connections_.begin(), connections_.end(),
-                      [&](const auto& connection) { return connection.second.peer == name; });
+  const auto fd = by_peer_.find(absl::StrReplaceAll(peer, {{"%5B", "["}, {"%5D", "]"}}));
+  return fd == by_peer_.end() ? connections_.end() : connections_.find(fd->second);
 }
 
 bool Acceptor::Connected(const std::string& peer) {

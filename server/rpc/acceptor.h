@@ -42,9 +42,11 @@ class Acceptor {
   // Takes over a connection that does not block.
   using Serve = std::function<void(int listener, int fd)>;
 
-  // Sockets that listen and do not block; they are the caller's, and outlive it.
+  // Sockets that listen and do not block; they are the caller's, and outlive it. Accepts nobody
+  // before Start.
   Acceptor(std::vector<int> listeners, ConnectionLimits limits, Serve serve, Metrics& metrics);
   ~Acceptor() { Stop(); }
+  void Start();
   // Nothing is handed over afterwards. Waits for the thread.
   void Stop();
 
@@ -104,6 +106,7 @@ class Acceptor {
 
   absl::Mutex mutex_;
   std::unordered_map<int, Connection> connections_ ABSL_GUARDED_BY(mutex_);  // by descriptor
+  std::unordered_map<std::string, int> by_peer_ ABSL_GUARDED_BY(mutex_);     // of connections_
   absl::flat_hash_map<Source, PerSource> sources_ ABSL_GUARDED_BY(mutex_);
   SteadyTime swept_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
   std::string expected_ ABSL_GUARDED_BY(mutex_);  // a peer

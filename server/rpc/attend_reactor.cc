@@ -115,6 +115,8 @@ absl::StatusOr<ValidAttend> AttendReactor::Admit() {
   job.peer = PeerOf(*record_.caller());
   job.share = record_.caller()->weight;
   job.sink = shared_from_this();
+  // Who is refused takes nobody's place.
+  if (status = rpc_.scheduler.CheckOpen(job); !status.ok()) return status;
   rpc_.attends.Claim(OwnId(job.request_id), this, [weak = weak_from_this()] {
     if (const auto self = weak.lock()) self->GiveWay();
   });

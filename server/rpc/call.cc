@@ -26,7 +26,10 @@ Credentials CredentialsOf(const grpc::CallbackServerContext& context) {
   credentials.authorization = HeaderOf(context, "authorization");
   credentials.tenant = HeaderOf(context, "prefilld-tenant");
   const auto auth = context.auth_context();
-  credentials.tls = !auth->FindPropertyValues(GRPC_TRANSPORT_SECURITY_TYPE_PROPERTY_NAME).empty();
+  for (const auto& type :  // one in the clear has a type, too
+       auth->FindPropertyValues(GRPC_TRANSPORT_SECURITY_TYPE_PROPERTY_NAME)) {
+    credentials.tls = type == GRPC_SSL_TRANSPORT_SECURITY_TYPE;
+  }
   for (const auto& [property, prefix] : {std::pair(GRPC_PEER_URI_PROPERTY_NAME, "URI:"),
                                          std::pair(GRPC_PEER_DNS_PROPERTY_NAME, "DNS:"),
                                          std::pair(GRPC_X509_CN_PROPERTY_NAME, "CN:")}) {

@@ -127,6 +127,7 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(RpcContext& rpc, H
   rpc.connected = [acceptor = server->acceptor_.get()](const std::string& peer) {
     return acceptor->Connected(peer);
   };
+  server->acceptor_->Start();
   server->guard_ = std::make_unique<ConnectionGuard>(
       GuardOptions{.streams = kStreamsPerConnectionMax}, *server->acceptor_);
   server->Check({.listener = checked, .tls = options.tls});

@@ -109,8 +109,8 @@ void PrefillReactor::OnWriteDone(bool ok) {
 }
 
 void PrefillReactor::OnCancel() {
-  broke_ = !rpc_.connected(context_->peer());
   absl::MutexLock lock(&mutex_);
+  if (!ended_) broke_ = !rpc_.connected(context_->peer());
   End(WhyCancelled(deadline_));
 }
 

@@ -219,7 +219,11 @@ bool Scheduler::RunOneStep() {
     absl::MutexLock lock(&mutex_);
     step_started_ = SteadyNow();
     if (next) step_predicted_ = Predict(*next);  // else of what is on its way
-    if (next) admission_.SetStep(*step_started_, step_predicted_);
+    // What starts is not in parts yet; they take no longer, where it can be divided.
+    constexpr absl::Duration kPartAtMost = absl::Seconds(1);
+    const bool starts = next && *next >= active_.size();
+    const absl::Duration most = starts ? kPartAtMost : absl::InfiniteDuration();
+    if (next) admission_.SetStep(*step_started_, std::min(step_predicted_, most));
   }
   bool ran = true;
   if (!next) {
@@ -243,11 +247,12 @@ bool Scheduler::RunOneStep() {
 // time that the first then waits for the others.
 void Scheduler::StartBatch(size_t first) {
   constexpr double kBatchSeconds = 0.5;
+  // Somebody else may have had them since it was looked: then it goes on to wait.
+  if (!waiting_[first].job->prefill->cache->TakeBlocks().ok()) return;
   std::vector<std::shared_ptr<Job>> jobs = {TakeWaiting(first)};
   int64_t tokens = jobs[0]->tokens();
   double seconds = engine_.PredictSeconds(*jobs[0]);
-  absl::Status status = jobs[0]->prefill->cache->TakeBlocks();
-  for (size_t i = 0; status.ok() && i < waiting_.size();) {
+  for (size_t i = 0; i < waiting_.size();) {
     const Job& other = *waiting_[i].job;
     const double more = engine_.PredictSeconds(other);
     if (waiting_[i].ready && MayShareBatch(*jobs[0], other) &&
@@ -262,7 +267,7 @@ void Scheduler::StartBatch(size_t first) {
       ++i;
     }
   }
-  auto batch = status.ok() ? engine_.Begin(jobs) : status;
+  auto batch = engine_.Begin(jobs);
   if (!batch.ok()) {
     for (const auto& job : jobs) End(job, batch.status());
     return;
@@ -277,6 +282,10 @@ void Scheduler::StartBatch(size_t first) {
 
 void Scheduler::StartAttend(size_t index) {
   active_.push_back({.attend = engine_.BeginAttend(TakeWaiting(index))});
+  {
+    absl::MutexLock lock(&mutex_);
+    admission_.SetStep(*step_started_, Predict(active_.size() - 1));
+  }
   Advance(active_.size() - 1);
 }
 

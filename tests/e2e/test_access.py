@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 
 import grpc
 import pytest
@@ -395,3 +396,23 @@ def template(directory):
     path = directory / "policy.json"
     path.write_text(text.replace("/run/secrets/prefilld", str(directory)))
     return path
+
+
+def own_address():
+    """Of this host, and no loopback one; or None."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        address = probe.getsockname()[0]
+        return None if address.startswith("127.") else address
+    return None
+
+
+@pytest.mark.skipif(own_address() is None, reason="there is but loopback")
+def test_a_token_in_the_clear_is_none(start_server, tiny, tmp_path):
+    """Where others may have read it on its way."""
+    flags = [f"--access_policy={write_policy(tmp_path)}", "--insecure_listen",
+             f"--listen={own_address()}:0"]
+    with start_server(*flags, models=[("tiny", tiny.directory)]) as server:
+        with refused(UNAUTHENTICATED):
+            As(server, "router").models.ListModels(models.ListModelsRequest(), timeout=10)
+        assert server.metric("prefilld_access_refused_total", reason="clear") == 1

@@ -317,3 +317,27 @@ def test_an_upload_that_stalls_is_given_up(start_server):
             call.receive()
         call.half_close()
         harness.eventually(lambda: server.metric("prefilld_upload_bytes_inflight") == 0)
+
+
+def test_who_is_refused_takes_nobodys_place(server):
+    """A later Attend with the same request_id that is not admitted leaves the first one alone."""
+    first = attending.Call(server.prefill)
+    arrays = attending.small(tokens=100)
+    first.admit(attending.header(*arrays, request_id="mine"))
+    long = attending.small(tokens=20_000, q_heads=1, kv_heads=1)
+    with refused({RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED}):
+        attending.Call(server.prefill, timeout=.02).admit(
+            attending.header(*long, request_id="mine"))
+    for chunk in attending.chunks(arrays):
+        first.send(chunk)
+    first.finish()
+
+
+def test_a_long_attend_sends_short_deadlines_away_for_a_step_only(start_server, tiny):
+    """It runs in steps: what comes meanwhile waits for one, and is told so."""
+    with start_server(models=[("tiny", tiny.directory)]) as server:
+        busy = Busy(server, tokens=28000)
+        for _ in range(20):
+            with prefilling.prefilled(server, tiny.tokens(20), timeout=1.9):
+                pass
+        busy.call.cancel()

@@ -30,13 +30,15 @@ class AcceptorTest : public testing::Test {
     close(listener_);
   }
   std::unique_ptr<Acceptor> Accept(ConnectionLimits limits) {
-    return std::make_unique<Acceptor>(
+    auto acceptor = std::make_unique<Acceptor>(
         std::vector{listener_}, limits,
         [this](int, int fd) {
           absl::MutexLock lock(&mutex_);
           served_.push_back(fd);
         },
         metrics_);
+    acceptor->Start();
+    return acceptor;
   }
   int Connect() {
     const int fd = socket(AF_INET, SOCK_STREAM, 0);
