@@ -25,6 +25,8 @@ constexpr size_t kRequestBytes = 8192;
 constexpr absl::Duration kRequestTime = absl::Seconds(5);  // from the connection on, as is
 constexpr absl::Duration kAnswerTime = absl::Seconds(30);
 constexpr absl::Duration kLook = absl::Milliseconds(500);
+constexpr size_t kDiscardedBytes = 64 << 10;  // of who talks on after its answer
+constexpr int kDebugShare = 4;                // debug pages have one part in so many of the thread
 constexpr absl::Duration kAcceptAgain = absl::Milliseconds(100);
 
 // The value of a header; empty where it is there more than once.
@@ -133,7 +135,11 @@ bool HttpServer::Read(Connection& connection) {
       }
       return false;
     }
-    if (connection.state == Connection::kEnding) continue;
+    if (connection.state == Connection::kEnding) {
+      connection.discarded += static_cast<size_t>(count);
+      if (connection.discarded > kDiscardedBytes) return false;
+      continue;
+    }
     std::string& request = connection.request;
     request.append(bytes, static_cast<size_t>(count));
     if (absl::StrContains(request, "\r\n\r\n") || request.size() >= kRequestBytes) {
@@ -155,7 +161,18 @@ bool HttpServer::Send(Connection& connection) {
   return connection.stream.EndWriting();
 }
 
-std::string HttpServer::AnswerTo(const std::string& request, const HttpStream& stream) const {
+// Debug pages may be large: whoever asks for them again and again leaves the thread to the others.
+HttpAnswer HttpServer::Debug(absl::string_view target, const Credentials& credentials) {
+  const SteadyTime begin = SteadyNow();
+  if (begin < debug_from_) {
+    return {.status = "429 Too Many Requests\r\nRetry-After: 1", .body = "again in a moment\n"};
+  }
+  HttpAnswer answer = Show(pages_, target, credentials);
+  debug_from_ = SteadyNow() + (kDebugShare - 1) * Since(begin);
+  return answer;
+}
+
+std::string HttpServer::AnswerTo(const std::string& request, const HttpStream& stream) {
   const absl::string_view line = absl::string_view(request).substr(0, request.find("\r\n"));
   const std::vector<absl::string_view> words = absl::StrSplit(line, ' ');
   const bool whole = absl::StrContains(request, "\r\n\r\n") && words.size() == 3 &&
@@ -166,7 +183,9 @@ std::string HttpServer::AnswerTo(const std::string& request, const HttpStream& s
   } else if (words[0] != "GET" && words[0] != "HEAD") {
     answer = {.status = "405 Method Not Allowed\r\nAllow: GET, HEAD", .body = "GET and HEAD\n"};
   } else {
-    answer = Show(pages_, words[1], CredentialsOf(request, stream));
+    const Credentials credentials = CredentialsOf(request, stream);
+    answer = absl::StartsWith(words[1], "/debug/") ? Debug(words[1], credentials)
+                                                   : Show(pages_, words[1], credentials);
   }
   const bool body = !whole || words[0] != "HEAD";
   return absl::StrCat("HTTP/1.1 ", answer.status, "\r\nContent-Type: ", answer.type,

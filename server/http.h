@@ -40,6 +40,7 @@ class HttpServer {
     std::string request;  // as it arrives
     std::string answer;
     size_t sent = 0;                                          // of it
+    size_t discarded = 0;                                     // of what came after the request
     enum { kReading, kAnswering, kEnding } state = kReading;  // kEnding: until the peer has it all
   };
 
@@ -49,7 +50,8 @@ class HttpServer {
   // False: it is to be closed.
   bool Read(Connection& connection);
   bool Send(Connection& connection);
-  std::string AnswerTo(const std::string& request, const HttpStream& stream) const;
+  std::string AnswerTo(const std::string& request, const HttpStream& stream);
+  HttpAnswer Debug(absl::string_view target, const Credentials& credentials);
 
   const HeldPort port_;
   const Pages pages_;
@@ -57,6 +59,7 @@ class HttpServer {
   const int bell_;  // an eventfd
   // The thread's.
   SteadyTime accept_from_ = absl::InfinitePast();  // after the system had no descriptor for us
+  SteadyTime debug_from_ = absl::InfinitePast();   // the next debug page
   std::list<Connection> connections_;              // the oldest first
   std::thread thread_;
 };

@@ -330,7 +330,7 @@ void AttendReactor::GiveWay() {
   absl::MutexLock lock(&mutex_);
   if (!self_ || ended_) return;
   End(absl::AbortedError("a later call with this request_id took its place"));
-  context_->TryCancel();
+  hurries_ = true;
 }
 
 void AttendReactor::Refuse(const absl::Status& status) {
@@ -386,14 +386,14 @@ void AttendReactor::OnDone() {
 // What has not begun to be work would be refused, and what does not move does not become any.
 void AttendReactor::OnDrain() {
   absl::MutexLock lock(&mutex_);
-  draining_ = true;
+  hurries_ = true;
   if (self_ && awaits_header_) Refuse(Draining());
 }
 
 absl::Duration AttendReactor::Patience() const {
   const bool uploads = admitted_ && bytes_to_come_ > 0;
-  return draining_ && (ended_ || uploads) ? std::min(kDrainPatience, rpc_.upload_timeout)
-                                          : rpc_.upload_timeout;
+  return hurries_ && (ended_ || uploads) ? std::min(kDrainPatience, rpc_.upload_timeout)
+                                         : rpc_.upload_timeout;
 }
 
 void AttendReactor::BeginTransfer(uint64_t moved) {

@@ -94,7 +94,8 @@ class AttendReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   std::shared_ptr<AttendReactor> self_ ABSL_GUARDED_BY(mutex_);  // until OnDone
   std::string request_id_ ABSL_GUARDED_BY(mutex_);               // for the log
   bool awaits_header_ ABSL_GUARDED_BY(mutex_) = true;
-  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  // The peer is waited for less: the server drains, or a later call has taken its place.
+  bool hurries_ ABSL_GUARDED_BY(mutex_) = false;
   std::shared_ptr<Job> job_ ABSL_GUARDED_BY(mutex_);  // once in the budget, until OnDone
   bool admitted_ ABSL_GUARDED_BY(mutex_) = false;     // and there is memory
   bool busy_ ABSL_GUARDED_BY(mutex_) = false;         // it is our turn, the peer has nothing to do

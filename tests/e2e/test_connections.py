@@ -286,3 +286,12 @@ def test_ipv6(start_server):
         assert re.fullmatch(r"\[::1\]:\d+", server.target)
         serves(server)
         assert server.get("/healthz")[0] == 200
+
+
+def test_who_talks_on_after_its_answer_is_cut_off(server):
+    with socket.create_connection(http2.address(server.http), 10) as talker:
+        talker.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert talker.recv(4096).startswith(b"HTTP/1.1 200")
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                talker.sendall(bytes(1 << 16))
