@@ -228,14 +228,18 @@ def test_much_metadata_is_that_calls_own_affair(server, tiny, size):
 def test_the_check_of_itself_passes_with_and_without_tls(start_server):
     """It needs no certificate where clients do: what it wants is an answer."""
     tls = harness.ROOT / "tests/fixtures/tls"
-    for flags in ([], [f"--tls_cert={tls}/server.pem", f"--tls_key={tls}/server.key"],
-                  [f"--tls_cert={tls}/server.pem", f"--tls_key={tls}/server.key",
-                   f"--tls_client_ca={tls}/ca.pem"]):
-        with start_server(*flags) as server:
-            accepted = server.metric("prefilld_connections_accepted_total")
-            harness.eventually(
-                lambda: server.metric("prefilld_connections_accepted_total") >= accepted + 4,
-                timeout=60)
+    certified = [f"--tls_cert={tls}/server.pem", f"--tls_key={tls}/server.key"]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(start_server(*flags)) for flags in
+                   ([], certified, [*certified, f"--tls_client_ca={tls}/ca.pem"])]
+
+        def checks():
+            return [s.metric("prefilld_connections_accepted_total") for s in servers]
+
+        before = checks()
+        harness.eventually(lambda: all(now >= then + 4 for now, then in
+                                       zip(checks(), before, strict=True)), timeout=60)
+        for server in servers:
             assert server.get("/healthz") == (200, "ok\n")
             assert "unreachable" not in {line["event"] for line in server.log()}
             assert server.metric("prefilld_access_refused_total") == 0, "it is no stranger"
