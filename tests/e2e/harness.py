@@ -211,7 +211,7 @@ def leaves_nothing_behind(server):
         assert server.footprint() == before
     eventually(lambda: server.descriptors() <= descriptors,
                message=f"{server.descriptors()} descriptors back to {descriptors}")
-    # gRPC's own pools may keep as many as there are processors after a burst, never one per request.
+    # gRPC's pools may keep as many as there are processors after a burst, never one per request.
     more = max(4, os.cpu_count() or 1)
     assert server.threads() <= threads + more, f"{server.threads()}, {threads} before"
 
