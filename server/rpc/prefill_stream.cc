@@ -27,10 +27,11 @@ void WaitForBlocks(RpcContext& rpc, const ValidPrefill& valid) {
 
 // A region stands for blocks and is made at admission: so that waiting prompts do not have them
 // all, a few have theirs. The others' caches are sent, where that is possible.
-absl::Status TakeBlocksAhead(RpcContext& rpc, const ValidPrefill& valid) {
+absl::Status TakeBlocksAhead(RpcContext& rpc, ValidPrefill& valid) {
   const KvGeometry geometry = GeometryFor(*valid.job);
   const int64_t blocks = geometry.layers_held(valid.retain) * geometry.blocks_per_layer();
-  if (!rpc.scheduler.MayTakeAhead(*rpc.pool, blocks)) {
+  valid.ahead = rpc.scheduler.TakeAhead(*rpc.pool, blocks);
+  if (valid.ahead == nullptr) {
     return RetryLater(absl::StatusCode::kResourceExhausted, "kv_memory",
                       absl::StrCat("the KV cache needs ", blocks, " of ", rpc.pool->total(),
                                    " blocks, waiting prompts have a quarter of them"),

@@ -68,6 +68,7 @@ struct ValidPrefill {
   Transport transport = Transport::kGrpc;
   bool pinned = false;
   absl::Duration lease_ttl;
+  std::shared_ptr<void> ahead;  // Scheduler::TakeAhead's, until it is admitted
 };
 absl::StatusOr<ValidPrefill> ValidatePrefill(const v1::PrefillRequest& request,
                                              const ModelInfo& info, const RequestLimits& limits);

@@ -59,10 +59,15 @@ absl::Status Scheduler::CheckOpenLocked(const Job& job, absl::Duration work) con
   return status;
 }
 
-bool Scheduler::MayTakeAhead(const BlockPool& pool, int64_t blocks) const {
+std::shared_ptr<void> Scheduler::TakeAhead(const BlockPool& pool, int64_t blocks) {
   absl::MutexLock lock(&mutex_);
-  const int64_t ahead = admission_.BlocksAhead();
-  return ahead == 0 || 4 * (ahead + blocks) <= pool.total();
+  const int64_t ahead = admission_.BlocksAhead() + *ahead_;
+  if (ahead != 0 && 4 * (ahead + blocks) > pool.total()) return nullptr;
+  *ahead_ += blocks;
+  return std::shared_ptr<int64_t>(new int64_t(blocks), [all = ahead_](const int64_t* taken) {
+    *all -= *taken;
+    delete taken;
+  });
 }
 
 absl::Status Scheduler::Admit(const std::shared_ptr<Job>& job) {

@@ -58,9 +58,9 @@ class Scheduler {
   // fit, not draining, in time, the device there, a place in the queue. It reserves none: ask
   // before memory is taken for the job, and Admit afterwards.
   absl::Status CheckOpen(const Job& job) const;
-  // Whether a waiting prompt may have so many blocks before it starts. Most of them are left to
-  // those that do start.
-  bool MayTakeAhead(const BlockPool& pool, int64_t blocks) const;
+  // A waiting prompt may have so many blocks before it starts, and they are counted until it is
+  // admitted, for as long as this is held; null: it may not. Most are left to those that do start.
+  std::shared_ptr<void> TakeAhead(const BlockPool& pool, int64_t blocks);
   void UploadDone(const std::shared_ptr<Job>& job);
   // Ends the job with `why` before its next step. Harmless when it has ended.
   void Cancel(const std::shared_ptr<Job>& job,
@@ -149,6 +149,8 @@ class Scheduler {
   bool promised_ = false;  // the step that runs goes before its turn
   SteadyTime measured_ = SteadyNow();
   absl::Duration measure_again_in_ = absl::Milliseconds(500);
+  // Blocks that prompts have which are not admitted yet; shared with who holds them.
+  const std::shared_ptr<std::atomic<int64_t>> ahead_ = std::make_shared<std::atomic<int64_t>>(0);
   mutable std::atomic<bool> refused_as_infeasible_{false};  // since it was measured
 
   mutable absl::Mutex mutex_;
