@@ -95,7 +95,10 @@ absl::StatusOr<Caller> Access::Admit(Rpc rpc, const Credentials& credentials) {
   if (!policy_) {
     Caller anybody;
     anybody.peer = credentials.peer;
-    return anybody;
+    if (!credentials.uncertified) return anybody;
+    const char* const why = "there is no client certificate, and one is needed";
+    Refuse({Denial::kNoCredentials, NameOf(rpc), anybody, why, ""});
+    return absl::UnauthenticatedError(why);
   }
   AccessPolicy::Verdict verdict = policy_->Judge(credentials, rpc);
   verdict.caller.peer = credentials.peer;

@@ -27,7 +27,7 @@ namespace prefilld {
 
 class Access {
  public:
-  // policy: null: everybody may do everything.
+  // policy: null: everybody may do everything, with a certificate where one is asked for.
   explicit Access(Metrics& metrics, std::unique_ptr<AccessPolicy> policy = nullptr)
       : metrics_(metrics.access), policy_(std::move(policy)) {}
 

@@ -30,6 +30,7 @@ struct Credentials {
   std::optional<std::string> authorization;  // the header: "Bearer TOKEN"
   std::optional<std::string> tenant;         // metadata prefilld-tenant
   bool tls = false;                          // how it came
+  bool uncertified = false;                  // a certificate was asked for, and none shown
   std::string peer;                          // its address, as gRPC has it
 };
 
