@@ -46,6 +46,7 @@ enum class Denial {
   kLease,   // another's
   kReport,  // another tenant's
   kHandshake,
+  kMetadata,  // more of it than a call may have
 };
 
 // From 1 to 64 letters, digits and . _ -: a tenant's name, or an identity's.
