@@ -119,6 +119,15 @@ def test_a_broken_event_stream_attaches_again(server, client):
     assert len(server.calls["Prefill"]) == 2
 
 
+def test_a_client_that_is_closed_calls_nobody(server, client):
+    with pytest.raises(ValueError, match="closed"):
+        with client.prefill(MODEL, TOKENS) as prompt:
+            prompt.summary
+            client.close()
+    with pytest.raises(ValueError, match="closed"):
+        client.models()
+
+
 def test_who_attaches_to_other_work_is_told_so_and_no_lease(server, client):
     """The server was started again between the two."""
     server.layer_gate = threading.Semaphore(0)
