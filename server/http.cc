@@ -46,6 +46,7 @@ Credentials CredentialsOf(const std::string& request, const HttpStream& stream) 
           .authorization = HeaderOf(request, "authorization"),
           .tenant = HeaderOf(request, "prefilld-tenant"),
           .tls = stream.is_tls(),
+          .uncertified = stream.is_uncertified(),
           .peer = stream.peer()};
 }
 

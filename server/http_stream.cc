@@ -93,6 +93,11 @@ bool HttpStream::EndWriting() {
   return shutdown(fd_, SHUT_WR) == 0;
 }
 
+bool HttpStream::is_uncertified() const {
+  return tls_ != nullptr && SSL_get_verify_mode(tls_.get()) != SSL_VERIFY_NONE &&
+         SSL_get0_peer_certificate(tls_.get()) == nullptr;
+}
+
 std::vector<std::string> HttpStream::CertificateNames() const {
   std::vector<std::string> names;
   const std::unique_ptr<X509, void (*)(X509*)> certificate(

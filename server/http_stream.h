@@ -32,6 +32,8 @@ class HttpStream {
   bool is_tls() const { return tls_ != nullptr; }
   // Why there is no TLS, once Read has said that it is over; empty: that is not why.
   const std::string& failure() const { return failure_; }
+  // The peer was asked for a certificate, and has shown none.
+  bool is_uncertified() const;
   // Of the peer's certificate, which is verified: see Credentials. None without one.
   std::vector<std::string> CertificateNames() const;
   // As gRPC has it: "ipv4:192.0.2.1:4711", "ipv6:[2001:db8::1]:4711".

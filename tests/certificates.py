@@ -23,8 +23,9 @@ class Authority:
         """(certificate, key) as paths. names: subjectAltName; days below 0: it has expired;
         common_name: default name."""
         cert, key, request = (self.directory / f"{name}.{end}" for end in ("pem", "key", "csr"))
+        subject = f"/CN={name if common_name is None else common_name}"
         openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                "-keyout", key, "-out", request, "-subj", f"/CN={common_name or name}")
+                "-keyout", key, "-out", request, "-subj", subject)
         extensions = self.directory / f"{name}.ext"
         extensions.write_text(f"subjectAltName={names}\n")
         openssl("x509", "-req", "-in", request, "-CA", self.pem,

@@ -75,10 +75,10 @@ class Reader {
     return true;
   }
 
-  // At most 10 bytes and 64 bits.
-  bool Varint(uint64_t* value) {
+  // At most 64 bits, of 10 bytes, or fewer.
+  bool Varint(uint64_t* value, int bytes = 10) {
     *value = 0;
-    for (int shift = 0; shift < 70; shift += 7) {
+    for (int shift = 0; shift < 7 * bytes; shift += 7) {
       uint8_t byte;
       if (!Byte(&byte) || (shift == 63 && byte > 1)) return false;
       *value |= static_cast<uint64_t>(byte & 0x7f) << shift;
@@ -99,7 +99,7 @@ class Reader {
 
   bool Tag(int* field, uint32_t* type) {
     uint64_t tag;
-    if (!Varint(&tag) || tag > std::numeric_limits<uint32_t>::max() || tag < 8) return false;
+    if (!Varint(&tag, 5) || tag > std::numeric_limits<uint32_t>::max() || tag < 8) return false;
     *field = static_cast<int>(tag >> 3);
     *type = static_cast<uint32_t>(tag & 7);
     return true;

@@ -69,6 +69,7 @@ struct AccessMetrics {
       "lease",           // another's
       "report",          // of another tenant
       "handshake",       // of TLS: another CA, an expired certificate, no TLS at all
+      "metadata",        // more of it than a call may have
   };
 
   void Refused(const std::string& reason);  // one of kRefusals

@@ -11,6 +11,8 @@ namespace prefilld {
 namespace {
 
 constexpr size_t kNameBytesMax = 128;  // of what a caller has sent, in a line of the log
+// gRPC takes more, as it would end the connection, with all who share it, for one call's.
+constexpr size_t kMetadataBytesMax = 16 << 10;
 
 absl::StatusCode CodeOf(Denial denial) {
   switch (denial) {
@@ -27,6 +29,8 @@ absl::StatusCode CodeOf(Denial denial) {
     case Denial::kMethod:
     case Denial::kModel:
       return absl::StatusCode::kPermissionDenied;
+    case Denial::kMetadata:
+      return absl::StatusCode::kResourceExhausted;
   }
   return absl::StatusCode::kPermissionDenied;
 }
@@ -91,11 +95,24 @@ void Access::Refresh() {
   if (unlogged > 0) Log(Level::kWarning, "access_refusals_unlogged", {{"count", unlogged}});
 }
 
+absl::Status Access::CheckMetadata(Rpc rpc, const std::string& peer, size_t bytes) {
+  if (bytes <= kMetadataBytesMax) return absl::OkStatus();
+  const std::string why = absl::StrCat("the metadata of the call has ", bytes,
+                                       " bytes, the limit is ", kMetadataBytesMax);
+  Caller somebody;
+  somebody.peer = peer;
+  Refuse({Denial::kMetadata, NameOf(rpc), somebody, why, ""});
+  return absl::Status(CodeOf(Denial::kMetadata), why);
+}
+
 absl::StatusOr<Caller> Access::Admit(Rpc rpc, const Credentials& credentials) {
   if (!policy_) {
     Caller anybody;
     anybody.peer = credentials.peer;
-    return anybody;
+    if (!credentials.uncertified) return anybody;
+    const char* const why = "there is no client certificate, and one is needed";
+    Refuse({Denial::kNoCredentials, NameOf(rpc), anybody, why, ""});
+    return absl::UnauthenticatedError(why);
   }
   AccessPolicy::Verdict verdict = policy_->Judge(credentials, rpc);
   verdict.caller.peer = credentials.peer;

@@ -27,7 +27,7 @@ namespace prefilld {
 
 class Access {
  public:
-  // policy: null: everybody may do everything.
+  // policy: null: everybody may do everything, with a certificate where one is asked for.
   explicit Access(Metrics& metrics, std::unique_ptr<AccessPolicy> policy = nullptr)
       : metrics_(metrics.access), policy_(std::move(policy)) {}
 
@@ -38,6 +38,8 @@ class Access {
 
   bool has_policy() const { return policy_ != nullptr; }
 
+  // RESOURCE_EXHAUSTED: more bytes than a call may have, whoever it is of. Before Admit.
+  absl::Status CheckMetadata(Rpc rpc, const std::string& peer, size_t bytes);
   // UNAUTHENTICATED, or PERMISSION_DENIED for who may not call this.
   absl::StatusOr<Caller> Admit(Rpc rpc, const Credentials& credentials);
   // PERMISSION_DENIED.

@@ -3,6 +3,7 @@
 #include <openssl/crypto.h>
 #include <openssl/sha.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -62,31 +63,54 @@ absl::StatusOr<AccessPolicy::Hash> AccessPolicy::ReadToken(WatchedFile& file) {
 }
 
 int AccessPolicy::Refresh() {
-  int stale = 0;
+  // A file that was refused is looked at again: it may be the others that have changed.
+  std::map<size_t, absl::StatusOr<Hash>> read;
   for (size_t i = 0; i < token_files_.size(); ++i) {
-    auto& [file, is_stale] = token_files_[i];
-    if (file.Changed()) {
-      auto hash = ReadToken(file);
-      absl::MutexLock lock(&mutex_);
-      for (size_t other = 0; hash.ok() && other < tokens_.size(); ++other) {
-        if (other != i && tokens_[other].hash == *hash) {
-          hash = absl::InvalidArgumentError(
-              absl::StrCat("'", file.path(), "' holds the token of another file"));
-        }
-      }
-      is_stale = !hash.ok();
-      if (hash.ok()) {
-        tokens_[i].hash = *hash;
-        Log(Level::kInfo, "token_read", {{"identity", tokens_[i].identity->name}});
-      } else {
-        Log(Level::kWarning, "token_not_read",
-            {{"identity", tokens_[i].identity->name},
-             {"message", std::string(hash.status().message())}});
-      }
+    TokenFile& token = token_files_[i];
+    if (token.file.Changed() || !token.refusal.empty()) read.emplace(i, ReadToken(token.file));
+  }
+  TakeTokens(&read);
+  int stale = 0;
+  for (const auto& [i, hash] : read) {
+    const std::string& identity = token_files_[i].identity->name;
+    const std::string refusal(hash.status().message());
+    if (hash.ok()) {
+      Log(Level::kInfo, "token_read", {{"identity", identity}});
+    } else if (refusal != token_files_[i].refusal) {
+      Log(Level::kWarning, "token_not_read", {{"identity", identity}, {"message", refusal}});
     }
-    stale += is_stale ? 1 : 0;
+    token_files_[i].refusal = refusal;
+    stale += hash.ok() ? 0 : 1;
   }
   return stale;
+}
+
+// Compared is what there would be in the end: the files of one identity often change together, and
+// the next token becomes the current one. Who is refused keeps what it had, which nobody else gets
+// then, so that more may have to be refused.
+void AccessPolicy::TakeTokens(std::map<size_t, absl::StatusOr<Hash>>* read) {
+  absl::MutexLock lock(&mutex_);
+  std::vector<Token> next = tokens_;
+  for (const auto& [i, hash] : *read) {
+    if (hash.ok()) next[i].hash = *hash;
+  }
+  const auto is_anothers = [&](const Token& token) {
+    return std::any_of(next.begin(), next.end(), [&](const Token& other) {
+      return other.identity != token.identity && other.hash == token.hash;
+    });
+  };
+  for (std::vector<size_t> refused(1); !refused.empty();) {
+    refused.clear();
+    for (const auto& [i, hash] : *read) {
+      if (hash.ok() && is_anothers(next[i])) refused.push_back(i);
+    }
+    for (const size_t i : refused) {
+      next[i].hash = tokens_[i].hash;
+      read->at(i) = absl::InvalidArgumentError(
+          absl::StrCat("'", token_files_[i].file.path(), "' holds the token of another identity"));
+    }
+  }
+  tokens_ = std::move(next);
 }
 
 // Every token is compared, and all of it.

@@ -30,6 +30,7 @@ struct Credentials {
   std::optional<std::string> authorization;  // the header: "Bearer TOKEN"
   std::optional<std::string> tenant;         // metadata prefilld-tenant
   bool tls = false;                          // how it came
+  bool uncertified = false;                  // a certificate was asked for, and none shown
   std::string peer;                          // its address, as gRPC has it
 };
 
@@ -45,6 +46,7 @@ enum class Denial {
   kLease,   // another's
   kReport,  // another tenant's
   kHandshake,
+  kMetadata,  // more of it than a call may have
 };
 
 // From 1 to 64 letters, digits and . _ -: a tenant's name, or an identity's.
@@ -79,6 +81,9 @@ class AccessPolicy {
   };
   using Hash = std::array<uint8_t, 32>;  // SHA-256: compared whole, and the token is not kept
   static absl::StatusOr<Hash> ReadToken(WatchedFile& file);
+  // Puts what was read of these files in place of what is there; refuses, in *read, what would be a
+  // token of two identities.
+  void TakeTokens(std::map<size_t, absl::StatusOr<Hash>>* read);
   const Identity* OfToken(absl::string_view authorization) const;
   const Identity* OfCertificate(const std::vector<std::string>& names) const;
   friend class AccessPolicyReader;
@@ -89,7 +94,8 @@ class AccessPolicy {
   bool tokens_in_clear_ = false;
   struct TokenFile {
     WatchedFile file;
-    bool stale = false;
+    const Identity* identity;
+    std::string refusal;  // why what is there now is not taken; empty: it is
   };
   std::vector<TokenFile> token_files_;  // Refresh's
   struct Token {

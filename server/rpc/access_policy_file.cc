@@ -174,13 +174,13 @@ class AccessPolicyReader {
       if (!hash.ok()) return Wrong(where + ".token_files", hash.status().message());
       absl::MutexLock lock(&policy_->mutex_);
       for (const auto& token : policy_->tokens_) {
-        if (token.hash != *hash) continue;
+        if (token.hash != *hash || token.identity == &identity) continue;
         return Wrong(where + ".token_files",
                      absl::StrCat("'", path, "' holds the token of identity '",
                                   token.identity->name, "' too"));
       }
       policy_->tokens_.push_back({&identity, *hash});
-      policy_->token_files_.push_back({std::move(file)});
+      policy_->token_files_.push_back({std::move(file), &identity, ""});
     }
     return absl::OkStatus();
   }

@@ -6,7 +6,6 @@
 #include <string>
 #include <tuple>
 
-#include "absl/strings/str_cat.h"
 #include "server/rpc/context.h"
 
 namespace prefilld {
@@ -40,20 +39,16 @@ Credentials CredentialsOf(const grpc::CallbackServerContext& context) {
   return credentials;
 }
 
-// gRPC takes more, as it would end the connection, with all who share it, for one call's.
-constexpr size_t kMetadataBytesMax = 16 << 10;
-
-absl::Status CheckMetadata(const grpc::CallbackServerContext& context) {
+size_t MetadataBytesOf(const grpc::CallbackServerContext& context) {
   size_t bytes = 0;
   for (const auto& [name, value] : context.client_metadata()) bytes += name.size() + value.size();
-  if (bytes <= kMetadataBytesMax) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat("the metadata of the call has ", bytes,
-                                                   " bytes, the limit is ", kMetadataBytesMax));
+  return bytes;
 }
 
 absl::StatusOr<Caller> CallerOf(RpcContext& rpc, const grpc::CallbackServerContext& context,
                                 Rpc which) {
-  if (absl::Status status = CheckMetadata(context); !status.ok()) return status;
+  absl::Status status = rpc.access.CheckMetadata(which, context.peer(), MetadataBytesOf(context));
+  if (!status.ok()) return status;
   return rpc.access.Admit(which, CredentialsOf(context));
 }
 

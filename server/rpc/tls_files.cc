@@ -137,9 +137,11 @@ bool TlsFiles::Refresh() {
     Log(Level::kWarning, "tls_not_read", {{"message", std::string(pem.status().message())}});
     return false;
   }
-  Log(Level::kInfo, "tls_read", {{"tls_cert", cert_.path()}});
-  absl::MutexLock lock(&mutex_);
-  current_ = *std::move(pem);
+  {
+    absl::MutexLock lock(&mutex_);
+    current_ = *std::move(pem);
+  }
+  Log(Level::kInfo, "tls_read", {{"tls_cert", cert_.path()}});  // who reads that is served it
   return true;
 }
 

@@ -13,6 +13,7 @@ import pytest
 
 from e2e import attending, harness, http2, prefilling
 from e2e.harness import refused
+from e2e.test_access import one_line
 from prefilld.v1 import model_service_pb2
 
 ATTEND = "/prefilld.v1.PrefillService/Attend"
@@ -216,8 +217,10 @@ def test_much_metadata_is_that_calls_own_affair(server, tiny, size):
     with prefilling.prefilled(server, tiny.tokens(2000)) as done:
         pulling = prefilling.open_pull(server, done.ready)
         chunk = next(pulling)
-        too_much = refused(grpc.StatusCode.RESOURCE_EXHAUSTED)
-        with too_much if size > 16 << 10 else contextlib.nullcontext():
+        with contextlib.ExitStack() as too_much:
+            if size > 16 << 10:
+                too_much.enter_context(one_line(server, "metadata", "ListModels"))
+                too_much.enter_context(refused(grpc.StatusCode.RESOURCE_EXHAUSTED))
             server.models.ListModels(model_service_pb2.ListModelsRequest(), timeout=10,
                                      metadata=[("x-trace", "a" * size)])
         layers, heads, d = 4, 2, 64

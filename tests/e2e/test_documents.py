@@ -170,6 +170,18 @@ def test_every_link_leads_somewhere(document):
             assert (document.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("example", sorted((ROOT / "deploy").glob("compose*.yaml")),
+                         ids=lambda path: path.name)
+def test_a_server_of_an_example_is_reached_from_its_neighbours(example, start_server, tiny,
+                                                               tmp_path):
+    command = re.search(r"command: \[(.+)\]", example.read_text())[1].split(", ")
+    places = {"/models/m": tiny.directory, "/run/prefilld": tmp_path, ":50051": ":0"}
+    for place, here in places.items():
+        command = [flag.replace(place, str(here)) for flag in command]
+    with start_server(*command, "--http=127.0.0.1:0", own_addresses=True) as server:
+        assert server.target.startswith("0.0.0.0:")
+
+
 @pytest.fixture
 def inputs(tmp_path):
     """What the examples read."""

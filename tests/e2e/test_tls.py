@@ -200,7 +200,24 @@ def test_without_a_policy_a_certificate_is_needed(start_server, authority, clien
         Client(server, authority, clients["nobody"]).list_models()
         with one_line(server, "handshake", "grpc"):
             assert not lets_in(server.target)
-        assert server.get("/metrics")[0] == server.get("/debug/sparsity")[0] == 200
+        assert server.get("/metrics")[0] == server.get("/healthz")[0] == 200
+        with one_line(server, "no_credentials", "GetSparsityReport"):
+            assert server.get("/debug/sparsity")[0] == 401
+        with one_line(server, "no_credentials"):
+            assert server.get("/debug/sparsity", dict(shows("other")))[0] == 401
+        assert server.get("/debug/sparsity", client=clients["nobody"])[0] == 200
+
+
+def test_without_a_policy_a_certificate_needs_no_name(start_server, authority):
+    nameless = authority.sign("nameless", names="IP:192.0.2.1", common_name="")
+    with start_server(*tls_flags(authority)) as server:
+        Client(server, authority, nameless).list_models()
+        assert server.get("/debug/sparsity", client=nameless)[0] == 200
+
+
+def test_where_clients_have_no_certificates_pages_need_none(start_server, authority):
+    with start_server(*tls_flags(authority, client_ca=False)) as server:
+        assert server.get("/debug/sparsity")[0] == 200
 
 
 def test_half_handshakes_keep_no_scraper_waiting(mutual):

@@ -107,9 +107,7 @@ class AttendCall:
                     continue
                 if failure is error and not isinstance(error.__cause__, grpc.RpcError):
                     raise  # found on this side: the same would come again
-                # The server may not have seen yet that the call over shared memory is over.
-                retry.after(failure, resumable=transport.fell_back
-                            and failure.code is grpc.StatusCode.ALREADY_EXISTS)
+                retry.after(failure)
 
     def _run_on_device(self, stub: prefill_service_pb2_grpc.PrefillServiceStub,
                        timeout: float, transport: Transport) -> AttendResult:

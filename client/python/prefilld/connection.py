@@ -23,10 +23,14 @@ class Connection:
         self._target, self._credentials = target, credentials
         self._options = [*options, *credentials.channel_options()]
         self._lock = threading.Lock()
+        self._closed = False
         self._calls: dict[tuple[str, str], Callable[..., Any]] = {}  # of the current channel
         self._connect()
 
     def close(self) -> None:
+        """Calls that run end as CANCELLED, later ones are a ValueError."""
+        with self._lock:
+            self._closed = True
         self._channel.close()
 
     def unary_unary(self, path: str, *how: Any, **options: Any) -> Callable[..., Any]:
@@ -53,6 +57,8 @@ class Connection:
                 options: dict[str, Any]) -> Callable[..., Any]:
         def call(request: Any, timeout: float | None = None) -> Any:
             with self._lock:
+                if self._closed:  # gRPC's channel would crash
+                    raise ValueError(f"the connection to {self._target} is closed")
                 if self._credentials.stamp() != self._stamp:
                     self._connect()
                 if (kind, path) not in self._calls:

@@ -254,5 +254,5 @@ class Prefill:
             self._lease = lease
         elif (lease.name, lease.generation, lease.boot_id) != (
                 self._lease.name, self._lease.generation, self._lease.boot_id):
-            raise PrefilldError(grpc.StatusCode.ABORTED, "the server lost the work and its cache: "
-                                f"lease {self._lease.name} became {lease.name}")
+            raise PrefilldError(grpc.StatusCode.ABORTED, "the server lost the work of request "
+                                f"'{self._request.request_id}' and its cache")

@@ -72,7 +72,6 @@ class Transport:
         self.name = agreement.name
         self.socket = agreement.socket
         self.device = device    # torch's; of `on_device`
-        self.fell_back = False
         self._pinned = pinned
         self._instead = instead
 
@@ -100,7 +99,6 @@ class Transport:
                 or failure.reason == TRANSPORTS[self.name].no_room):
             return False
         self.name = self._instead(self.name, failure)
-        self.fell_back = True
         return True
 
 

@@ -8,7 +8,7 @@ by a cut connection, --repeats times each at random moments; and --restarts time
 that never ends (which ends the process) and by SIGTERM (which drains it). Unary calls are ended in
 the same ways, --unary times each. After each kind, within the leases' time and a second, the server
 must have what it had before: blocks, leases, running, waiting and uploading requests, connections,
-descriptors, threads, memory, /dev/shm. Caches and outputs that arrive are compared with what a
+descriptors, segments, threads, memory. Caches and outputs that arrive are compared with what a
 first call gave. In the end admitted requests must be finished, cancelled or failed, and leases
 granted be leases ended. Exits with 1 unless all of it holds.
 """
@@ -32,7 +32,7 @@ import rig
 from cutting_proxy import CuttingProxy
 
 from e2e import attending, checkpoints, harness
-from prefilld import PrefillClient, PrefilldError, RetryPolicy
+from prefilld import Credentials, PrefillClient, PrefilldError, RetryPolicy
 from prefilld.v1 import kv_handoff_service_pb2 as kv
 from prefilld.v1 import model_service_pb2, prefill_service_pb2, sparsity_pb2
 
@@ -61,12 +61,13 @@ class Site:
     attended: bytes = b""
 
     def client(self, target: str = "") -> PrefillClient:
-        credentials = None
-        if self.transport == "tls":
-            credentials = grpc.ssl_channel_credentials((TLS / "ca.pem").read_bytes())
         named = "grpc" if self.transport == "tls" else self.transport
-        return PrefillClient(target or self.target, credentials=credentials, retry=ONCE,
-                             transport=named)
+        return PrefillClient(target or self.target, credentials=credentials_of(self.transport),
+                             retry=ONCE, transport=named)
+
+
+def credentials_of(transport: str) -> Credentials | None:
+    return Credentials(tls_ca=str(TLS / "ca.pem")) if transport == "tls" else None
 
 
 def attend(site: Site, client: PrefillClient, timeout: float, began) -> rig.Bytes:
@@ -93,7 +94,7 @@ def pull(site: Site, client: PrefillClient, timeout: float, began) -> rig.Bytes:
         pulled = other.pull(lease, rig.MODEL, timeout=timeout)
         began(pulled.cancel)
         site.prompt.check(pulled, seen)
-        other.release(lease, unmapped=False)
+        other.release(lease)
     return seen
 
 
@@ -138,11 +139,9 @@ class Matrix:
         self.seen = rig.Bytes()
         self.problems: list[str] = []
         self.processes = multiprocessing.get_context("forkserver")
-        with site.client() as client:
-            self.boot_id = client.negotiate().boot_id
         self.lasts = {name: self._lasts(call) for name, call in CALLS.items()}
         time.sleep(TTL_S + 1)
-        self.before = held(server, self.boot_id)
+        self.before = held(server)
 
     def _lasts(self, call) -> float:
         """Seconds from where it is ended by others to its own end, the least of some."""
@@ -182,10 +181,10 @@ class Matrix:
 
     def settle(self, what: str, codes: collections.Counter, expected: set[str]) -> None:
         began = time.monotonic()
-        left = moved(self.before, held(self.server, self.boot_id))
+        left = moved(self.before, held(self.server))
         while left and time.monotonic() - began < TTL_S + 1:
             time.sleep(0.05)
-            left = moved(self.before, held(self.server, self.boot_id))
+            left = moved(self.before, held(self.server))
         strange = set(codes) - expected
         print(f"{what} {dict(codes)}  back after {time.monotonic() - began:.1f} s"
               + (f"  NOT BACK {left}" if left else "")
@@ -265,15 +264,11 @@ def unary_calls(server: harness.Server) -> dict[str, tuple]:
             sparsity_pb2.SparsityReport)}
 
 
-def segments(boot_id: str) -> int:
-    """Of one process, alive or not."""
-    return len(list(pathlib.Path("/dev/shm").glob(f"prefilld-{boot_id[:12]}-*")))
-
-
-def held(server: harness.Server, boot_id: str) -> dict[str, float]:
+def held(server: harness.Server) -> dict[str, float]:
     return {**server.footprint(), "connections": server.metric("prefilld_connections"),
             "descriptors": server.descriptors(), "threads": server.threads(),
-            "rss KiB": server.memory_kib("VmRSS"), "segments": segments(boot_id)}
+            "rss KiB": server.memory_kib("VmRSS"),
+            "segments": server.metric("prefilld_descriptors", kind="segments", state="used")}
 
 
 def moved(before: dict[str, float], now: dict[str, float]) -> dict[str, tuple[float, float]]:
@@ -306,8 +301,6 @@ def restarts(args, model, transport: str, folder: pathlib.Path, site: Site) -> l
                          "--stall_timeout=500ms"] if how == "hang" else []
                 server = start(model, transport, log, *flags)
                 here = dataclasses.replace(site, target=server.target)
-                with here.client() as client:
-                    boot_id = client.negotiate().boot_id
                 timer = threading.Timer(draw.random() * 0.2, server.terminate)
                 if how == "drain":
                     timer.start()
@@ -316,7 +309,6 @@ def restarts(args, model, transport: str, folder: pathlib.Path, site: Site) -> l
                 server.channel.close()
                 exits[server.wait(60)] += 1
                 strange += accounts_of(server) if how == "drain" else []
-                strange += ["segments left"] * segments(boot_id)
             print(f"{transport:9} {name:7} {how:8} {dict(codes)}  exits {dict(exits)}"
                   + (f"  STRANGE {strange}" if strange else ""), flush=True)
             if set(exits) != {status} or set(codes) - EXPECTED[how] or strange:
@@ -338,11 +330,9 @@ def accounts_of(server: harness.Server) -> list[str]:
 def run(args, transport: str, folder: pathlib.Path, model: checkpoints.Checkpoint) -> list[str]:
     problems: list[str] = []
     with start(model, transport, folder / f"{transport}.jsonl") as server:
-        how = {}
-        if transport == "tls":
-            how["credentials"] = grpc.ssl_channel_credentials((TLS / "ca.pem").read_bytes())
         site = Site(server.target, transport,
-                    rig.Prompt(model, PROMPT_TOKENS, server.target, **how),
+                    rig.Prompt(model, PROMPT_TOKENS, server.target,
+                               credentials=credentials_of(transport)),
                     attending.small(tokens=ATTEND_TOKENS))
         with site.client() as client:
             result = client.attend(*site.qkv, method="dense")

@@ -119,6 +119,29 @@ def test_a_broken_event_stream_attaches_again(server, client):
     assert len(server.calls["Prefill"]) == 2
 
 
+def test_a_client_that_is_closed_calls_nobody(server, client):
+    with pytest.raises(ValueError, match="closed"):
+        with client.prefill(MODEL, TOKENS) as prompt:
+            prompt.summary
+            client.close()
+    with pytest.raises(ValueError, match="closed"):
+        client.models()
+
+
+def test_who_attaches_to_other_work_is_told_so_and_no_lease(server, client):
+    """The server was started again between the two."""
+    server.layer_gate = threading.Semaphore(0)
+    server.faults["Prefill"] = [Abort(grpc.StatusCode.UNAVAILABLE, after=1)]
+    with pytest.raises(PrefilldError) as caught:
+        with client.prefill(MODEL, TOKENS, request_id="mine", timeout=30) as prompt:
+            lease = prompt.lease
+            server.boot_id = "another"
+            list(prompt)
+    server.layer_gate.release(LAYERS)
+    assert caught.value.code is grpc.StatusCode.ABORTED
+    assert "'mine'" in str(caught.value) and lease.name not in str(caught.value)
+
+
 def test_an_error_of_the_computation_reaches_the_one_who_pulls(server, client):
     server.layer_gate = threading.Semaphore(0)  # the pull waits for a layer that never comes
     server.faults["Prefill"] = [Abort(grpc.StatusCode.INTERNAL, after=1)]

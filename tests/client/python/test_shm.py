@@ -539,7 +539,6 @@ def test_attend_goes_on_over_grpc(server, connect):
         return buffers
 
     server.change_buffers = rename
-    server.faults["Attend"] = [None, Abort(grpc.StatusCode.ALREADY_EXISTS)]  # not yet cleared away
     result = client.attend(q, k, v)
     assert result.transport == "grpc"
     np.testing.assert_array_equal(result.o, q)

@@ -5,6 +5,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <set>
 
 #include "absl/strings/str_cat.h"
@@ -182,6 +183,90 @@ TEST_F(AccessPolicyTest, ATokenGoesBeforeACertificateAndTheBestNameFirst) {
   EXPECT_EQ(of({.certificate = {"DNS:x", "CN:b"}}).caller.identity, "cn");
   EXPECT_EQ(of({.certificate = {std::string("CN:b\0x", 6)}}).denial, Denial::kCertificate);
   EXPECT_EQ(of({}).denial, Denial::kNoCredentials);
+}
+
+// The tokens that identities have by files of these names.
+class TokenRotationTest : public AccessPolicyTest {
+ protected:
+  TokenRotationTest() {
+    Put({{"cur", "1"}, {"next", "2"}, {"other", "9"}});
+    policy_ = *AccessPolicy::Load(Write("rotation", absl::StrReplaceAll(R"({"identities": {
+        "a": {"token_files": ["$D/cur", "$D/next"], "tenant": "t", "methods": ["*"], "models": []},
+        "b": {"token_files": ["$D/other"], "tenant": "u", "methods": ["*"], "models": []}}})",
+                                                                        {{"$D", directory_}})));
+  }
+  static std::string Token(const std::string& number) { return absl::StrCat(kToken, number); }
+  // As new files, at once for who looks only between two calls.
+  void Put(const std::map<std::string, std::string>& numbers) const {
+    for (const auto& [name, number] : numbers) {
+      const std::string path = Write(name + ".new", Token(number));
+      std::filesystem::rename(path, absl::StrCat(directory_, "/", name));
+    }
+  }
+  std::string Is(const std::string& number) const {
+    return policy_->Judge(Bearer(Token(number)), Rpc::kPrefill).caller.identity;
+  }
+
+  std::unique_ptr<AccessPolicy> policy_;
+};
+
+TEST_F(TokenRotationTest, FilesOfOneIdentityAreSwappedTogether) {
+  Put({{"cur", "2"}, {"next", "3"}});
+  EXPECT_EQ(policy_->Refresh(), 0);
+  EXPECT_EQ(Is("1"), "");
+  EXPECT_EQ(Is("2"), "a");
+  EXPECT_EQ(Is("3"), "a");
+  Put({{"cur", "3"}});  // one after the other
+  EXPECT_EQ(policy_->Refresh(), 0);
+  EXPECT_EQ(Is("2"), "");
+  EXPECT_EQ(Is("3"), "a");
+  Put({{"next", "4"}});
+  EXPECT_EQ(policy_->Refresh(), 0);
+  EXPECT_EQ(Is("3"), "a");
+  EXPECT_EQ(Is("4"), "a");
+}
+
+TEST_F(TokenRotationTest, ATokenPassesFromOneIdentityToAnother) {
+  Put({{"cur", "9"}, {"other", "1"}});
+  EXPECT_EQ(policy_->Refresh(), 0);
+  EXPECT_EQ(Is("9"), "a");
+  EXPECT_EQ(Is("1"), "b");
+}
+
+TEST_F(TokenRotationTest, ATokenOfAnotherIdentityIsTakenOnceItIsTheOthersNoMore) {
+  Put({{"cur", "9"}});
+  EXPECT_EQ(policy_->Refresh(), 1);
+  EXPECT_EQ(Is("1"), "a") << "the old one stays";
+  EXPECT_EQ(Is("9"), "b");
+  EXPECT_EQ(policy_->Refresh(), 1);
+  Put({{"other", "8"}});
+  EXPECT_EQ(policy_->Refresh(), 0) << "looked at again, though it has not changed since";
+  EXPECT_EQ(Is("1"), "");
+  EXPECT_EQ(Is("9"), "a");
+  EXPECT_EQ(Is("8"), "b");
+}
+
+TEST_F(TokenRotationTest, ANewTokenOfTwoIdentitiesIsNobodys) {
+  Put({{"cur", "7"}, {"other", "7"}});
+  EXPECT_EQ(policy_->Refresh(), 2);
+  EXPECT_EQ(Is("7"), "");
+  EXPECT_EQ(Is("1"), "a");
+  EXPECT_EQ(Is("9"), "b");
+}
+
+TEST_F(TokenRotationTest, WhoIsRefusedKeepsItsTokenFromWhoWouldHaveHadIt) {
+  Put({{"next", "9"}, {"other", "1"}});  // a's next is b's while b may not have a's cur
+  EXPECT_EQ(policy_->Refresh(), 2);
+  EXPECT_EQ(Is("1"), "a");
+  EXPECT_EQ(Is("2"), "a");
+  EXPECT_EQ(Is("9"), "b");
+}
+
+TEST_F(TokenRotationTest, FilesOfOneIdentityMayHoldOneToken) {
+  Put({{"next", "1"}});
+  EXPECT_TRUE(AccessPolicy::Load(directory_ + "/rotation").ok());
+  Put({{"next", "9"}});
+  EXPECT_FALSE(AccessPolicy::Load(directory_ + "/rotation").ok());
 }
 
 TEST_F(AccessPolicyTest, ACacheIsItsOwnersAndOfWhomThePolicySays) {
