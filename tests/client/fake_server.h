@@ -47,7 +47,7 @@ class FakeServer {
     std::vector<v1::PullKvRequest> pulls;
     std::vector<v1::ReleaseLeaseRequest> releases;
     std::vector<std::string> models_asked;
-    std::set<std::string> sources;  // addresses that Prefills came from, without ports
+    std::set<std::string> sources;           // addresses that Prefills came from, without ports
     std::vector<std::string> authorization;  // of each call to ModelService; empty: none
   };
 

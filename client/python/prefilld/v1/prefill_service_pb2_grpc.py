@@ -93,8 +93,8 @@ class PrefillServiceServicer(object):
     def Prefill(self, request, context):
         """Runs a prompt through a model. The KV cache is leased to the caller, who pulls it with
         KvHandoffService.PullKv, at once (it follows the computation) or later. Taking the call back
-        ends the work, unless the lease was renewed. Where the connection breaks the lease's TTL starts
-        and the work goes on while it lives: the same request again attaches to it.
+        ends the work, unless the lease was renewed. Where the connection breaks, or is closed, the
+        lease's TTL starts and the work goes on while it lives: the same request again attaches to it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
