@@ -97,6 +97,8 @@ class Reader {
     return true;
   }
 
+  // As protobuf reads them: of 5 bytes at most, overlong ones included.
+  bool Length(uint64_t* value) { return Varint(value, 5); }
   bool Tag(int* field, uint32_t* type) {
     uint64_t tag;
     if (!Varint(&tag, 5) || tag > std::numeric_limits<uint32_t>::max() || tag < 8) return false;
@@ -129,7 +131,7 @@ class Reader {
       case kFixed32:
         return Take(4, nullptr);
       case kLengthDelimited:
-        return Varint(&value) && Take(value, nullptr);
+        return Length(&value) && Take(value, nullptr);
       default:  // groups are not used since proto3; 6 and 7 never were
         return false;
     }
@@ -179,7 +181,7 @@ bool ReadField(Reader& reader, int field, uint32_t type, ParsedChunk& chunk) {
       header.last = value != 0;
       return true;
     case kData:
-      if (type != kLengthDelimited || !reader.Varint(&value)) return false;
+      if (type != kLengthDelimited || !reader.Length(&value)) return false;
       if (value > kMaxChunkBytes || !reader.Take(value, &chunk.payload)) return false;
       chunk.payload_bytes = static_cast<size_t>(value);
       return true;
@@ -259,7 +261,7 @@ absl::StatusOr<ParsedChunk> ParseChunk(const grpc::ByteBuffer& buffer, int outer
   if (outer_field != kBareChunk) {
     uint64_t size;
     if (!reader.Tag(&field, &type) || field != outer_field || type != kLengthDelimited ||
-        !reader.Varint(&size)) {
+        !reader.Length(&size)) {
       return absl::InvalidArgumentError(absl::StrCat("field ", outer_field, " is no TensorChunk"));
     }
     if (size != reader.remaining()) {

@@ -185,6 +185,7 @@ TEST(ParseChunk, RefusesMalformedBytes) {
       {"a repeated number", "\x08\x01\x08\x01"},
       {"repeated data", "\x7a\x01x\x7a\x01y"},
       {"a tag over 32 bits", "\xff\xff\xff\xff\x7f\x01"},
+      {"a length of 6 bytes", std::string("\x32\x80\x80\x80\x80\x80\x00", 7)},
       {"a tag of 6 bytes", std::string("\x98\x80\xfe\x80\x80\x00\x01", 7)},
   };
   for (const auto& [what, bytes] : cases) {
