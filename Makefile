@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 JOBS := $(shell nproc)
 FUZZ_SECONDS := 60
+FUZZ_RUNS := 1000000
 PYTHON := build/venv/bin/python
 BENCH_PYTHON := build/bench-venv/bin/python
 VLLM_PYTHON := build/vllm-venv/bin/python
@@ -65,11 +66,11 @@ test-sanitized: packages  ## unit tests under the address and undefined-behaviou
 	@ctest --preset dev --no-tests=error
 
 .PHONY: fuzz
-fuzz: build/venv/.complete  ## every fuzzer of tests/fuzz for FUZZ_SECONDS (60), as many at a time as there are processors
+fuzz: build/venv/.complete  ## every fuzzer of tests/fuzz for FUZZ_SECONDS (60) or FUZZ_RUNS (a million), as many at a time as there are processors
 	@deploy/install-packages.sh clang libclang-rt-dev
 	@cmake --preset fuzz
 	@cmake --build --preset fuzz -j$(JOBS)
-	@$(PYTHON) tests/fuzz/run.py --seconds=$(FUZZ_SECONDS)
+	@$(PYTHON) tests/fuzz/run.py --seconds=$(FUZZ_SECONDS) --runs=$(FUZZ_RUNS)
 
 .PHONY: sanitize-gpu
 sanitize-gpu: with-a-gpu configured  ## the small GPU tests under compute-sanitizer's memcheck, racecheck and synccheck
