@@ -104,7 +104,10 @@ void PrefillReactor::OnWriteDone(bool ok) {
   absl::MutexLock lock(&mutex_);
   writing_ = false;
   if (ended_) return;
-  if (!ok) return End(WhyCancelled(deadline_));
+  if (!ok) {  // before OnCancel, or after it
+    broke_ = !rpc_.connected(context_->peer());
+    return End(WhyCancelled(deadline_));
+  }
   WriteNext();
 }
 
