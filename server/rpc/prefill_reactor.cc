@@ -104,16 +104,18 @@ void PrefillReactor::OnWriteDone(bool ok) {
   absl::MutexLock lock(&mutex_);
   writing_ = false;
   if (ended_) return;
-  if (!ok) {  // before OnCancel, or after it
-    broke_ = !rpc_.connected(context_->peer());
-    return End(WhyCancelled(deadline_));
-  }
+  if (!ok) return Lose();  // before OnCancel, or after it
   WriteNext();
 }
 
 void PrefillReactor::OnCancel() {
   absl::MutexLock lock(&mutex_);
-  if (!ended_) broke_ = !rpc_.connected(context_->peer());
+  Lose();
+}
+
+void PrefillReactor::Lose() {
+  if (ended_) return;
+  broke_ = !rpc_.connected(context_->peer());
   End(WhyCancelled(deadline_));
 }
 

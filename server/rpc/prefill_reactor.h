@@ -36,6 +36,7 @@ class PrefillReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   // Null when the request only had to be checked.
   absl::StatusOr<std::shared_ptr<PrefillStream>> Admit(const v1::PrefillRequest& request);
   void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Lose() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);  // the caller
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   RpcContext& rpc_;

@@ -1,19 +1,13 @@
 #include "server/transport/region_names.h"
 
-#include <sys/random.h>
-
-#include <array>
 #include <utility>
 
-#include "absl/strings/escaping.h"
-#include "absl/strings/string_view.h"
+#include "server/capability.h"
 
 namespace prefilld {
 
 std::string RegionNames::Add(const std::shared_ptr<Region>& region) {
-  std::array<char, 16> bits;
-  if (getrandom(bits.data(), bits.size(), 0) != static_cast<ssize_t>(bits.size())) return "";
-  std::string name = absl::BytesToHexString(absl::string_view(bits.data(), bits.size()));
+  std::string name = CapabilityName(RandomBits());
   Add(name, region);
   return name;
 }
