@@ -17,7 +17,7 @@ namespace prefilld {
 
 class RegionNames {
  public:
-  // A new name; empty where the system has no random bits.
+  // A new name (capability.h).
   std::string Add(const std::shared_ptr<Region>& region);
   void Add(const std::string& name, const std::shared_ptr<Region>& region);
   void Remove(const std::string& name);
